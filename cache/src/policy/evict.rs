@@ -1,0 +1,200 @@
+//! Eviction: S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP '23) with a third queue in
+//! front, probation, for prefetched blocks that nobody has used.
+//!
+//! - a block that demand brought in enters *small* (a tenth of the slots), or *main* if it is a ghost
+//! - leaving *small*: used again → *main*, else it becomes a ghost
+//! - leaving *main*: used since → once more around, else out
+//! - a prefetched block enters *probation*; its first use moves it to *small* as if it had just come in; unused it
+//!   leaves first, as soon as it has been there for `probation_age` or probation is over its share
+
+use super::list::List;
+use super::{Core, Entry, Key, OutcomeKind, Place};
+use crate::types::PageMask;
+use std::time::Duration;
+
+/// A use counts up to this, as in the paper: two bits.
+const MAX_FREQUENCY: u8 = 3;
+/// Busy victims that are stepped over before the search gives up and the caller goes without a slot.
+const SEARCH: u32 = 64;
+
+/// Why a slot is wanted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum For {
+    Demand,
+    Prefetch,
+}
+
+impl Core {
+    fn list(&mut self, place: Place) -> Option<&mut List> {
+        match place {
+            Place::Free => None,
+            Place::Probation => Some(&mut self.probation),
+            Place::Small => Some(&mut self.small),
+            Place::Main => Some(&mut self.main),
+        }
+    }
+
+    pub(super) fn unlink(&mut self, slot: u32) {
+        match self.entries[slot as usize].place {
+            Place::Free => {}
+            Place::Probation => self.probation.remove(&mut self.links, slot),
+            Place::Small => self.small.remove(&mut self.links, slot),
+            Place::Main => self.main.remove(&mut self.links, slot),
+        }
+        self.entries[slot as usize].place = Place::Free;
+    }
+
+    pub(super) fn link(&mut self, slot: u32, place: Place) {
+        match place {
+            Place::Free => {}
+            Place::Probation => self.probation.push_head(&mut self.links, slot),
+            Place::Small => self.small.push_head(&mut self.links, slot),
+            Place::Main => self.main.push_head(&mut self.links, slot),
+        }
+        self.entries[slot as usize].place = place;
+    }
+
+    /// Demand wants the block: off probation, or one more use if it read pages of it before.
+    pub(super) fn touch(&mut self, slot: u32, again: bool) {
+        let entry = &mut self.entries[slot as usize];
+        if entry.place == Place::Probation {
+            let key = entry.key;
+            self.unlink(slot);
+            self.admit(slot, key);
+        } else if again {
+            entry.frequency = (entry.frequency + 1).min(MAX_FREQUENCY);
+        }
+    }
+
+    fn admit(&mut self, slot: u32, key: Key) {
+        let place = if self.ghost.take(key.hash64()) { Place::Main } else { Place::Small };
+        self.entries[slot as usize].frequency = 0;
+        self.link(slot, place);
+    }
+
+    /// A slot for `key`, empty and linked in its first queue. `None` if every candidate is busy, or if the slot is for
+    /// a prefetch and probation is full of blocks that may still be used.
+    pub(super) fn allocate(&mut self, key: Key, purpose: For, now: Duration) -> Option<u32> {
+        let slot = match self.pop_free() {
+            Some(slot) => slot,
+            None => {
+                self.evict(purpose, now)?;
+                self.pop_free()?
+            }
+        };
+        let version = self.entries[slot as usize].version.wrapping_add(1);
+        self.entries[slot as usize] = Entry {
+            key,
+            version,
+            entered_ds: (now.as_millis() / 100) as u32,
+            valid: PageMask::NONE,
+            filling: PageMask::NONE,
+            cancelled: PageMask::NONE,
+            unused: PageMask::NONE,
+            on_ssd: PageMask::NONE,
+            place: Place::Free,
+            frequency: 0,
+            tag: 0,
+            destage_queued: false,
+        };
+        let entries = &self.entries;
+        self.table.insert_unique(key.hash64(), slot, |s| entries[*s as usize].key.hash64());
+        match purpose {
+            For::Demand => self.admit(slot, key),
+            For::Prefetch => self.link(slot, Place::Probation),
+        }
+        Some(slot)
+    }
+
+    /// A free slot that nothing holds: a task may still be copying out of one that was just freed.
+    fn pop_free(&mut self) -> Option<u32> {
+        let at = self.free.iter().rev().take(SEARCH as usize).position(|slot| !self.guard.busy(*slot))?;
+        let index = self.free.len() - 1 - at;
+        Some(self.free.swap_remove(index))
+    }
+
+    /// Frees one slot.
+    fn evict(&mut self, purpose: For, now: Duration) -> Option<()> {
+        let cap = (f64::from(self.config.slots) * self.config.probation_share) as u32;
+        let now_ds = (now.as_millis() / 100) as u32;
+        let age_ds = (self.config.probation_age.as_millis() / 100) as u32;
+        let expired = self
+            .probation
+            .tail()
+            .is_some_and(|slot| now_ds.saturating_sub(self.entries[slot as usize].entered_ds) >= age_ds);
+        let over = self.probation.len() > cap;
+        if (expired || over) && self.evict_tail(Place::Probation) {
+            return Some(());
+        }
+        if purpose == For::Prefetch && self.probation.len() >= cap.max(1) {
+            // Room for a guess is not made at the expense of a guess that is as good, let alone of what is in use.
+            return None;
+        }
+        for _ in 0..2 * self.config.slots {
+            let small_target = (self.config.slots / 10).max(1);
+            let from_small = self.small.len() > small_target || self.main.len() == 0;
+            if from_small && self.small.len() > 0 {
+                let Some(slot) = self.victim(Place::Small) else { break };
+                if self.entries[slot as usize].frequency > 0 {
+                    self.unlink(slot);
+                    self.entries[slot as usize].frequency = 0;
+                    self.link(slot, Place::Main);
+                    continue;
+                }
+                let hash = self.entries[slot as usize].key.hash64();
+                self.ghost.insert(hash);
+                self.discard(slot);
+                return Some(());
+            }
+            if self.main.len() == 0 {
+                break;
+            }
+            let Some(slot) = self.victim(Place::Main) else { break };
+            let frequency = self.entries[slot as usize].frequency;
+            if frequency > 0 {
+                self.unlink(slot);
+                self.entries[slot as usize].frequency = frequency - 1;
+                self.link(slot, Place::Main);
+                continue;
+            }
+            self.discard(slot);
+            return Some(());
+        }
+        // Everything else is busy or there is nothing else: probation, for demand only.
+        (purpose == For::Demand && self.evict_tail(Place::Probation)).then_some(())
+    }
+
+    fn evict_tail(&mut self, place: Place) -> bool {
+        match self.victim(place) {
+            Some(slot) => {
+                self.discard(slot);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The oldest slot of a queue that nothing holds.
+    fn victim(&mut self, place: Place) -> Option<u32> {
+        let mut slot = self.list(place)?.tail()?;
+        for _ in 0..SEARCH {
+            let entry = &self.entries[slot as usize];
+            if entry.filling.is_empty() && !self.guard.busy(slot) {
+                return Some(slot);
+            }
+            slot = List::towards_head(&self.links, slot)?;
+        }
+        None
+    }
+
+    /// Drops a block that nothing holds.
+    fn discard(&mut self, slot: u32) {
+        let entry = &mut self.entries[slot as usize];
+        let (valid, unused) = (entry.valid, entry.unused);
+        entry.valid = PageMask::NONE;
+        entry.unused = PageMask::NONE;
+        self.valid_pages -= valid.count();
+        self.report(slot, unused, OutcomeKind::Evicted);
+        self.release(slot);
+    }
+}

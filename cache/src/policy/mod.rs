@@ -1,0 +1,358 @@
+//! The policy core: what is cached where, what leaves, what is prefetched. Sans-I/O and deterministic: events come in,
+//! decisions go out, time is an argument. The engine runs it on real devices, a replay on a recorded trace, and the
+//! property tests on random schedules.
+//!
+//! - [`Core`]: the index and every decision about the RAM tier
+//! - [`eviction`](self): S3-FIFO with a probation place for prefetched blocks (`evict.rs`)
+//! - reads and fills (`read.rs`), writes (`write.rs`), prefetch (`prefetch.rs`)
+//! - [`PrefetchQueue`], [`Budget`]: what waits, and how much may be under way
+//!
+//! A block's life: pages are *filling* while the store or the SSD tier reads them, then *valid*. A page that a write
+//! overtakes while it is filling is *cancelled*: the reader that asked gets the bytes, the cache does not keep them.
+//! Pages that came by prefetch and nobody has read are *unused*; a block that has only such pages is on probation.
+
+mod budget;
+mod evict;
+mod ghost;
+mod list;
+mod prefetch;
+mod queue;
+mod read;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use budget::{Budget, BudgetConfig};
+pub use prefetch::{Outcome, OutcomeKind, PrefetchIo, PrefetchStep};
+pub use queue::{MAX_REQUEST_PAGES, PrefetchQueue, PrefetchRequest};
+pub use read::BlockPlan;
+pub use write::{WriteEnd, WriteId};
+
+use crate::types::{BlockIndex, PageMask, PageRange, StorageId};
+use ghost::Ghost;
+use hashbrown::HashTable;
+use list::{Link, List};
+use rustc_hash::FxHasher;
+use slab::Slab;
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Tells which slots are being read or filled right now and must stay.
+pub trait SlotGuard: Send + Sync {
+    fn busy(&self, slot: u32) -> bool;
+}
+
+impl SlotGuard for crate::arena::Arena {
+    fn busy(&self, slot: u32) -> bool {
+        crate::arena::Arena::busy(self, slot)
+    }
+}
+
+/// Settings of the policy.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreConfig {
+    /// Slots of the RAM tier.
+    pub slots: u32,
+    /// Share of the slots that prefetched and not yet used blocks may take.
+    pub probation_share: f64,
+    /// A prefetched block that nobody used for so long is the first to leave.
+    pub probation_age: Duration,
+    /// Prefetch budget of each store.
+    pub budget: BudgetConfig,
+    /// Pages that may wait for budget, for each storage.
+    pub queue_pages: u64,
+}
+
+impl CoreConfig {
+    pub fn with_slots(slots: u32) -> CoreConfig {
+        CoreConfig {
+            slots,
+            // Half: a boot's set must fit before the guest asks, and what is in use must keep the other half.
+            probation_share: 0.5,
+            probation_age: Duration::from_secs(120),
+            budget: BudgetConfig::default(),
+            // 1 GiB of pages: bounds the queue's memory at some 20 MiB a storage in the worst case.
+            queue_pages: 1 << 18,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Place {
+    #[default]
+    Free,
+    Probation,
+    Small,
+    Main,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Key {
+    storage: StorageId,
+    block: BlockIndex,
+}
+
+impl Key {
+    fn hash64(self) -> u64 {
+        let mut hasher = FxHasher::default();
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// One slot of the RAM tier. 40 bytes; with its link and its place in the table less than 64 a block.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    key: Key,
+    /// Bumped by every write that touches the block, so that a copy made for the SSD tier can be told stale.
+    version: u32,
+    /// When the block entered probation, in tenths of a second.
+    entered_ds: u32,
+    valid: PageMask,
+    filling: PageMask,
+    cancelled: PageMask,
+    unused: PageMask,
+    /// Pages of this block that the SSD tier holds.
+    on_ssd: PageMask,
+    place: Place,
+    frequency: u8,
+    tag: u8,
+    destage_queued: bool,
+}
+
+/// Prefetch bookkeeping of one storage, in pages unless said.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct PrefetchCounters {
+    pub issued: u64,
+    pub completed: u64,
+    pub used: u64,
+    /// Of the used ones, those that demand had to wait for.
+    pub late: u64,
+    pub evicted_unused: u64,
+    /// Overtaken by demand, overwritten, or refused by a full queue before they were issued.
+    pub cancelled: u64,
+}
+
+struct Storage {
+    pages: u64,
+    writes: Slab<write::InFlight>,
+    queue: PrefetchQueue,
+    budget: Budget,
+    counters: PrefetchCounters,
+}
+
+/// Occupancy of the RAM tier.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Occupancy {
+    pub slots: u32,
+    pub used_slots: u32,
+    pub probation_slots: u32,
+    pub small_slots: u32,
+    pub main_slots: u32,
+    pub valid_pages: u64,
+    /// Memory of the index itself, bytes.
+    pub index_bytes: u64,
+}
+
+/// The index of the RAM tier and every decision about it.
+pub struct Core {
+    config: CoreConfig,
+    guard: Arc<dyn SlotGuard>,
+    table: HashTable<u32>,
+    entries: Vec<Entry>,
+    links: Vec<Link>,
+    free: Vec<u32>,
+    probation: List,
+    small: List,
+    main: List,
+    ghost: Ghost,
+    valid_pages: u64,
+    storages: Vec<Option<Storage>>,
+    outcomes: Vec<Outcome>,
+    outcomes_dropped: u64,
+    destage: std::collections::VecDeque<(u32, Key, u32)>,
+}
+
+impl Core {
+    pub fn new(config: CoreConfig, guard: Arc<dyn SlotGuard>) -> Core {
+        let blank = Entry {
+            key: Key { storage: StorageId(u32::MAX), block: BlockIndex(u64::MAX) },
+            version: 0,
+            entered_ds: 0,
+            valid: PageMask::NONE,
+            filling: PageMask::NONE,
+            cancelled: PageMask::NONE,
+            unused: PageMask::NONE,
+            on_ssd: PageMask::NONE,
+            place: Place::Free,
+            frequency: 0,
+            tag: 0,
+            destage_queued: false,
+        };
+        let slots = config.slots as usize;
+        Core {
+            config,
+            guard,
+            table: HashTable::with_capacity(slots),
+            entries: vec![blank; slots],
+            links: vec![Link::default(); slots],
+            // Popped from the end: slot 0 first, so that a half-empty tier touches only the front of the arena.
+            free: (0..config.slots).rev().collect(),
+            probation: List::default(),
+            small: List::default(),
+            main: List::default(),
+            ghost: Ghost::new(config.slots),
+            valid_pages: 0,
+            storages: Vec::new(),
+            outcomes: Vec::new(),
+            outcomes_dropped: 0,
+            destage: std::collections::VecDeque::new(),
+        }
+    }
+
+    /// Makes a storage known, or takes note of its new size.
+    pub fn add_storage(&mut self, id: StorageId, pages: u64) {
+        let at = id.0 as usize;
+        if self.storages.len() <= at {
+            self.storages.resize_with(at + 1, || None);
+        }
+        match &mut self.storages[at] {
+            Some(storage) => storage.pages = pages,
+            none => {
+                *none = Some(Storage {
+                    pages,
+                    writes: Slab::new(),
+                    queue: PrefetchQueue::new(self.config.queue_pages),
+                    budget: Budget::new(self.config.budget),
+                    counters: PrefetchCounters::default(),
+                });
+            }
+        }
+    }
+
+    /// Forgets a storage and every block of it that nothing is using. The caller has ended its I/O.
+    pub fn remove_storage(&mut self, id: StorageId) {
+        self.drop_storage(id);
+        if let Some(storage) = self.storages.get_mut(id.0 as usize) {
+            *storage = None;
+        }
+    }
+
+    fn storage(&mut self, id: StorageId) -> Option<&mut Storage> {
+        self.storages.get_mut(id.0 as usize)?.as_mut()
+    }
+
+    pub fn prefetch_counters(&self, id: StorageId) -> PrefetchCounters {
+        self.storages.get(id.0 as usize).and_then(Option::as_ref).map(|s| s.counters).unwrap_or_default()
+    }
+
+    pub fn occupancy(&self) -> Occupancy {
+        Occupancy {
+            slots: self.config.slots,
+            used_slots: self.config.slots - self.free.len() as u32,
+            probation_slots: self.probation.len(),
+            small_slots: self.small.len(),
+            main_slots: self.main.len(),
+            valid_pages: self.valid_pages,
+            index_bytes: (self.entries.len() * (size_of::<Entry>() + size_of::<Link>())
+                + self.table.allocation_size()
+                + self.free.capacity() * 4
+                + self.ghost.memory_bytes()) as u64,
+        }
+    }
+
+    /// Pages of `range` that the RAM tier holds.
+    pub fn resident_pages(&self, storage: StorageId, range: PageRange) -> u64 {
+        range
+            .blocks()
+            .filter_map(|(block, mask)| {
+                let slot = self.find(Key { storage, block })?;
+                Some((self.entries[slot as usize].valid & mask).count())
+            })
+            .sum()
+    }
+
+    /// Empties the RAM tier of one storage's blocks, or of all, and its prefetch queue with it. Blocks that are being
+    /// read or filled at this moment stay until that is done, without valid pages.
+    pub fn drop_storage(&mut self, id: StorageId) {
+        self.drop_where(|key| key.storage == id);
+        if let Some(storage) = self.storage(id) {
+            storage.counters.cancelled += storage.queue.clear();
+        }
+    }
+
+    /// [`Core::drop_storage`] for every storage.
+    pub fn drop_all(&mut self) {
+        self.drop_where(|_| true);
+        for storage in self.storages.iter_mut().flatten() {
+            storage.counters.cancelled += storage.queue.clear();
+        }
+        self.ghost = Ghost::new(self.config.slots);
+    }
+
+    fn drop_where(&mut self, selects: impl Fn(Key) -> bool) {
+        for slot in 0..self.config.slots {
+            let entry = &self.entries[slot as usize];
+            if entry.place != Place::Free && selects(entry.key) {
+                let (valid, filling) = (entry.valid, entry.filling);
+                self.invalidate(slot, valid | filling);
+            }
+        }
+    }
+
+    /// Takes the outcomes of prefetches since the last call, and how many were lost because nobody asked for long.
+    pub fn take_outcomes(&mut self) -> (Vec<Outcome>, u64) {
+        (std::mem::take(&mut self.outcomes), std::mem::take(&mut self.outcomes_dropped))
+    }
+
+    fn find(&self, key: Key) -> Option<u32> {
+        self.table.find(key.hash64(), |slot| self.entries[*slot as usize].key == key).copied()
+    }
+
+    /// Makes pages of a slot invalid; pages that are filling are cancelled. Frees the slot if nothing is left of it.
+    fn invalidate(&mut self, slot: u32, mask: PageMask) {
+        let entry = &mut self.entries[slot as usize];
+        entry.version = entry.version.wrapping_add(1);
+        entry.cancelled |= entry.filling & mask;
+        let gone = entry.valid & mask;
+        entry.valid = entry.valid.minus(mask);
+        let unused = entry.unused & mask;
+        entry.unused = entry.unused.minus(mask);
+        self.valid_pages -= gone.count();
+        self.report(slot, unused, OutcomeKind::Evicted);
+        self.free_if_empty(slot);
+    }
+
+    fn free_if_empty(&mut self, slot: u32) {
+        let entry = &self.entries[slot as usize];
+        if entry.place != Place::Free
+            && entry.valid.is_empty()
+            && entry.filling.is_empty()
+            && !self.guard.busy(slot)
+        {
+            self.release(slot);
+        }
+    }
+
+    /// Unlinks a slot and makes it free. Its pages must be accounted for already.
+    fn release(&mut self, slot: u32) {
+        self.unlink(slot);
+        let key = self.entries[slot as usize].key;
+        if let Ok(found) = self.table.find_entry(key.hash64(), |s| *s == slot) {
+            found.remove();
+        }
+        let entry = &mut self.entries[slot as usize];
+        entry.place = Place::Free;
+        entry.destage_queued = false;
+        self.free.push(slot);
+    }
+}
+
+impl fmt::Debug for Core {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core").field("occupancy", &self.occupancy()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,210 @@
+//! Reads and fills.
+
+use super::evict::For;
+use super::{Core, Key, OutcomeKind, Place};
+use crate::types::{BlockIndex, PageMask, PageRange, StorageId};
+use std::time::Duration;
+
+/// What to do for the pages of one block that a read wants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockPlan {
+    pub block: BlockIndex,
+    pub wanted: PageMask,
+    /// Where the block lives or will live; `None`: no slot can be had, read past the cache.
+    pub slot: Option<u32>,
+    /// Valid now.
+    pub hit: PageMask,
+    /// Being filled by somebody else: wait, then plan again.
+    pub wait: PageMask,
+    /// The caller fills these, and reports with [`Core::finish_fill`].
+    pub fill: PageMask,
+}
+
+impl Core {
+    /// The fast path: if every page of `range` is valid, counts the use and passes each slot to `pin`.
+    /// Returns whether it did; nothing is counted otherwise.
+    pub fn read_hit(&mut self, storage: StorageId, range: PageRange, mut pin: impl FnMut(BlockIndex, u32)) -> bool {
+        let all = range.blocks().all(|(block, mask)| {
+            self.find(Key { storage, block }).is_some_and(|slot| self.entries[slot as usize].valid.contains(mask))
+        });
+        if all {
+            for (block, mask) in range.blocks() {
+                if let Some(slot) = self.find(Key { storage, block }) {
+                    self.demand(slot, mask);
+                    pin(block, slot);
+                }
+            }
+        }
+        all
+    }
+
+    /// Demand wants these pages of a resident block: counts the use, settles prefetches.
+    fn demand(&mut self, slot: u32, mask: PageMask) {
+        let entry = &mut self.entries[slot as usize];
+        let used = entry.unused & mask;
+        // A use is a *second* read of a page: going through a block page by page is one use, not sixteen.
+        let again = !(entry.valid & mask).minus(used).is_empty();
+        self.touch(slot, again);
+        let entry = &mut self.entries[slot as usize];
+        if !used.is_empty() {
+            entry.unused = entry.unused.minus(mask);
+            let late = used & entry.filling;
+            self.report(slot, used.minus(late), OutcomeKind::Used);
+            self.report(slot, late, OutcomeKind::Late);
+        }
+        self.queue_destage(slot);
+    }
+
+    /// Plans a read of pages of one block. Pages in `fill` are claimed for the caller; the slot must be pinned before
+    /// the lock is released.
+    pub fn plan_read(&mut self, storage: StorageId, block: BlockIndex, wanted: PageMask, now: Duration) -> BlockPlan {
+        let key = Key { storage, block };
+        self.overtaken(storage, block, wanted);
+        let slot = match self.find(key) {
+            Some(slot) => Some(slot),
+            None => self.allocate(key, For::Demand, now),
+        };
+        let Some(slot) = slot else {
+            return BlockPlan {
+                block,
+                wanted,
+                slot: None,
+                hit: PageMask::NONE,
+                wait: PageMask::NONE,
+                fill: PageMask::NONE,
+            };
+        };
+        let entry = &self.entries[slot as usize];
+        let hit = entry.valid & wanted;
+        let wait = entry.filling & wanted;
+        let fill = wanted.minus(hit | wait);
+        self.demand(slot, hit | wait);
+        self.begin_fill(slot, fill);
+        BlockPlan { block, wanted, slot: Some(slot), hit, wait, fill }
+    }
+
+    /// Marks pages as filling; those under a write in flight will not be kept.
+    pub(super) fn begin_fill(&mut self, slot: u32, fill: PageMask) {
+        let key = self.entries[slot as usize].key;
+        let written = self.pages_under_write(key.storage, key.block);
+        let entry = &mut self.entries[slot as usize];
+        entry.filling |= fill;
+        entry.cancelled = entry.cancelled.minus(fill) | (fill & written);
+    }
+
+    /// Pages of `slot` that are filling and that a write has overtaken: they will not become valid.
+    pub fn cancelled(&self, slot: u32) -> PageMask {
+        self.entries.get(slot as usize).map_or(PageMask::NONE, |entry| entry.cancelled)
+    }
+
+    /// The caller's fill of `mask` ended; its claims on the pages are dropped already. Returns the pages that are
+    /// valid now.
+    pub fn finish_fill(&mut self, slot: u32, mask: PageMask, ok: bool) -> PageMask {
+        let Some(entry) = self.entries.get_mut(slot as usize) else { return PageMask::NONE };
+        let mask = mask & entry.filling;
+        let good = if ok { mask.minus(entry.cancelled) } else { PageMask::NONE };
+        entry.filling = entry.filling.minus(mask);
+        entry.cancelled = entry.cancelled.minus(mask);
+        entry.valid |= good;
+        self.valid_pages += good.count();
+        let lost = entry.unused & mask.minus(good);
+        entry.unused = entry.unused.minus(lost);
+        self.report(slot, lost, OutcomeKind::Evicted);
+        self.free_if_empty(slot);
+        good
+    }
+
+    /// Pages that came along for free with a fill (an SSD slot is read whole): valid if nothing else claims them.
+    /// Returns those the caller may write into the slot; it reports them with [`Core::finish_fill`].
+    pub fn extend_fill(&mut self, slot: u32, mask: PageMask) -> PageMask {
+        let Some(entry) = self.entries.get(slot as usize) else { return PageMask::NONE };
+        let extra = mask.minus(entry.valid | entry.filling);
+        self.begin_fill(slot, extra);
+        extra
+    }
+
+    /// Frees a slot that a read left empty (failed or cancelled fill), once its pins are gone.
+    pub fn settle(&mut self, slot: u32) {
+        if (slot as usize) < self.entries.len() {
+            self.free_if_empty(slot);
+        }
+    }
+
+    /// Tells the core which pages of a resident block the SSD tier holds.
+    pub fn note_on_ssd(&mut self, slot: u32, mask: PageMask) {
+        if let Some(entry) = self.entries.get_mut(slot as usize) {
+            entry.on_ssd |= mask;
+        }
+    }
+
+    /// The SSD tier has lost everything it held.
+    pub fn ssd_emptied(&mut self) {
+        for entry in &mut self.entries {
+            entry.on_ssd = PageMask::NONE;
+        }
+    }
+
+    /// Valid pages of a block now, and its slot.
+    pub fn valid(&self, storage: StorageId, block: BlockIndex) -> Option<(u32, PageMask)> {
+        let slot = self.find(Key { storage, block })?;
+        Some((slot, self.entries[slot as usize].valid))
+    }
+
+    fn queue_destage(&mut self, slot: u32) {
+        let entry = &mut self.entries[slot as usize];
+        if !entry.destage_queued && entry.place != Place::Free {
+            entry.destage_queued = true;
+            let (key, version) = (entry.key, entry.version);
+            self.destage.push_back((slot, key, version));
+        }
+    }
+
+    /// The next block whose used pages the SSD tier does not hold yet: `(storage, block, slot, pages, version)`.
+    /// The caller copies the pages out before it lets go of the lock.
+    pub fn next_destage(&mut self) -> Option<(StorageId, BlockIndex, u32, PageMask, u32)> {
+        while let Some((slot, key, _)) = self.destage.pop_front() {
+            let entry = &mut self.entries[slot as usize];
+            if entry.place == Place::Free || entry.key != key {
+                continue;
+            }
+            entry.destage_queued = false;
+            let kept = entry.valid.minus(entry.unused);
+            if kept.minus(entry.on_ssd).is_empty() {
+                continue;
+            }
+            if !(self.pages_under_write(key.storage, key.block) & kept).is_empty() {
+                // A write will bump the version anyway; its own end queues the block again.
+                continue;
+            }
+            let entry = &self.entries[slot as usize];
+            // The whole block goes, so that a slot of the SSD tier is written once and never patched.
+            return Some((key.storage, key.block, slot, kept, entry.version));
+        }
+        None
+    }
+
+    /// Blocks that wait to be written to the SSD tier.
+    pub fn destage_backlog(&self) -> usize {
+        self.destage.len()
+    }
+
+    /// Whether the block still is what was copied at `version`, and if so takes note that the SSD tier has `mask`.
+    pub fn finish_destage(&mut self, storage: StorageId, block: BlockIndex, version: u32, mask: PageMask) -> bool {
+        match self.find(Key { storage, block }) {
+            // Evicted meanwhile: the copy is right unless a write came, and a write invalidates the SSD tier itself.
+            None => true,
+            Some(slot) => {
+                let entry = &mut self.entries[slot as usize];
+                if entry.version != version {
+                    return false;
+                }
+                entry.on_ssd = mask;
+                true
+            }
+        }
+    }
+
+    pub(super) fn requeue_destage(&mut self, slot: u32) {
+        self.queue_destage(slot);
+    }
+}

@@ -1,0 +1,388 @@
+//! The core against a naive oracle of what a cache may never do, on random schedules of reads, writes and prefetches.
+
+use super::*;
+use crate::types::PAGES_PER_BLOCK;
+use proptest::prelude::*;
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+/// Pins and claims as a test sees them.
+#[derive(Default)]
+struct Holds(Mutex<HashMap<u32, u32>>);
+
+impl Holds {
+    fn hold(&self, slot: u32) {
+        *self.0.lock().unwrap().entry(slot).or_default() += 1;
+    }
+    fn release(&self, slot: u32) {
+        let mut held = self.0.lock().unwrap();
+        let count = held.get_mut(&slot).unwrap();
+        *count -= 1;
+        if *count == 0 {
+            held.remove(&slot);
+        }
+    }
+}
+
+impl SlotGuard for Holds {
+    fn busy(&self, slot: u32) -> bool {
+        self.0.lock().unwrap().contains_key(&slot)
+    }
+}
+
+const DISK: StorageId = StorageId(0);
+const PAGES: u64 = 40 * PAGES_PER_BLOCK;
+
+fn core(slots: u32) -> (Core, Arc<Holds>) {
+    let holds = Arc::new(Holds::default());
+    let mut core = Core::new(CoreConfig::with_slots(slots), holds.clone());
+    core.add_storage(DISK, PAGES);
+    (core, holds)
+}
+
+fn at(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn range(first: u64, count: u64) -> PageRange {
+    PageRange { first, count }
+}
+
+fn fill_block(core: &mut Core, block: u64, mask: PageMask, now: Duration) {
+    let plan = core.plan_read(DISK, BlockIndex(block), mask, now);
+    core.finish_fill(plan.slot.unwrap(), plan.fill, true);
+}
+
+fn request(first: u64, count: u64) -> PrefetchRequest {
+    PrefetchRequest { range: range(first, count), due: Duration::ZERO, probability: 0.9, tag: 7 }
+}
+
+fn io(step: PrefetchStep) -> PrefetchIo {
+    match step {
+        PrefetchStep::Io(io) => io,
+        other => panic!("expected an I/O, got {other:?}"),
+    }
+}
+
+fn finish(core: &mut Core, io: &PrefetchIo, ok: bool) {
+    for (slot, first, count) in &io.parts {
+        core.finish_fill(*slot, PageMask::run(*first, *count), ok);
+    }
+    core.finish_prefetch(DISK, io.pages, ok, at(1), at(5));
+}
+
+#[test]
+fn a_write_that_overtakes_a_fill_keeps_old_bytes_out_of_the_cache() {
+    let (mut core, _) = core(4);
+    let plan = core.plan_read(DISK, BlockIndex(0), PageMask::ALL, at(0));
+    let write = core.begin_write(DISK, 8192, 4096).unwrap();
+    core.end_write(DISK, write, WriteEnd::Written, |_, _, _| panic!("nothing is valid yet"));
+    let valid = core.finish_fill(plan.slot.unwrap(), plan.fill, true);
+    assert_eq!(valid, PageMask::ALL.minus(PageMask::run(2, 1)));
+    assert!(!core.read_hit(DISK, range(2, 1), |_, _| {}));
+    assert!(core.read_hit(DISK, range(3, 13), |_, _| {}));
+}
+
+#[test]
+fn a_fill_that_starts_under_a_write_is_not_kept() {
+    let (mut core, _) = core(4);
+    let write = core.begin_write(DISK, 0, 4096).unwrap();
+    let plan = core.plan_read(DISK, BlockIndex(0), PageMask::run(0, 2), at(0));
+    core.end_write(DISK, write, WriteEnd::Written, |_, _, _| {});
+    assert_eq!(core.finish_fill(plan.slot.unwrap(), plan.fill, true), PageMask::run(1, 1));
+}
+
+#[test]
+fn overlapping_writes_invalidate_instead_of_guessing_their_order() {
+    let (mut core, _) = core(4);
+    fill_block(&mut core, 0, PageMask::ALL, at(0));
+    let first = core.begin_write(DISK, 0, 4096).unwrap();
+    let second = core.begin_write(DISK, 512, 512).unwrap();
+    core.end_write(DISK, second, WriteEnd::Written, |_, _, _| panic!("conflict"));
+    core.end_write(DISK, first, WriteEnd::Written, |_, _, _| panic!("conflict"));
+    assert!(!core.read_hit(DISK, range(0, 1), |_, _| {}));
+    assert!(core.read_hit(DISK, range(1, 15), |_, _| {}));
+}
+
+#[test]
+fn a_partial_write_patches_a_valid_page_and_leaves_an_invalid_one_alone() {
+    let (mut core, _) = core(4);
+    fill_block(&mut core, 0, PageMask::run(0, 1), at(0));
+    let write = core.begin_write(DISK, 2048, 4096).unwrap();
+    let mut updates = Vec::new();
+    core.end_write(DISK, write, WriteEnd::Written, |block, _, mask| updates.push((block, mask)));
+    assert_eq!(updates, [(BlockIndex(0), PageMask::run(0, 1))]);
+    assert!(!core.read_hit(DISK, range(1, 1), |_, _| {}));
+}
+
+#[test]
+fn an_unused_prefetch_leaves_before_anything_that_was_used() {
+    let (mut core, _) = core(10);
+    core.push_prefetch(DISK, &[request(0, 3 * PAGES_PER_BLOCK)]);
+    let fetched = io(core.next_prefetch(DISK, at(0), |_| PageMask::NONE));
+    assert_eq!(fetched.pages, 48);
+    finish(&mut core, &fetched, true);
+    for block in 10..17 {
+        fill_block(&mut core, block, PageMask::ALL, at(1));
+    }
+    // The tier is full; after their time the three guesses make room.
+    for block in 20..23 {
+        fill_block(&mut core, block, PageMask::ALL, at(200_000));
+    }
+    let counters = core.prefetch_counters(DISK);
+    assert_eq!((counters.evicted_unused, counters.used), (48, 0));
+    for block in 10..17 {
+        assert!(core.read_hit(DISK, range(block * 16, 16), |_, _| {}), "block {block} was in use");
+    }
+}
+
+#[test]
+fn prefetch_never_evicts_what_is_in_use_to_exceed_its_share() {
+    let (mut core, _) = core(10);
+    for block in 0..10 {
+        fill_block(&mut core, block, PageMask::ALL, at(0));
+    }
+    core.push_prefetch(DISK, &[request(20 * PAGES_PER_BLOCK, 10 * PAGES_PER_BLOCK)]);
+    let mut pages = 0;
+    while let PrefetchStep::Io(io) = core.next_prefetch(DISK, at(1), |_| PageMask::NONE) {
+        finish(&mut core, &io, true);
+        pages += io.pages;
+    }
+    assert_eq!(pages, 5 * PAGES_PER_BLOCK);
+    assert_eq!(core.occupancy().probation_slots, 5);
+    assert_eq!(core.prefetch_backlog(DISK), 5 * PAGES_PER_BLOCK, "the rest waits for room");
+}
+
+#[test]
+fn demand_for_a_page_in_flight_counts_as_late_and_once() {
+    let (mut core, _) = core(4);
+    core.push_prefetch(DISK, &[request(0, 4)]);
+    let fetched = io(core.next_prefetch(DISK, at(0), |_| PageMask::NONE));
+    let plan = core.plan_read(DISK, BlockIndex(0), PageMask::run(0, 2), at(1));
+    assert_eq!((plan.wait, plan.fill), (PageMask::run(0, 2), PageMask::NONE));
+    finish(&mut core, &fetched, true);
+    assert!(core.read_hit(DISK, range(0, 4), |_, _| {}));
+    let counters = core.prefetch_counters(DISK);
+    assert_eq!((counters.issued, counters.used, counters.late), (4, 4, 2));
+    let kinds: Vec<_> = core.take_outcomes().0.iter().map(|o| (o.kind, o.pages.count(), o.tag)).collect();
+    assert_eq!(kinds, [(OutcomeKind::Late, 2, 7), (OutcomeKind::Used, 2, 7)]);
+}
+
+#[test]
+fn demand_takes_queued_pages_out_of_the_queue() {
+    let (mut core, _) = core(4);
+    core.push_prefetch(DISK, &[request(0, 8)]);
+    let plan = core.plan_read(DISK, BlockIndex(0), PageMask::run(2, 2), at(0));
+    assert_eq!(plan.fill, PageMask::run(2, 2));
+    assert_eq!(core.prefetch_backlog(DISK), 6);
+    assert_eq!(io(core.next_prefetch(DISK, at(0), |_| PageMask::NONE)).pages, 2);
+    assert_eq!(io(core.next_prefetch(DISK, at(0), |_| PageMask::NONE)).first, 4);
+    assert_eq!(core.prefetch_counters(DISK).cancelled, 2);
+}
+
+#[test]
+fn a_block_used_twice_survives_a_scan() {
+    let (mut core, _) = core(10);
+    fill_block(&mut core, 0, PageMask::ALL, at(0));
+    assert!(core.read_hit(DISK, range(0, 1), |_, _| {}));
+    for block in 1..39 {
+        fill_block(&mut core, block, PageMask::ALL, at(block));
+    }
+    assert!(core.read_hit(DISK, range(0, 16), |_, _| {}));
+}
+
+#[test]
+fn no_slot_is_taken_from_a_reader() {
+    let (mut core, holds) = core(2);
+    let first = core.plan_read(DISK, BlockIndex(0), PageMask::ALL, at(0));
+    holds.hold(first.slot.unwrap());
+    core.finish_fill(first.slot.unwrap(), first.fill, true);
+    let second = core.plan_read(DISK, BlockIndex(1), PageMask::ALL, at(0));
+    assert_eq!(core.plan_read(DISK, BlockIndex(2), PageMask::ALL, at(0)).slot, None, "one read, one filling");
+    core.finish_fill(second.slot.unwrap(), second.fill, true);
+    assert_eq!(core.plan_read(DISK, BlockIndex(2), PageMask::ALL, at(0)).slot, second.slot);
+    assert!(core.read_hit(DISK, range(0, 16), |_, _| {}));
+    holds.release(first.slot.unwrap());
+}
+
+/// What the model knows of the store and of I/O under way.
+struct Model {
+    core: Core,
+    holds: Arc<Holds>,
+    /// Version of each page on the store; a write bumps it when it ends.
+    store: Vec<u32>,
+    /// Version held by each slot's page.
+    memory: HashMap<(u32, u64), u32>,
+    fills: Vec<(u32, BlockIndex, PageMask, Vec<u32>, Option<u64>)>,
+    writes: Vec<(WriteId, PageRange)>,
+    now: u64,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Read { first: u64, count: u64 },
+    BeginWrite { first: u64, count: u64 },
+    EndWrite { which: usize, fails: bool },
+    Fill { which: usize, fails: bool },
+    Push { first: u64, count: u64 },
+    Prefetch,
+    Drop,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let run = (0..PAGES - 64, 1u64..40);
+    prop_oneof![
+        6 => run.clone().prop_map(|(first, count)| Op::Read { first, count }),
+        2 => run.clone().prop_map(|(first, count)| Op::BeginWrite { first, count }),
+        2 => (any::<usize>(), prop::bool::weighted(0.2)).prop_map(|(which, fails)| Op::EndWrite { which, fails }),
+        6 => (any::<usize>(), prop::bool::weighted(0.1)).prop_map(|(which, fails)| Op::Fill { which, fails }),
+        2 => run.prop_map(|(first, count)| Op::Push { first, count }),
+        3 => Just(Op::Prefetch),
+        1 => Just(Op::Drop),
+    ]
+}
+
+impl Model {
+    fn new(slots: u32) -> Model {
+        let (core, holds) = core(slots);
+        Model {
+            core,
+            holds,
+            store: vec![0; PAGES as usize],
+            memory: HashMap::new(),
+            fills: Vec::new(),
+            writes: Vec::new(),
+            now: 0,
+        }
+    }
+
+    fn start_fill(&mut self, slot: u32, block: BlockIndex, mask: PageMask, group: Option<u64>) {
+        self.holds.hold(slot);
+        // The store is read at some moment between start and end: the start is the oldest content it can be.
+        let seen = (0..16).map(|p| self.store[(block.0 * 16 + p) as usize]).collect();
+        self.fills.push((slot, block, mask, seen, group));
+    }
+
+    fn step(&mut self, op: &Op) -> Result<(), TestCaseError> {
+        self.now += 10;
+        let now = at(self.now);
+        match *op {
+            Op::Read { first, count } => {
+                let wanted = range(first, count);
+                let mut pinned = Vec::new();
+                if self.core.read_hit(DISK, wanted, |block, slot| pinned.push((block, slot))) {
+                    for (block, mask) in wanted.blocks() {
+                        let slot = pinned.iter().find(|(b, _)| *b == block).unwrap().1;
+                        for page in (0..16).filter(|p| mask.has(*p)) {
+                            self.check(slot, block, page)?;
+                        }
+                    }
+                    return Ok(());
+                }
+                for (block, mask) in wanted.blocks() {
+                    let plan = self.core.plan_read(DISK, block, mask, now);
+                    let Some(slot) = plan.slot else { continue };
+                    prop_assert_eq!(plan.hit | plan.wait | plan.fill, mask);
+                    prop_assert!((plan.hit & plan.wait).is_empty() && (plan.fill & (plan.hit | plan.wait)).is_empty());
+                    for page in (0..16).filter(|p| plan.hit.has(*p)) {
+                        self.check(slot, block, page)?;
+                    }
+                    if !plan.fill.is_empty() {
+                        self.start_fill(slot, block, plan.fill, None);
+                    }
+                }
+            }
+            Op::Fill { which, fails } => {
+                if self.fills.is_empty() {
+                    return Ok(());
+                }
+                let (slot, block, mask, seen, group) = self.fills.swap_remove(which % self.fills.len());
+                if !fails {
+                    for page in (0..16).filter(|p| mask.has(*p)) {
+                        self.memory.insert((slot, page), seen[page as usize]);
+                    }
+                }
+                self.holds.release(slot);
+                self.core.finish_fill(slot, mask, !fails);
+                if let Some(pages) = group {
+                    self.core.finish_prefetch(DISK, pages, !fails, now, at(5));
+                }
+                let _ = block;
+            }
+            Op::BeginWrite { first, count } => {
+                let id = self.core.begin_write(DISK, first * 4096, count * 4096).unwrap();
+                self.writes.push((id, range(first, count)));
+            }
+            Op::EndWrite { which, fails } => {
+                if self.writes.is_empty() {
+                    return Ok(());
+                }
+                let (id, pages) = self.writes.swap_remove(which % self.writes.len());
+                // Even a failed write may have reached the store.
+                for page in pages.first..pages.end() {
+                    self.store[page as usize] += 1;
+                }
+                let (store, memory) = (&self.store, &mut self.memory);
+                let end = if fails { WriteEnd::Changed } else { WriteEnd::Written };
+                self.core.end_write(DISK, id, end, |block, slot, mask| {
+                    for page in (0..16).filter(|p| mask.has(*p)) {
+                        memory.insert((slot, page), store[(block.0 * 16 + page) as usize]);
+                    }
+                });
+            }
+            Op::Push { first, count } => self.core.push_prefetch(DISK, &[request(first, count)]),
+            Op::Prefetch => {
+                if let PrefetchStep::Io(io) = self.core.next_prefetch(DISK, now, |_| PageMask::NONE) {
+                    let mut page = io.first;
+                    for (i, (slot, first, count)) in io.parts.iter().enumerate() {
+                        prop_assert_eq!(page % 16, *first);
+                        let group = (i == 0).then_some(io.pages);
+                        self.start_fill(*slot, BlockIndex(page / 16), PageMask::run(*first, *count), group);
+                        page += count;
+                    }
+                    prop_assert_eq!(page, io.first + io.pages);
+                }
+            }
+            Op::Drop => self.core.drop_all(),
+        }
+        Ok(())
+    }
+
+    /// A page that the core calls valid holds what the store holds, unless a write to it is in flight.
+    fn check(&self, slot: u32, block: BlockIndex, page: u64) -> Result<(), TestCaseError> {
+        let global = block.0 * 16 + page;
+        let held = self.memory.get(&(slot, page)).copied();
+        if !self.writes.iter().any(|(_, w)| w.overlaps(range(global, 1))) {
+            prop_assert_eq!(held, Some(self.store[global as usize]), "stale page {}", global);
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn a_valid_page_is_never_stale_and_the_books_balance(ops in prop::collection::vec(op(), 1..400), slots in 2u32..24) {
+        let mut model = Model::new(slots);
+        for op in &ops {
+            model.step(op)?;
+            let o = model.core.occupancy();
+            prop_assert_eq!(o.used_slots, o.probation_slots + o.small_slots + o.main_slots);
+            let valid: u64 = (0..PAGES / 16)
+                .filter_map(|b| model.core.valid(DISK, BlockIndex(b)))
+                .map(|(_, mask)| mask.count())
+                .sum();
+            prop_assert_eq!(valid, o.valid_pages);
+        }
+        // Let everything end and drop it: no slot may be lost.
+        while !model.fills.is_empty() { model.step(&Op::Fill { which: 0, fails: false })?; }
+        while !model.writes.is_empty() { model.step(&Op::EndWrite { which: 0, fails: false })?; }
+        let c = model.core.prefetch_counters(DISK);
+        model.core.drop_all();
+        let o = model.core.occupancy();
+        prop_assert_eq!((o.used_slots, o.valid_pages), (0, 0));
+        let after = model.core.prefetch_counters(DISK);
+        prop_assert_eq!(after.issued, after.used + after.evicted_unused, "{:?} then {:?}", c, after);
+    }
+}

@@ -1,0 +1,172 @@
+//! Units and identifiers of the cache.
+//!
+//! - [`PAGE_BYTES`], [`BLOCK_BYTES`]: unit of validity and unit of allocation
+//! - [`StorageId`], [`BlockIndex`], [`PageMask`]: keys of the index
+//! - [`PageRange`]: a run of pages of one storage
+
+use std::fmt;
+
+/// Unit of validity: a guest page, and the smallest extent worth one direct I/O.
+pub const PAGE_BYTES: usize = 4096;
+/// Unit of allocation in the RAM and SSD tiers. 64 KiB keeps the index at a thousandth of the data; pages within a
+/// block are valid one by one, so that a 4 KiB miss never has to read 64 KiB.
+pub const BLOCK_BYTES: usize = 65536;
+/// Pages in a block.
+pub const PAGES_PER_BLOCK: u64 = (BLOCK_BYTES / PAGE_BYTES) as u64;
+
+/// A backing file, device or export, as numbered by this process. Fifty disks on one golden image share one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct StorageId(pub u32);
+
+/// A 64 KiB block of a storage, counted from its start.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct BlockIndex(pub u64);
+
+/// Pages of one block, bit `i` is the page at `i * 4096`.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct PageMask(pub u16);
+
+impl PageMask {
+    pub const NONE: PageMask = PageMask(0);
+    pub const ALL: PageMask = PageMask(u16::MAX);
+
+    /// Pages `first..first + count` of a block; whatever lies beyond the block is cut off.
+    pub fn run(first: u64, count: u64) -> PageMask {
+        let end = (first + count).min(PAGES_PER_BLOCK);
+        if first >= end {
+            return PageMask::NONE;
+        }
+        let width = end - first;
+        PageMask((((1u32 << width) - 1) << first) as u16)
+    }
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+    pub fn count(self) -> u64 {
+        u64::from(self.0.count_ones())
+    }
+    pub fn contains(self, other: PageMask) -> bool {
+        self.0 & other.0 == other.0
+    }
+    pub fn minus(self, other: PageMask) -> PageMask {
+        PageMask(self.0 & !other.0)
+    }
+    pub fn has(self, page: u64) -> bool {
+        page < PAGES_PER_BLOCK && self.0 >> page & 1 == 1
+    }
+    /// Maximal runs of set pages as `(first, count)`, ascending.
+    pub fn runs(self) -> impl Iterator<Item = (u64, u64)> {
+        let mut rest = u32::from(self.0);
+        let mut base = 0u64;
+        std::iter::from_fn(move || {
+            if rest == 0 {
+                return None;
+            }
+            let skip = rest.trailing_zeros();
+            rest >>= skip;
+            base += u64::from(skip);
+            let first = base;
+            let width = rest.trailing_ones();
+            rest >>= width;
+            base += u64::from(width);
+            Some((first, u64::from(width)))
+        })
+    }
+}
+
+impl std::ops::BitAnd for PageMask {
+    type Output = PageMask;
+    fn bitand(self, other: PageMask) -> PageMask {
+        PageMask(self.0 & other.0)
+    }
+}
+
+impl std::ops::BitOr for PageMask {
+    type Output = PageMask;
+    fn bitor(self, other: PageMask) -> PageMask {
+        PageMask(self.0 | other.0)
+    }
+}
+
+impl std::ops::BitOrAssign for PageMask {
+    fn bitor_assign(&mut self, other: PageMask) {
+        self.0 |= other.0;
+    }
+}
+
+impl fmt::Debug for PageMask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PageMask({:016b})", self.0)
+    }
+}
+
+/// A run of pages of one storage.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PageRange {
+    pub first: u64,
+    pub count: u64,
+}
+
+impl PageRange {
+    /// The pages that bytes `offset..offset + len` touch.
+    pub fn covering(offset: u64, len: u64) -> PageRange {
+        let page = PAGE_BYTES as u64;
+        let first = offset / page;
+        let end = offset.saturating_add(len).div_ceil(page);
+        PageRange { first, count: end.saturating_sub(first) }
+    }
+    pub fn end(self) -> u64 {
+        self.first.saturating_add(self.count)
+    }
+    pub fn bytes(self) -> u64 {
+        self.count * PAGE_BYTES as u64
+    }
+    pub fn overlaps(self, other: PageRange) -> bool {
+        self.first < other.end() && other.first < self.end()
+    }
+    /// The same pages, block by block.
+    pub fn blocks(self) -> impl Iterator<Item = (BlockIndex, PageMask)> {
+        let mut at = self.first;
+        let end = self.end();
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let block = at / PAGES_PER_BLOCK;
+            let within = at % PAGES_PER_BLOCK;
+            let count = (PAGES_PER_BLOCK - within).min(end - at);
+            at += count;
+            Some((BlockIndex(block), PageMask::run(within, count)))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_a_mask_are_maximal_and_ascending() {
+        for mask in 0..=u16::MAX {
+            let runs: Vec<_> = PageMask(mask).runs().collect();
+            let back = runs.iter().fold(PageMask::NONE, |m, (first, count)| m | PageMask::run(*first, *count));
+            assert_eq!(back, PageMask(mask));
+            assert!(runs.windows(2).all(|w| w[0].0 + w[0].1 < w[1].0), "{runs:?}");
+        }
+    }
+
+    #[test]
+    fn a_range_splits_into_its_blocks() {
+        let blocks: Vec<_> = PageRange { first: 14, count: 20 }.blocks().collect();
+        assert_eq!(
+            blocks,
+            [
+                (BlockIndex(0), PageMask::run(14, 2)),
+                (BlockIndex(1), PageMask::ALL),
+                (BlockIndex(2), PageMask::run(0, 2))
+            ]
+        );
+        assert_eq!(PageRange::covering(4095, 2), PageRange { first: 0, count: 2 });
+        assert_eq!(PageRange::covering(4096, 0).count, 0);
+    }
+}
