@@ -1,1 +1,24 @@
-//! cache
+//! A block cache for virtual machine disks: RAM and SSD tiers in front of slow storage, filled on demand and ahead of it.
+//!
+//! - [`Cache`]: the whole: opens storages, takes prefetches, answers questions
+//! - [`disk`]: storages and disks on their shard: reads, writes, prefetch
+//! - [`policy`]: what is cached where, what leaves, what is prefetched (sans-I/O)
+//! - [`arena`]: the RAM tier's memory
+//! - [`ssd`]: the SSD tier's format and index
+//! - [`backend`]: the stores: raw files, block devices, NBD exports
+//! - [`engine`]: event loops over io_uring, with owned buffers
+//! - [`access`]: what guests did, for the learner; [`counters`]: how it went
+//! - [`types`]: pages, blocks, masks
+
+pub mod access;
+pub mod arena;
+pub mod backend;
+mod cache;
+pub mod counters;
+pub mod disk;
+pub mod engine;
+pub mod policy;
+pub mod ssd;
+pub mod types;
+
+pub use cache::{Cache, CacheConfig, OpenError, StorageHandle};

@@ -1,1 +1,5 @@
 //! integration
+
+pub mod api;
+pub mod export;
+pub mod libvirt;

@@ -1,1 +1,34 @@
-//! predictor
+//! Access prediction for one storage: which pages its virtual machines read next, how likely, and when.
+//!
+//! Pure and deterministic: no I/O, no clock (time comes in as `at_us`), no threads. One [`AccessPredictor`] serves one
+//! storage and any number of virtual machines on it; it is fed with [`Access`]es and drained of [`Candidate`]s.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`access`] | the words exchanged with the outside: access, candidate, outcome, phase |
+//! | [`predictor`] | the one interface: observe, predict, outcome; weighs the experts against each other |
+//! | [`profile`] | what was learned, as bytes: magic, version, checksum; and its summary |
+//! | `streams` | expert: interleaved sequential, backward and constant-stride streams |
+//! | `ledger` | what was touched and proposed lately; labels proposals; expert: rest of a touched block |
+//! | `markov` | expert: contexts over blocks, deltas and skipped accesses |
+//! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
+//! | `burst` | expert: first-touch sets of unnamed activity, recognised by their first blocks |
+//! | `odds`, `pageset`, `wire` | calibration counts, page masks, byte encoding |
+
+pub mod access;
+mod burst;
+mod ledger;
+mod markov;
+mod odds;
+mod pageset;
+mod phase;
+pub mod predictor;
+pub mod profile;
+mod record;
+mod replay;
+mod streams;
+mod wire;
+
+pub use access::{Access, BLOCK_PAGES, Candidate, Expert, Op, Outcome, PAGE_BYTES, Phase};
+pub use predictor::{AccessConfig, AccessPredictor, AccessStats};
+pub use profile::{PhaseSummary, ProfileError, ProfileSummary};

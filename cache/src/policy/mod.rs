@@ -35,6 +35,7 @@ use hashbrown::HashTable;
 use list::{Link, List};
 use rustc_hash::FxHasher;
 use slab::Slab;
+use std::collections::VecDeque;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -64,6 +65,8 @@ pub struct CoreConfig {
     pub budget: BudgetConfig,
     /// Pages that may wait for budget, for each storage.
     pub queue_pages: u64,
+    /// Whether there is an SSD tier for used blocks to go to.
+    pub destage: bool,
 }
 
 impl CoreConfig {
@@ -76,6 +79,7 @@ impl CoreConfig {
             budget: BudgetConfig::default(),
             // 1 GiB of pages: bounds the queue's memory at some 20 MiB a storage in the worst case.
             queue_pages: 1 << 18,
+            destage: false,
         }
     }
 }
@@ -142,6 +146,8 @@ struct Storage {
     queue: PrefetchQueue,
     budget: Budget,
     counters: PrefetchCounters,
+    /// Blocks to write to the SSD tier, oldest first, with the time they were queued.
+    destage: VecDeque<(u32, BlockIndex, Duration)>,
 }
 
 /// Occupancy of the RAM tier.
@@ -173,7 +179,6 @@ pub struct Core {
     storages: Vec<Option<Storage>>,
     outcomes: Vec<Outcome>,
     outcomes_dropped: u64,
-    destage: std::collections::VecDeque<(u32, Key, u32)>,
 }
 
 impl Core {
@@ -209,7 +214,6 @@ impl Core {
             storages: Vec::new(),
             outcomes: Vec::new(),
             outcomes_dropped: 0,
-            destage: std::collections::VecDeque::new(),
         }
     }
 
@@ -228,6 +232,7 @@ impl Core {
                     queue: PrefetchQueue::new(self.config.queue_pages),
                     budget: Budget::new(self.config.budget),
                     counters: PrefetchCounters::default(),
+                    destage: VecDeque::new(),
                 });
             }
         }

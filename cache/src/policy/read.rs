@@ -23,14 +23,20 @@ pub struct BlockPlan {
 impl Core {
     /// The fast path: if every page of `range` is valid, counts the use and passes each slot to `pin`.
     /// Returns whether it did; nothing is counted otherwise.
-    pub fn read_hit(&mut self, storage: StorageId, range: PageRange, mut pin: impl FnMut(BlockIndex, u32)) -> bool {
+    pub fn read_hit(
+        &mut self,
+        storage: StorageId,
+        range: PageRange,
+        now: Duration,
+        mut pin: impl FnMut(BlockIndex, u32),
+    ) -> bool {
         let all = range.blocks().all(|(block, mask)| {
             self.find(Key { storage, block }).is_some_and(|slot| self.entries[slot as usize].valid.contains(mask))
         });
         if all {
             for (block, mask) in range.blocks() {
                 if let Some(slot) = self.find(Key { storage, block }) {
-                    self.demand(slot, mask);
+                    self.demand(slot, mask, now);
                     pin(block, slot);
                 }
             }
@@ -39,7 +45,7 @@ impl Core {
     }
 
     /// Demand wants these pages of a resident block: counts the use, settles prefetches.
-    fn demand(&mut self, slot: u32, mask: PageMask) {
+    fn demand(&mut self, slot: u32, mask: PageMask, now: Duration) {
         let entry = &mut self.entries[slot as usize];
         let used = entry.unused & mask;
         // A use is a *second* read of a page: going through a block page by page is one use, not sixteen.
@@ -52,7 +58,7 @@ impl Core {
             self.report(slot, used.minus(late), OutcomeKind::Used);
             self.report(slot, late, OutcomeKind::Late);
         }
-        self.queue_destage(slot);
+        self.queue_destage(slot, now);
     }
 
     /// Plans a read of pages of one block. Pages in `fill` are claimed for the caller; the slot must be pinned before
@@ -78,8 +84,8 @@ impl Core {
         let hit = entry.valid & wanted;
         let wait = entry.filling & wanted;
         let fill = wanted.minus(hit | wait);
-        self.demand(slot, hit | wait);
         self.begin_fill(slot, fill);
+        self.demand(slot, hit | wait, now);
         BlockPlan { block, wanted, slot: Some(slot), hit, wait, fill }
     }
 
@@ -123,6 +129,13 @@ impl Core {
         extra
     }
 
+    /// Whether any of these pages of the block in `slot` is still being filled.
+    pub fn is_filling(&self, slot: u32, block: BlockIndex, mask: PageMask) -> bool {
+        self.entries
+            .get(slot as usize)
+            .is_some_and(|entry| entry.key.block == block && !(entry.filling & mask).is_empty())
+    }
+
     /// Frees a slot that a read left empty (failed or cancelled fill), once its pins are gone.
     pub fn settle(&mut self, slot: u32) {
         if (slot as usize) < self.entries.len() {
@@ -137,10 +150,12 @@ impl Core {
         }
     }
 
-    /// The SSD tier has lost everything it held.
-    pub fn ssd_emptied(&mut self) {
+    /// The SSD tier has lost what it held, of one storage or of all.
+    pub fn ssd_emptied(&mut self, storage: Option<StorageId>) {
         for entry in &mut self.entries {
-            entry.on_ssd = PageMask::NONE;
+            if storage.is_none_or(|id| entry.key.storage == id) {
+                entry.on_ssd = PageMask::NONE;
+            }
         }
     }
 
@@ -150,42 +165,47 @@ impl Core {
         Some((slot, self.entries[slot as usize].valid))
     }
 
-    fn queue_destage(&mut self, slot: u32) {
+    /// Notes that a block has pages for the SSD tier, once.
+    pub(super) fn queue_destage(&mut self, slot: u32, now: Duration) {
         let entry = &mut self.entries[slot as usize];
-        if !entry.destage_queued && entry.place != Place::Free {
-            entry.destage_queued = true;
-            let (key, version) = (entry.key, entry.version);
-            self.destage.push_back((slot, key, version));
+        let kept = (entry.valid | entry.filling).minus(entry.unused);
+        if !self.config.destage || entry.destage_queued || entry.on_ssd.contains(kept) {
+            return;
+        }
+        let key = entry.key;
+        if let Some(state) = self.storages.get_mut(key.storage.0 as usize).and_then(Option::as_mut) {
+            self.entries[slot as usize].destage_queued = true;
+            state.destage.push_back((slot, key.block, now));
         }
     }
 
-    /// The next block whose used pages the SSD tier does not hold yet: `(storage, block, slot, pages, version)`.
-    /// The caller copies the pages out before it lets go of the lock.
-    pub fn next_destage(&mut self) -> Option<(StorageId, BlockIndex, u32, PageMask, u32)> {
-        while let Some((slot, key, _)) = self.destage.pop_front() {
+    /// The next block of a storage whose used pages the SSD tier does not hold yet and that was queued before
+    /// `before`: more pages of a block tend to follow the first. `(block, slot, pages, version)`; the caller copies the
+    /// pages out before it lets go of the lock, and reports with [`Core::finish_destage`].
+    pub fn next_destage(&mut self, storage: StorageId, before: Duration) -> Option<(BlockIndex, u32, PageMask, u32)> {
+        loop {
+            let state = self.storages.get_mut(storage.0 as usize)?.as_mut()?;
+            let (slot, block, _) = *state.destage.front().filter(|(_, _, queued)| *queued <= before)?;
+            state.destage.pop_front();
+            let key = Key { storage, block };
             let entry = &mut self.entries[slot as usize];
             if entry.place == Place::Free || entry.key != key {
                 continue;
             }
             entry.destage_queued = false;
-            let kept = entry.valid.minus(entry.unused);
-            if kept.minus(entry.on_ssd).is_empty() {
-                continue;
-            }
-            if !(self.pages_under_write(key.storage, key.block) & kept).is_empty() {
-                // A write will bump the version anyway; its own end queues the block again.
-                continue;
-            }
-            let entry = &self.entries[slot as usize];
             // The whole block goes, so that a slot of the SSD tier is written once and never patched.
-            return Some((key.storage, key.block, slot, kept, entry.version));
+            let (kept, version) = (entry.valid.minus(entry.unused), entry.version);
+            if entry.on_ssd.contains(kept) || !(self.pages_under_write(storage, block) & kept).is_empty() {
+                // A write queues the block again when it ends.
+                continue;
+            }
+            return Some((block, slot, kept, version));
         }
-        None
     }
 
-    /// Blocks that wait to be written to the SSD tier.
-    pub fn destage_backlog(&self) -> usize {
-        self.destage.len()
+    /// Blocks of a storage that wait to be written to the SSD tier.
+    pub fn destage_backlog(&self, storage: StorageId) -> usize {
+        self.storages.get(storage.0 as usize).and_then(Option::as_ref).map_or(0, |state| state.destage.len())
     }
 
     /// Whether the block still is what was copied at `version`, and if so takes note that the SSD tier has `mask`.
@@ -202,9 +222,5 @@ impl Core {
                 true
             }
         }
-    }
-
-    pub(super) fn requeue_destage(&mut self, slot: u32) {
-        self.queue_destage(slot);
     }
 }

@@ -76,11 +76,11 @@ fn a_write_that_overtakes_a_fill_keeps_old_bytes_out_of_the_cache() {
     let (mut core, _) = core(4);
     let plan = core.plan_read(DISK, BlockIndex(0), PageMask::ALL, at(0));
     let write = core.begin_write(DISK, 8192, 4096).unwrap();
-    core.end_write(DISK, write, WriteEnd::Written, |_, _, _| panic!("nothing is valid yet"));
+    core.end_write(DISK, write, WriteEnd::Written, at(0), |_, _, _| panic!("nothing is valid yet"));
     let valid = core.finish_fill(plan.slot.unwrap(), plan.fill, true);
     assert_eq!(valid, PageMask::ALL.minus(PageMask::run(2, 1)));
-    assert!(!core.read_hit(DISK, range(2, 1), |_, _| {}));
-    assert!(core.read_hit(DISK, range(3, 13), |_, _| {}));
+    assert!(!core.read_hit(DISK, range(2, 1), at(0), |_, _| {}));
+    assert!(core.read_hit(DISK, range(3, 13), at(0), |_, _| {}));
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn a_fill_that_starts_under_a_write_is_not_kept() {
     let (mut core, _) = core(4);
     let write = core.begin_write(DISK, 0, 4096).unwrap();
     let plan = core.plan_read(DISK, BlockIndex(0), PageMask::run(0, 2), at(0));
-    core.end_write(DISK, write, WriteEnd::Written, |_, _, _| {});
+    core.end_write(DISK, write, WriteEnd::Written, at(0), |_, _, _| {});
     assert_eq!(core.finish_fill(plan.slot.unwrap(), plan.fill, true), PageMask::run(1, 1));
 }
 
@@ -98,10 +98,10 @@ fn overlapping_writes_invalidate_instead_of_guessing_their_order() {
     fill_block(&mut core, 0, PageMask::ALL, at(0));
     let first = core.begin_write(DISK, 0, 4096).unwrap();
     let second = core.begin_write(DISK, 512, 512).unwrap();
-    core.end_write(DISK, second, WriteEnd::Written, |_, _, _| panic!("conflict"));
-    core.end_write(DISK, first, WriteEnd::Written, |_, _, _| panic!("conflict"));
-    assert!(!core.read_hit(DISK, range(0, 1), |_, _| {}));
-    assert!(core.read_hit(DISK, range(1, 15), |_, _| {}));
+    core.end_write(DISK, second, WriteEnd::Written, at(0), |_, _, _| panic!("conflict"));
+    core.end_write(DISK, first, WriteEnd::Written, at(0), |_, _, _| panic!("conflict"));
+    assert!(!core.read_hit(DISK, range(0, 1), at(0), |_, _| {}));
+    assert!(core.read_hit(DISK, range(1, 15), at(0), |_, _| {}));
 }
 
 #[test]
@@ -110,9 +110,9 @@ fn a_partial_write_patches_a_valid_page_and_leaves_an_invalid_one_alone() {
     fill_block(&mut core, 0, PageMask::run(0, 1), at(0));
     let write = core.begin_write(DISK, 2048, 4096).unwrap();
     let mut updates = Vec::new();
-    core.end_write(DISK, write, WriteEnd::Written, |block, _, mask| updates.push((block, mask)));
+    core.end_write(DISK, write, WriteEnd::Written, at(0), |block, _, mask| updates.push((block, mask)));
     assert_eq!(updates, [(BlockIndex(0), PageMask::run(0, 1))]);
-    assert!(!core.read_hit(DISK, range(1, 1), |_, _| {}));
+    assert!(!core.read_hit(DISK, range(1, 1), at(0), |_, _| {}));
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn an_unused_prefetch_leaves_before_anything_that_was_used() {
     let counters = core.prefetch_counters(DISK);
     assert_eq!((counters.evicted_unused, counters.used), (48, 0));
     for block in 10..17 {
-        assert!(core.read_hit(DISK, range(block * 16, 16), |_, _| {}), "block {block} was in use");
+        assert!(core.read_hit(DISK, range(block * 16, 16), at(0), |_, _| {}), "block {block} was in use");
     }
 }
 
@@ -161,7 +161,7 @@ fn demand_for_a_page_in_flight_counts_as_late_and_once() {
     let plan = core.plan_read(DISK, BlockIndex(0), PageMask::run(0, 2), at(1));
     assert_eq!((plan.wait, plan.fill), (PageMask::run(0, 2), PageMask::NONE));
     finish(&mut core, &fetched, true);
-    assert!(core.read_hit(DISK, range(0, 4), |_, _| {}));
+    assert!(core.read_hit(DISK, range(0, 4), at(0), |_, _| {}));
     let counters = core.prefetch_counters(DISK);
     assert_eq!((counters.issued, counters.used, counters.late), (4, 4, 2));
     let kinds: Vec<_> = core.take_outcomes().0.iter().map(|o| (o.kind, o.pages.count(), o.tag)).collect();
@@ -184,11 +184,11 @@ fn demand_takes_queued_pages_out_of_the_queue() {
 fn a_block_used_twice_survives_a_scan() {
     let (mut core, _) = core(10);
     fill_block(&mut core, 0, PageMask::ALL, at(0));
-    assert!(core.read_hit(DISK, range(0, 1), |_, _| {}));
+    assert!(core.read_hit(DISK, range(0, 1), at(0), |_, _| {}));
     for block in 1..39 {
         fill_block(&mut core, block, PageMask::ALL, at(block));
     }
-    assert!(core.read_hit(DISK, range(0, 16), |_, _| {}));
+    assert!(core.read_hit(DISK, range(0, 16), at(0), |_, _| {}));
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn no_slot_is_taken_from_a_reader() {
     assert_eq!(core.plan_read(DISK, BlockIndex(2), PageMask::ALL, at(0)).slot, None, "one read, one filling");
     core.finish_fill(second.slot.unwrap(), second.fill, true);
     assert_eq!(core.plan_read(DISK, BlockIndex(2), PageMask::ALL, at(0)).slot, second.slot);
-    assert!(core.read_hit(DISK, range(0, 16), |_, _| {}));
+    assert!(core.read_hit(DISK, range(0, 16), at(0), |_, _| {}));
     holds.release(first.slot.unwrap());
 }
 
@@ -270,7 +270,7 @@ impl Model {
             Op::Read { first, count } => {
                 let wanted = range(first, count);
                 let mut pinned = Vec::new();
-                if self.core.read_hit(DISK, wanted, |block, slot| pinned.push((block, slot))) {
+                if self.core.read_hit(DISK, wanted, at(0), |block, slot| pinned.push((block, slot))) {
                     for (block, mask) in wanted.blocks() {
                         let slot = pinned.iter().find(|(b, _)| *b == block).unwrap().1;
                         for page in (0..16).filter(|p| mask.has(*p)) {
@@ -324,7 +324,7 @@ impl Model {
                 }
                 let (store, memory) = (&self.store, &mut self.memory);
                 let end = if fails { WriteEnd::Changed } else { WriteEnd::Written };
-                self.core.end_write(DISK, id, end, |block, slot, mask| {
+                self.core.end_write(DISK, id, end, now, |block, slot, mask| {
                     for page in (0..16).filter(|p| mask.has(*p)) {
                         memory.insert((slot, page), store[(block.0 * 16 + page) as usize]);
                     }

@@ -6,6 +6,7 @@
 
 use super::{Core, Key};
 use crate::types::{BlockIndex, PAGE_BYTES, PageMask, PageRange, StorageId};
+use std::time::Duration;
 
 /// A write, discard or write-zeroes that the store has not acknowledged.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +62,7 @@ impl Core {
         storage: StorageId,
         id: WriteId,
         end: WriteEnd,
+        now: Duration,
         mut update: impl FnMut(BlockIndex, u32, PageMask),
     ) {
         let Some(state) = self.storages.get_mut(storage.0 as usize).and_then(Option::as_mut) else { return };
@@ -85,7 +87,7 @@ impl Core {
             self.report(slot, unused, super::OutcomeKind::Evicted);
             if !updated.is_empty() {
                 update(block, slot, updated);
-                self.requeue_destage(slot);
+                self.queue_destage(slot, now);
             }
         }
     }

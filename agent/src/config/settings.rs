@@ -1,0 +1,244 @@
+//! Every setting, declared once: type, default, check, what it takes to change it, and its description. From this list come the types,
+//! the reader, the commented reference file and the comparison on reload.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::reader::{Problems, Section};
+use super::value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit, Setting};
+use super::{Change, reference};
+
+/// Any value of the type is fine.
+fn any<T>(_: &T) -> Result<(), String> {
+    Ok(())
+}
+
+fn at_least(min: Bytes) -> impl Fn(&Bytes) -> Result<(), String> {
+    move |size| match *size >= min {
+        true => Ok(()),
+        false => Err(format!("{} is too small; at least {} is needed", shown(size), shown(&min))),
+    }
+}
+
+fn between(min: u32, max: u32) -> impl Fn(&u32) -> Result<(), String> {
+    move |number| match (min..=max).contains(number) {
+        true => Ok(()),
+        false => Err(format!("{number} is out of range; it is {min} to {max}")),
+    }
+}
+
+fn lasts(min: Duration, max: Duration) -> impl Fn(&Duration) -> Result<(), String> {
+    move |duration| match (min..=max).contains(duration) {
+        true => Ok(()),
+        false => Err(format!("{} is out of range; it is {} to {}", shown(duration), shown(&min), shown(&max))),
+    }
+}
+
+fn shown<T: Setting>(value: &T) -> String {
+    value.show().unwrap_or_default()
+}
+
+fn log_filter(filter: &String) -> Result<(), String> {
+    match tracing_subscriber::EnvFilter::builder().parse(filter) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("`{filter}` is not a log filter ({error}); use error, warn, info, debug or trace")),
+    }
+}
+
+fn ram_size(size: &RamSize) -> Result<(), String> {
+    match size {
+        RamSize::Bytes(bytes) => at_least(Bytes::mib(16))(&Bytes(*bytes)),
+        RamSize::Percent(_) => Ok(()),
+    }
+}
+
+fn probability(value: &f64) -> Result<(), String> {
+    match (0.0..=1.0).contains(value) {
+        true => Ok(()),
+        false => Err(format!("{value} is not a probability; it is 0 to 1")),
+    }
+}
+
+fn shards(count: &Count) -> Result<(), String> {
+    match count {
+        Count::Auto => Ok(()),
+        Count::Fixed(number) => between(1, 64)(number),
+    }
+}
+
+fn rate(limit: &RateLimit) -> Result<(), String> {
+    match limit {
+        RateLimit::Unlimited => Ok(()),
+        RateLimit::BytesPerSecond(bytes) => at_least(Bytes::mib(1))(&Bytes(*bytes)),
+    }
+}
+
+fn power_of_two(number: &u32) -> Result<(), String> {
+    match number.is_power_of_two() && (16..=1024).contains(number) {
+        true => Ok(()),
+        false => Err(format!("{number} is not allowed; it is a power of two, 16 to 1024")),
+    }
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+
+macro_rules! sections {
+    ($($(#[doc = $about:literal])* $name:ident: $Type:ident {
+        $($(#[doc = $doc:literal])* $field:ident: $ty:ty = $default:expr, $check:expr, $effect:ident;)*
+    })*) => {
+        $(
+            $(#[doc = $about])*
+            #[derive(Debug, Clone, PartialEq)]
+            pub struct $Type { $($(#[doc = $doc])* pub $field: $ty,)* }
+
+            impl Default for $Type {
+                fn default() -> Self {
+                    Self { $($field: $default,)* }
+                }
+            }
+
+            impl $Type {
+                fn read(mut section: Section, problems: &mut Problems) -> Self {
+                    let read = Self { $($field: section.get(stringify!($field), $default, $check, problems),)* };
+                    section.finish(problems, section_of);
+                    read
+                }
+            }
+        )*
+
+        /// Names of the sections.
+        pub(super) const SECTIONS: &[&str] = &[$(stringify!($name)),*];
+
+        fn section_of(key: &str) -> Option<&'static str> {
+            $($(if key == stringify!($field) { return Some(stringify!($name)); })*)*
+            None
+        }
+
+        /// All sections.
+        #[derive(Debug, Clone, PartialEq, Default)]
+        pub struct Sections { $($(#[doc = $about])* pub $name: $Type,)* }
+
+        impl Sections {
+            pub(super) fn read(mut take: impl FnMut(&'static str, &mut Problems) -> Section, problems: &mut Problems) -> Self {
+                Self { $($name: { let section = take(stringify!($name), problems); $Type::read(section, problems) },)* }
+            }
+
+            pub(super) fn reference(&self, out: &mut reference::Writer) {
+                $(
+                    out.section(stringify!($name), &[$($about),*]);
+                    $(out.key(stringify!($field), &[$($doc),*], self.$name.$field.show());)*
+                )*
+            }
+
+            pub(super) fn diff(&self, new: &Self, out: &mut Vec<Change>) {
+                $($(
+                    if self.$name.$field != new.$name.$field {
+                        out.push(Change {
+                            key: concat!(stringify!($name), ".", stringify!($field)).to_owned(),
+                            needs_restart: sections!(@restart $effect),
+                            old: self.$name.$field.show(),
+                            new: new.$name.$field.show(),
+                        });
+                    }
+                )*)*
+            }
+        }
+    };
+    (@restart restart) => { true };
+    (@restart reload) => { false };
+}
+
+sections! {
+    /// The daemon itself.
+    daemon: Daemon {
+        /// Folder of the database. An absolute path; made if missing.
+        state_dir: PathBuf = PathBuf::from("/var/lib/prestage"), any, restart;
+        /// Folder of the sockets. An absolute path; made if missing. Keep it short: a socket path holds 107 bytes.
+        run_dir: PathBuf = PathBuf::from("/run/prestage"), any, restart;
+        /// What is logged: error, warn, info, debug, trace, or filters such as "info,prestage_cache=debug".
+        log: String = "info".to_owned(), log_filter, reload;
+    }
+
+    /// The cache: write-through, it never holds the only copy of anything.
+    cache: Cache {
+        /// Size of the RAM tier: a size of at least 16MiB, or a share of the host's memory above 0% and at most 90%.
+        ram_size: RamSize = RamSize::Percent(10.0), ram_size, restart;
+        /// Huge pages for the RAM tier: "try", "no" or "require" (then the daemon does not start without them).
+        huge_pages: HugePages = HugePages::Try, any, restart;
+        /// File or block device of the SSD tier. Unset: no SSD tier. Example: ssd_path = "/var/cache/prestage/cache.ssd"
+        ssd_path: Option<PathBuf> = None, any, restart;
+        /// Size of the SSD tier, at least 64MiB. Of a block device, at most the device is used.
+        ssd_size: Bytes = Bytes::gib(16), at_least(Bytes::mib(64)), restart;
+        /// Event-loop threads: "auto" (one for each four CPUs, 1 to 8) or 1 to 64.
+        shards: Count = Count::Auto, shards, restart;
+        /// What carries out I/O: "auto" (io_uring where allowed, else threads), "io_uring" or "thread_pool".
+        engine: Engine = Engine::Auto, any, restart;
+    }
+
+    /// Reading ahead of the guest.
+    prefetch: Prefetch {
+        /// Off: guests are served and learned from, nothing is read ahead.
+        enabled: bool = true, any, reload;
+        /// Lowest probability, 0 to 1, at which a predicted block is read ahead.
+        threshold: f64 = 0.5, probability, reload;
+        /// Most bytes being read ahead at once, for each store; at least 1MiB.
+        max_bytes_in_flight: Bytes = Bytes::mib(16), at_least(Bytes::mib(1)), reload;
+        /// Most bytes a second read ahead, for each store: "unlimited" or at least "1MiB/s". Guests' own reads are never limited.
+        rate_per_store: RateLimit = RateLimit::Unlimited, rate, reload;
+    }
+
+    /// Backing stores.
+    store: StoreSettings {
+        /// Connections to one NBD server that allows several, 1 to 16.
+        nbd_connections: u32 = 4, between(1, 16), restart;
+        /// How long requests wait for a lost store to come back before the guest gets an error; 1s to 24h.
+        retry_for: Duration = Duration::from_secs(60), lasts(SECOND, HOUR * 24), restart;
+        /// How long one request may take before its connection counts as dead; 1s to 1h.
+        request_timeout: Duration = Duration::from_secs(30), lasts(SECOND, HOUR), restart;
+    }
+
+    /// Sockets through which hypervisors reach their disks.
+    export: ExportSettings {
+        /// Permission bits of the disks' sockets, in octal.
+        socket_mode: Mode = Mode(0o660), any, restart;
+        /// Group that owns them, such as the one QEMU runs in. Unset: the daemon's. Example: socket_group = "kvm"
+        socket_group: Option<String> = None, any, restart;
+        /// Most queues of a disk, 1 to 64. The guest uses as many as it likes of them, at most one per vCPU.
+        max_queues: u32 = 8, between(1, 64), restart;
+        /// Requests a queue holds: a power of two, 16 to 1024.
+        queue_size: u32 = 256, power_of_two, restart;
+    }
+
+    /// The connection to libvirt.
+    libvirt: Libvirt {
+        /// Off: disks are served, machines are neither watched nor changed.
+        enabled: bool = true, any, restart;
+        /// Which hypervisor.
+        uri: String = "qemu:///system".to_owned(), any, restart;
+        /// How long one call may take; 1s to 1h.
+        timeout: Duration = Duration::from_secs(30), lasts(SECOND, HOUR), restart;
+    }
+
+    /// What is learned and kept.
+    learner: Learner {
+        /// Keep a history of accesses, for analysis and training.
+        history: bool = true, any, reload;
+        /// Days the history is kept, 1 to 3650.
+        retention_days: u32 = 30, between(1, 3650), reload;
+        /// Most bytes of history, at least 1MiB; the oldest goes first.
+        retention_bytes: Bytes = Bytes::gib(1), at_least(Bytes::mib(1)), reload;
+        /// How often profiles are saved; what was learned since is lost when the daemon is killed. 1s to 24h.
+        save_interval: Duration = Duration::from_secs(30), lasts(SECOND, HOUR * 24), reload;
+    }
+
+    /// The control socket, which prestagectl uses.
+    api: Api {
+        /// Socket path. Unset: `prestaged.sock` in `daemon.run_dir`. Example: socket = "/run/prestage/prestaged.sock"
+        socket: Option<PathBuf> = None, any, restart;
+        /// Permission bits, in octal. Who may connect may change everything.
+        mode: Mode = Mode(0o660), any, restart;
+        /// Group that owns the socket. Unset: the daemon's. Example: group = "prestage"
+        group: Option<String> = None, any, restart;
+    }
+}

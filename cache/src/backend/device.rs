@@ -1,0 +1,230 @@
+//! Opening and measuring a file or block device. Everything here may block and runs off the shard's thread.
+//!
+//! - [`Opened`], [`open`]: descriptors, size, alignment, lock
+//! - [`measure`]: size and stamp again
+//! - [`discard`]: `BLKDISCARD`
+//!
+//! Leaf module: `statx` and `ioctl` are called here.
+//!
+//! **Locks.** A writer takes `flock(LOCK_EX)`, a reader `LOCK_SH`, so that two daemons never serve one store writable. In
+//! addition the bytes are locked by which QEMU marks its own images (`block/file-posix.c`: byte 100 + n says "I hold
+//! permission n", byte 200 + n "I don't share permission n", writing is permission 1): QEMU then refuses an image that
+//! is served here, and an image that a QEMU writes to is refused here.
+
+use super::error::StoreError;
+use super::{SECTOR_BYTES, Stamp, StoreOptions};
+use nix::fcntl::{FcntlArg, fcntl};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Seek, SeekFrom};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{io, thread};
+
+/// Image formats whose raw bytes are never what an operator wants to boot from: offset, magic, name.
+const FORMATS: [(usize, &[u8], &str); 6] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"conectix", "vpc"),
+];
+/// QEMU's lock bytes for "I write" and "nobody else may write".
+const QEMU_WRITES: i64 = 101;
+const QEMU_KEEPS_WRITERS_OUT: i64 = 201;
+
+pub(super) struct Opened {
+    pub(super) path: PathBuf,
+    /// Holds the locks; goes through the page cache.
+    pub(super) buffered: OwnedFd,
+    pub(super) direct: Option<OwnedFd>,
+    /// Unit of offsets and lengths for direct I/O; 512 without it.
+    pub(super) align_bytes: u32,
+    pub(super) is_block: bool,
+    pub(super) read_only: bool,
+    pub(super) stamp: Stamp,
+}
+
+/// # Errors
+/// See [`super::open`].
+pub(super) fn open(path: &Path, options: &StoreOptions) -> Result<Opened, StoreError> {
+    let given = format!("file:{}", path.display());
+    let fail = |error: io::Error| StoreError::from_io(&given, "open", &error);
+    let path = path.canonicalize().map_err(fail)?;
+    let store = format!("file:{}", path.display());
+    // Looked at before opening: opening a pipe would hang, and opening some devices has effects.
+    let kind = path.metadata().map_err(fail)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(StoreError::NotADisk { store });
+    }
+    let file = match OpenOptions::new().read(true).write(!options.read_only).custom_flags(libc::O_NONBLOCK).open(&path) {
+        Err(error) if error.raw_os_error() == Some(libc::EROFS) => return Err(StoreError::ReadOnly { store }),
+        other => other.map_err(fail)?,
+    };
+    let stamp = measure(&store, &file)?;
+    if !options.force_raw {
+        refuse_formats(&store, &file)?;
+    }
+    lock(&store, &file, !options.read_only)?;
+    let (direct, align_bytes) = match options.direct.then(|| open_direct(&path, &file, options.read_only)) {
+        Some(Ok((direct, align))) => (Some(OwnedFd::from(direct)), align),
+        Some(Err(reason)) => {
+            tracing::info!("{store}: no direct I/O here ({reason}); reads go through the host's page cache as well");
+            (None, SECTOR_BYTES as u32)
+        }
+        None => (None, SECTOR_BYTES as u32),
+    };
+    Ok(Opened {
+        path,
+        buffered: file.into(),
+        direct,
+        align_bytes,
+        is_block: kind.is_block_device(),
+        read_only: options.read_only,
+        stamp,
+    })
+}
+
+/// Size and identity of the file's present state.
+///
+/// # Errors
+/// `BadSize`, or `Io`.
+pub(super) fn measure(store: &str, mut file: &File) -> Result<Stamp, StoreError> {
+    let fail = |error: io::Error| StoreError::from_io(store, "stat", &error);
+    let meta = file.metadata().map_err(fail)?;
+    // Block devices have no size of their own in `stat`; seeking to the end works for both. The position that this
+    // moves is used by nobody.
+    let size_bytes = file.seek(SeekFrom::End(0)).map_err(fail)?;
+    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) || i64::try_from(size_bytes).is_err() {
+        return Err(StoreError::BadSize { store: store.to_owned(), size_bytes });
+    }
+    let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+    Ok(Stamp {
+        size_bytes,
+        mtime_ns: nanos(meta.mtime(), meta.mtime_nsec()),
+        ctime_ns: nanos(meta.ctime(), meta.ctime_nsec()),
+        inode: meta.ino(),
+        // A device node can be made anew on another file system: the device it stands for is what counts.
+        device: if meta.file_type().is_block_device() { meta.rdev() } else { meta.dev() },
+    })
+}
+
+fn refuse_formats(store: &str, file: &File) -> Result<(), StoreError> {
+    let mut head = [0; 512];
+    file.read_exact_at(&mut head, 0).map_err(|error| StoreError::from_io(store, "read", &error))?;
+    match FORMATS.into_iter().find(|(at, magic, _)| head[*at..].starts_with(magic)) {
+        Some((_, _, format)) => Err(StoreError::NotRaw { store: store.to_owned(), format }),
+        None => Ok(()),
+    }
+}
+
+fn lock(store: &str, file: &File, writer: bool) -> Result<(), StoreError> {
+    let locked = |writer| StoreError::Locked { store: store.to_owned(), writer };
+    // udev holds a lock for a moment while it looks at a block device.
+    let mut attempts = 10;
+    loop {
+        match if writer { file.try_lock() } else { file.try_lock_shared() } {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) if attempts > 0 => {
+                attempts -= 1;
+                thread::sleep(Duration::from_millis(20));
+            }
+            // Against readers a shared lock succeeds.
+            Err(TryLockError::WouldBlock) => return Err(locked(!writer || file.try_lock_shared().is_err())),
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!("{store} cannot be locked against other daemons: {error}");
+                break;
+            }
+        }
+    }
+    qemu_locks(store, file, writer)
+}
+
+fn qemu_locks(store: &str, file: &File, writer: bool) -> Result<(), StoreError> {
+    let range = |kind: i32, start: i64| libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: 1,
+        l_pid: 0,
+    };
+    let taken = |start| {
+        let mut probe = range(libc::F_WRLCK, start);
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok() && i32::from(probe.l_type) != libc::F_UNLCK
+    };
+    // Whoever writes now, or does not let us write.
+    if taken(QEMU_WRITES) || (writer && taken(QEMU_KEEPS_WRITERS_OUT)) {
+        return Err(StoreError::Locked { store: store.to_owned(), writer: taken(QEMU_WRITES) });
+    }
+    for start in [QEMU_WRITES, QEMU_KEEPS_WRITERS_OUT].into_iter().skip(usize::from(!writer)) {
+        if let Err(errno) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, start))) {
+            tracing::debug!("{store}: no lock against QEMU: {errno}");
+        }
+    }
+    Ok(())
+}
+
+/// A second descriptor for direct I/O and its alignment.
+fn open_direct(path: &Path, file: &File, read_only: bool) -> io::Result<(File, u32)> {
+    let direct = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_DIRECT | libc::O_NONBLOCK)
+        .open(path)?;
+    let (ours, theirs) = (file.metadata()?, direct.metadata()?);
+    if (ours.dev(), ours.ino()) != (theirs.dev(), theirs.ino()) {
+        return Err(io::Error::other("the file was replaced while it was opened"));
+    }
+    let align = match dio_align(&direct) {
+        Some(0) => return Err(io::ErrorKind::Unsupported.into()),
+        Some(align) => align,
+        None => probe_align(&direct)?,
+    };
+    if !align.is_power_of_two() || align > super::PAGE as u32 {
+        return Err(io::Error::other(format!("it would need requests aligned to {align} bytes")));
+    }
+    Ok((direct, align.max(SECTOR_BYTES as u32)))
+}
+
+/// What the kernel says about direct I/O on this file (`STATX_DIOALIGN`, Linux ≥ 6.1): 0 if there is none.
+fn dio_align(file: &File) -> Option<u32> {
+    // SAFETY: `statx` is a plain C structure for which all zeroes are valid.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty C string, the descriptor is open, and `stat` is large enough.
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut stat)
+    };
+    (result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0)
+        // The memory's alignment is smaller on every known file system, and buffers are page-aligned.
+        .then_some(stat.stx_dio_offset_align)
+}
+
+fn probe_align(file: &File) -> io::Result<u32> {
+    let mut buf = crate::engine::AlignedBuf::new(super::PAGE as usize);
+    let half = SECTOR_BYTES as usize;
+    match file.read_at(&mut buf[..half], 0) {
+        Ok(_) => Ok(SECTOR_BYTES as u32),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            file.read_at(&mut buf, 0)?;
+            Ok(super::PAGE as u32)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+mod ioctl {
+    // BLKDISCARD of <linux/fs.h>, with a pointer to offset and length.
+    nix::ioctl_write_ptr_bad!(blk_discard, nix::request_code_none!(0x12, 119), [u64; 2]);
+}
+
+/// Discards a range of a block device.
+///
+/// # Errors
+/// What the device says; `EOPNOTSUPP` where it cannot.
+pub(super) fn discard(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: the descriptor is open and the argument is the pair of numbers that this request reads.
+    unsafe { ioctl::blk_discard(fd.as_raw_fd(), &[offset, len]) }?;
+    Ok(())
+}

@@ -1,0 +1,440 @@
+//! The cache as a whole: shards, tiers and the storages that share them.
+//!
+//! - [`Cache`]: made once; opens storages, takes prefetches, answers questions; any thread
+//! - [`StorageHandle`]: an open storage, from any thread
+//! - [`Shared`]: what storages on their shards share
+
+use crate::access::AccessQueue;
+use crate::arena::{Arena, HugePages};
+use crate::backend::{StoreError, StoreInfo, StoreOptions, StoreSpec};
+use crate::counters::{StorageCounters, StorageStats};
+use crate::disk::{Storage, local};
+use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
+use crate::policy::{Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest};
+use crate::ssd::{SsdStats, SsdStorage, SsdTier};
+use crate::types::{BLOCK_BYTES, PageRange, StorageId};
+use parking_lot::{Mutex, MutexGuard};
+use rustc_hash::FxHashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+use thiserror::Error;
+
+/// Accesses that may wait for the learner: a quarter of a second at 256k requests a second.
+const ACCESS_QUEUE: usize = 1 << 16;
+
+/// Settings of the cache.
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    pub ram_bytes: u64,
+    pub huge_pages: HugePages,
+    /// Event-loop threads; at least 1.
+    pub shards: usize,
+    pub engine: EngineMode,
+    /// Policy settings; `slots` and `destage` follow from the tiers.
+    pub policy: CoreConfig,
+}
+
+/// Why a storage could not be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error("{identity} is open for writing already; two disks on one store would corrupt it. Make both read-only, or remove the other disk first")]
+    InUse { identity: String },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the thread that should serve the store has stopped; restart prestaged")]
+    ShardGone,
+}
+
+impl From<ShardGone> for OpenError {
+    fn from(_: ShardGone) -> OpenError {
+        OpenError::ShardGone
+    }
+}
+
+/// What storages on their shards share.
+pub struct Shared {
+    arena: Arc<Arena>,
+    core: Mutex<Core>,
+    ssd: Option<SsdTier>,
+    accesses: AccessQueue,
+    started: Instant,
+}
+
+impl Shared {
+    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock()
+    }
+    pub(crate) fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+    pub(crate) fn ssd(&self) -> Option<&SsdTier> {
+        self.ssd.as_ref()
+    }
+    pub(crate) fn accesses(&self) -> &AccessQueue {
+        &self.accesses
+    }
+    /// Time since the cache was made: the clock of policy, accesses and prefetch deadlines.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("arena", &self.arena).finish_non_exhaustive()
+    }
+}
+
+struct Opened {
+    handle: StorageHandle,
+    read_only: bool,
+    users: usize,
+}
+
+#[derive(Default)]
+struct Registry {
+    by_identity: FxHashMap<String, Opened>,
+    ids: FxHashMap<String, StorageId>,
+}
+
+/// RAM and SSD tiers, the shards that serve them, and the storages in front of which they stand.
+#[derive(Clone)]
+pub struct Cache(Arc<Inner>);
+
+struct Inner {
+    shared: Arc<Shared>,
+    shards: Vec<ShardHandle>,
+    registry: Mutex<Registry>,
+    /// Opening and closing storages is rare and must not interleave.
+    changes: Mutex<()>,
+}
+
+impl Cache {
+    /// Reserves the RAM tier and starts the shards. The SSD tier is opened beforehand by the caller, who decides what
+    /// to do without one.
+    ///
+    /// # Errors
+    /// The memory cannot be reserved or a thread not started.
+    pub fn new(config: CacheConfig, ssd: Option<SsdTier>) -> io::Result<Cache> {
+        let slots = u32::try_from(config.ram_bytes / BLOCK_BYTES as u64)
+            .map_err(|_| io::Error::other("the RAM tier is limited to 256 TiB"))?
+            .max(16);
+        let arena = Arena::new(slots, config.huge_pages)?;
+        let policy = CoreConfig { slots, destage: ssd.is_some(), ..config.policy };
+        let core = Core::new(policy, Arc::clone(&arena) as Arc<dyn crate::policy::SlotGuard>);
+        let shared = Arc::new(Shared {
+            arena,
+            core: Mutex::new(core),
+            ssd,
+            accesses: AccessQueue::new(ACCESS_QUEUE),
+            started: Instant::now(),
+        });
+        let mut shards = Vec::new();
+        for i in 0..config.shards.max(1) {
+            let shard = ShardConfig { name: format!("shard{i}"), mode: config.engine, ..ShardConfig::default() };
+            shards.push(ShardHandle::start(shard)?);
+        }
+        for shard in &shards {
+            let arena = Arc::clone(shared.arena());
+            shard.spawn(move |shard| async move {
+                if let Err(error) = shard.register_arena(arena) {
+                    tracing::info!(%error, "RAM tier not registered with io_uring; transfers pin its pages one by one");
+                }
+            });
+        }
+        let inner = Inner { shared, shards, registry: Mutex::default(), changes: Mutex::new(()) };
+        Ok(Cache(Arc::new(inner)))
+    }
+
+    /// Opens a store, or joins those who have it open. Blocks until the store answers: not for shard threads.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(&self, spec: &StoreSpec, options: StoreOptions) -> Result<StorageHandle, OpenError> {
+        let _one_at_a_time = self.0.changes.lock();
+        let identity = identity(spec);
+        if let Some(opened) = self.0.registry.lock().by_identity.get_mut(&identity) {
+            if opened.read_only && options.read_only {
+                opened.users += 1;
+                return Ok(opened.handle.clone());
+            }
+            return Err(OpenError::InUse { identity });
+        }
+        let (id, shard) = {
+            let mut registry = self.0.registry.lock();
+            let next = StorageId(registry.ids.len() as u32);
+            let id = *registry.ids.entry(identity.clone()).or_insert(next);
+            (id, self.0.shards[id.0 as usize % self.0.shards.len()].clone())
+        };
+        let counters = Arc::new(StorageCounters::default());
+        let read_only = options.read_only;
+        let (shared, spec, stored, name) = (Arc::clone(&self.0.shared), spec.clone(), Arc::clone(&counters), identity.clone());
+        let (info, ssd) = shard.call(move |shard| start(shard, shared, id, spec, options, stored, name)).wait()??;
+        let pages = PageRange::covering(0, info.size_bytes).count;
+        let handle = StorageHandle(Arc::new(HandleInner {
+            id,
+            identity: identity.clone(),
+            info: Mutex::new(info),
+            pages: std::sync::atomic::AtomicU64::new(pages),
+            shard,
+            counters,
+            ssd,
+            pump: AtomicBool::new(false),
+        }));
+        let opened = Opened { handle: handle.clone(), read_only, users: 1 };
+        self.0.registry.lock().by_identity.insert(identity, opened);
+        Ok(handle)
+    }
+
+    /// Gives a storage back; the last one who does closes the store. Guest requests on it must have ended. With
+    /// `drain`, what waits for the SSD tier is written first, for at most that long.
+    pub fn close(&self, handle: &StorageHandle, drain: Duration) {
+        let _one_at_a_time = self.0.changes.lock();
+        {
+            let mut registry = self.0.registry.lock();
+            let Some(opened) = registry.by_identity.get_mut(handle.identity()) else { return };
+            opened.users -= 1;
+            if opened.users > 0 {
+                return;
+            }
+            registry.by_identity.remove(handle.identity());
+        }
+        let id = handle.id();
+        let done = handle.0.shard.call(move |_| async move {
+            if let Some(storage) = local(id) {
+                storage.drain_destage(Instant::now() + drain).await;
+                storage.close().await;
+            }
+        });
+        if done.wait().is_err() {
+            tracing::warn!(store = handle.identity(), "the store's shard stopped before the store was closed");
+        }
+    }
+
+    /// Ends everything: the SSD tier is made ready for a later start, the shards stop. Storages must be closed.
+    pub fn shutdown(&self) {
+        if let Some(tier) = self.0.shared.ssd()
+            && let Err(error) = tier.close()
+        {
+            tracing::error!(%error, "SSD tier not closed cleanly; it will start empty");
+        }
+        for shard in &self.0.shards {
+            shard.shutdown();
+        }
+    }
+
+    /// Hands pages to load ahead of demand to a storage's queue.
+    pub fn prefetch(&self, handle: &StorageHandle, requests: &[PrefetchRequest]) {
+        if requests.is_empty() {
+            return;
+        }
+        self.0.shared.core().push_prefetch(handle.id(), requests);
+        if !handle.0.pump.swap(true, Ordering::AcqRel) {
+            let (id, inner) = (handle.id(), Arc::clone(&handle.0));
+            handle.0.shard.spawn(move |_| async move {
+                inner.pump.store(false, Ordering::Release);
+                if let Some(storage) = local(id) {
+                    storage.pump_prefetch();
+                }
+            });
+        }
+    }
+
+    /// Outcomes of prefetches since the last call, and how many were lost.
+    pub fn take_outcomes(&self) -> (Vec<Outcome>, u64) {
+        self.0.shared.core().take_outcomes()
+    }
+    pub fn accesses(&self) -> &AccessQueue {
+        self.0.shared.accesses()
+    }
+    pub fn now(&self) -> Duration {
+        self.0.shared.now()
+    }
+    pub fn occupancy(&self) -> Occupancy {
+        self.0.shared.core().occupancy()
+    }
+    pub fn prefetch_counters(&self, id: StorageId) -> PrefetchCounters {
+        self.0.shared.core().prefetch_counters(id)
+    }
+    /// Pages of the storage that wait in its prefetch queue.
+    pub fn prefetch_backlog(&self, id: StorageId) -> u64 {
+        self.0.shared.core().prefetch_backlog(id)
+    }
+    /// Pages of the range that the RAM tier holds.
+    pub fn resident_pages(&self, id: StorageId, range: PageRange) -> u64 {
+        self.0.shared.core().resident_pages(id, range)
+    }
+    pub fn ssd(&self) -> Option<&SsdTier> {
+        self.0.shared.ssd()
+    }
+    pub fn ssd_stats(&self) -> Option<SsdStats> {
+        self.0.shared.ssd().map(SsdTier::stats)
+    }
+    pub fn arena(&self) -> &Arena {
+        self.0.shared.arena()
+    }
+    pub fn shards(&self) -> usize {
+        self.0.shards.len()
+    }
+    /// Which engine the shards run on.
+    pub fn engine(&self) -> EngineKind {
+        self.0.shards[0].mode()
+    }
+
+    /// Empties the RAM tier, of one storage or of all. Returns the bytes that were valid.
+    pub fn drop_ram(&self, storage: Option<&StorageHandle>) -> u64 {
+        let mut core = self.0.shared.core();
+        let before = core.occupancy().valid_pages;
+        match storage {
+            Some(handle) => core.drop_storage(handle.id()),
+            None => core.drop_all(),
+        }
+        PageRange { first: 0, count: before - core.occupancy().valid_pages }.bytes()
+    }
+
+    /// Empties the SSD tier, of one storage or of all. Returns the bytes that were valid.
+    pub fn drop_ssd(&self, storage: Option<&StorageHandle>) -> u64 {
+        let Some(tier) = self.0.shared.ssd() else { return 0 };
+        let before = tier.stats().valid_pages;
+        match storage {
+            Some(handle) => {
+                if let Some(storage) = handle.0.ssd {
+                    tier.drop_storage(storage);
+                }
+            }
+            None => tier.drop_all(),
+        }
+        self.0.shared.core().ssd_emptied(storage.map(StorageHandle::id));
+        PageRange { first: 0, count: before.saturating_sub(tier.stats().valid_pages) }.bytes()
+    }
+}
+
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cache").field("shards", &self.0.shards.len()).finish_non_exhaustive()
+    }
+}
+
+/// What names a store before it is opened: symbolic links to one file are one store.
+fn identity(spec: &StoreSpec) -> String {
+    match spec {
+        StoreSpec::File(path) => {
+            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            format!("file:{}", path.display())
+        }
+        StoreSpec::Nbd { .. } => spec.to_string(),
+    }
+}
+
+/// Opens the store on its shard.
+async fn start(
+    shard: Shard,
+    shared: Arc<Shared>,
+    id: StorageId,
+    spec: StoreSpec,
+    options: StoreOptions,
+    counters: Arc<StorageCounters>,
+    identity: String,
+) -> Result<(StoreInfo, Option<SsdStorage>), StoreError> {
+    let backend = crate::backend::open(&shard, &spec, &options).await?;
+    let info = backend.info();
+    shared.core().add_storage(id, PageRange::covering(0, info.size_bytes).count);
+    let ssd = shared.ssd().and_then(|tier| match open_ssd(tier, &identity, &info) {
+        Ok(opened) => Some(opened),
+        Err(error) => {
+            tracing::warn!(store = identity, %error, "this store goes without the SSD tier");
+            None
+        }
+    });
+    let number = ssd.as_ref().map(|(_, storage)| *storage);
+    Storage::start(shard, shared, id, backend, counters, ssd);
+    Ok((info, number))
+}
+
+fn open_ssd(
+    tier: &SsdTier,
+    identity: &str,
+    info: &StoreInfo,
+) -> Result<(Rc<OwnedFd>, SsdStorage), Box<dyn std::error::Error>> {
+    let storage = tier.storage(identity, info.version_stamp.map(ssd_stamp))?;
+    let fd: OwnedFd = tier.data_fd().as_fd().try_clone_to_owned()?;
+    Ok((Rc::new(fd), storage))
+}
+
+pub(crate) fn ssd_stamp(stamp: crate::backend::Stamp) -> crate::ssd::Stamp {
+    crate::ssd::Stamp {
+        size_bytes: stamp.size_bytes,
+        // Nanoseconds since 1970 fit until 2262.
+        mtime_ns: stamp.mtime_ns as i64,
+        ctime_ns: stamp.ctime_ns as i64,
+        inode: stamp.inode,
+        device: stamp.device,
+    }
+}
+
+struct HandleInner {
+    id: StorageId,
+    identity: String,
+    info: Mutex<StoreInfo>,
+    pages: std::sync::atomic::AtomicU64,
+    shard: ShardHandle,
+    counters: Arc<StorageCounters>,
+    ssd: Option<SsdStorage>,
+    pump: AtomicBool,
+}
+
+/// An open storage, from any thread.
+#[derive(Clone)]
+pub struct StorageHandle(Arc<HandleInner>);
+
+impl StorageHandle {
+    pub fn id(&self) -> StorageId {
+        self.0.id
+    }
+    /// Names the store over restarts and across disks.
+    pub fn identity(&self) -> &str {
+        &self.0.identity
+    }
+    /// What the store said when it was opened or last asked.
+    pub fn info(&self) -> StoreInfo {
+        self.0.info.lock().clone()
+    }
+    pub fn pages(&self) -> u64 {
+        self.0.pages.load(Ordering::Relaxed)
+    }
+    pub fn stats(&self) -> StorageStats {
+        self.0.counters.snapshot()
+    }
+    /// The thread that does all I/O of this storage.
+    pub fn shard(&self) -> &ShardHandle {
+        &self.0.shard
+    }
+
+    /// Asks the store for its size anew. Blocks: not for shard threads.
+    ///
+    /// # Errors
+    /// The store cannot be asked or has shrunk.
+    pub fn refresh_size(&self) -> Result<u64, OpenError> {
+        let id = self.0.id;
+        let asked = self.0.shard.call(move |_| async move {
+            match local(id) {
+                Some(storage) => storage.refresh_size().await.map(|size| (size, storage.info())),
+                None => Err(StoreError::Closed { store: "the store".into() }),
+            }
+        });
+        let (size, info) = asked.wait()??;
+        self.0.pages.store(PageRange::covering(0, size).count, Ordering::Relaxed);
+        *self.0.info.lock() = info;
+        Ok(size)
+    }
+}
+
+impl fmt::Debug for StorageHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StorageHandle").field("id", &self.0.id).field("identity", &self.0.identity).finish_non_exhaustive()
+    }
+}

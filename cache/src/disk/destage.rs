@@ -1,0 +1,81 @@
+//! The way of used blocks from the RAM tier to the SSD tier: in the background, a second after their last new page.
+
+use super::Storage;
+use crate::counters::add;
+use crate::engine::{AlignedBuf, IoBuf};
+use crate::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// More pages of a block tend to follow the first: waiting saves writing the block twice.
+const SETTLE: Duration = Duration::from_secs(1);
+/// Pause between looks at the queue while it is not empty.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Blocks written between two looks: with the pause, at most 40 MiB/s of background writes a storage.
+const BATCH: usize = 64;
+
+impl Storage {
+    /// Starts the background writer if something waits and it is not running.
+    pub(super) fn start_destage(self: &Rc<Self>) {
+        if self.ssd.is_none() || self.closing() || self.destaging.replace(true) {
+            return;
+        }
+        let storage = Rc::clone(self);
+        self.shard.spawn(async move {
+            while !storage.closing() && storage.shared.core().destage_backlog(storage.id) > 0 {
+                storage.shard.sleep(PAUSE).await;
+                let before = storage.shared.now().saturating_sub(SETTLE);
+                for _ in 0..BATCH {
+                    if !storage.destage_one(before).await {
+                        break;
+                    }
+                }
+            }
+            storage.destaging.set(false);
+        });
+    }
+
+    /// Writes everything that waits, for a clean stop. Gives up at `deadline`.
+    pub(crate) async fn drain_destage(self: &Rc<Self>, deadline: Instant) {
+        while Instant::now() < deadline && self.destage_one(Duration::MAX).await {}
+    }
+
+    /// Writes one block that has waited since before `before`; false if there is none.
+    async fn destage_one(&self, before: Duration) -> bool {
+        let (Some((fd, storage)), Some(tier)) = (&self.ssd, self.shared.ssd()) else { return false };
+        let Some((block, version, mask, copy)) = self.copy_next(before) else { return false };
+        let Some(write) = tier.begin_insert(*storage, block, mask) else { return true };
+        // A write between copy and registration would have been missed by the tier: look at the version again.
+        if !self.shared.core().finish_destage(self.id, block, version, PageMask::NONE) {
+            tier.finish_insert(write, 0, false);
+            return true;
+        }
+        let (checksum, offset) = (write.checksum(&copy), write.offset());
+        let (result, _) = self.shard.write_all_at(fd, vec![IoBuf::Heap(copy)], offset, false).await;
+        let ok = result.is_ok();
+        add(&self.counters.ssd_writes, 1);
+        add(&self.counters.ssd_write_bytes, BLOCK_BYTES as u64);
+        if !ok {
+            add(&self.counters.ssd_write_errors, 1);
+        }
+        if tier.finish_insert(write, checksum, ok) {
+            self.shared.core().finish_destage(self.id, block, version, mask);
+        }
+        true
+    }
+
+    /// The next block to write, copied so that a guest write cannot change it under the disk's hands.
+    fn copy_next(&self, before: Duration) -> Option<(BlockIndex, u32, PageMask, AlignedBuf)> {
+        let mut core = self.shared.core();
+        let (block, slot, mask, version) = core.next_destage(self.id, before)?;
+        let pinned = self.shared.arena().pin(slot)?;
+        drop(core);
+        // Zeroed: what another guest left in a recycled buffer must not reach the disk.
+        let mut copy = AlignedBuf::zeroed(BLOCK_BYTES);
+        for (first, count) in mask.runs() {
+            let (at, len) = (first as usize * PAGE_BYTES, count as usize * PAGE_BYTES);
+            copy[at..at + len].copy_from_slice(pinned.bytes(at, len));
+        }
+        Some((block, version, mask, copy))
+    }
+}

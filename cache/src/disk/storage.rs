@@ -1,0 +1,158 @@
+//! A storage on its shard.
+
+use crate::backend::{Backend, StoreInfo};
+use crate::cache::Shared;
+use crate::counters::StorageCounters;
+use crate::engine::{OneshotReceiver, OneshotSender, Shard, oneshot};
+use crate::ssd::SsdStorage;
+use crate::types::{PageRange, StorageId};
+use rustc_hash::FxHashMap;
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+thread_local! {
+    /// Storages whose home is this thread. A task that other threads send here finds its storage by number, because
+    /// an `Rc` cannot travel.
+    static LOCAL: RefCell<FxHashMap<StorageId, Rc<Storage>>> = RefCell::default();
+}
+
+/// The storage of this number, if its home is the calling shard.
+pub fn local(id: StorageId) -> Option<Rc<Storage>> {
+    LOCAL.with_borrow(|map| map.get(&id).cloned())
+}
+
+/// A store with its part of the cache.
+pub struct Storage {
+    pub(super) id: StorageId,
+    pub(super) shard: Shard,
+    pub(super) shared: Arc<Shared>,
+    pub(super) backend: Rc<dyn Backend>,
+    pub(super) counters: Arc<StorageCounters>,
+    /// The SSD tier's file on this shard and this storage's number in it.
+    pub(super) ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+    waiters: RefCell<FxHashMap<u32, Vec<OneshotSender<()>>>>,
+    pub(super) prefetches: Cell<u32>,
+    pub(super) prefetch_retry: Cell<bool>,
+    pub(super) destaging: Cell<bool>,
+    pub(super) requests: Cell<u32>,
+    closing: Cell<bool>,
+}
+
+impl Storage {
+    pub(crate) fn start(
+        shard: Shard,
+        shared: Arc<Shared>,
+        id: StorageId,
+        backend: Rc<dyn Backend>,
+        counters: Arc<StorageCounters>,
+        ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+    ) -> Rc<Storage> {
+        let storage = Rc::new(Storage {
+            id,
+            shard,
+            shared,
+            backend,
+            counters,
+            ssd,
+            waiters: RefCell::default(),
+            prefetches: Cell::new(0),
+            prefetch_retry: Cell::new(false),
+            destaging: Cell::new(false),
+            requests: Cell::new(0),
+            closing: Cell::new(false),
+        });
+        LOCAL.with_borrow_mut(|map| map.insert(id, Rc::clone(&storage)));
+        storage
+    }
+
+    pub fn id(&self) -> StorageId {
+        self.id
+    }
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+    pub fn info(&self) -> StoreInfo {
+        self.backend.info()
+    }
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+    pub(super) fn closing(&self) -> bool {
+        self.closing.get()
+    }
+
+    /// The store's pages, the last one perhaps in part.
+    pub(super) fn pages(&self) -> u64 {
+        PageRange::covering(0, self.backend.info().size_bytes).count
+    }
+
+    /// Waits until somebody's fill of `slot` has ended.
+    pub(super) fn fill_ended(&self, slot: u32) -> OneshotReceiver<()> {
+        let (sender, receiver) = oneshot();
+        self.waiters.borrow_mut().entry(slot).or_default().push(sender);
+        receiver
+    }
+
+    /// Wakes everybody who waits for a fill of `slot`; each looks again at what is valid.
+    pub(super) fn wake_waiters(&self, slot: u32) {
+        if let Some(waiting) = self.waiters.borrow_mut().remove(&slot) {
+            drop(waiting);
+        }
+    }
+
+    /// Asks the store for its size anew and takes note of a change.
+    ///
+    /// # Errors
+    /// The store cannot be asked, or has shrunk.
+    pub async fn refresh_size(&self) -> Result<u64, crate::backend::StoreError> {
+        let size = self.backend.refresh_size().await?;
+        self.shared.core().add_storage(self.id, self.pages());
+        Ok(size)
+    }
+
+    /// Ends background work, lets go of the store and forgets what is cached in RAM. Guest requests must have ended.
+    pub(crate) async fn close(self: &Rc<Self>) {
+        self.closing.set(true);
+        self.shared.core().drop_storage(self.id);
+        while self.prefetches.get() > 0 || self.destaging.get() || self.requests.get() > 0 {
+            self.shard.sleep(std::time::Duration::from_millis(2)).await;
+        }
+        if let (Some((_, ssd)), Some(tier)) = (&self.ssd, self.shared.ssd()) {
+            tier.release_storage(*ssd, self.stamp_now().await);
+        }
+        self.backend.close().await;
+        self.shared.core().remove_storage(self.id);
+        LOCAL.with_borrow_mut(|map| map.remove(&self.id));
+    }
+
+    /// The store's version as it is now: our own writes have changed it since it was opened.
+    async fn stamp_now(&self) -> Option<crate::ssd::Stamp> {
+        let _ = self.backend.refresh_size().await;
+        self.backend.info().version_stamp.map(crate::cache::ssd_stamp)
+    }
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Storage").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// Counts a guest request for as long as it lives, so that closing can wait for it.
+pub(super) struct Running(Rc<Storage>);
+
+impl Running {
+    pub(super) fn new(storage: &Rc<Storage>) -> Running {
+        storage.requests.set(storage.requests.get() + 1);
+        Running(Rc::clone(storage))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.requests.set(self.0.requests.get() - 1);
+    }
+}

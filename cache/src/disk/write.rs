@@ -1,0 +1,138 @@
+//! Writes: acknowledged when the store has them.
+
+use super::storage::Running;
+use super::{Disk, Storage};
+use crate::access::AccessOp;
+use crate::backend::StoreError;
+use crate::counters::add;
+use crate::engine::{AlignedBuf, IoBuf};
+use crate::policy::{WriteEnd, WriteId};
+use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageRange};
+use std::rc::Rc;
+
+impl Disk {
+    /// Writes `data` at `offset`. The bytes are the caller's copy: a guest that changes its buffer meanwhile changes
+    /// neither the store nor the cache.
+    ///
+    /// # Errors
+    /// The store failed; what it holds of the range is unknown, and the cache has forgotten it.
+    pub async fn write(&self, offset: u64, data: AlignedBuf) -> Result<(), StoreError> {
+        let _running = Running::new(&self.storage);
+        let len = data.len() as u64;
+        self.note(AccessOp::Write, offset, len, false);
+        let result = self.storage.write(offset, data).await;
+        self.count_write(len, result.is_ok());
+        result
+    }
+
+    /// Makes every acknowledged write durable on the store.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn flush(&self) -> Result<(), StoreError> {
+        let _running = Running::new(&self.storage);
+        add(&self.counters.flushes, 1);
+        self.storage.backend.flush().await
+    }
+
+    /// Tells the store that the range is not needed any more. Its content is undefined afterwards.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), StoreError> {
+        let _running = Running::new(&self.storage);
+        self.note(AccessOp::Discard, offset, len, false);
+        add(&self.counters.discards, 1);
+        let change = self.storage.backend.discard(offset, len);
+        self.storage.changing(offset, len, change).await
+    }
+
+    /// Zeroes the range, with `may_unmap` perhaps by unmapping it.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), StoreError> {
+        let _running = Running::new(&self.storage);
+        self.note(AccessOp::Discard, offset, len, false);
+        let change = self.storage.backend.write_zeroes(offset, len, may_unmap);
+        let result = self.storage.changing(offset, len, change).await;
+        self.count_write(len, result.is_ok());
+        result
+    }
+}
+
+/// Ends a write with the core even if the task that runs it is dropped.
+struct Write<'a> {
+    storage: &'a Storage,
+    id: Option<WriteId>,
+}
+
+impl Write<'_> {
+    fn begin(storage: &Storage, offset: u64, len: u64) -> Write<'_> {
+        let id = storage.shared.core().begin_write(storage.id, offset, len);
+        if let (Some((_, ssd)), Some(tier)) = (&storage.ssd, storage.shared.ssd()) {
+            let range = PageRange::covering(offset, len);
+            tier.invalidate(*ssd, range.first, range.count);
+        }
+        Write { storage, id }
+    }
+
+    /// The store has `data` at `offset`: the RAM tier follows.
+    fn written(mut self, offset: u64, data: &[u8]) {
+        let Some(id) = self.id.take() else { return };
+        let shared = &self.storage.shared;
+        let arena = shared.arena();
+        shared.core().end_write(self.storage.id, id, WriteEnd::Written, shared.now(), |block, slot, pages| {
+            let Some(pinned) = arena.pin(slot) else { return };
+            let base = block.0 * BLOCK_BYTES as u64;
+            for (first, count) in pages.runs() {
+                let from = (base + first * PAGE_BYTES as u64).max(offset);
+                let to = (base + (first + count) * PAGE_BYTES as u64).min(offset + data.len() as u64);
+                if from < to {
+                    pinned.write((from - base) as usize, &data[(from - offset) as usize..(to - offset) as usize]);
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Write<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id.take() {
+            let shared = &self.storage.shared;
+            shared.core().end_write(self.storage.id, id, WriteEnd::Changed, shared.now(), |_, _, _| {});
+        }
+    }
+}
+
+impl Storage {
+    async fn write(self: &Rc<Self>, offset: u64, data: AlignedBuf) -> Result<(), StoreError> {
+        let len = data.len() as u64;
+        let write = Write::begin(self, offset, len);
+        add(&self.counters.store_writes, 1);
+        add(&self.counters.store_write_bytes, len);
+        let (result, bufs) = self.backend.write(offset, vec![IoBuf::Heap(data)], false).await;
+        match (result, bufs.first()) {
+            (Ok(()), Some(data)) => {
+                write.written(offset, data.as_slice());
+                Ok(())
+            }
+            (result, _) => {
+                add(&self.counters.store_write_errors, 1);
+                result
+            }
+        }
+    }
+
+    /// Runs something that changes the store's content in a way that the cache does not follow byte by byte.
+    async fn changing(
+        &self,
+        offset: u64,
+        len: u64,
+        change: impl Future<Output = Result<(), StoreError>>,
+    ) -> Result<(), StoreError> {
+        let _write = Write::begin(self, offset, len);
+        add(&self.counters.store_writes, 1);
+        change.await.inspect_err(|_| add(&self.counters.store_write_errors, 1))
+    }
+}

@@ -1,0 +1,266 @@
+//! The io_uring driver: plain operations in, completions out.
+//!
+//! Leaf module: it hands pointers to the kernel. They come from [`RawOp`], whose frame the caller keeps in place until
+//! the completion with the same `user_data` has been taken.
+//!
+//! Set-up flags: `SINGLE_ISSUER | DEFER_TASKRUN | TASKRUN_FLAG` (Linux ≥ 6.1), so that completion work runs when this
+//! thread asks for it instead of interrupting it; without them on older kernels. Needed at least: Linux 5.13 (multishot
+//! poll, timeouts in `io_uring_enter`).
+
+use super::op::RawOp;
+use crate::arena::Arena;
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+use std::collections::VecDeque;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fmt, io};
+
+/// `user_data` of requests whose completion nobody waits for.
+const IGNORED: u64 = u64::MAX;
+/// The kernel takes at most this much as one registered buffer. A multiple of the block, so no block straddles two.
+const REGISTERED_MAX_BYTES: usize = 1 << 30;
+
+/// The end, or with `more` one event, of the operation that was submitted with this `user_data`.
+#[derive(Clone, Copy)]
+pub(super) struct Completion {
+    pub(super) user_data: u64,
+    /// Negative errno on failure.
+    pub(super) result: i32,
+    pub(super) more: bool,
+}
+
+pub(super) struct Ring {
+    ring: IoUring,
+    /// Entries that found the submission queue full.
+    backlog: VecDeque<squeue::Entry>,
+    /// The arena that the kernel has pinned: kept alive for as long as the ring.
+    registered: Option<Arc<Arena>>,
+}
+
+impl Ring {
+    /// Opens a ring and proves that it works.
+    ///
+    /// # Errors
+    /// `ENOSYS`, `EPERM` (seccomp, `kernel.io_uring_disabled`), or `Unsupported` where the kernel is too old.
+    pub(super) fn open(entries: u32) -> io::Result<Ring> {
+        let modern = IoUring::builder()
+            .setup_clamp()
+            .setup_cqsize(entries.saturating_mul(4))
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .build(entries);
+        let ring = match modern {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                IoUring::builder().setup_clamp().setup_cqsize(entries.saturating_mul(4)).build(entries)?
+            }
+            other => other?,
+        };
+        let params = ring.params();
+        // Resource tagging came with 5.13, as multishot poll did, which has no flag of its own.
+        if !(params.is_feature_ext_arg() && params.is_feature_nodrop() && params.is_feature_resource_tagging()) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is older than Linux 5.13"));
+        }
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Readv::CODE,
+            opcode::Write::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+            opcode::Recv::CODE,
+            opcode::RecvMsg::CODE,
+            opcode::Send::CODE,
+            opcode::SendMsg::CODE,
+            opcode::Connect::CODE,
+            opcode::PollAdd::CODE,
+            opcode::AsyncCancel::CODE,
+        ];
+        if let Some(code) = needed.into_iter().find(|code| !probe.is_supported(*code)) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, format!("io_uring operation {code} is not allowed here")));
+        }
+        let mut ring = Ring { ring, backlog: VecDeque::new(), registered: None };
+        ring.submit(-1, RawOp::Nop, 0);
+        let mut done = Vec::new();
+        ring.turn(Some(Some(Duration::from_secs(5))), &mut done)?;
+        match done.as_slice() {
+            [Completion { user_data: 0, result: 0, .. }] => Ok(ring),
+            _ => Err(io::Error::other("io_uring does not complete operations here")),
+        }
+    }
+
+    /// Lets the kernel pin the arena once instead of at every read into it.
+    ///
+    /// # Errors
+    /// What `io_uring_register(2)` says: mostly `ENOMEM`, when `RLIMIT_MEMLOCK` is lower than the arena.
+    pub(super) fn register(&mut self, arena: Arc<Arena>) -> io::Result<()> {
+        if self.registered.is_some() {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "an arena is registered with this shard already"));
+        }
+        let (base, len) = arena.raw_parts();
+        let chunks: Vec<libc::iovec> = (0..len)
+            .step_by(REGISTERED_MAX_BYTES)
+            .map(|at| libc::iovec {
+                iov_base: base.wrapping_add(at).cast(),
+                iov_len: (len - at).min(REGISTERED_MAX_BYTES),
+            })
+            .collect();
+        // SAFETY: the chunks lie within the arena's mapping, which `registered` keeps alive as long as the ring.
+        unsafe { self.ring.submitter().register_buffers(&chunks)? };
+        self.registered = Some(arena);
+        Ok(())
+    }
+
+    /// Index of the registered buffer that contains all of `iov`.
+    fn fixed_index(&self, iov: &libc::iovec) -> Option<u16> {
+        let (base, len) = self.registered.as_ref()?.raw_parts();
+        let start = (iov.iov_base as usize).checked_sub(base as usize)?;
+        let end = start.checked_add(iov.iov_len)?;
+        if iov.iov_len == 0 || end > len || start / REGISTERED_MAX_BYTES != (end - 1) / REGISTERED_MAX_BYTES {
+            return None;
+        }
+        u16::try_from(start / REGISTERED_MAX_BYTES).ok()
+    }
+
+    /// Queues an operation; it goes to the kernel with the next [`Ring::turn`].
+    pub(super) fn submit(&mut self, fd: RawFd, op: RawOp, user_data: u64) {
+        let entry = self.entry(fd, op).user_data(user_data);
+        self.push(entry);
+    }
+
+    /// Asks for the end of an operation. Its own completion still arrives, maybe with `ECANCELED`.
+    pub(super) fn cancel(&mut self, user_data: u64) {
+        self.push(opcode::AsyncCancel::new(user_data).build().user_data(IGNORED));
+    }
+
+    fn entry(&self, fd: RawFd, op: RawOp) -> squeue::Entry {
+        let fd = Fd(fd);
+        match op {
+            RawOp::Nop => opcode::Nop::new().build(),
+            RawOp::Read { iov, count: 1, offset } => {
+                // SAFETY: the frame keeps `count` initialised entries at `iov` until completion.
+                let one = unsafe { *iov };
+                let len = one.iov_len as u32;
+                match self.fixed_index(&one) {
+                    Some(index) => opcode::ReadFixed::new(fd, one.iov_base.cast(), len, index).offset(offset).build(),
+                    None => opcode::Read::new(fd, one.iov_base.cast(), len).offset(offset).build(),
+                }
+            }
+            RawOp::Read { iov, count, offset } => opcode::Readv::new(fd, iov, count).offset(offset).build(),
+            RawOp::Write { iov, count: 1, offset, dsync } => {
+                // SAFETY: as above.
+                let one = unsafe { *iov };
+                let (len, flags) = (one.iov_len as u32, if dsync { libc::RWF_DSYNC } else { 0 });
+                match self.fixed_index(&one) {
+                    Some(index) => opcode::WriteFixed::new(fd, one.iov_base.cast(), len, index)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                    None => opcode::Write::new(fd, one.iov_base.cast(), len).offset(offset).rw_flags(flags).build(),
+                }
+            }
+            RawOp::Write { iov, count, offset, dsync } => opcode::Writev::new(fd, iov, count)
+                .offset(offset)
+                .rw_flags(if dsync { libc::RWF_DSYNC } else { 0 })
+                .build(),
+            RawOp::Datasync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            RawOp::Fallocate { mode, offset, len } => opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build(),
+            RawOp::Recv { msg, flags } => opcode::RecvMsg::new(fd, msg).flags(flags as u32).build(),
+            RawOp::Send { msg, flags } => opcode::SendMsg::new(fd, msg).flags(flags as u32).build(),
+            RawOp::Connect { address, len } => opcode::Connect::new(fd, address, len).build(),
+            RawOp::Poll { events, multishot } => opcode::PollAdd::new(fd, events as u32).multi(multishot).build(),
+            // Offset -1 means "at the file's own position", the only one that an eventfd knows.
+            RawOp::ReadCounter { value } => opcode::Read::new(fd, value.cast(), 8).offset(u64::MAX).build(),
+            RawOp::WriteCounter { value } => opcode::Write::new(fd, value.cast(), 8).offset(u64::MAX).build(),
+        }
+    }
+
+    fn push(&mut self, entry: squeue::Entry) {
+        if !self.backlog.is_empty() {
+            self.backlog.push_back(entry);
+            return;
+        }
+        // SAFETY: the entry's pointers are valid until its completion (see the head of this module).
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_err() {
+            self.backlog.push_back(entry);
+        }
+    }
+
+    fn refill(&mut self) {
+        while let Some(entry) = self.backlog.pop_front() {
+            // SAFETY: as in `push`.
+            let pushed = unsafe { self.ring.submission().push(&entry) };
+            if pushed.is_err() {
+                self.backlog.push_front(entry);
+                return;
+            }
+        }
+    }
+
+    /// Submits what is queued, waits if asked to, and takes completions.
+    ///
+    /// `wait`: `None` doesn't wait, `Some(None)` waits for a completion, `Some(Some(t))` for at most `t`.
+    ///
+    /// # Errors
+    /// Only for failures that make the ring unusable.
+    pub(super) fn turn(&mut self, wait: Option<Option<Duration>>, out: &mut Vec<Completion>) -> io::Result<()> {
+        let before = out.len();
+        self.take(out);
+        loop {
+            self.refill();
+            let (queued, work) = {
+                let queue = self.ring.submission();
+                (!queue.is_empty(), queue.taskrun() || queue.cq_overflow())
+            };
+            let waiting = wait.is_some() && out.len() == before && self.backlog.is_empty();
+            if !(queued || work || waiting) {
+                break;
+            }
+            let entered = match wait {
+                Some(Some(limit)) if waiting => {
+                    let limit = Timespec::from(limit);
+                    self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&limit))
+                }
+                Some(None) if waiting => self.ring.submitter().submit_and_wait(1),
+                _ => self.ring.submitter().submit(),
+            };
+            let stuck = match entered {
+                Ok(_) => false,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::ETIME | libc::EINTR) => false,
+                    // Completions must be taken, or memory come free, before more goes in.
+                    Some(libc::EBUSY | libc::EAGAIN) => true,
+                    _ => return Err(error),
+                },
+            };
+            self.take(out);
+            if self.backlog.is_empty() || stuck {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, out: &mut Vec<Completion>) {
+        for entry in self.ring.completion() {
+            if entry.user_data() != IGNORED {
+                out.push(Completion {
+                    user_data: entry.user_data(),
+                    result: entry.result(),
+                    more: cqueue::more(entry.flags()),
+                });
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring").field("backlog", &self.backlog.len()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,768 @@
+//! What a task on a shard's thread can ask for, and the loop that serves it.
+//!
+//! - [`Shard`]: spawn, I/O, timers; cheap to clone, stays on its thread
+//! - [`EventWatch`]: kicks of a virtqueue, one after the other
+//! - [`Elapsed`]: a time limit was reached
+//! - [`run`]: the loop
+
+use super::bufs::{IoBuf, total_len};
+use super::exec::{self, JoinHandle, Shared, TASKS_PER_TURN, Tasks};
+use super::handle::{Call, EngineKind, ShardGone, call_pair};
+use super::net::{RawAddress, SocketAddress};
+use super::op::{Frame, Op};
+use super::pool::Pool;
+use super::ring::{Completion, Ring};
+use super::timer::{TimerKey, Timers};
+use crate::arena::Arena;
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+/// How long a stopping shard waits for operations that the kernel has not given back. Storage that takes longer than
+/// this to answer a cancelled request is dead; the memory of such requests is leaked, since the kernel may still use it.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(super) enum Driver {
+    Ring(Box<Ring>),
+    Pool(Box<Pool>),
+}
+
+impl Driver {
+    pub(super) fn kind(&self) -> EngineKind {
+        match self {
+            Driver::Ring(_) => EngineKind::IoUring,
+            Driver::Pool(_) => EngineKind::ThreadPool,
+        }
+    }
+
+    fn submit(&mut self, frame: &mut Box<Frame>, user_data: u64) {
+        let (fd, op) = (frame.fd(), frame.prepare());
+        match self {
+            Driver::Ring(ring) => ring.submit(fd, op, user_data),
+            Driver::Pool(pool) => pool.submit(fd, op, user_data),
+        }
+    }
+
+    fn cancel(&mut self, user_data: u64) {
+        match self {
+            Driver::Ring(ring) => ring.cancel(user_data),
+            Driver::Pool(pool) => pool.cancel(user_data),
+        }
+    }
+
+    fn turn(&mut self, wait: Option<Option<Duration>>, out: &mut Vec<Completion>) -> io::Result<()> {
+        match self {
+            Driver::Ring(ring) => ring.turn(wait, out),
+            Driver::Pool(pool) => pool.turn(wait, out),
+        }
+    }
+}
+
+enum State {
+    /// A future waits.
+    Waiting(Option<Waker>),
+    Done(i32),
+    /// Nobody waits; the frame is kept until the kernel is done with it.
+    Detached,
+    /// An [`EventWatch`]: edges seen and not yet taken, and the error that ended it.
+    Watch { signalled: bool, failed: Option<i32>, waker: Option<Waker> },
+}
+
+struct Slot {
+    frame: Box<Frame>,
+    user_data: u64,
+    state: State,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    tasks: Rc<Tasks>,
+    timers: RefCell<Timers>,
+    driver: RefCell<Driver>,
+    slots: RefCell<Slab<Slot>>,
+    generation: Cell<u32>,
+    kind: EngineKind,
+}
+
+impl Inner {
+    fn submit(&self, mut frame: Box<Frame>, state: State) -> u64 {
+        let generation = self.generation.get().wrapping_add(1);
+        self.generation.set(generation);
+        let mut slots = self.slots.borrow_mut();
+        let entry = slots.vacant_entry();
+        // The generation tells a late completion from one of the slot's next user. Bit 63 stays free: all ones is
+        // taken by the ring.
+        let user_data = u64::from(generation & 0x7fff_ffff) << 32 | entry.key() as u64;
+        self.driver.borrow_mut().submit(&mut frame, user_data);
+        entry.insert(Slot { frame, user_data, state });
+        user_data
+    }
+
+    fn with_slot<T>(&self, user_data: u64, f: impl FnOnce(&mut Slot) -> T) -> Option<T> {
+        let mut slots = self.slots.borrow_mut();
+        slots.get_mut(user_data as u32 as usize).filter(|slot| slot.user_data == user_data).map(f)
+    }
+
+    fn remove(&self, user_data: u64) -> Option<Slot> {
+        self.with_slot(user_data, |_| ())?;
+        self.slots.borrow_mut().try_remove(user_data as u32 as usize)
+    }
+
+    /// Nobody waits any more: cancels what still runs, frees what has ended.
+    fn abandon(&self, user_data: u64) {
+        let ended = self.with_slot(user_data, |slot| match slot.state {
+            State::Done(_) | State::Watch { failed: Some(_), .. } => true,
+            _ => {
+                slot.state = State::Detached;
+                false
+            }
+        });
+        match ended {
+            Some(true) => drop(self.remove(user_data)),
+            Some(false) => self.driver.borrow_mut().cancel(user_data),
+            None => {}
+        }
+    }
+
+    fn complete(&self, done: Completion) {
+        let Completion { user_data, result, more } = done;
+        let mut rearm = false;
+        let woken = self.with_slot(user_data, |slot| match &mut slot.state {
+            State::Waiting(waker) => {
+                let waker = waker.take();
+                slot.state = State::Done(result);
+                (waker, false)
+            }
+            State::Watch { signalled, failed, waker } => {
+                if result >= 0 {
+                    *signalled = true;
+                    // The kernel ends a multishot request when it cannot post; the watch goes on.
+                    rearm = !more;
+                } else {
+                    *failed = Some(result);
+                }
+                (waker.take(), false)
+            }
+            State::Detached => (None, !more),
+            State::Done(_) => (None, false),
+        });
+        let Some((waker, ended)) = woken else { return };
+        if ended {
+            drop(self.remove(user_data));
+        }
+        if rearm {
+            let mut driver = self.driver.borrow_mut();
+            self.with_slot(user_data, |slot| driver.submit(&mut slot.frame, user_data));
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// A submitted, or about to be submitted, operation.
+struct Operation {
+    inner: Rc<Inner>,
+    state: OperationState,
+}
+
+enum OperationState {
+    New(Option<Box<Frame>>),
+    InFlight(u64),
+    Taken,
+}
+
+impl Future for Operation {
+    type Output = (i32, Box<Frame>);
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        match &mut this.state {
+            OperationState::New(frame) => {
+                if let Some(frame) = frame.take() {
+                    let user_data = this.inner.submit(frame, State::Waiting(Some(context.waker().clone())));
+                    this.state = OperationState::InFlight(user_data);
+                }
+                Poll::Pending
+            }
+            OperationState::InFlight(user_data) => {
+                let user_data = *user_data;
+                let result = this.inner.with_slot(user_data, |slot| match &mut slot.state {
+                    State::Done(result) => Some(*result),
+                    State::Waiting(waker) => {
+                        *waker = Some(context.waker().clone());
+                        None
+                    }
+                    _ => None,
+                });
+                let Some(result) = result.flatten() else { return Poll::Pending };
+                let Some(slot) = this.inner.remove(user_data) else { return Poll::Pending };
+                this.state = OperationState::Taken;
+                Poll::Ready((result, slot.frame))
+            }
+            OperationState::Taken => Poll::Pending,
+        }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        if let OperationState::InFlight(user_data) = self.state {
+            self.inner.abandon(user_data);
+        }
+    }
+}
+
+fn count(result: i32) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result))
+}
+
+fn unit(result: i32) -> io::Result<()> {
+    count(result).map(|_| ())
+}
+
+/// A time limit was reached before the future was done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the time limit was reached")]
+pub struct Elapsed;
+
+/// The event loop as seen by the tasks on its thread.
+///
+/// Operations take their buffers by value and give them back with the result, also on failure. Nothing happens before
+/// the future is first polled. Dropping it afterwards cancels the operation if the kernel has not done it yet; its
+/// buffers are freed when the kernel has let go of them.
+#[derive(Clone)]
+pub struct Shard {
+    inner: Rc<Inner>,
+}
+
+impl Shard {
+    pub(super) fn new(shared: Arc<Shared>, driver: Driver) -> Shard {
+        let tasks = Rc::new(Tasks::new(Arc::clone(&shared)));
+        let kind = driver.kind();
+        Shard {
+            inner: Rc::new(Inner {
+                shared,
+                tasks,
+                timers: RefCell::default(),
+                driver: RefCell::new(driver),
+                slots: RefCell::default(),
+                generation: Cell::new(0),
+                kind,
+            }),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.inner.shared.name
+    }
+
+    pub fn kind(&self) -> EngineKind {
+        self.inner.kind
+    }
+
+    /// Tasks that have panicked on this shard so far.
+    pub fn panicked_tasks(&self) -> u64 {
+        self.inner.tasks.panics.get()
+    }
+
+    /// Operations that the kernel, or a thread of the pool, has not given back yet.
+    pub fn operations_in_flight(&self) -> usize {
+        self.inner.slots.borrow().len()
+    }
+
+    /// Starts a task on this shard. It runs whether or not the handle is kept.
+    pub fn spawn<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> JoinHandle<T> {
+        self.inner.tasks.spawn(future)
+    }
+
+    /// Runs blocking code on a thread of its own: opening files and looking up names may hang, and a shard must not.
+    ///
+    /// # Errors
+    /// The thread could not be started, or `f` panicked.
+    pub fn blocking<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> impl Future<Output = io::Result<T>> + 'static {
+        let name = format!("{}-aux", self.name());
+        async move {
+            let (answer, call): (_, Call<T>) = call_pair();
+            std::thread::Builder::new().name(name).spawn(move || answer.send(f()))?;
+            call.await.map_err(|ShardGone| io::Error::other("a helper thread panicked"))
+        }
+    }
+
+    /// Registers the RAM tier's memory with this shard's ring, so that transfers of a single [`IoBuf::Arena`] need no
+    /// page pinning each. The arena lives as long as the shard then. At most one arena a shard.
+    ///
+    /// # Errors
+    /// `Unsupported` on the thread pool; otherwise what the kernel says, mostly `ENOMEM` when `RLIMIT_MEMLOCK` is lower
+    /// than the arena. Everything works without registration, so this is worth one log line and no more.
+    pub fn register_arena(&self, arena: Arc<Arena>) -> io::Result<()> {
+        match &mut *self.inner.driver.borrow_mut() {
+            Driver::Ring(ring) => ring.register(arena),
+            Driver::Pool(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn operation(&self, fd: &Rc<OwnedFd>, op: Op) -> Operation {
+        Operation { inner: Rc::clone(&self.inner), state: OperationState::New(Some(Frame::new(Rc::clone(fd), op))) }
+    }
+
+    fn transfer(&self, fd: &Rc<OwnedFd>, op: Op) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
+        let operation = self.operation(fd, op);
+        async move {
+            let (result, frame) = operation.await;
+            (count(result), frame.into_bufs())
+        }
+    }
+
+    fn simple(&self, fd: &Rc<OwnedFd>, op: Op) -> impl Future<Output = io::Result<()>> + 'static {
+        let operation = self.operation(fd, op);
+        async move { unit(operation.await.0) }
+    }
+
+    /// Reads from `offset` into the buffers, one after the other. May read less, 0 at the end of the file.
+    pub fn readv(
+        &self,
+        fd: &Rc<OwnedFd>,
+        bufs: Vec<IoBuf>,
+        offset: u64,
+    ) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
+        let range = 0..total_len(&bufs);
+        self.transfer(fd, Op::Read { bufs, range, offset })
+    }
+
+    /// Writes the buffers, one after the other, from `offset`. May write less. With `dsync` the data is durable when
+    /// this completes (`RWF_DSYNC`).
+    pub fn writev(
+        &self,
+        fd: &Rc<OwnedFd>,
+        bufs: Vec<IoBuf>,
+        offset: u64,
+        dsync: bool,
+    ) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
+        let range = 0..total_len(&bufs);
+        self.transfer(fd, Op::Write { bufs, range, offset, dsync })
+    }
+
+    /// [`Shard::readv`] into bytes `range` of the buffers seen as one run.
+    pub(crate) fn read_part(
+        &self,
+        fd: &Rc<OwnedFd>,
+        bufs: Vec<IoBuf>,
+        range: Range<usize>,
+        offset: u64,
+    ) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
+        self.transfer(fd, Op::Read { bufs, range, offset })
+    }
+
+    /// Reads until the buffers are full or the file ends; the count says how much there was.
+    pub fn read_exact_at(
+        &self,
+        fd: &Rc<OwnedFd>,
+        mut bufs: Vec<IoBuf>,
+        offset: u64,
+    ) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
+        let (this, fd) = (self.clone(), Rc::clone(fd));
+        async move {
+            let len = total_len(&bufs);
+            let mut done = 0usize;
+            while done < len {
+                let op = Op::Read { bufs, range: done..len, offset: offset.saturating_add(done as u64) };
+                let (result, back) = this.transfer(&fd, op).await;
+                bufs = back;
+                match result {
+                    Ok(0) => break,
+                    Ok(n) => done += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return (Err(error), bufs),
+                }
+            }
+            (Ok(done), bufs)
+        }
+    }
+
+    /// Writes all of the buffers. After a failure an unknown part may have been written.
+    pub fn write_all_at(
+        &self,
+        fd: &Rc<OwnedFd>,
+        mut bufs: Vec<IoBuf>,
+        offset: u64,
+        dsync: bool,
+    ) -> impl Future<Output = (io::Result<()>, Vec<IoBuf>)> + 'static {
+        let (this, fd) = (self.clone(), Rc::clone(fd));
+        async move {
+            let len = total_len(&bufs);
+            let mut done = 0usize;
+            while done < len {
+                let op = Op::Write { bufs, range: done..len, offset: offset.saturating_add(done as u64), dsync };
+                let (result, back) = this.transfer(&fd, op).await;
+                bufs = back;
+                match result {
+                    Ok(0) => return (Err(io::ErrorKind::WriteZero.into()), bufs),
+                    Ok(n) => done += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return (Err(error), bufs),
+                }
+            }
+            (Ok(()), bufs)
+        }
+    }
+
+    /// Makes data written before durable, with the metadata needed to read it back (`fdatasync(2)`).
+    pub fn fdatasync(&self, fd: &Rc<OwnedFd>) -> impl Future<Output = io::Result<()>> + 'static {
+        self.simple(fd, Op::Datasync)
+    }
+
+    /// `fallocate(2)` with `FALLOC_FL_*` flags as `mode`.
+    pub fn fallocate(
+        &self,
+        fd: &Rc<OwnedFd>,
+        mode: i32,
+        offset: u64,
+        len: u64,
+    ) -> impl Future<Output = io::Result<()>> + 'static {
+        self.simple(fd, Op::Fallocate { mode, offset, len })
+    }
+
+    /// Receives into bytes `range` of the buffers seen as one run. 0 means the peer has closed.
+    pub fn recv(
+        &self,
+        fd: &Rc<OwnedFd>,
+        bufs: Vec<IoBuf>,
+        range: Range<usize>,
+    ) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
+        self.transfer(fd, Op::Recv { bufs, range, wait_all: false })
+    }
+
+    /// Receives all of bytes `range` of the buffers. `UnexpectedEof` if the peer closes before.
+    pub fn recv_exact(
+        &self,
+        fd: &Rc<OwnedFd>,
+        mut bufs: Vec<IoBuf>,
+        range: Range<usize>,
+    ) -> impl Future<Output = (io::Result<()>, Vec<IoBuf>)> + 'static {
+        let (this, fd) = (self.clone(), Rc::clone(fd));
+        async move {
+            let mut at = range.start;
+            while at < range.end {
+                let op = Op::Recv { bufs, range: at..range.end, wait_all: true };
+                let (result, back) = this.transfer(&fd, op).await;
+                bufs = back;
+                match result {
+                    Ok(0) => return (Err(io::ErrorKind::UnexpectedEof.into()), bufs),
+                    Ok(n) => at += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return (Err(error), bufs),
+                }
+            }
+            (Ok(()), bufs)
+        }
+    }
+
+    /// Sends all of the buffers on a stream socket. After a failure an unknown part may have been sent.
+    pub fn send_all(
+        &self,
+        fd: &Rc<OwnedFd>,
+        mut bufs: Vec<IoBuf>,
+    ) -> impl Future<Output = (io::Result<()>, Vec<IoBuf>)> + 'static {
+        let (this, fd) = (self.clone(), Rc::clone(fd));
+        async move {
+            let len = total_len(&bufs);
+            let mut at = 0usize;
+            while at < len {
+                let (result, back) = this.transfer(&fd, Op::Send { bufs, range: at..len }).await;
+                bufs = back;
+                match result {
+                    Ok(0) => return (Err(io::ErrorKind::WriteZero.into()), bufs),
+                    Ok(n) => at += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return (Err(error), bufs),
+                }
+            }
+            (Ok(()), bufs)
+        }
+    }
+
+    /// Connects a socket made by [`SocketAddress::socket`].
+    pub fn connect(
+        &self,
+        fd: &Rc<OwnedFd>,
+        address: &SocketAddress,
+    ) -> impl Future<Output = io::Result<()>> + 'static {
+        let operation = RawAddress::new(address).map(|address| self.simple(fd, Op::Connect { address }));
+        async move { operation?.await }
+    }
+
+    /// Waits until there is something to read, or the peer has hung up.
+    pub fn readable(&self, fd: &Rc<OwnedFd>) -> impl Future<Output = io::Result<()>> + 'static {
+        self.simple(fd, Op::Poll { events: libc::POLLIN })
+    }
+
+    /// Reads an eventfd's counter, waiting until it is not zero. For a stream of events see [`Shard::watch_eventfd`].
+    pub fn wait_eventfd(&self, fd: &Rc<OwnedFd>) -> impl Future<Output = io::Result<u64>> + 'static {
+        let (this, fd) = (self.clone(), Rc::clone(fd));
+        async move {
+            loop {
+                let (result, frame) = this.operation(&fd, Op::ReadCounter).await;
+                match count(result) {
+                    Ok(_) => return Ok(frame.counter()),
+                    // A non-blocking descriptor on an older kernel.
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => this.readable(&fd).await?,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+    }
+
+    /// Watches an eventfd until the watch is dropped. A signal costs no system call and no submission: one request
+    /// stays in the ring and completes again and again (`IORING_POLL_ADD_MULTI`, edge-triggered), and the counter is not
+    /// read. Events that were signalled before the watch began are seen, too. Meant for virtqueue kicks.
+    pub fn watch_eventfd(&self, fd: &Rc<OwnedFd>) -> EventWatch {
+        let frame = Frame::new(Rc::clone(fd), Op::Watch);
+        let state = State::Watch { signalled: false, failed: None, waker: None };
+        EventWatch { user_data: self.inner.submit(frame, state), inner: Rc::clone(&self.inner) }
+    }
+
+    /// Adds 1 to an eventfd's counter. Goes out with the loop's next submission, without a system call of its own.
+    pub fn notify_eventfd(&self, fd: &Rc<OwnedFd>) {
+        self.inner.submit(Frame::new(Rc::clone(fd), Op::WriteCounter), State::Detached);
+    }
+
+    /// Waits. Sleeps that end at the same instant end in the order in which they began.
+    pub fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + 'static {
+        // A century stands for "never": an `Instant` cannot hold much more.
+        let limit = Duration::from_secs(100 * 365 * 86_400);
+        self.sleep_until(Instant::now() + duration.min(limit))
+    }
+
+    /// Waits until `deadline`.
+    pub fn sleep_until(&self, deadline: Instant) -> impl Future<Output = ()> + 'static {
+        Sleep { inner: Rc::clone(&self.inner), deadline, key: None }
+    }
+
+    /// Runs `future` for at most `duration`, then drops it.
+    ///
+    /// # Errors
+    /// [`Elapsed`] if it was not done by then.
+    pub fn timeout<T>(
+        &self,
+        duration: Duration,
+        future: impl Future<Output = T> + 'static,
+    ) -> impl Future<Output = Result<T, Elapsed>> + 'static {
+        let sleep = self.sleep(duration);
+        async move {
+            let (mut sleep, mut future) = (pin!(sleep), pin!(future));
+            std::future::poll_fn(|context| {
+                if let Poll::Ready(value) = future.as_mut().poll(context) {
+                    return Poll::Ready(Ok(value));
+                }
+                sleep.as_mut().poll(context).map(|()| Err(Elapsed))
+            })
+            .await
+        }
+    }
+
+    /// Lets other tasks, and completions, have their turn.
+    pub fn yield_now(&self) -> impl Future<Output = ()> + 'static {
+        let mut yielded = false;
+        std::future::poll_fn(move |context| {
+            if yielded {
+                return Poll::Ready(());
+            }
+            yielded = true;
+            context.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
+}
+
+impl fmt::Debug for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shard")
+            .field("name", &self.name())
+            .field("kind", &self.kind())
+            .field("tasks", &self.inner.tasks.len())
+            .field("operations", &self.operations_in_flight())
+            .finish()
+    }
+}
+
+/// A watch over an eventfd; see [`Shard::watch_eventfd`]. Dropping it ends the watch.
+pub struct EventWatch {
+    inner: Rc<Inner>,
+    user_data: u64,
+}
+
+impl EventWatch {
+    /// Waits for the next signal. Signals that came since the last call count as one.
+    ///
+    /// # Errors
+    /// The descriptor cannot be polled.
+    pub fn wait(&mut self) -> impl Future<Output = io::Result<()>> + '_ {
+        std::future::poll_fn(|context| {
+            let polled = self.inner.with_slot(self.user_data, |slot| match &mut slot.state {
+                State::Watch { signalled, failed, waker } => {
+                    if std::mem::take(signalled) {
+                        return Poll::Ready(Ok(()));
+                    }
+                    if let Some(errno) = *failed {
+                        return Poll::Ready(unit(errno));
+                    }
+                    *waker = Some(context.waker().clone());
+                    Poll::Pending
+                }
+                _ => Poll::Pending,
+            });
+            polled.unwrap_or(Poll::Pending)
+        })
+    }
+}
+
+impl Drop for EventWatch {
+    fn drop(&mut self) {
+        self.inner.abandon(self.user_data);
+    }
+}
+
+impl fmt::Debug for EventWatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EventWatch")
+    }
+}
+
+struct Sleep {
+    inner: Rc<Inner>,
+    deadline: Instant,
+    key: Option<TimerKey>,
+}
+
+impl Future for Sleep {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        let mut timers = this.inner.timers.borrow_mut();
+        match this.key {
+            None => {
+                this.key = Some(timers.add(this.deadline, context.waker().clone()));
+                Poll::Pending
+            }
+            Some(key) if timers.rearm(key, context.waker()) => Poll::Pending,
+            // Fired.
+            Some(_) => Poll::Ready(()),
+        }
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            self.inner.timers.borrow_mut().remove(key);
+        }
+    }
+}
+
+/// The loop of a shard; returns when it has been told to stop and everything is back.
+pub(super) fn run(shard: &Shard) {
+    let inner = &*shard.inner;
+    let wake = match (&*inner.driver.borrow(), inner.shared.wake_fd()) {
+        // The pool's driver polls the eventfd itself.
+        (Driver::Pool(_), _) => None,
+        (Driver::Ring(_), Ok(fd)) => Some(Rc::new(fd)),
+        (Driver::Ring(_), Err(error)) => {
+            tracing::error!(shard = shard.name(), "no descriptor for the wake-up eventfd, the shard stops: {error}");
+            inner.shared.close();
+            return;
+        }
+    };
+    let watch = wake.map(|fd| shard.watch_eventfd(&fd));
+    let mut completions = Vec::new();
+    while !inner.shared.stopping.load(Ordering::SeqCst) {
+        turn(shard, &mut completions, None);
+    }
+    inner.shared.close();
+    inner.tasks.clear();
+    drop(watch);
+    let deadline = Instant::now() + DRAIN_LIMIT;
+    while shard.operations_in_flight() > 0 && Instant::now() < deadline {
+        turn(shard, &mut completions, Some(deadline));
+    }
+    inner.tasks.clear();
+    let left = shard.operations_in_flight();
+    if left > 0 {
+        tracing::error!(shard = shard.name(), "{left} operations did not end within {DRAIN_LIMIT:?}; their memory is leaked");
+        std::mem::forget(inner.slots.take());
+    }
+}
+
+fn turn(shard: &Shard, completions: &mut Vec<Completion>, limit: Option<Instant>) {
+    let inner = &*shard.inner;
+    let inbox = inner.shared.take();
+    for (user_data, result) in inbox.completions {
+        inner.complete(Completion { user_data, result, more: false });
+    }
+    for task in inbox.woken {
+        task.enqueue();
+    }
+    for job in inbox.jobs {
+        job(shard.clone());
+    }
+    let ready = inner.tasks.run(TASKS_PER_TURN);
+    let fired = fire_timers(inner);
+    let mut wait = None;
+    if !ready && !fired && !inner.tasks.has_ready() && inner.shared.try_sleep() {
+        let next = inner.timers.borrow().next_deadline();
+        let next = next.into_iter().chain(limit).min();
+        wait = Some(next.map(|at| at.saturating_duration_since(Instant::now())));
+    }
+    let outcome = inner.driver.borrow_mut().turn(wait, completions);
+    inner.shared.awake();
+    if let Err(error) = outcome {
+        // Never seen; a ring whose enter fails for good serves nobody, and silence would hang guests.
+        tracing::error!(shard = shard.name(), "the engine failed and the shard stops: {error}");
+        inner.shared.stopping.store(true, Ordering::SeqCst);
+    }
+    for done in completions.drain(..) {
+        inner.complete(done);
+    }
+}
+
+/// Wakes the tasks whose timers are due; whether there were any.
+fn fire_timers(inner: &Inner) -> bool {
+    if inner.timers.borrow().next_deadline().is_none() {
+        return false;
+    }
+    let now = Instant::now();
+    let mut fired = false;
+    loop {
+        let due = inner.timers.borrow_mut().pop_due(now);
+        let Some(waker) = due else { return fired };
+        waker.wake();
+        fired = true;
+    }
+}
+
+/// Makes this thread the shard's until the guard is dropped.
+pub(super) struct ThreadGuard;
+
+impl ThreadGuard {
+    pub(super) fn new(shared: &Arc<Shared>) -> ThreadGuard {
+        exec::adopt_thread(Some(Arc::clone(shared)));
+        ThreadGuard
+    }
+}
+
+impl Drop for ThreadGuard {
+    fn drop(&mut self) {
+        exec::adopt_thread(None);
+    }
+}

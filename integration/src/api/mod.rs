@@ -1,0 +1,70 @@
+//! The HTTP API of prestaged: JSON over a unix socket, described by OpenAPI 3.1 at `/v1/openapi.json`.
+//!
+//! - `types.rs`, `counters.rs`: what goes over the wire
+//! - `error.rs`: problems (RFC 9457) and their codes
+//! - `routes.rs`: paths, handlers, the OpenAPI document
+//! - `server.rs`: the unix socket, peers, limits, shutdown
+//!
+//! What the daemon does is behind [`Control`]; this module only speaks HTTP.
+
+mod counters;
+mod error;
+mod routes;
+mod server;
+pub mod types;
+
+use std::future::Future;
+use std::pin::Pin;
+
+pub use counters::Counters;
+pub use error::{ApiError, ErrorCode, Problem};
+pub use routes::{Limits, openapi, router};
+pub use server::{ApiListener, Peer, ServeError, SocketOptions, bind, serve};
+
+use types::{
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList, Saved,
+    Status, Vm, VmList, WarmRequest, Warmed,
+};
+
+/// What a [`Control`] method gives back; make one with `Box::pin(async move { … })`.
+pub type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send + 'a>>;
+
+/// The daemon, as the API sees it.
+///
+/// Methods that change something run to their end even when the client goes away: the router spawns them. Requests arrive checked by
+/// their `validate`.
+pub trait Control: Send + Sync + 'static {
+    fn status(&self) -> Reply<'_, Status>;
+
+    fn disks(&self) -> Reply<'_, DiskList>;
+    /// Errors: `NotFound`.
+    fn disk(&self, name: String) -> Reply<'_, Disk>;
+    /// Opens the store, starts the export, remembers the disk over restarts.
+    /// Errors: `AlreadyExists` (name, socket or writable store), `StoreFailed`, `InvalidRequest`.
+    fn disk_add(&self, request: DiskAdd) -> Reply<'_, Disk>;
+    /// Errors: `NotFound`; `InUse` when a hypervisor is connected and not `force`, or when the configuration or a machine owns it.
+    fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()>;
+
+    fn vms(&self) -> Reply<'_, VmList>;
+    /// `vm` is a name or UUID. Errors: `NotFound`, `HypervisorUnavailable`.
+    fn vm(&self, vm: String) -> Reply<'_, Vm>;
+    /// Errors: `NotFound`, `AlreadyExists` (attached before), `NotPossible` (with what to change), `HypervisorUnavailable`, `StoreFailed`.
+    fn vm_attach(&self, vm: String, target: String, request: AttachRequest) -> Reply<'_, Attached>;
+    /// Errors: `NotFound` (also: not attached), `HypervisorUnavailable`.
+    fn vm_detach(&self, vm: String, target: String) -> Reply<'_, Detached>;
+
+    fn cache_tiers(&self) -> Reply<'_, CacheTiers>;
+    fn cache_stat(&self) -> Reply<'_, CacheStat>;
+    /// Errors: `NotFound` (disk or profile), `InvalidRequest` (range beyond the disk).
+    fn cache_warm(&self, request: WarmRequest) -> Reply<'_, Warmed>;
+    /// Errors: `NotFound`.
+    fn cache_drop(&self, request: DropRequest) -> Reply<'_, Dropped>;
+
+    fn profiles(&self) -> Reply<'_, ProfileList>;
+    /// Errors: `NotFound`.
+    fn profile(&self, id: String) -> Reply<'_, Profile>;
+    /// Forgets what was learned, in memory and in the store. Errors: `NotFound`.
+    fn profile_remove(&self, id: String) -> Reply<'_, ()>;
+    /// Writes what was learned to the store and returns when it is durable. Errors: `Unavailable`, `NoSpace`.
+    fn profiles_save(&self) -> Reply<'_, Saved>;
+}

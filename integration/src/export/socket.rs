@@ -1,0 +1,158 @@
+//! The export's socket: where it may be put, and what has arrived on it without taking it.
+//!
+//! One more module with `unsafe`: descriptors out of control messages, and FIONREAD.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recv, recvmsg,
+    socket,
+};
+
+use super::server::{ExportError, ExportOptions};
+
+/// `sockaddr_un` holds 108 bytes with the final zero.
+const PATH_MAX_BYTES: usize = 107;
+/// Header of every vhost-user message: request u32, flags u32, payload size u32.
+pub(super) const HEADER_BYTES: usize = 12;
+
+/// A bound socket file; removed on drop if it is still ours.
+#[derive(Debug)]
+pub(super) struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.inode);
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(socket = %self.path.display(), %error, "socket not removed");
+        }
+    }
+}
+
+/// Listens at a path. Nobody can connect before mode and owner are as asked: the socket listens last.
+pub(super) fn listen_at(path: &Path, options: &ExportOptions) -> Result<(UnixListener, SocketFile), ExportError> {
+    let len = path.as_os_str().as_bytes().len();
+    if len > PATH_MAX_BYTES {
+        return Err(ExportError::PathTooLong { path: path.into(), len, max: PATH_MAX_BYTES });
+    }
+    clear_stale(path)?;
+    let bind_error = |source: io::Error| ExportError::Bind { path: path.into(), source };
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )
+    .map_err(|e| bind_error(e.into()))?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path).map_err(|e| bind_error(e.into()))?).map_err(|e| match e {
+        Errno::EADDRINUSE => ExportError::InUse { path: path.into() },
+        e => bind_error(e.into()),
+    })?;
+    let meta = std::fs::symlink_metadata(path).map_err(bind_error)?;
+    let file = SocketFile { path: path.into(), inode: (meta.dev(), meta.ino()) };
+    let access_error = |source: io::Error| ExportError::Access { path: path.into(), source };
+    if options.owner.is_some() || options.group.is_some() {
+        std::os::unix::fs::lchown(path, options.owner, options.group).map_err(access_error)?;
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(options.mode)).map_err(access_error)?;
+    listen(&fd, Backlog::new(8).map_err(|e| bind_error(e.into()))?).map_err(|e| bind_error(e.into()))?;
+    Ok((UnixListener::from(fd), file))
+}
+
+/// Removes the socket file of a server that is gone.
+fn clear_stale(path: &Path) -> Result<(), ExportError> {
+    let bind_error = |source: io::Error| ExportError::Bind { path: path.into(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(bind_error(error)),
+        Ok(meta) if !meta.file_type().is_socket() => return Err(ExportError::NotASocket { path: path.into() }),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::info!(socket = %path.display(), "socket of an earlier server replaced");
+            std::fs::remove_file(path).map_err(bind_error)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // A full backlog is a live server too.
+        Ok(_) => Err(ExportError::InUse { path: path.into() }),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ExportError::InUse { path: path.into() }),
+        Err(error) => Err(bind_error(error)),
+    }
+}
+
+/// What a connection has to offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Arrived {
+    Nothing,
+    /// Part of a message.
+    Part,
+    /// All bytes of a message with this request code: reading it cannot block.
+    Message(u32),
+    /// The peer has closed.
+    End,
+}
+
+/// Looks at the next message without taking it.
+pub(super) fn arrived(stream: &UnixStream) -> io::Result<Arrived> {
+    let mut header = [0; HEADER_BYTES];
+    match recv(stream.as_raw_fd(), &mut header, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+        Ok(0) => Ok(Arrived::End),
+        Ok(HEADER_BYTES) => {
+            let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+            let (code, size) = (word(0), word(8));
+            // An oversized message is refused by its header alone.
+            let whole = HEADER_BYTES as u64 + u64::from(size);
+            let oversized = u64::from(size) > vhost::vhost_user::message::MAX_MSG_SIZE as u64;
+            let here = u64::try_from(bytes_queued(stream)?).unwrap_or(0);
+            Ok(if oversized || here >= whole { Arrived::Message(code) } else { Arrived::Part })
+        }
+        Ok(_) => Ok(Arrived::Part),
+        Err(Errno::EAGAIN | Errno::EINTR) => Ok(Arrived::Nothing),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn bytes_queued(stream: &UnixStream) -> io::Result<libc::c_int> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD stores one int at the address given; the descriptor is open.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    Errno::result(result)?;
+    Ok(bytes)
+}
+
+/// A copy of the first descriptor that comes with the next message, which stays in place.
+pub(super) fn peek_descriptor(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    let mut header = [0; HEADER_BYTES];
+    let mut parts = [io::IoSliceMut::new(&mut header)];
+    let mut control = nix::cmsg_space!([libc::c_int; 32]);
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let mut first = None;
+    for item in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = item {
+            for fd in fds {
+                // SAFETY: the kernel has just made these descriptors for us, and nothing else knows them.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                first.get_or_insert(fd);
+            }
+        }
+    }
+    Ok(first)
+}
+
+/// Sends bytes if they fit now; a message of ours is never cut, being far smaller than a socket's buffer.
+pub(super) fn send_now(fd: &OwnedFd, bytes: &[u8]) -> io::Result<()> {
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let sent = nix::sys::socket::send(fd.as_fd().as_raw_fd(), bytes, flags)?;
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}

@@ -1,0 +1,230 @@
+//! The thread that owns the connection to libvirt.
+//!
+//! ```text
+//!            jobs (bounded)                 open, calls
+//!  handle ──────────────────▶ worker thread ────────────▶ libvirtd
+//!     ▲                        │  │   ▲ wake on close        │
+//!     │ replies (oneshot)      │  │   └──────────────┐       │ events
+//!     └────────────────────────┘  └─ state, resync   event thread ◀──┘
+//! ```
+//!
+//! The connection is found dead by libvirt's close callback (end of file, failed keep-alive), by a failed call, or by a
+//! look every few seconds. Then everything of it is dropped and opened anew, at growing intervals; a caller's job tries
+//! at once. After each opening events are registered before the VMs are listed, so that nothing falls between the two,
+//! and the list goes out as a resync.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use tokio::sync::{broadcast, watch};
+
+use super::error::HypervisorError;
+use super::hypervisor::{HypervisorConfig, list_vms};
+use super::link::{KeepAlive, Link, Sink};
+use super::vm::{ConnectionState, HypervisorEvent, VmEvent};
+
+/// How often the worker looks at an idle connection. The close callback usually comes first.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// A caller's job opens the connection at once unless it was tried this short a time ago.
+const MIN_RETRY: Duration = Duration::from_millis(100);
+const FIRST_BACKOFF: Duration = Duration::from_millis(250);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
+
+/// Work for the thread. Called with the connection, or with why there is none; `true` asks to be called once more if the
+/// connection was lost under it.
+pub(super) type Job = Box<dyn FnMut(Result<&Arc<Link>, HypervisorError>) -> bool + Send>;
+
+pub(super) enum Message {
+    Job(Job),
+    /// Something happened: look at the connection.
+    Wake,
+}
+
+/// What the worker tells the world.
+#[derive(Debug)]
+pub(super) struct Outlets {
+    pub(super) events: broadcast::Sender<HypervisorEvent>,
+    pub(super) state: watch::Sender<ConnectionState>,
+}
+
+/// The receiver of one connection's callbacks.
+struct LinkSink {
+    events: broadcast::Sender<HypervisorEvent>,
+    /// Why the connection ended, once it has.
+    closed: Mutex<Option<String>>,
+    /// Weak: the sink must not keep the worker's queue open.
+    wake: Weak<SyncSender<Message>>,
+}
+
+impl Sink for LinkSink {
+    fn vm_event(&self, event: VmEvent) {
+        // No receiver is fine; a slow one loses the oldest events and is told so.
+        let _ = self.events.send(HypervisorEvent::Vm(event));
+    }
+
+    fn closed(&self, reason: &str) {
+        *self.closed.lock() = Some(reason.to_owned());
+        if let Some(wake) = self.wake.upgrade() {
+            match wake.try_send(Message::Wake) {
+                // With a full queue the worker is awake already, and with none it is gone.
+                Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
+            }
+        }
+    }
+}
+
+/// The state of the thread.
+pub(super) struct Worker {
+    config: HypervisorConfig,
+    outlets: Arc<Outlets>,
+    wake: Weak<SyncSender<Message>>,
+    link: Option<(Arc<Link>, Arc<LinkSink>)>,
+    last_try: Option<Instant>,
+    backoff: Duration,
+    connections: u64,
+}
+
+impl Worker {
+    pub(super) fn new(config: HypervisorConfig, outlets: Arc<Outlets>, wake: Weak<SyncSender<Message>>) -> Self {
+        Self { config, outlets, wake, link: None, last_try: None, backoff: Duration::ZERO, connections: 0 }
+    }
+
+    /// Runs until the last handle is gone.
+    pub(super) fn run(mut self, messages: &Receiver<Message>) {
+        self.tend();
+        loop {
+            let message = match messages.recv_timeout(self.patience()) {
+                Ok(message) => message,
+                Err(RecvTimeoutError::Timeout) => Message::Wake,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            self.tend();
+            if let Message::Job(job) = message {
+                self.work(job);
+            }
+        }
+    }
+
+    /// How long to wait for messages.
+    fn patience(&self) -> Duration {
+        match (&self.link, self.last_try) {
+            (Some(_), _) => CHECK_INTERVAL,
+            (None, Some(last)) => (last + self.backoff).saturating_duration_since(Instant::now()),
+            (None, None) => Duration::ZERO,
+        }
+    }
+
+    /// Drops a dead connection, and opens one if none is there and it is time to try.
+    fn tend(&mut self) {
+        self.drop_dead();
+        let due = self.last_try.is_none_or(|last| last.elapsed() >= self.backoff);
+        if self.link.is_none() && due {
+            self.open();
+        }
+    }
+
+    fn drop_dead(&mut self) {
+        let Some((link, sink)) = &self.link else { return };
+        let reason = sink.closed.lock().take();
+        if reason.is_none() && link.is_alive() {
+            return;
+        }
+        let reason = reason.unwrap_or_else(|| "the connection broke".to_owned());
+        tracing::warn!(uri = self.config.uri, reason, "lost the connection to libvirt");
+        self.link = None;
+        self.last_try = None;
+        self.backoff = Duration::ZERO;
+        self.outlets.state.send_modify(|s| {
+            s.connected = false;
+            s.since = SystemTime::now();
+            s.last_error = Some(reason.clone());
+        });
+        let _ = self.outlets.events.send(HypervisorEvent::Disconnected { reason });
+    }
+
+    fn open(&mut self) {
+        let sink = Arc::new(LinkSink {
+            events: self.outlets.events.clone(),
+            closed: Mutex::new(None),
+            wake: self.wake.clone(),
+        });
+        let keep_alive = KeepAlive {
+            interval_secs: self.config.keep_alive_interval_secs,
+            count: self.config.keep_alive_count,
+        };
+        let opened = Link::open(&self.config.uri, keep_alive, sink.clone())
+            .map_err(|e| e.message().to_owned())
+            .and_then(|link| match list_vms(&link) {
+                Ok(vms) => Ok((link, vms)),
+                Err(e) => Err(e.to_string()),
+            });
+        self.last_try = Some(Instant::now());
+        match opened {
+            Ok((link, vms)) => {
+                let version = link.connect().get_lib_version().ok().map(version_text);
+                tracing::info!(uri = self.config.uri, version, vms = vms.len(), "connected to libvirt");
+                self.link = Some((Arc::new(link), sink));
+                self.backoff = Duration::ZERO;
+                self.connections += 1;
+                self.outlets.state.send_modify(|s| {
+                    s.connected = true;
+                    s.since = SystemTime::now();
+                    s.reconnects = self.connections - 1;
+                    s.libvirt_version = version;
+                });
+                let _ = self.outlets.events.send(HypervisorEvent::Resync(vms.into()));
+            }
+            Err(reason) => {
+                // Said once per outage, not per attempt.
+                let new = self.outlets.state.borrow().last_error.as_ref() != Some(&reason);
+                if new {
+                    tracing::warn!(uri = self.config.uri, reason, "can't connect to libvirt, will keep trying");
+                }
+                self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF);
+                self.outlets.state.send_modify(|s| s.last_error = Some(reason));
+            }
+        }
+    }
+
+    fn work(&mut self, mut job: Job) {
+        // Once on the connection there is, and once more on a new one if it turned out to be dead.
+        for _ in 0..2 {
+            if self.link.is_none() && self.last_try.is_none_or(|last| last.elapsed() >= MIN_RETRY) {
+                self.open();
+            }
+            let Some((link, _)) = &self.link else {
+                job(Err(self.unreachable()));
+                return;
+            };
+            if !job(Ok(link)) {
+                return;
+            }
+            self.drop_dead();
+        }
+        job(Err(self.unreachable()));
+    }
+
+    fn unreachable(&self) -> HypervisorError {
+        let reason = self.outlets.state.borrow().last_error.clone();
+        HypervisorError::Unreachable {
+            uri: self.config.uri.clone(),
+            reason: reason.unwrap_or_else(|| "not connected yet".to_owned()),
+        }
+    }
+}
+
+/// libvirt's version number (major × 1,000,000 + minor × 1,000 + release) as text.
+fn version_text(version: u32) -> String {
+    format!("{}.{}.{}", version / 1_000_000, version / 1_000 % 1_000, version % 1_000)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn versions_read_as_libvirt_writes_them() {
+        assert_eq!(super::version_text(11_003_000), "11.3.0");
+        assert_eq!(super::version_text(6_000_001), "6.0.1");
+    }
+}

@@ -1,0 +1,386 @@
+//! What was touched and what was proposed lately, by 64 KiB block. It serves three ends:
+//!
+//! - no page is proposed twice, unless a better probability is found, time passes, or an outcome says it was lost;
+//! - proposals are *labelled* without asking the cache: [`LABEL_AFTER_S`] after the first proposal in a block, the share
+//!   of its proposed pages that a guest read goes into the calibration of the proposal's class. This also holds for
+//!   candidates that nobody prefetched because their probability was too low, so a class can earn its way up;
+//! - the spatial expert: each time the number of touched pages in a block enters a new bucket, the class of that moment
+//!   (pages touched so far, how full the two neighbour blocks are, single-page request or not) is remembered, and later
+//!   labelled with the share of the block's other pages that was read.
+//!
+//! The table is set-associative with a fixed size: [`WAYS`] entries of 40 bytes a set, the least recently active leaves.
+
+use crate::odds::{Calibration, Class};
+use std::collections::VecDeque;
+
+const WAYS: usize = 4;
+/// Proposals and spatial states are labelled this long after they were made. A readahead page not used by then was
+/// not worth fetching from a small cache.
+const LABEL_AFTER_S: u32 = 20;
+/// Blocks waiting for their label; beyond it the oldest is labelled early.
+const LABEL_QUEUE: usize = 8192;
+/// Touched and proposed pages count as new again after this long without activity in their block.
+const FORGET_AFTER_S: u32 = 300;
+/// A page is proposed again only if its probability rose by at least this much.
+const BETTER_BY: f32 = 0.08;
+const VACANT: u32 = u32::MAX;
+
+/// Buckets of "pages of the block touched so far": 1, 2, 3–4, 5–8, 9–15.
+const COUNT_BUCKETS: usize = 5;
+/// Classes of the spatial expert: count bucket × neighbours' fill (4) × single-page request (2).
+pub(crate) const SPATIAL_CLASSES: usize = COUNT_BUCKETS * 4 * 2;
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    /// One byte a count bucket: bit 0 visited, bits 1–2 neighbours' fill, bit 3 single-page, bits 4–7 pages at entry.
+    spatial: u64,
+    /// [`VACANT`], or the block's index.
+    block: u32,
+    /// Second of the last activity.
+    at_s: u32,
+    touched: u16,
+    proposed: u16,
+    /// Proposed pages that still wait for their label, all of class `class`.
+    pending: u16,
+    class: Class,
+    /// Probability at which the proposed pages were proposed.
+    probability: f32,
+    queued: bool,
+}
+
+impl Entry {
+    const EMPTY: Self = Self {
+        spatial: 0,
+        block: VACANT,
+        at_s: 0,
+        touched: 0,
+        proposed: 0,
+        pending: 0,
+        class: Class::NONE,
+        probability: 0.0,
+        queued: false,
+    };
+}
+
+/// A guess of the spatial expert: these pages of the touched block are read too.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct RestOfBlock {
+    pub(crate) mask: u16,
+    pub(crate) probability: f32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    entries: Vec<Entry>,
+    set_mask: usize,
+    queue: VecDeque<(u32, u32)>,
+    now_s: u32,
+}
+
+impl Ledger {
+    /// A table for about `blocks` blocks (rounded up to a power of two, at least 256).
+    pub(crate) fn new(blocks: usize) -> Self {
+        let sets = blocks.clamp(256, 1 << 24).next_power_of_two() / WAYS;
+        Self {
+            entries: vec![Entry::EMPTY; sets * WAYS],
+            set_mask: sets - 1,
+            queue: VecDeque::with_capacity(LABEL_QUEUE + 1),
+            now_s: 0,
+        }
+    }
+
+    /// Moves time on and labels what is due.
+    pub(crate) fn advance(&mut self, at_us: u64, calibration: &mut Calibration) {
+        self.now_s = self.now_s.max(u32::try_from(at_us / 1_000_000).unwrap_or(u32::MAX));
+        while let Some(&(block, since_s)) = self.queue.front() {
+            if since_s.saturating_add(LABEL_AFTER_S) > self.now_s && self.queue.len() <= LABEL_QUEUE {
+                break;
+            }
+            self.queue.pop_front();
+            if let Some(index) = self.find(block) {
+                settle(&mut self.entries[index], calibration);
+            }
+        }
+    }
+
+    /// Records a guest's read of `mask` in `block` (a `request_pages` page request) and returns what the spatial expert
+    /// makes of it.
+    pub(crate) fn read(
+        &mut self,
+        block: u64,
+        mask: u16,
+        request_pages: u32,
+        calibration: &mut Calibration,
+    ) -> Option<RestOfBlock> {
+        let index = self.entry(block as u32, calibration);
+        let entry = &mut self.entries[index];
+        let fresh = mask & !entry.touched;
+        entry.touched |= mask;
+        if fresh == 0 || entry.touched == u16::MAX {
+            return None;
+        }
+        let count = entry.touched.count_ones();
+        let bucket = count_bucket(count);
+        if entry.spatial >> (8 * bucket) & 1 == 1 {
+            return None;
+        }
+        let around = self.touched(block.wrapping_sub(1)).count_ones() + self.touched(block + 1).count_ones();
+        let fill = match around {
+            0 => 0u64,
+            1..=6 => 1,
+            7..=20 => 2,
+            _ => 3,
+        };
+        let state = 1 | fill << 1 | u64::from(request_pages == 1) << 3 | u64::from(count) << 4;
+        self.enqueue(index);
+        let entry = &mut self.entries[index];
+        entry.spatial |= state << (8 * bucket);
+        let class = spatial_class(bucket, state);
+        // Prior: the fuller the block and its neighbourhood, the likelier the rest; corrected by labels within seconds.
+        let prior = 0.08 + 0.06 * bucket as f32 + 0.08 * fill as f32;
+        Some(RestOfBlock { mask: !entry.touched, probability: calibration.spatial[class].probability(prior) })
+    }
+
+    /// Records that a guest overwrote `mask` in `block`: nothing is left to fetch there, and what was proposed was wrong.
+    pub(crate) fn written(&mut self, block: u64, mask: u16, calibration: &mut Calibration) {
+        let index = self.entry(block as u32, calibration);
+        let entry = &mut self.entries[index];
+        let wrong = entry.pending & mask & !entry.touched;
+        calibration.label(entry.class, 0, wrong.count_ones());
+        entry.pending &= !wrong;
+        // Written pages are neither hits nor misses of the spatial expert: count them as there from the start.
+        let fresh = u64::from((mask & !entry.touched).count_ones());
+        for bucket in 0..COUNT_BUCKETS {
+            let state = entry.spatial >> (8 * bucket) & 0xff;
+            if state & 1 == 1 {
+                let count = (state >> 4).saturating_add(fresh).min(15);
+                entry.spatial &= !(0xff << (8 * bucket));
+                entry.spatial |= (state & 0xf | count << 4) << (8 * bucket);
+            }
+        }
+        entry.touched |= mask;
+    }
+
+    /// Which pages of `mask` are worth proposing at `probability`: not touched, and not proposed about as likely.
+    /// Those are recorded as proposed.
+    pub(crate) fn propose(
+        &mut self,
+        block: u64,
+        mask: u16,
+        probability: f32,
+        class: Class,
+        calibration: &mut Calibration,
+    ) -> u16 {
+        let index = self.entry(block as u32, calibration);
+        let entry = &mut self.entries[index];
+        let better = probability >= entry.probability + BETTER_BY;
+        let fresh = mask & !entry.touched & if better { u16::MAX } else { !entry.proposed };
+        if fresh == 0 {
+            return 0;
+        }
+        // One probability stands for all proposed pages of the block; the lower one, so that none is held back.
+        entry.probability = if entry.proposed & !fresh == 0 { probability } else { entry.probability.min(probability) };
+        entry.proposed |= fresh;
+        if class != Class::NONE && (entry.pending == 0 || entry.class == class) {
+            entry.class = class;
+            entry.pending |= fresh;
+            self.enqueue(index);
+        }
+        fresh
+    }
+
+    /// Pages of the range may be proposed again: a proposal was lost, or the cache dropped them.
+    pub(crate) fn forget(&mut self, block: u64, mask: u16, calibration: &mut Calibration) {
+        if let Some(index) = self.find(block as u32) {
+            let entry = &mut self.entries[index];
+            let unread = entry.pending & mask & !entry.touched;
+            calibration.label(entry.class, 0, unread.count_ones());
+            entry.pending &= !unread;
+            entry.proposed &= !mask;
+            entry.touched &= !mask;
+        }
+    }
+
+    /// Forgets every touch and proposal; what was learned from them stays.
+    pub(crate) fn clear(&mut self, calibration: &mut Calibration) {
+        for entry in &mut self.entries {
+            settle(entry, calibration);
+            *entry = Entry::EMPTY;
+        }
+        self.queue.clear();
+    }
+
+    /// Pages of `block` touched lately.
+    pub(crate) fn touched(&self, block: u64) -> u16 {
+        u32::try_from(block).ok().and_then(|block| self.find(block)).map_or(0, |index| {
+            let entry = &self.entries[index];
+            if self.is_stale(entry) { 0 } else { entry.touched }
+        })
+    }
+
+    /// Pages of `block` touched or proposed within the last `seconds`.
+    pub(crate) fn handled_within(&self, block: u64, seconds: u32) -> u16 {
+        self.find(block as u32).map_or(0, |index| {
+            let entry = &self.entries[index];
+            if self.now_s.saturating_sub(entry.at_s) > seconds { 0 } else { entry.touched | entry.proposed }
+        })
+    }
+
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.entries.capacity() * size_of::<Entry>() + self.queue.capacity() * size_of::<(u32, u32)>()
+    }
+
+    fn set_of(&self, block: u32) -> usize {
+        // Fibonacci hashing: neighbouring blocks fall into different sets.
+        ((u64::from(block).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & self.set_mask) * WAYS
+    }
+
+    fn find(&self, block: u32) -> Option<usize> {
+        if block == VACANT {
+            return None;
+        }
+        let set = self.set_of(block);
+        (set..set + WAYS).find(|&index| self.entries[index].block == block)
+    }
+
+    fn is_stale(&self, entry: &Entry) -> bool {
+        self.now_s.saturating_sub(entry.at_s) > FORGET_AFTER_S
+    }
+
+    /// The entry of `block`, made if need be, marked as active now.
+    fn entry(&mut self, block: u32, calibration: &mut Calibration) -> usize {
+        let set = self.set_of(block);
+        let mut victim = set;
+        for index in set..set + WAYS {
+            let entry = &self.entries[index];
+            if entry.block == block {
+                if self.is_stale(entry) {
+                    victim = index;
+                    break;
+                }
+                self.entries[index].at_s = self.now_s;
+                return index;
+            }
+            let oldest = &self.entries[victim];
+            if entry.block == VACANT && oldest.block != VACANT
+                || (entry.block == VACANT) == (oldest.block == VACANT) && entry.at_s < oldest.at_s
+            {
+                victim = index;
+            }
+        }
+        settle(&mut self.entries[victim], calibration);
+        self.entries[victim] = Entry { block, at_s: self.now_s, ..Entry::EMPTY };
+        victim
+    }
+
+    fn enqueue(&mut self, index: usize) {
+        let entry = &mut self.entries[index];
+        if !entry.queued {
+            entry.queued = true;
+            self.queue.push_back((entry.block, self.now_s));
+        }
+    }
+}
+
+/// Labels what an entry waits for.
+fn settle(entry: &mut Entry, calibration: &mut Calibration) {
+    if entry.pending != 0 {
+        calibration.label(entry.class, (entry.pending & entry.touched).count_ones(), entry.pending.count_ones());
+        entry.pending = 0;
+    }
+    for bucket in 0..COUNT_BUCKETS {
+        let state = entry.spatial >> (8 * bucket) & 0xff;
+        if state & 1 == 1 {
+            let count = (state >> 4) as u32;
+            let used = entry.touched.count_ones().saturating_sub(count);
+            calibration.spatial[spatial_class(bucket, state)].add(used, 16 - count);
+        }
+    }
+    entry.spatial = 0;
+    entry.queued = false;
+}
+
+fn count_bucket(count: u32) -> usize {
+    match count {
+        0..=1 => 0,
+        2 => 1,
+        3..=4 => 2,
+        5..=8 => 3,
+        _ => 4,
+    }
+}
+
+fn spatial_class(bucket: usize, state: u64) -> usize {
+    bucket * 8 + (state >> 1 & 7) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fixture() -> (Ledger, Calibration) {
+        (Ledger::new(1024), Calibration::new())
+    }
+
+    #[test]
+    fn a_page_is_proposed_once_until_it_is_lost_or_likelier() {
+        let (mut ledger, mut calibration) = fixture();
+        let class = Class::stream(3);
+        assert_eq!(ledger.propose(7, 0b1111, 0.5, class, &mut calibration), 0b1111);
+        assert_eq!(ledger.propose(7, 0b1111, 0.5, class, &mut calibration), 0);
+        assert_eq!(ledger.propose(7, 0b1111, 0.9, class, &mut calibration), 0b1111);
+        ledger.forget(7, 0b0011, &mut calibration);
+        assert_eq!(ledger.propose(7, 0b1111, 0.9, class, &mut calibration), 0b0011);
+        ledger.advance((u64::from(FORGET_AFTER_S) + 2) * 1_000_000, &mut calibration);
+        assert_eq!(ledger.propose(7, 0b1111, 0.5, class, &mut calibration), 0b1111);
+    }
+
+    #[test]
+    fn a_touched_page_is_not_proposed() {
+        let (mut ledger, mut calibration) = fixture();
+        ledger.read(7, 0b0101, 1, &mut calibration);
+        ledger.written(7, 0b1000, &mut calibration);
+        assert_eq!(ledger.propose(7, 0b1111, 1.0, Class::NONE, &mut calibration), 0b0010);
+    }
+
+    #[test]
+    fn proposals_are_labelled_with_the_share_that_was_read() {
+        let (mut ledger, mut calibration) = fixture();
+        let class = Class::stream(3);
+        ledger.propose(7, 0b1111, 0.5, class, &mut calibration);
+        ledger.read(7, 0b0011, 2, &mut calibration);
+        ledger.written(7, 0b0100, &mut calibration);
+        assert_eq!(calibration.classes[3].total, 1.0); // the written page: known to be wrong at once
+        ledger.advance(u64::from(LABEL_AFTER_S) * 1_000_000, &mut calibration);
+        assert_eq!((calibration.classes[3].used, calibration.classes[3].total), (2.0, 4.0));
+    }
+
+    #[test]
+    fn evicted_entries_are_labelled_too() {
+        let (mut ledger, mut calibration) = fixture();
+        for block in 0..10_000 {
+            ledger.propose(block, 0b11, 0.5, Class::stream(3), &mut calibration);
+            ledger.read(block, 0b1, 1, &mut calibration);
+        }
+        ledger.clear(&mut calibration);
+        let odds = calibration.classes[3];
+        assert!((odds.used / odds.total - 0.5).abs() < 1e-3, "{odds:?}");
+        assert!(ledger.entries.iter().all(|entry| entry.block == VACANT));
+    }
+
+    #[test]
+    fn the_spatial_expert_learns_that_blocks_are_read_whole() {
+        let (mut ledger, mut calibration) = fixture();
+        let mut at_us = 0;
+        let mut last = 0.0;
+        for block in (0..2000).step_by(3) {
+            let rest = ledger.read(block, 0b1, 1, &mut calibration).expect("first touch");
+            assert_eq!(rest.mask, !0b1);
+            last = rest.probability;
+            ledger.read(block, !0b1, 15, &mut calibration);
+            at_us += 1_000_000;
+            ledger.advance(at_us, &mut calibration);
+        }
+        assert!(last > 0.9, "{last}");
+    }
+}

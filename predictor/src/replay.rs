@@ -1,0 +1,314 @@
+//! Replays a first-touch set while its phase runs: proposes what comes next, a window ahead of the guest.
+//!
+//! The guest's position in the plan is the [`RANK`]-th furthest of its last [`RECENT`] new matches: runs reorder what they read,
+//! and one early touch of a late extent must not move the window, while a program that skips a part does. Between matches
+//! the position's time goes on with the clock, at most by the horizon.
+//!
+//! The window is bounded by time (horizon) and by bytes proposed and neither used nor passed. A governor shrinks the bytes as
+//! soon as less than half of what was passed was used, down to nothing: a run that diverges from the plan wastes little.
+
+use crate::phase::{Plan, SetExtent};
+use std::sync::Arc;
+
+/// New matches that make up the position …
+const RECENT: usize = 16;
+/// … of which this many are at or behind it.
+const RANK: usize = 4;
+/// An extent counts as passed when the position is this many extents further.
+const PASSED_BY: usize = 64;
+/// The governor judges from this many passed pages (1 MiB) on …
+const JUDGED_MIN_PAGES: f32 = 256.0;
+/// … and forgets half beyond this many (16 MiB).
+const JUDGED_MAX_PAGES: f32 = 4096.0;
+/// The window is whole from this share of used pages on, and nothing at [`SHARE_NONE`].
+const SHARE_WHOLE: f32 = 0.5;
+const SHARE_NONE: f32 = 0.2;
+/// Above this share the plan knows better than the other experts what follows a read that it foresaw.
+const SHARE_TRUSTED: f32 = 0.7;
+
+const PROPOSED: u8 = 1;
+const USED: u8 = 2;
+const PASSED: u8 = 4;
+/// Was proposed, lost by the cache and may be proposed once more.
+const LOST_ONCE: u8 = 8;
+
+/// How far ahead a replay proposes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window {
+    pub(crate) pages: u64,
+    pub(crate) horizon_ms: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Replay {
+    plan: Arc<Plan>,
+    window: Window,
+    flags: Vec<u8>,
+    started_us: u64,
+    matched_us: u64,
+    recent: [u32; RECENT],
+    matches: usize,
+    position: usize,
+    /// Next extent to consider.
+    cursor: usize,
+    /// The cursor jumped over extents that were never considered.
+    skipped: bool,
+    /// Pages proposed, not used and not passed.
+    outstanding: u64,
+    /// Extents before it were judged.
+    judged: usize,
+    judged_pages: f32,
+    judged_used: f32,
+}
+
+impl Replay {
+    pub(crate) fn new(plan: Arc<Plan>, window: Window, at_us: u64) -> Self {
+        Self {
+            flags: vec![0; plan.extents().len()],
+            plan,
+            window,
+            started_us: at_us,
+            matched_us: at_us,
+            recent: [0; RECENT],
+            matches: 0,
+            position: 0,
+            cursor: 0,
+            skipped: false,
+            outstanding: 0,
+            judged: 0,
+            judged_pages: 0.0,
+            judged_used: 0.0,
+        }
+    }
+
+    /// Takes in a read; true if the plan foresaw all its pages.
+    pub(crate) fn read(&mut self, first: u64, pages: u32, at_us: u64) -> bool {
+        let plan = Arc::clone(&self.plan);
+        let (mut covered, mut matched) = (0, false);
+        for (position, _, overlap) in plan.overlaps(first, pages) {
+            covered += overlap;
+            let flags = self.flags[position];
+            if flags & USED == 0 {
+                self.flags[position] |= USED;
+                if flags & (PROPOSED | PASSED) == PROPOSED {
+                    self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
+                }
+                self.recent[self.matches % RECENT] = position as u32;
+                self.matches += 1;
+                matched = true;
+            }
+        }
+        if matched {
+            self.matched_us = self.matched_us.max(at_us);
+            self.locate();
+        }
+        covered == pages
+    }
+
+    /// The cache lost proposed pages before any use: their extents may be proposed once more.
+    pub(crate) fn lost(&mut self, first: u64, pages: u32) {
+        let plan = Arc::clone(&self.plan);
+        for (position, _, _) in plan.overlaps(first, pages) {
+            if self.flags[position] & (PROPOSED | USED | PASSED | LOST_ONCE) == PROPOSED {
+                self.flags[position] = LOST_ONCE;
+                self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
+                self.skipped |= position < self.cursor;
+            }
+        }
+    }
+
+    /// Hands on what is due to be proposed, in order: extent, probability, expected time of use.
+    pub(crate) fn propose(&mut self, at_us: u64, floor: f32, mut sink: impl FnMut(&SetExtent, f32, u64)) {
+        let plan = Arc::clone(&self.plan);
+        let extents = plan.extents();
+        let Some(here) = extents.get(self.position) else { return };
+        let begun = self.matches > 0;
+        let idle_ms = at_us.saturating_sub(if begun { self.matched_us } else { self.started_us }) / 1000;
+        let idle_ms = idle_ms.min(u64::from(self.window.horizon_ms));
+        let now_ms = if begun { u64::from(here.at_ms) + idle_ms } else { idle_ms };
+        let until_ms = now_ms + u64::from(self.window.horizon_ms);
+        let limit = (self.window.pages as f64 * f64::from(self.allowance())) as u64;
+        if self.cursor < self.position {
+            self.skipped = true;
+            self.cursor = self.position;
+        } else if self.skipped && self.position < self.cursor {
+            (self.skipped, self.cursor) = (false, self.position);
+        }
+        while let Some(extent) = extents.get(self.cursor) {
+            if u64::from(extent.at_ms) > until_ms || self.outstanding + u64::from(extent.pages) > limit {
+                break;
+            }
+            let flags = &mut self.flags[self.cursor];
+            self.cursor += 1;
+            let probability = plan.probability(extent);
+            if *flags & (PROPOSED | USED) != 0 || probability < floor {
+                continue;
+            }
+            *flags |= PROPOSED;
+            // Already passed: it counts neither as outstanding nor for the governor.
+            if *flags & PASSED == 0 {
+                self.outstanding += u64::from(extent.pages);
+            }
+            let due_us = at_us.saturating_add(u64::from(extent.at_ms).saturating_sub(now_ms) * 1000);
+            sink(extent, probability, due_us);
+        }
+    }
+
+    /// The plan proved right so far in this run.
+    pub(crate) fn is_trusted(&self) -> bool {
+        self.matches >= RANK && self.share() >= SHARE_TRUSTED
+    }
+
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.flags.capacity() + size_of::<Self>()
+    }
+
+    /// Share of the passed pages that was used; one until enough were passed.
+    fn share(&self) -> f32 {
+        if self.judged_pages < JUDGED_MIN_PAGES { 1.0 } else { self.judged_used / self.judged_pages }
+    }
+
+    /// Part of the window that the governor allows.
+    fn allowance(&self) -> f32 {
+        ((self.share() - SHARE_NONE) / (SHARE_WHOLE - SHARE_NONE)).clamp(0.0, 1.0)
+    }
+
+    fn locate(&mut self) {
+        let held = self.matches.min(RECENT);
+        if held < RANK {
+            return;
+        }
+        let mut sorted = self.recent;
+        sorted[..held].sort_unstable_by(|a, b| b.cmp(a));
+        self.position = sorted[RANK - 1] as usize;
+        let until = self.position.saturating_sub(PASSED_BY);
+        while self.judged < until {
+            let (flags, pages) = (self.flags[self.judged], self.plan.extents()[self.judged].pages);
+            self.flags[self.judged] |= PASSED;
+            self.judged += 1;
+            if flags & PROPOSED != 0 {
+                self.judged_pages += pages as f32;
+                if flags & USED != 0 {
+                    self.judged_used += pages as f32;
+                } else {
+                    self.outstanding = self.outstanding.saturating_sub(u64::from(pages));
+                }
+            }
+        }
+        if self.judged_pages > JUDGED_MAX_PAGES {
+            self.judged_pages *= 0.5;
+            self.judged_used *= 0.5;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::phase::PhaseSet;
+    use crate::record::Recording;
+
+    const WIDE: Window = Window { pages: 1 << 16, horizon_ms: 10_000 };
+
+    /// `count` extents of 8 pages, 16 apart, 100 ms apart.
+    fn plan(count: u64) -> Arc<Plan> {
+        let mut run = Recording::new(0, 1 << 20);
+        for i in 0..count {
+            run.read(i * 16, 8, i * 100_000);
+        }
+        let mut set = PhaseSet::new();
+        set.merge(&run);
+        Arc::clone(set.plan())
+    }
+
+    fn proposed(replay: &mut Replay, at_us: u64) -> Vec<u64> {
+        let mut firsts = Vec::new();
+        replay.propose(at_us, 0.1, |extent, _, due_us| {
+            assert!(due_us >= at_us);
+            firsts.push(extent.first / 16);
+        });
+        firsts
+    }
+
+    #[test]
+    fn the_window_goes_ahead_of_the_guest_and_nothing_is_proposed_twice() {
+        let mut replay = Replay::new(plan(1000), WIDE, 0);
+        assert_eq!(proposed(&mut replay, 0), (0..=100).collect::<Vec<_>>());
+        assert!(proposed(&mut replay, 0).is_empty());
+        let mut next = 101;
+        for i in 0..500 {
+            assert!(replay.read(i * 16, 8, i * 100_000));
+            for extent in proposed(&mut replay, i * 100_000) {
+                assert_eq!(extent, next);
+                next += 1;
+            }
+        }
+        assert!((590..=601).contains(&next), "{next}");
+        assert!(replay.is_trusted());
+    }
+
+    #[test]
+    fn outstanding_bytes_are_bounded() {
+        let mut replay = Replay::new(plan(1000), Window { pages: 80, horizon_ms: 1_000_000 }, 0);
+        assert_eq!(proposed(&mut replay, 0).len(), 10);
+        for i in 0..4 {
+            replay.read(i * 16, 8, 0);
+        }
+        assert_eq!(proposed(&mut replay, 0).len(), 4);
+    }
+
+    #[test]
+    fn reordered_reads_do_not_throw_the_position() {
+        let mut replay = Replay::new(plan(1000), WIDE, 0);
+        proposed(&mut replay, 0);
+        replay.read(900 * 16, 8, 1000); // one early touch of a late extent
+        for i in (0..40).map(|i| i ^ 3) {
+            replay.read(i * 16, 8, i * 1000);
+        }
+        assert!((34..=40).contains(&replay.position), "{}", replay.position);
+    }
+
+    #[test]
+    fn a_run_that_skips_a_part_is_followed_and_may_come_back() {
+        let mut replay = Replay::new(plan(1000), WIDE, 0);
+        proposed(&mut replay, 0);
+        for i in 500..520 {
+            replay.read(i * 16, 8, 1000);
+        }
+        let ahead = proposed(&mut replay, 2000);
+        assert!(ahead[0] >= 510 && ahead.contains(&600));
+        for i in 200..220 {
+            replay.read(i * 16, 8, 3000);
+        }
+        assert!(proposed(&mut replay, 4000).contains(&250));
+    }
+
+    #[test]
+    fn a_run_that_diverges_is_cut_off() {
+        let mut replay = Replay::new(plan(4000), WIDE, 0);
+        let mut sum = proposed(&mut replay, 0).len();
+        for i in (0..4000).step_by(12) {
+            replay.read(i * 16, 1, i * 100_000);
+            sum += proposed(&mut replay, i * 100_000).len();
+        }
+        assert!(sum < 600, "{sum} of 4000 although a twelfth is used");
+        assert!(!replay.is_trusted());
+    }
+
+    #[test]
+    fn a_lost_extent_is_proposed_once_more() {
+        let mut replay = Replay::new(plan(50), WIDE, 0);
+        assert_eq!(proposed(&mut replay, 0).len(), 50);
+        replay.lost(20 * 16, 8);
+        assert_eq!(proposed(&mut replay, 0), [20]);
+        replay.lost(20 * 16, 8);
+        assert!(proposed(&mut replay, 0).is_empty());
+    }
+
+    #[test]
+    fn an_empty_plan_is_no_plan() {
+        let mut replay = Replay::new(Arc::clone(PhaseSet::new().plan()), WIDE, 0);
+        assert!(!replay.read(0, 1, 0));
+        assert!(proposed(&mut replay, 0).is_empty());
+    }
+}
