@@ -1,3 +1,4 @@
 //! agent
 
 pub mod config;
+pub mod store;

@@ -108,11 +108,6 @@ impl PageSet {
         self.pages
     }
 
-    /// Blocks with at least one page in the set.
-    pub(crate) fn blocks(&self) -> usize {
-        self.blocks.len()
-    }
-
     pub(crate) fn memory_bytes(&self) -> usize {
         self.blocks.capacity() * 17
     }

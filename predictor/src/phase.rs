@@ -465,7 +465,7 @@ mod tests {
                 prop_assert!(set.plan.extents().is_sorted_by_key(|extent| extent.at_ms));
                 let mut bytes = Vec::new();
                 set.write(&mut bytes);
-                prop_assert_eq!(PhaseSet::read(&mut Reader::new(&bytes)).as_ref(), Ok(&set));
+                prop_assert_eq!(PhaseSet::read(&mut Reader::new(&bytes)), Ok(set.clone()));
             }
         }
 

@@ -16,10 +16,14 @@ const RECENT: usize = 16;
 const RANK: usize = 4;
 /// An extent counts as passed when the position is this many extents further.
 const PASSED_BY: usize = 64;
-/// The governor judges from this many passed pages (1 MiB) on …
-const JUDGED_MIN_PAGES: f32 = 256.0;
-/// … and forgets half beyond this many (16 MiB).
-const JUDGED_MAX_PAGES: f32 = 4096.0;
+/// The governor starts with the credit of this many used pages (1 MiB) …
+const CREDIT_PAGES: f32 = 256.0;
+/// … forgets half beyond this many (4 MiB) …
+const JUDGED_MAX_PAGES: f32 = 1024.0;
+/// … and counts at most so many for one move of the position: a guest that skips a program has not left the plan.
+const JUDGED_AT_ONCE_PAGES: f32 = 256.0;
+/// Only extents at least this likely are judged; of others nothing was promised.
+const JUDGED_PROBABILITY: f32 = 0.5;
 /// The window is whole from this share of used pages on, and nothing at [`SHARE_NONE`].
 const SHARE_WHOLE: f32 = 0.5;
 const SHARE_NONE: f32 = 0.2;
@@ -76,8 +80,8 @@ impl Replay {
             skipped: false,
             outstanding: 0,
             judged: 0,
-            judged_pages: 0.0,
-            judged_used: 0.0,
+            judged_pages: CREDIT_PAGES,
+            judged_used: CREDIT_PAGES,
         }
     }
 
@@ -163,9 +167,9 @@ impl Replay {
         self.flags.capacity() + size_of::<Self>()
     }
 
-    /// Share of the passed pages that was used; one until enough were passed.
+    /// Share of the pages passed lately that was used.
     fn share(&self) -> f32 {
-        if self.judged_pages < JUDGED_MIN_PAGES { 1.0 } else { self.judged_used / self.judged_pages }
+        self.judged_used / self.judged_pages
     }
 
     /// Part of the window that the governor allows.
@@ -182,19 +186,22 @@ impl Replay {
         sorted[..held].sort_unstable_by(|a, b| b.cmp(a));
         self.position = sorted[RANK - 1] as usize;
         let until = self.position.saturating_sub(PASSED_BY);
+        let (mut passed, mut used) = (0.0, 0.0);
         while self.judged < until {
-            let (flags, pages) = (self.flags[self.judged], self.plan.extents()[self.judged].pages);
+            let (flags, extent) = (self.flags[self.judged], &self.plan.extents()[self.judged]);
             self.flags[self.judged] |= PASSED;
             self.judged += 1;
-            if flags & PROPOSED != 0 {
-                self.judged_pages += pages as f32;
-                if flags & USED != 0 {
-                    self.judged_used += pages as f32;
-                } else {
-                    self.outstanding = self.outstanding.saturating_sub(u64::from(pages));
-                }
+            if flags & (PROPOSED | USED) == PROPOSED {
+                self.outstanding = self.outstanding.saturating_sub(u64::from(extent.pages));
+            }
+            if self.plan.probability(extent) >= JUDGED_PROBABILITY {
+                passed += extent.pages as f32;
+                used += if flags & USED != 0 { extent.pages as f32 } else { 0.0 };
             }
         }
+        let scale = if passed > JUDGED_AT_ONCE_PAGES { JUDGED_AT_ONCE_PAGES / passed } else { 1.0 };
+        self.judged_pages += passed * scale;
+        self.judged_used += used * scale;
         if self.judged_pages > JUDGED_MAX_PAGES {
             self.judged_pages *= 0.5;
             self.judged_used *= 0.5;

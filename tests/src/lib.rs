@@ -1,1 +1,24 @@
-//! tests
+//! The harness of the end-to-end tests and of `bench`: real guests under a real libvirt, on a real NBD store, through the
+//! real daemon, and nothing left behind.
+//!
+//! - [`clean`]: what must be undone, however the program ends
+//! - [`process`]: child processes that end with us
+//! - [`paths`]: the cache, the scratch folder, the programs under test
+//! - [`image`]: the Debian guest, built once by `scripts/guest-image.sh`
+//! - [`accelerator`]: KVM where a guest really boots under it
+//! - [`libvirt`]: a libvirtd of our own, apart from the host's
+//! - [`store`]: nbdkit with its delay filter, and a count of what was read from it
+//! - [`report`]: the lines the guest prints
+//! - [`guest`]: a domain, from its XML to its last line
+//! - [`daemon`]: `prestaged` and `prestagectl`
+
+pub mod accelerator;
+pub mod clean;
+pub mod daemon;
+pub mod guest;
+pub mod image;
+pub mod libvirt;
+pub mod paths;
+pub mod process;
+pub mod report;
+pub mod store;

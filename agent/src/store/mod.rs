@@ -1,1 +1,185 @@
+//! The host's database: profiles, access history, outcomes, disks added at run time. SQLite in WAL mode, one file.
+//!
+//! - `schema.rs`: tables and migrations
+//! - `writer.rs`: the one thread that writes, and the bounded queue before it
+//! - `records.rs`: what goes in and comes out, by table
+//! - `segment.rs`: accesses as compressed columns
+//!
+//! Guests never wait for this: writes are queued, a full queue or a full disk loses history and says so in [`Store::condition`], and the
+//! data path does not know the database exists. Reads use a connection of their own, which writers do not block. Reads and
+//! [`Pending::wait`] block their thread; on an async executor run reads in a blocking task and await a `Pending`.
+//!
+//! What a crash leaves: commits are synced (`synchronous = FULL`) and atomic, so each queued write is there whole or not at all, in order.
+
+mod records;
+mod schema;
 pub mod segment;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+
+pub use records::{Accesses, DiskRow, History, OutcomeRow, ProfileRow, Retention, SegmentRow};
+pub use writer::Pending;
+use writer::Writer;
+
+/// Why the database cannot be used, or a write was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    #[error(
+        "database {path} is damaged ({detail}); stop prestaged, move it aside with `for f in '{path}'*; do mv \"$f\" \"$f.damaged\"; done`, \
+         and start again: profiles are learned anew and disks added at run time must be added again; no guest data is in it"
+    )]
+    Damaged { path: PathBuf, detail: String },
+    #[error(
+        "database {path} is of version {found}, this prestaged knows up to {known}; install the newer prestaged again, or move the \
+         database aside and let it learn anew"
+    )]
+    Newer { path: PathBuf, found: i64, known: i64 },
+    #[error("database {path} belongs to another program; set another `daemon.state_dir` or move the file away")]
+    Foreign { path: PathBuf },
+    #[error("cannot {action} database {path}: no space left; free some on its file system or lower `learner.retention_bytes`")]
+    Full { action: &'static str, path: PathBuf },
+    #[error("cannot {action} database {path}: locked by another process; see `fuser {path}`")]
+    Locked { action: &'static str, path: PathBuf },
+    #[error("cannot {action} database {path}: {detail}")]
+    Refused { action: &'static str, path: PathBuf, detail: String },
+    #[error("{what} `{name}` exists already")]
+    AlreadyExists { what: &'static str, name: String },
+    #[error("there is no {what} `{name}`")]
+    NotFound { what: &'static str, name: String },
+    #[error("too many writes wait for database {path}; it is slow or its disk is")]
+    QueueFull { path: PathBuf },
+    #[error("the database is closed")]
+    Closed,
+    #[error(transparent)]
+    Segment(#[from] segment::SegmentError),
+}
+
+/// Sorts SQLite's errors by what an operator can do about them.
+fn refused(path: &Path, action: &'static str, error: rusqlite::Error) -> StoreError {
+    let path = path.to_owned();
+    match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => StoreError::Damaged { path, detail: error.to_string() },
+        Some(ErrorCode::DiskFull) => StoreError::Full { action, path },
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Locked { action, path },
+        _ => StoreError::Refused { action, path, detail: error.to_string() },
+    }
+}
+
+/// Bounds of the queue before the writer.
+#[derive(Debug, Clone, Copy)]
+pub struct StoreOptions {
+    /// Most writes waiting.
+    pub queue: usize,
+    /// Most bytes waiting.
+    pub queue_bytes: u64,
+    /// How long the writer waits for another process's lock before the write counts as failed.
+    pub busy_timeout: Duration,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        // 64 MiB hold the histories of some 25 disks at their largest segments: minutes of a busy host.
+        Self { queue: 1024, queue_bytes: 64 << 20, busy_timeout: Duration::from_secs(5) }
+    }
+}
+
+/// How the database fares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Condition {
+    pub path: PathBuf,
+    /// Database and write-ahead log.
+    pub size_bytes: u64,
+    /// Writes waiting.
+    pub queued: u64,
+    /// Writes lost: the queue was full, or the database refused them.
+    pub writes_dropped: u64,
+    /// Why the last write failed; `None` after one that succeeded.
+    pub degraded: Option<String>,
+}
+
+/// The open database; clones share it.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    reader: Mutex<Connection>,
+    writer: Writer,
+}
+
+impl Store {
+    /// Opens or makes the database, brings it to this version, checks the small tables and starts the writer thread.
+    /// Errors: `Damaged`, `Newer`, `Foreign`, `Full`, `Locked`, `Refused`.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_with(path, StoreOptions::default())
+    }
+
+    /// [`Store::open`] with other bounds.
+    pub fn open_with(path: &Path, options: StoreOptions) -> Result<Self, StoreError> {
+        let cannot = |action| move |error: std::io::Error| StoreError::Refused { action, path: path.to_owned(), detail: error.to_string() };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(cannot("make the folder of"))?;
+        }
+        // What guests read and when is nobody's business but the operator's.
+        OpenOptions::new().create(true).append(true).mode(0o600).open(path).map_err(cannot("open"))?;
+        let failed = |source| refused(path, "open", source);
+
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut connection = Connection::open_with_flags(path, flags).map_err(failed)?;
+        connection.busy_timeout(options.busy_timeout).map_err(failed)?;
+        schema::migrate(&mut connection, path)?;
+        connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
+        connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
+        connection.pragma_update(None, "foreign_keys", true).map_err(failed)?;
+        // A long reader lets the log grow; it shrinks to this afterwards.
+        connection.pragma_update(None, "journal_size_limit", 64 << 20).map_err(failed)?;
+        // The history may be large and damage in it costs only itself; these are small and everything else needs them.
+        for table in ["storages", "profiles", "disks"] {
+            let verdict: String = connection.query_row(&format!("PRAGMA quick_check({table})"), [], |row| row.get(0)).map_err(failed)?;
+            if verdict != "ok" {
+                return Err(StoreError::Damaged { path: path.to_owned(), detail: verdict });
+            }
+        }
+
+        let reader = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(failed)?;
+        reader.busy_timeout(options.busy_timeout).map_err(failed)?;
+        let writer = Writer::start(connection, path.to_owned(), options)?;
+        Ok(Self { inner: Arc::new(Inner { path: path.to_owned(), reader: Mutex::new(reader), writer }) })
+    }
+
+    /// How the database fares.
+    #[must_use]
+    pub fn condition(&self) -> Condition {
+        let size = |suffix: &str| {
+            let mut name = self.inner.path.as_os_str().to_owned();
+            name.push(suffix);
+            std::fs::metadata(PathBuf::from(name)).map_or(0, |meta| meta.len())
+        };
+        let (queued, writes_dropped, degraded) = self.inner.writer.condition();
+        Condition { path: self.inner.path.clone(), size_bytes: size("") + size("-wal"), queued, writes_dropped, degraded }
+    }
+
+    /// Writes what is queued and ends the writer thread, waiting at most `limit`. Later writes fail with `Closed`.
+    /// Returns whether everything was written.
+    #[must_use]
+    pub fn close(&self, limit: Duration) -> bool {
+        self.inner.writer.close(limit)
+    }
+
+    fn read<T>(&self, action: &'static str, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StoreError> {
+        query(&self.inner.reader.lock()).map_err(|error| refused(&self.inner.path, action, error))
+    }
+}

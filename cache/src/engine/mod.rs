@@ -40,3 +40,6 @@ pub use sync::{Notify, OneshotReceiver, OneshotSender, Permit, Semaphore, onesho
 
 /// A future that stays on its shard's thread.
 pub type LocalBoxFuture<T> = std::pin::Pin<Box<dyn Future<Output = T>>>;
+
+#[cfg(test)]
+mod tests;

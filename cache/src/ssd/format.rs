@@ -61,8 +61,8 @@
 //! bit `crc32c(storage index u16, region u64) mod 2^23` of the bitmap is set and synced; bits are cleared by a checkpoint.
 //! Recovery then drops the slots whose region's bit is set, and the data's CRC finds slots that were being overwritten.
 
-use super::{SsdStorage, Stamp};
-use crate::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
+use super::Stamp;
+use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageMask};
 
 pub(super) const MAGIC: [u8; 16] = *b"PRESTAGE-SSD\r\n\x1a\n";
 pub(super) const VERSION: u32 = 1;
@@ -217,8 +217,14 @@ impl Superblock {
         if bits_off == 0 && crc_without(0, sector, 20) == get_u32(sector, 20) && version == VERSION {
             return Superblock::decode_valid(sector).map_or(Copy::Damaged, Copy::Valid);
         }
-        // Another version may well have its CRC elsewhere, so its number is believed without one.
-        if version == VERSION { Copy::Damaged } else { Copy::OtherVersion(version) }
+        let mut as_ours = [0; SECTOR_BYTES];
+        as_ours.copy_from_slice(sector);
+        put(&mut as_ours, 0, MAGIC);
+        put(&mut as_ours, 16, VERSION.to_le_bytes());
+        // Another version may well have its CRC elsewhere, so its number is believed without one, unless it is the number
+        // itself that rotted.
+        let rotted = version == VERSION || crc_without(0, &as_ours, 20) == get_u32(sector, 20);
+        if rotted { Copy::Damaged } else { Copy::OtherVersion(version) }
     }
 
     fn decode_valid(sector: &[u8]) -> Option<Superblock> {
@@ -367,12 +373,7 @@ impl SlotRecord {
 /// CRC-32C of a slot's data: of (storage index, block, mask), so that the right bytes in the wrong slot do not pass, then
 /// of the pages of `mask` in ascending order.
 ///
-/// `block_bytes`: 64 KiB with page `p` at `p * 4096`. A page that lies beyond a shorter slice is left out, which makes a
-/// checksum that matches nothing.
-pub fn checksum(storage: SsdStorage, block: BlockIndex, mask: PageMask, block_bytes: &[u8]) -> u32 {
-    data_checksum(storage.index, block.0, mask, block_bytes)
-}
-
+/// `block_bytes`: 64 KiB with page `p` at `p * 4096`.
 pub(super) fn data_checksum(storage: u16, block: u64, mask: PageMask, block_bytes: &[u8]) -> u32 {
     let mut key = [0; 12];
     put(&mut key, 0, storage.to_le_bytes());
@@ -381,7 +382,7 @@ pub(super) fn data_checksum(storage: u16, block: u64, mask: PageMask, block_byte
     mask.runs().fold(crc32c::crc32c(&key), |crc, (first, count)| {
         let start = first as usize * PAGE_BYTES;
         let pages = block_bytes.get(start..start + count as usize * PAGE_BYTES);
-        // A short slice: the complement differs from what any run of pages could have left unnoticed.
-        pages.map_or(!crc, |pages| crc32c::crc32c_append(crc, pages))
+        debug_assert!(pages.is_some(), "a block is 64 KiB");
+        crc32c::crc32c_append(crc, pages.unwrap_or_default())
     })
 }

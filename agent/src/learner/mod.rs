@@ -1,0 +1,195 @@
+//! The learner: takes accesses off the data path's queue, feeds the predictors, hands what they propose to the cache, and
+//! keeps what was learned. One thread; the data path never waits for it.
+//!
+//! - [`LearnerHandle`]: messages to the thread, from anywhere
+//! - `run.rs`: the thread's loop
+//! - `model.rs`: one storage's predictor and the life of its disks (which start is a boot)
+//! - `history.rs`: accesses on their way to the database
+
+mod history;
+mod model;
+mod run;
+
+use crate::store::Store;
+use prestage_cache::types::StorageId;
+use prestage_cache::{Cache, StorageHandle};
+use prestage_predictor::{ProfileError, ProfileSummary};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// What happened to a disk, seen by its export.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DiskEvent {
+    /// A hypervisor has connected to the socket.
+    Connected,
+    /// A ring runs; `resumed` if the guest goes on from before.
+    RingStarted { resumed: bool },
+    /// The hypervisor has gone.
+    Disconnected,
+}
+
+/// Settings that may change while the learner runs.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct LearnerSettings {
+    /// Hand predictions to the cache.
+    pub prefetch: bool,
+    /// Least probability.
+    pub threshold: f64,
+    /// Keep accesses in the database.
+    pub history: bool,
+    pub save_interval: Duration,
+    pub retention_age: Duration,
+    pub retention_bytes: u64,
+}
+
+/// Numbers of the learner, from any thread.
+#[derive(Debug, Default)]
+pub struct LearnerCounters {
+    pub accesses: AtomicU64,
+    pub predictions: AtomicU64,
+    pub profiles: AtomicU64,
+    pub memory_bytes: AtomicU64,
+}
+
+/// A profile that is held, in numbers.
+#[derive(Clone, Debug)]
+pub struct HeldProfile {
+    pub storage: String,
+    pub summary: ProfileSummary,
+    /// Why the saved profile was not used: it is kept in the database until it is removed or replaced on request.
+    pub refused: Option<ProfileError>,
+}
+
+/// What saving did.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct SavedProfiles {
+    pub profiles: u32,
+    pub bytes: u64,
+}
+
+enum Message {
+    AddStorage(StorageHandle),
+    /// Answers when the profile is saved.
+    RemoveStorage(StorageId, oneshot::Sender<()>),
+    AddDisk { disk: u32, storage: StorageId, vm: String },
+    RemoveDisk { disk: u32 },
+    Event { disk: u32, event: DiskEvent, at: Duration },
+    Save(oneshot::Sender<Result<SavedProfiles, String>>),
+    Profiles(oneshot::Sender<Vec<HeldProfile>>),
+    /// Forgets what is held of a storage.
+    Forget(String, oneshot::Sender<()>),
+    /// The cache was emptied: what was proposed before may be proposed again.
+    Emptied(Option<StorageId>),
+    /// Proposes what the storage's boot set holds.
+    Warm(StorageId, oneshot::Sender<u64>),
+    Settings(LearnerSettings),
+    Stop,
+}
+
+/// Reaches the learner.
+#[derive(Clone)]
+pub struct LearnerHandle(Arc<Handle>);
+
+struct Handle {
+    sender: Sender<Message>,
+    cache: Cache,
+    counters: Arc<LearnerCounters>,
+}
+
+impl LearnerHandle {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(
+        cache: Cache,
+        store: Store,
+        settings: LearnerSettings,
+    ) -> std::io::Result<(LearnerHandle, JoinHandle<()>)> {
+        let (sender, messages) = channel();
+        let counters = Arc::new(LearnerCounters::default());
+        let learner = run::Learner::new(cache.clone(), store, settings, Arc::clone(&counters));
+        let thread = std::thread::Builder::new().name("learner".into()).spawn(move || learner.run(&messages))?;
+        Ok((LearnerHandle(Arc::new(Handle { sender, cache, counters })), thread))
+    }
+
+    fn send(&self, message: Message) {
+        // A learner that has stopped wants to know nothing more.
+        let _ = self.0.sender.send(message);
+        self.0.cache.accesses().interrupt();
+    }
+
+    pub fn counters(&self) -> &LearnerCounters {
+        &self.0.counters
+    }
+    pub fn accesses(&self) -> u64 {
+        self.0.counters.accesses.load(Ordering::Relaxed)
+    }
+    /// A storage was opened: its saved profile is loaded.
+    pub fn add_storage(&self, storage: StorageHandle) {
+        self.send(Message::AddStorage(storage));
+    }
+    /// A storage is about to be closed; done when its profile is with the database.
+    pub async fn remove_storage(&self, storage: StorageId) {
+        let (reply, done) = oneshot::channel();
+        self.send(Message::RemoveStorage(storage, reply));
+        let _ = done.await;
+    }
+    pub fn add_disk(&self, disk: u32, storage: StorageId, vm: String) {
+        self.send(Message::AddDisk { disk, storage, vm });
+    }
+    pub fn remove_disk(&self, disk: u32) {
+        self.send(Message::RemoveDisk { disk });
+    }
+    pub fn event(&self, disk: u32, event: DiskEvent) {
+        self.send(Message::Event { disk, event, at: self.0.cache.now() });
+    }
+    pub fn emptied(&self, storage: Option<StorageId>) {
+        self.send(Message::Emptied(storage));
+    }
+    pub fn settings(&self, settings: LearnerSettings) {
+        self.send(Message::Settings(settings));
+    }
+    /// Saves every profile that has changed and waits until the database has it.
+    ///
+    /// # Errors
+    /// What the database says, or that the learner has stopped.
+    pub async fn save(&self) -> Result<SavedProfiles, String> {
+        let (reply, saved) = oneshot::channel();
+        self.send(Message::Save(reply));
+        saved.await.unwrap_or_else(|_| Err("the learner has stopped; restart prestaged".to_owned()))
+    }
+    /// Profiles held now.
+    pub async fn profiles(&self) -> Vec<HeldProfile> {
+        let (reply, profiles) = oneshot::channel();
+        self.send(Message::Profiles(reply));
+        profiles.await.unwrap_or_default()
+    }
+    /// Forgets what was learned of a storage; it is learned anew from here on.
+    pub async fn forget(&self, storage: String) {
+        let (reply, done) = oneshot::channel();
+        self.send(Message::Forget(storage, reply));
+        let _ = done.await;
+    }
+    /// Proposes the storage's boot set to the cache, as if a machine were starting. Returns the bytes proposed.
+    pub async fn warm(&self, storage: StorageId) -> u64 {
+        let (reply, bytes) = oneshot::channel();
+        self.send(Message::Warm(storage, reply));
+        bytes.await.unwrap_or_default()
+    }
+    /// Saves and ends the thread.
+    pub fn stop(&self) {
+        self.send(Message::Stop);
+    }
+}
+
+impl fmt::Debug for LearnerHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LearnerHandle").field("counters", &self.0.counters).finish_non_exhaustive()
+    }
+}

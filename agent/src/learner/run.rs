@@ -1,0 +1,332 @@
+//! The learner's loop.
+
+use super::history::HistoryBuffer;
+use super::model::{Model, micros};
+use super::{HeldProfile, LearnerCounters, LearnerSettings, Message, SavedProfiles};
+use crate::store::{Pending, Retention, Store};
+use prestage_cache::access::{Access, AccessOp};
+use prestage_cache::policy::{OutcomeKind, PrefetchRequest};
+use prestage_cache::types::{PAGES_PER_BLOCK, PageRange, StorageId};
+use prestage_cache::{Cache, StorageHandle};
+use prestage_predictor::{Access as Observed, Candidate, Expert, Op, Outcome, Phase};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Accesses observed before the predictors are asked: small, so that a prediction is not late by the batch's length.
+const BATCH: usize = 256;
+/// Pause between looks while guests are active. Reads that miss wake the learner at once; this bounds how late a
+/// prediction from hits can be, and costs a twentieth of a percent of a core.
+const ACTIVE_PAUSE: Duration = Duration::from_millis(2);
+/// Without accesses for this long, guests count as idle and the learner sleeps until it is woken.
+const IDLE_AFTER: Duration = Duration::from_millis(100);
+/// Longest sleep: timers are looked at this often.
+const IDLE_PAUSE: Duration = Duration::from_secs(1);
+const RETENTION_INTERVAL: Duration = Duration::from_secs(600);
+
+pub(super) struct Learner {
+    cache: Cache,
+    store: Store,
+    settings: LearnerSettings,
+    counters: Arc<LearnerCounters>,
+    models: HashMap<StorageId, Model>,
+    /// Storage of each disk.
+    disks: HashMap<u32, StorageId>,
+    history: HistoryBuffer,
+    candidates: Vec<Candidate>,
+    last_access: Duration,
+    last_save: Duration,
+    last_retention: Option<Duration>,
+}
+
+impl Learner {
+    pub(super) fn new(
+        cache: Cache,
+        store: Store,
+        settings: LearnerSettings,
+        counters: Arc<LearnerCounters>,
+    ) -> Learner {
+        let now = cache.now();
+        Learner {
+            history: HistoryBuffer::new(now),
+            cache,
+            store,
+            settings,
+            counters,
+            models: HashMap::new(),
+            disks: HashMap::new(),
+            candidates: Vec::new(),
+            last_access: Duration::ZERO,
+            last_save: now,
+            last_retention: None,
+        }
+    }
+
+    pub(super) fn run(mut self, messages: &Receiver<Message>) {
+        self.cache.accesses().consume_here();
+        loop {
+            loop {
+                match messages.try_recv() {
+                    Ok(Message::Stop) | Err(TryRecvError::Disconnected) => return self.stop(),
+                    Ok(message) => self.handle(message),
+                    Err(TryRecvError::Empty) => break,
+                }
+            }
+            let taken = self.observe();
+            let now = self.cache.now();
+            let decide_at = self.models.values_mut().filter_map(|model| model.decide(now)).min();
+            self.outcomes();
+            self.predict(now);
+            self.housekeeping(now);
+            if taken == BATCH {
+                continue;
+            }
+            let idle = now.saturating_sub(self.last_access) > IDLE_AFTER;
+            let pause = if idle { IDLE_PAUSE } else { ACTIVE_PAUSE };
+            let pause = decide_at.map_or(pause, |at| pause.min(at.saturating_sub(now)));
+            self.cache.accesses().wait(pause, idle);
+        }
+    }
+
+    /// Takes a batch of accesses off the queue. Returns how many there were.
+    fn observe(&mut self) -> usize {
+        let mut taken = 0;
+        while taken < BATCH {
+            let Some(access) = self.cache.accesses().pop() else { break };
+            taken += 1;
+            self.last_access = access.at;
+            if self.settings.history {
+                self.history.push(&access, &self.store);
+            }
+            if let Some(model) = self.models.get_mut(&access.storage) {
+                model.predictor.observe(&observed(&access));
+                model.stirred = true;
+                model.dirty = true;
+            }
+        }
+        self.counters.accesses.fetch_add(taken as u64, Ordering::Relaxed);
+        taken
+    }
+
+    /// Tells the predictors what became of their proposals.
+    fn outcomes(&mut self) {
+        let (outcomes, lost) = self.cache.take_outcomes();
+        if lost > 0 {
+            tracing::debug!(lost, "outcomes of prefetches not taken in time");
+        }
+        for outcome in outcomes {
+            let Some(model) = self.models.get_mut(&outcome.storage) else { continue };
+            let Some(expert) = Expert::ALL.get(usize::from(outcome.tag)) else { continue };
+            for (first, pages) in outcome.pages.runs() {
+                model.predictor.outcome(&Outcome {
+                    first: outcome.block.0 * PAGES_PER_BLOCK + first,
+                    pages: pages as u32,
+                    expert: *expert,
+                    used: outcome.kind != OutcomeKind::Evicted,
+                    late: outcome.kind == OutcomeKind::Late,
+                });
+            }
+        }
+    }
+
+    /// Asks the predictors that have seen something and hands over what passes the threshold.
+    fn predict(&mut self, now: Duration) {
+        for model in self.models.values_mut().filter(|model| model.stirred) {
+            model.stirred = false;
+            self.candidates.clear();
+            model.predictor.predict(micros(now), &mut self.candidates);
+            if !self.settings.prefetch {
+                continue;
+            }
+            let threshold = self.settings.threshold as f32;
+            let passing = self.candidates.iter().filter(|candidate| candidate.probability >= threshold);
+            let requests: Vec<PrefetchRequest> = passing.map(|candidate| request(candidate, now)).collect();
+            self.counters.predictions.fetch_add(requests.len() as u64, Ordering::Relaxed);
+            self.cache.prefetch(&model.handle, &requests);
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        let ram = self.ram_bytes();
+        match message {
+            Message::AddStorage(handle) => self.add_storage(handle),
+            Message::RemoveStorage(id, reply) => {
+                if let Some(mut model) = self.models.remove(&id)
+                    && let Some(pending) = save(&self.store, &mut model)
+                    && let Err(error) = pending.1.wait()
+                {
+                    tracing::warn!(storage = model.handle.identity(), %error, "profile not saved");
+                }
+                let _ = reply.send(());
+            }
+            Message::AddDisk { disk, storage, vm } => {
+                if let Some(model) = self.models.get(&storage) {
+                    self.history.name(disk, model.handle.identity(), &vm);
+                }
+                self.disks.insert(disk, storage);
+            }
+            Message::RemoveDisk { disk } => {
+                self.history.remove(disk, &self.store);
+                if let Some(model) = self.disks.remove(&disk).and_then(|id| self.models.get_mut(&id)) {
+                    model.remove_disk(disk);
+                }
+            }
+            Message::Event { disk, event, at } => {
+                // What the guest did before comes before.
+                while self.observe() == BATCH {}
+                if let Some(model) = self.disks.get(&disk).and_then(|id| self.models.get_mut(id)) {
+                    model.event(disk, event, at);
+                }
+            }
+            Message::Save(reply) => {
+                let saved = self.save_all();
+                self.history.flush(self.cache.now(), true, &self.store);
+                let _ = reply.send(saved);
+            }
+            Message::Profiles(reply) => {
+                let held = self.models.values().map(|model| HeldProfile {
+                    storage: model.handle.identity().to_owned(),
+                    summary: model.predictor.summary(),
+                    refused: model.refused.clone(),
+                });
+                let _ = reply.send(held.collect());
+            }
+            Message::Forget(storage, reply) => {
+                for model in self.models.values_mut().filter(|model| model.handle.identity() == storage) {
+                    model.forget(ram);
+                }
+                let _ = reply.send(());
+            }
+            Message::Emptied(storage) => {
+                for (id, model) in &mut self.models {
+                    if storage.is_none_or(|emptied| emptied == *id) {
+                        model.predictor.forget_resident();
+                    }
+                }
+            }
+            Message::Warm(storage, reply) => {
+                let _ = reply.send(self.warm(storage));
+            }
+            Message::Settings(settings) => self.settings = settings,
+            // Seen by the loop.
+            Message::Stop => {}
+        }
+    }
+
+    fn ram_bytes(&self) -> u64 {
+        u64::from(self.cache.occupancy().slots) * prestage_cache::types::BLOCK_BYTES as u64
+    }
+
+    fn add_storage(&mut self, handle: StorageHandle) {
+        if self.models.contains_key(&handle.id()) {
+            return;
+        }
+        let saved = self.store.profile(handle.identity()).unwrap_or_else(|error| {
+            tracing::warn!(storage = handle.identity(), %error, "saved profile cannot be read; learning anew");
+            None
+        });
+        let model = Model::new(handle, saved.as_ref().map(|(_, bytes)| bytes.as_slice()), self.ram_bytes());
+        self.models.insert(model.handle.id(), model);
+        self.gauges();
+    }
+
+    /// Raises the boot set of a storage without a machine: a copy of the predictor pretends that one starts.
+    fn warm(&mut self, storage: StorageId) -> u64 {
+        let ram = self.ram_bytes();
+        let now = self.cache.now();
+        let Some(model) = self.models.get(&storage) else { return 0 };
+        let mut pretend = Model::new(model.handle.clone(), Some(&model.predictor.to_bytes()), ram);
+        pretend.predictor.phase_start(u64::MAX, Phase::Boot, micros(now));
+        let mut candidates = Vec::new();
+        pretend.predictor.predict(micros(now), &mut candidates);
+        let requests: Vec<_> = candidates.iter().map(|candidate| request(candidate, now)).collect();
+        self.cache.prefetch(&model.handle, &requests);
+        requests.iter().map(|request| request.range.bytes()).sum()
+    }
+
+    fn housekeeping(&mut self, now: Duration) {
+        self.history.flush(now, false, &self.store);
+        if now.saturating_sub(self.last_save) >= self.settings.save_interval {
+            self.last_save = now;
+            for model in self.models.values_mut() {
+                // The store counts a failure and reports itself degraded.
+                drop(save(&self.store, model));
+            }
+            self.gauges();
+        }
+        if self.last_retention.is_none_or(|last| now.saturating_sub(last) >= RETENTION_INTERVAL) {
+            self.last_retention = Some(now);
+            let retention = Retention { age: self.settings.retention_age, bytes: self.settings.retention_bytes };
+            drop(self.store.retain(retention, unix_ms()));
+        }
+    }
+
+    fn gauges(&self) {
+        self.counters.profiles.store(self.models.len() as u64, Ordering::Relaxed);
+        let bytes: usize = self.models.values().map(|model| model.predictor.memory_bytes()).sum();
+        self.counters.memory_bytes.store(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn save_all(&mut self) -> Result<SavedProfiles, String> {
+        while self.observe() == BATCH {}
+        let mut saved = SavedProfiles::default();
+        let pending: Vec<_> = self.models.values_mut().filter_map(|model| save(&self.store, model)).collect();
+        for (bytes, pending) in pending {
+            pending.wait().map_err(|error| error.to_string())?;
+            saved.profiles += 1;
+            saved.bytes += bytes;
+        }
+        Ok(saved)
+    }
+
+    fn stop(mut self) {
+        while self.observe() == BATCH {}
+        let now = self.cache.now();
+        self.history.flush(now, true, &self.store);
+        if let Err(error) = self.save_all() {
+            tracing::warn!(error, "profiles not saved");
+        }
+    }
+}
+
+/// Queues a changed profile for saving.
+fn save(store: &Store, model: &mut Model) -> Option<(u64, Pending)> {
+    if !model.dirty || model.refused.is_some() {
+        return None;
+    }
+    model.dirty = false;
+    let bytes = model.predictor.to_bytes();
+    let runs = model.predictor.summary().phases.iter().map(|phase| u64::from(phase.runs)).sum();
+    let len = bytes.len() as u64;
+    Some((len, store.save_profile(model.handle.identity(), bytes, runs, unix_ms())))
+}
+
+fn request(candidate: &Candidate, now: Duration) -> PrefetchRequest {
+    PrefetchRequest {
+        range: PageRange { first: candidate.first, count: u64::from(candidate.pages) },
+        due: candidate.due_us.map_or(now, Duration::from_micros),
+        probability: candidate.probability,
+        tag: candidate.expert.index() as u8,
+    }
+}
+
+fn observed(access: &Access) -> Observed {
+    let range = PageRange::covering(access.offset, u64::from(access.len));
+    Observed {
+        at_us: micros(access.at),
+        vm: u64::from(access.disk),
+        op: match access.op {
+            AccessOp::Read => Op::Read,
+            AccessOp::Write => Op::Write,
+            AccessOp::Discard => Op::Discard,
+        },
+        first: range.first,
+        pages: u32::try_from(range.count).unwrap_or(u32::MAX),
+    }
+}
+
+pub(crate) fn unix_ms() -> u64 {
+    u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}

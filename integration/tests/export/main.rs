@@ -1,0 +1,13 @@
+//! Disk exports driven from outside, as a front-end does it.
+//!
+//! - `disk`: a disk in memory and a runner for its rings, one thread each.
+//! - `blkio`: random operations by libblkio's vhost-user driver against a model of the disk.
+//! - `protocol`: single messages, well-formed and not, by the `vhost` crate's front-end.
+//! - `socket`: where an export may listen, and who may connect.
+//! - `qemu`: a boot sector read by QEMU's firmware.
+
+mod blkio;
+mod disk;
+mod protocol;
+mod qemu;
+mod socket;

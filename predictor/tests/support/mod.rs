@@ -1,0 +1,136 @@
+//! Traces and an ideal cache for replays: every candidate above a threshold is there at once, nothing is evicted.
+
+#![allow(unreachable_pub, reason = "shared by a test and an example")]
+
+use prestage_predictor::{Access, AccessPredictor, Candidate, Op};
+use std::collections::HashSet;
+
+/// A request, or a mark that says what the guest did.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Access(Access),
+    Mark(u64, String),
+}
+
+/// Reads an excerpt of `testdata` (`ms,op,page,pages` with differences of time) as the accesses of VM 1.
+pub fn excerpt(text: &str) -> Vec<Event> {
+    let mut at_us = 0;
+    let mut events = Vec::new();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let mut fields = line.split(',');
+        let mut field = || fields.next().unwrap_or_else(|| panic!("bad row: {line}"));
+        at_us += field().parse::<u64>().expect("time") * 1000;
+        let event = match field() {
+            "#" => Event::Mark(at_us, field().to_owned()),
+            op => {
+                let op = if op == "R" { Op::Read } else { Op::Write };
+                let (first, pages) = (field().parse().expect("page"), field().parse().expect("pages"));
+                Event::Access(Access { at_us, vm: 1, op, first, pages })
+            }
+        };
+        events.push(event);
+    }
+    events
+}
+
+/// Reads a full trace (`ts_us,op,offset,len` in bytes, with a header), and its marks (`us mark`) if there are any.
+#[allow(dead_code, reason = "used by the example, not by the test")]
+pub fn trace(text: &str, marks: &str) -> Vec<Event> {
+    let rows = text.lines().skip(1).filter_map(|line| {
+        let fields: Vec<&str> = line.split(',').collect();
+        let (at_us, offset, len): (u64, u64, u64) =
+            (fields[0].parse().ok()?, fields[2].parse().ok()?, fields[3].parse().ok()?);
+        let (first, last) = (offset / 4096, (offset + len.checked_sub(1)?) / 4096);
+        let op = if fields[1] == "R" { Op::Read } else { Op::Write };
+        Some((at_us, Event::Access(Access { at_us, vm: 1, op, first, pages: (last - first + 1) as u32 })))
+    });
+    let marks = marks.lines().filter_map(|line| {
+        let (at_us, mark) = line.split_once(' ')?;
+        Some((at_us.parse().ok()?, Event::Mark(at_us.parse().ok()?, mark.to_owned())))
+    });
+    let mut events: Vec<(u64, Event)> = rows.chain(marks).collect();
+    events.sort_by_key(|(at_us, _)| *at_us);
+    events.into_iter().map(|(_, event)| event).collect()
+}
+
+/// What a replay found.
+#[derive(Clone, Debug, Default)]
+pub struct Figures {
+    pub reads: u64,
+    /// Reads with every page proposed before, or read before.
+    pub served: u64,
+    /// Of these, reads with at least one page served by a proposal.
+    pub predicted: u64,
+    /// Reads of which a page had to come from the store: the store's round trips that the guest waits for.
+    pub waited: u64,
+    /// Pages of reads that were neither read nor written before.
+    pub needed_pages: u64,
+    pub proposed_pages: u64,
+    pub used_pages: u64,
+    /// Pages fetched on demand.
+    pub demand_pages: u64,
+    pub candidates: u64,
+}
+
+impl Figures {
+    pub fn coverage(&self) -> f64 {
+        self.served as f64 / self.reads.max(1) as f64
+    }
+
+    pub fn precision(&self) -> f64 {
+        self.used_pages as f64 / self.proposed_pages.max(1) as f64
+    }
+
+    /// Pages read from the store for each page the guest needed.
+    pub fn traffic(&self) -> f64 {
+        (self.proposed_pages + self.demand_pages) as f64 / self.needed_pages.max(1) as f64
+    }
+}
+
+/// An ideal cache beside a predictor.
+#[derive(Debug)]
+pub struct Replay {
+    pub threshold: f32,
+    resident: HashSet<u64>,
+    unused: HashSet<u64>,
+    out: Vec<Candidate>,
+}
+
+impl Replay {
+    pub fn new(threshold: f32) -> Self {
+        Self { threshold, resident: HashSet::new(), unused: HashSet::new(), out: Vec::new() }
+    }
+
+    /// Drains the predictor into the cache.
+    pub fn drain(&mut self, predictor: &mut AccessPredictor, at_us: u64, figures: &mut Figures) {
+        predictor.predict(at_us, &mut self.out);
+        for candidate in self.out.drain(..).filter(|candidate| candidate.probability >= self.threshold) {
+            figures.candidates += 1;
+            for page in candidate.first..candidate.first + u64::from(candidate.pages) {
+                if self.resident.insert(page) {
+                    figures.proposed_pages += 1;
+                    self.unused.insert(page);
+                }
+            }
+        }
+    }
+
+    /// One request, then what it leads to.
+    pub fn step(&mut self, predictor: &mut AccessPredictor, access: &Access, figures: &mut Figures) {
+        let pages = access.first..access.first + u64::from(access.pages);
+        if access.op == Op::Read {
+            let missing = pages.clone().filter(|page| !self.resident.contains(page)).count() as u64;
+            let used = pages.clone().filter(|page| self.unused.remove(page)).count() as u64;
+            figures.reads += 1;
+            figures.served += u64::from(missing == 0);
+            figures.predicted += u64::from(missing == 0 && used > 0);
+            figures.waited += u64::from(missing > 0);
+            figures.needed_pages += missing + used;
+            figures.demand_pages += missing;
+            figures.used_pages += used;
+        }
+        self.resident.extend(pages);
+        predictor.observe(access);
+        self.drain(predictor, access.at_us, figures);
+    }
+}

@@ -1,0 +1,62 @@
+//! The Debian guest: kernel, initramfs, disk and the checksums of its files.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::paths;
+
+/// A built guest.
+#[derive(Debug, Clone)]
+pub struct Image {
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    /// The root file system, raw ext4.
+    pub disk: PathBuf,
+    /// What the guest must find: path to SHA-256 in hexadecimal.
+    pub sums: BTreeMap<String, String>,
+}
+
+impl Image {
+    /// Builds the guest by `scripts/guest-image.sh`, or finds it in the cache. The script's progress goes to standard error.
+    pub fn build_or_find() -> Result<Self> {
+        let script = paths::source().join("scripts/guest-image.sh");
+        let output = Command::new(&script)
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot run {}", script.display()))?;
+        if !output.status.success() {
+            bail!("{} failed ({}): see its messages above", script.display(), output.status);
+        }
+        let text = String::from_utf8(output.stdout).context("path of the guest image")?;
+        let folder = text.lines().last().context("scripts/guest-image.sh named no folder")?;
+        Self::open(Path::new(folder))
+    }
+
+    fn open(folder: &Path) -> Result<Self> {
+        let manifest = folder.join("sums");
+        let text = std::fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+        let mut sums = BTreeMap::new();
+        for line in text.lines() {
+            let (sum, path) =
+                line.split_once(' ').with_context(|| format!("{}: bad line `{line}`", manifest.display()))?;
+            sums.insert(path.to_owned(), sum.to_owned());
+        }
+        Ok(Self {
+            kernel: folder.join("vmlinuz"),
+            initrd: folder.join("initrd"),
+            disk: folder.join("disk.raw"),
+            sums,
+        })
+    }
+
+    /// Copies the disk to `target`, sharing extents where the file system can and keeping holes.
+    pub fn copy_disk(&self, target: &Path) -> Result<()> {
+        let mut copy = Command::new("cp");
+        copy.args(["--reflink=auto", "--sparse=always"]).arg(&self.disk).arg(target);
+        crate::process::run(&mut copy).map(drop)
+    }
+}

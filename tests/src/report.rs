@@ -1,0 +1,162 @@
+//! The lines the guest prints on its first serial port; `scripts/guest/probe` writes them.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The guest's own figures of its disk since its kernel started, from `/proc/diskstats`
+/// (Linux Documentation/admin-guide/iostats.rst).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Figures {
+    /// Time since the guest's kernel started.
+    pub uptime_ms: u64,
+    /// Read requests completed.
+    pub reads: u64,
+    /// Bytes they read.
+    pub read_bytes: u64,
+    /// Time all of them waited together; two that wait at once count twice.
+    pub read_wait_ms: u64,
+    /// Time during which at least one request was waiting.
+    pub busy_ms: u64,
+    /// Write requests completed.
+    pub writes: u64,
+}
+
+impl Figures {
+    /// What happened after `earlier`.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            uptime_ms: self.uptime_ms.saturating_sub(earlier.uptime_ms),
+            reads: self.reads.saturating_sub(earlier.reads),
+            read_bytes: self.read_bytes.saturating_sub(earlier.read_bytes),
+            read_wait_ms: self.read_wait_ms.saturating_sub(earlier.read_wait_ms),
+            busy_ms: self.busy_ms.saturating_sub(earlier.busy_ms),
+            writes: self.writes.saturating_sub(earlier.writes),
+        }
+    }
+
+    /// Time since the guest's kernel started.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        Duration::from_millis(self.uptime_ms)
+    }
+}
+
+/// One line of the guest's report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Line {
+    /// A kernel and an initramfs run, asked for by `prestage.probe`.
+    Alive,
+    /// The boot is over.
+    Ready(Figures),
+    /// The program starts.
+    Start(Figures),
+    /// The program has ended.
+    Done { status: i32, figures: Figures },
+    /// A line of the failed program's standard error.
+    Note(String),
+    Sum {
+        sum: String,
+        path: String,
+    },
+    /// A file was written and synced.
+    Wrote {
+        sum: String,
+        bytes: u64,
+        path: String,
+    },
+    /// Figures after the last step.
+    Last(Figures),
+    /// The guest powers off now.
+    End,
+    /// The guest can't go on.
+    Failed(String),
+}
+
+impl Line {
+    /// Reads one line of the console; `None` for what is not of the report, or is garbled by a kernel message.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let words = &text[text.find("PRESTAGE ")? + "PRESTAGE ".len()..];
+        let words = words.trim_end();
+        let (verb, rest) = words.split_once(' ').unwrap_or((words, ""));
+        Some(match verb {
+            "alive" => Self::Alive,
+            "ready" => Self::Ready(figures(rest)?),
+            "start" => Self::Start(figures(rest)?),
+            "done" => Self::Done { status: value(rest, "status")?, figures: figures(rest)? },
+            "note" => Self::Note(rest.to_owned()),
+            "sum" => {
+                let (sum, path) = rest.split_once(' ')?;
+                Self::Sum { sum: sum.to_owned(), path: path.to_owned() }
+            }
+            "wrote" => {
+                let mut words = rest.splitn(3, ' ');
+                Self::Wrote {
+                    sum: words.next()?.to_owned(),
+                    bytes: words.next()?.parse().ok()?,
+                    path: words.next()?.to_owned(),
+                }
+            }
+            "last" => Self::Last(figures(rest)?),
+            "end" => Self::End,
+            "failed" => Self::Failed(rest.to_owned()),
+            _ => return None,
+        })
+    }
+}
+
+fn value<T: std::str::FromStr>(rest: &str, key: &str) -> Option<T> {
+    rest.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
+}
+
+fn figures(rest: &str) -> Option<Figures> {
+    let pairs: HashMap<&str, &str> = rest.split(' ').filter_map(|word| word.split_once('=')).collect();
+    let number = |key: &str| pairs.get(key)?.parse::<u64>().ok();
+    // hundredths of a second, as in /proc/uptime
+    let uptime: f64 = pairs.get("uptime")?.parse().ok()?;
+    Some(Figures {
+        uptime_ms: Duration::try_from_secs_f64(uptime).ok()?.as_millis().try_into().ok()?,
+        reads: number("reads")?,
+        read_bytes: number("sectors")?.checked_mul(512)?,
+        read_wait_ms: number("read_ms")?,
+        busy_ms: number("busy_ms")?,
+        writes: number("writes")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_after_a_prompt_is_read() {
+        let line = "\x1b[0mfoo PRESTAGE done status=3 uptime=9.00 reads=1542 merged=379 sectors=120194 read_ms=487 writes=0 busy_ms=424\r";
+        let Some(Line::Done { status, figures }) = Line::parse(line) else { panic!("not read") };
+        assert_eq!(status, 3);
+        let expected = Figures {
+            uptime_ms: 9000,
+            reads: 1542,
+            read_bytes: 120_194 * 512,
+            read_wait_ms: 487,
+            busy_ms: 424,
+            writes: 0,
+        };
+        assert_eq!(figures, expected);
+    }
+
+    #[test]
+    fn a_garbled_line_is_no_report() {
+        for line in ["", "PRESTAGE", "PRESTAGE ready uptime=x", "PRESTAGE ready uptime=-1 reads=1", "PRESTAGE sum abc"] {
+            assert_eq!(Line::parse(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn paths_with_blanks_stay_whole() {
+        let expected = Line::Sum { sum: "ab".to_owned(), path: "/a b".to_owned() };
+        assert_eq!(Line::parse("PRESTAGE sum ab /a b"), Some(expected));
+    }
+}
