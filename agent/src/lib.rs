@@ -1,4 +1,9 @@
 //! agent
 
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod store;
+pub mod daemon;
+pub mod learner;
+pub mod serve;

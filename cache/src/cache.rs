@@ -56,7 +56,7 @@ impl From<ShardGone> for OpenError {
 }
 
 /// What storages on their shards share.
-pub struct Shared {
+pub(crate) struct Shared {
     arena: Arc<Arena>,
     core: Mutex<Core>,
     ssd: Option<SsdTier>,
@@ -191,15 +191,15 @@ impl Cache {
     }
 
     /// Gives a storage back; the last one who does closes the store. Guest requests on it must have ended. With
-    /// `drain`, what waits for the SSD tier is written first, for at most that long.
-    pub fn close(&self, handle: &StorageHandle, drain: Duration) {
+    /// `drain`, what waits for the SSD tier is written first, for at most that long. Returns whether this was the last.
+    pub fn close(&self, handle: &StorageHandle, drain: Duration) -> bool {
         let _one_at_a_time = self.0.changes.lock();
         {
             let mut registry = self.0.registry.lock();
-            let Some(opened) = registry.by_identity.get_mut(handle.identity()) else { return };
+            let Some(opened) = registry.by_identity.get_mut(handle.identity()) else { return false };
             opened.users -= 1;
             if opened.users > 0 {
-                return;
+                return false;
             }
             registry.by_identity.remove(handle.identity());
         }
@@ -213,6 +213,7 @@ impl Cache {
         if done.wait().is_err() {
             tracing::warn!(store = handle.identity(), "the store's shard stopped before the store was closed");
         }
+        true
     }
 
     /// Ends everything: the SSD tier is made ready for a later start, the shards stop. Storages must be closed.
@@ -227,12 +228,12 @@ impl Cache {
         }
     }
 
-    /// Hands pages to load ahead of demand to a storage's queue.
-    pub fn prefetch(&self, handle: &StorageHandle, requests: &[PrefetchRequest]) {
+    /// Hands pages to load ahead of demand to a storage's queue. Returns the pages refused because it is full.
+    pub fn prefetch(&self, handle: &StorageHandle, requests: &[PrefetchRequest]) -> u64 {
         if requests.is_empty() {
-            return;
+            return 0;
         }
-        self.0.shared.core().push_prefetch(handle.id(), requests);
+        let refused = self.0.shared.core().push_prefetch(handle.id(), requests);
         if !handle.0.pump.swap(true, Ordering::AcqRel) {
             let (id, inner) = (handle.id(), Arc::clone(&handle.0));
             handle.0.shard.spawn(move |_| async move {
@@ -242,6 +243,7 @@ impl Cache {
                 }
             });
         }
+        refused
     }
 
     /// Outcomes of prefetches since the last call, and how many were lost.
@@ -267,6 +269,14 @@ impl Cache {
     /// Pages of the range that the RAM tier holds.
     pub fn resident_pages(&self, id: StorageId, range: PageRange) -> u64 {
         self.0.shared.core().resident_pages(id, range)
+    }
+    /// Slots in use, by storage.
+    pub fn usage(&self) -> Vec<(StorageId, u64)> {
+        self.0.shared.core().usage()
+    }
+    /// New limits for prefetch.
+    pub fn set_budget(&self, budget: crate::policy::BudgetConfig) {
+        self.0.shared.core().set_budget(budget);
     }
     pub fn ssd(&self) -> Option<&SsdTier> {
         self.0.shared.ssd()
@@ -408,6 +418,10 @@ impl StorageHandle {
     }
     pub fn stats(&self) -> StorageStats {
         self.0.counters.snapshot()
+    }
+    /// Why the store's last request failed; `None` if it did not.
+    pub fn trouble(&self) -> Option<String> {
+        self.0.counters.health.trouble()
     }
     /// The thread that does all I/O of this storage.
     pub fn shard(&self) -> &ShardHandle {

@@ -1,13 +1,15 @@
 //! Counters of a disk (what the guest sees) and of a storage (what the store sees). Relaxed atomics: each is written by
 //! one shard and read by whoever wants to know.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::backend::StoreError;
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 macro_rules! counters {
-    ($(#[$doc:meta])* $live:ident, $(#[$sdoc:meta])* $snapshot:ident { $($(#[$fdoc:meta])* $field:ident),+ $(,)? }) => {
+    ($(#[$doc:meta])* $live:ident $(($extra:ident: $extra_type:ty))?, $(#[$sdoc:meta])* $snapshot:ident { $($(#[$fdoc:meta])* $field:ident),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Default, Debug)]
-        pub struct $live { $($(#[$fdoc])* pub $field: AtomicU64),+ }
+        pub struct $live { $(pub(crate) $extra: $extra_type,)? $($(#[$fdoc])* pub $field: AtomicU64),+ }
 
         $(#[$sdoc])*
         #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -48,7 +50,7 @@ counters! {
 
 counters! {
     /// What a storage asked of its store and of the SSD tier.
-    StorageCounters,
+    StorageCounters (health: Health),
     /// [`StorageCounters`] at one moment.
     StorageStats {
         store_reads,
@@ -63,8 +65,33 @@ counters! {
         ssd_writes,
         ssd_write_bytes,
         ssd_write_errors,
+        /// Reads that waited for a prefetch still under way.
+        late_reads,
         /// Reads that went past the cache because no slot was free.
         bypassed,
+    }
+}
+
+/// Whether the store's last request failed, and why.
+#[derive(Default, Debug)]
+pub(crate) struct Health {
+    failing: AtomicBool,
+    reason: Mutex<String>,
+}
+
+impl Health {
+    pub(crate) fn note(&self, result: &Result<(), StoreError>) {
+        match result {
+            Ok(()) if self.failing.load(Ordering::Relaxed) => self.failing.store(false, Ordering::Relaxed),
+            Ok(()) => {}
+            Err(error) => {
+                *self.reason.lock() = error.to_string();
+                self.failing.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.failing.load(Ordering::Relaxed).then(|| self.reason.lock().clone())
     }
 }
 

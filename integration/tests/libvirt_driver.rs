@@ -1,4 +1,6 @@
 //! The handle against libvirt's own test driver: lists, events and lifecycle without a daemon.
+// Helpers of tests, which clippy takes for production code.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,6 +10,7 @@ use prestage_integration::libvirt::{
     VmEventKind, VmState,
 };
 use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
 
 /// Far beyond what anything here takes: reaching it means that it never comes.
 const LONG: Duration = Duration::from_secs(60);
@@ -26,6 +29,11 @@ async fn wait_for(events: &mut Receiver<HypervisorEvent>, vm: &str, kind: VmEven
         }
     };
     tokio::time::timeout(LONG, found).await.unwrap_or_else(|_| panic!("no {kind:?} of {vm}"));
+}
+
+async fn closed(events: &mut Receiver<HypervisorEvent>) {
+    let end = async { while !matches!(events.recv().await, Err(RecvError::Closed)) {} };
+    tokio::time::timeout(LONG, end).await.expect("the connection is closed and its callbacks are freed");
 }
 
 #[tokio::test]
@@ -61,6 +69,10 @@ async fn lifecycle_calls_work_and_their_events_arrive() {
     assert!(state.connected);
     assert_eq!((state.reconnects, state.last_error), (0, None));
     assert!(state.libvirt_version.is_some());
+
+    // With the last handle everything goes, the callbacks included: they hold the last senders of events.
+    drop(hypervisor);
+    closed(&mut events).await;
 }
 
 #[tokio::test]
@@ -76,8 +88,11 @@ async fn disks_are_described_and_foreign_hypervisors_refused() {
     let hypervisor = start(&format!("test://{}", node.display()));
     let vm = hypervisor.get("guest").await.unwrap();
     assert_eq!((vm.vcpus, vm.memory_bytes, vm.shared_memory), (3, 64 << 20, false));
-    let disks: Vec<_> =
-        vm.disks.iter().map(|d| (d.target.as_str(), d.device.as_str(), &d.kind, d.source.as_deref(), d.read_only)).collect();
+    let disks: Vec<_> = vm
+        .disks
+        .iter()
+        .map(|d| (d.target.as_str(), d.device.as_str(), &d.kind, d.source.as_deref(), d.read_only))
+        .collect();
     assert_eq!(
         disks,
         [

@@ -1,4 +1,6 @@
 //! Attach and detach on domain definitions: fixtures as libvirt 11.3 writes them, and generated ones.
+// Helpers of tests, which clippy takes for production code.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::path::Path;
 
@@ -139,21 +141,37 @@ fn disks_that_an_export_cannot_stand_in_for_are_refused() {
     type Check = fn(&PlanError) -> bool;
     let file = "type='file' device='disk'";
     let cases: [(&str, &str, Check); 16] = [
-        (file, "<source file='/a'/><backingStore type='file'><format type='raw'/><source file='/b'/></backingStore>", |e| matches!(e, PlanError::BackingStore { .. })),
+        (
+            file,
+            "<source file='/a'/><backingStore type='file'><format type='raw'/><source file='/b'/></backingStore>",
+            |e| matches!(e, PlanError::BackingStore { .. }),
+        ),
         (file, "<source file='/a'><encryption format='luks'/></source>", |e| matches!(e, PlanError::Encrypted { .. })),
         (file, "<source file='/a'/><encryption format='luks'/>", |e| matches!(e, PlanError::Encrypted { .. })),
         (file, "<source file='/a'/><shareable/>", |e| matches!(e, PlanError::Shareable { .. })),
         (file, "<source file='/a'/><transient/>", |e| matches!(e, PlanError::Transient { .. })),
-        (file, "<source file='/a'><slices><slice type='storage' offset='0' size='512'/></slices></source>", |e| matches!(e, PlanError::PartialSource { .. })),
-        (file, "<source file='/a'/><blockio logical_block_size='4096'/>", |e| matches!(e, PlanError::SectorSize { .. })),
-        (file, "<driver name='qemu' type='raw' iommu='on'/><source file='/a'/>", |e| matches!(e, PlanError::Iommu { .. })),
+        (file, "<source file='/a'><slices><slice type='storage' offset='0' size='512'/></slices></source>", |e| {
+            matches!(e, PlanError::PartialSource { .. })
+        }),
+        (file, "<source file='/a'/><blockio logical_block_size='4096'/>", |e| {
+            matches!(e, PlanError::SectorSize { .. })
+        }),
+        (file, "<driver name='qemu' type='raw' iommu='on'/><source file='/a'/>", |e| {
+            matches!(e, PlanError::Iommu { .. })
+        }),
         (file, "", |e| matches!(e, PlanError::NoSource { .. })),
         (file, "<source/>", |e| matches!(e, PlanError::NoSource { .. })),
         ("type='block' device='lun'", "<source dev='/dev/sdb'/>", |e| matches!(e, PlanError::NotADisk { .. })),
         ("type='nvme' device='disk'", "<source type='pci'/>", |e| matches!(e, PlanError::SourceKind { .. })),
-        ("type='vhostuser' device='disk'", "<source type='unix' path='/other'/>", |e| matches!(e, PlanError::ForeignVhostUser { .. })),
-        ("type='network' device='disk'", "<source protocol='nbd' tls='yes'><host name='h'/></source>", |e| matches!(e, PlanError::Source { .. })),
-        ("type='network' device='disk'", "<source protocol='https' name='x'><host name='h'/></source>", |e| matches!(e, PlanError::Protocol { .. })),
+        ("type='vhostuser' device='disk'", "<source type='unix' path='/other'/>", |e| {
+            matches!(e, PlanError::ForeignVhostUser { .. })
+        }),
+        ("type='network' device='disk'", "<source protocol='nbd' tls='yes'><host name='h'/></source>", |e| {
+            matches!(e, PlanError::Source { .. })
+        }),
+        ("type='network' device='disk'", "<source protocol='https' name='x'><host name='h'/></source>", |e| {
+            matches!(e, PlanError::Protocol { .. })
+        }),
         ("type='network' device='disk'", "<source protocol='nbd'/>", |e| matches!(e, PlanError::Source { .. })),
     ];
     for (attributes, inner, expected) in cases {
@@ -173,7 +191,9 @@ fn disks_that_an_export_cannot_stand_in_for_are_refused() {
 
 #[test]
 fn what_is_no_domain_is_refused() {
-    for xml in ["", "<", "<domain/>", "<network/>", "<domain type='lxc'><name>c</name></domain>", "<domain type='kvm'/>"] {
+    for xml in
+        ["", "<", "<domain/>", "<network/>", "<domain type='lxc'><name>c</name></domain>", "<domain type='kvm'/>"]
+    {
         let error = attach(xml, "vda", &shared()).unwrap_err();
         assert!(matches!(error, PlanError::BadXml { .. } | PlanError::NotQemu { .. }), "{xml}: {error}");
         assert!(plan_detach(xml, "vda").is_err());

@@ -8,18 +8,22 @@
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use prestage_predictor::{AccessConfig, AccessPredictor, Phase};
+use prestage_predictor::{AccessConfig, AccessPredictor, Expert, Phase};
 use std::time::Instant;
-use support::{Event, Figures, Replay, trace};
+use support::{Event, Figures, Replay, later, trace};
 
 fn run(predictor: &mut AccessPredictor, events: &[Event], threshold: f32, boot: Option<bool>) {
+    // An hour after whatever was before, on an emptied cache.
+    let start_us = predictor.stats().reads * 3_600_000_000;
+    let events = &later(events, start_us);
+    predictor.forget_resident();
     let mut cache = Replay::new(threshold);
     let mut parts: Vec<(String, Figures)> = vec![("start".into(), Figures::default())];
     if boot.is_some() {
-        predictor.phase_start(1, Phase::Boot, 0);
-        cache.drain(predictor, 0, &mut parts[0].1);
+        predictor.phase_start(1, Phase::Boot, start_us);
+        cache.drain(predictor, start_us, &mut parts[0].1);
     }
-    let mut end_us = 0;
+    let mut end_us = start_us;
     for event in events {
         match event {
             Event::Mark(at_us, mark) => {
@@ -40,28 +44,31 @@ fn run(predictor: &mut AccessPredictor, events: &[Event], threshold: f32, boot: 
     predictor.vm_forget(1);
     let mut all = Figures::default();
     for (name, part) in &parts {
-        all.reads += part.reads;
-        all.served += part.served;
-        all.needed_pages += part.needed_pages;
-        all.proposed_pages += part.proposed_pages;
-        all.used_pages += part.used_pages;
-        all.demand_pages += part.demand_pages;
-        all.candidates += part.candidates;
+        all += part;
         if parts.len() > 1 && part.reads > 20 {
-            println!("    {name:<14} {:6} reads, coverage {:.3}", part.reads, part.coverage());
+            println!("    {name:<14} {:6} reads, coverage {:.3}, precision {:.3} of {} pages, spatial {:?}", part.reads, part.coverage(), part.precision(), part.proposed_pages, part.by_expert[3]);
         }
     }
-    let stats = predictor.stats();
     println!(
-        "    total: {} reads, coverage {:.3}, precision {:.3}, traffic {:.3}, {} candidates of {:.1} pages, by expert {:?}",
+        "    total: {} reads, coverage {:.3}, precision {:.3}, traffic {:.3}, {} candidates of {:.1} pages",
         all.reads,
         all.coverage(),
         all.precision(),
         all.traffic(),
         all.candidates,
         all.proposed_pages as f64 / all.candidates.max(1) as f64,
-        stats.proposed_pages,
     );
+    for expert in Expert::ALL {
+        let (proposed, used) = all.by_expert[expert.index()];
+        if proposed > 0 {
+            print!("    {} {:.2} of {proposed}", expert.name(), used as f64 / proposed as f64);
+        }
+    }
+    println!();
+    for (proposed, used, sum) in all.by_probability.into_iter().filter(|(proposed, ..)| *proposed > 0) {
+        print!("    said {:.2} was {:.2} ({proposed})", sum / proposed as f64, used as f64 / proposed as f64);
+    }
+    println!();
 }
 
 fn main() {

@@ -4,26 +4,36 @@
 //! The number of bursts, their pages and the replays running at once are bounded; the burst unused for longest leaves.
 
 use crate::access::BLOCK_PAGES;
+use crate::odds::Odds;
 use crate::phase::PhaseSet;
 use crate::record::Recording;
 use crate::replay::{Replay, Window};
 use crate::wire::{Reader, WireError, put};
 use rustc_hash::FxHashMap;
 
-/// Blocks by which a burst is recognised, at most.
-const TRIGGERS: usize = 8;
+/// Blocks by which a burst is recognised: this many at its start and [`TRIGGERS_AFTER_PAUSE`] after each pause in it of a quarter of the gap
+/// or more, because another run may pause there for longer and so be cut in two.
+const TRIGGERS_AT_START: usize = 8;
+const TRIGGERS_AFTER_PAUSE: usize = 4;
+const TRIGGERS: usize = 32;
 /// How many of them must be read again.
 const TRIGGERED_BY: u32 = 2;
-/// First blocks looked at to find triggers; those that already trigger this many bursts say little.
-const TRIGGER_CANDIDATES: usize = 24;
+/// Blocks that already trigger this many bursts say little.
 const TRIGGER_SHARED_BY: usize = 4;
 /// Replays of one VM at a time.
 const REPLAYS: usize = 4;
+/// A replay ends when it matched nothing for this long; a pause of the burst alone does not end it.
+const REPLAY_IDLE_US: u64 = 60_000_000;
 /// A shorter burst is not worth a set: extents, or pages.
 const MIN_EXTENTS: usize = 16;
 const MIN_PAGES: u64 = 64;
 /// A recorded burst is a run of a known one if they share this part of the recorded pages.
 const SAME_SHARE: f64 = 0.4;
+
+/// A burst's reliability starts from this prior, worth [`RELIABILITY_WEIGHT`] replays; older replays fade.
+const RELIABILITY_PRIOR: f32 = 0.95;
+const RELIABILITY_WEIGHT: f32 = 2.0;
+const RELIABILITY_FADING: f32 = 0.8;
 
 /// Limits, see `AccessConfig`.
 #[derive(Clone, Copy, Debug)]
@@ -43,8 +53,21 @@ struct Burst {
     id: u32,
     set: PhaseSet,
     triggers: Vec<u32>,
+    /// Replays and what share of their promises was used: does the trigger tell what follows?
+    replays: Odds,
     /// Order of use, for eviction.
     used: u64,
+}
+
+impl Burst {
+    fn reliability(&self) -> f32 {
+        (self.replays.used + RELIABILITY_PRIOR * RELIABILITY_WEIGHT) / (self.replays.total + RELIABILITY_WEIGHT)
+    }
+
+    fn judge(&mut self, share_used: f32) {
+        self.replays.total = self.replays.total * RELIABILITY_FADING + 1.0;
+        self.replays.used = (self.replays.used * RELIABILITY_FADING + share_used).min(self.replays.total);
+    }
 }
 
 /// The bursts known of a storage.
@@ -90,6 +113,7 @@ impl BurstSets {
     pub(crate) fn read(&mut self, cursor: &mut BurstCursor, first: u64, pages: u32, at_us: u64) -> bool {
         if cursor.recording.is_some() && at_us.saturating_sub(cursor.latest_us) >= self.limits.gap_us {
             self.close(cursor);
+            self.retire(cursor, at_us);
         }
         let limit = self.limits.pages;
         let recording = cursor.recording.get_or_insert_with(|| Recording::new(at_us, limit));
@@ -112,11 +136,29 @@ impl BurstSets {
 
     /// Ends the VM's present burst and learns from it.
     pub(crate) fn close(&mut self, cursor: &mut BurstCursor) {
-        cursor.replays.clear();
         cursor.seen.clear();
         if let Some(recording) = cursor.recording.take() {
             self.learn(&recording);
         }
+    }
+
+    /// Ends the VM's burst and its replays: what follows is something else.
+    pub(crate) fn end(&mut self, cursor: &mut BurstCursor) {
+        self.close(cursor);
+        self.retire(cursor, u64::MAX);
+    }
+
+    /// Ends the replays that matched nothing for long, and learns how reliable their triggers were.
+    fn retire(&mut self, cursor: &mut BurstCursor, at_us: u64) {
+        cursor.replays.retain(|(id, replay)| {
+            if at_us.saturating_sub(replay.matched_us()) < REPLAY_IDLE_US {
+                return true;
+            }
+            if let (Some(share), Some(burst)) = (replay.verdict(), self.bursts.iter_mut().find(|burst| burst.id == *id)) {
+                burst.judge(share);
+            }
+            false
+        });
     }
 
     /// Learns what the present burst is so far, for a snapshot.
@@ -142,7 +184,7 @@ impl BurstSets {
             let triggers = self.choose_triggers(recording);
             let mut set = PhaseSet::new();
             set.merge(recording);
-            self.bursts.push(Burst { id: self.next_id, set, triggers, used: self.uses });
+            self.bursts.push(Burst { id: self.next_id, set, triggers, replays: Odds::default(), used: self.uses });
             self.next_id = self.next_id.wrapping_add(1);
         }
         self.evict();
@@ -150,12 +192,19 @@ impl BurstSets {
     }
 
     fn choose_triggers(&self, recording: &Recording) -> Vec<u32> {
-        let mut triggers: Vec<u32> = Vec::with_capacity(TRIGGERS);
-        for touched in recording.order().iter().take(TRIGGER_CANDIDATES) {
+        let pause_ms = u32::try_from(self.limits.gap_us / 4000).unwrap_or(u32::MAX);
+        let mut triggers: Vec<u32> = Vec::new();
+        let (mut wanted, mut before_ms) = (TRIGGERS_AT_START, 0);
+        for touched in recording.order() {
+            if touched.at_ms.saturating_sub(before_ms) >= pause_ms {
+                wanted = wanted.max(TRIGGERS_AFTER_PAUSE);
+            }
+            before_ms = touched.at_ms;
             let block = (touched.first / BLOCK_PAGES) as u32;
             let shared = self.index.get(&block).map_or(0, Vec::len);
-            if shared < TRIGGER_SHARED_BY && !triggers.contains(&block) {
+            if wanted > 0 && shared < TRIGGER_SHARED_BY && !triggers.contains(&block) {
                 triggers.push(block);
+                wanted -= 1;
             }
             if triggers.len() == TRIGGERS {
                 break;
@@ -203,7 +252,8 @@ impl BurstSets {
                 let Some(burst) = self.bursts.iter_mut().find(|burst| burst.id == id) else { continue };
                 self.uses += 1;
                 burst.used = self.uses;
-                let mut replay = Replay::new(std::sync::Arc::clone(burst.set.plan()), self.limits.window, at_us);
+                let plan = std::sync::Arc::clone(burst.set.plan());
+                let mut replay = Replay::new(plan, self.limits.window, burst.reliability(), at_us);
                 let so_far = cursor.recording.as_ref().map_or(&[][..], Recording::order);
                 // The last of what was read before recognition is enough to place the replay.
                 for touched in &so_far[so_far.len().saturating_sub(256)..] {
@@ -214,7 +264,8 @@ impl BurstSets {
         }
     }
 
-    /// Layout: count, then from the least to the most recently used: triggers (count, block indices), phase set.
+    /// Layout: count, then from the least to the most recently used: triggers (count, block
+    /// indices), reliability (two floats), phase set.
     pub(crate) fn write_to(&self, out: &mut Vec<u8>) {
         let mut bursts: Vec<&Burst> = self.bursts.iter().collect();
         bursts.sort_by_key(|burst| burst.used);
@@ -224,6 +275,7 @@ impl BurstSets {
             for &block in &burst.triggers {
                 put(out, u64::from(block));
             }
+            burst.replays.write(out);
             burst.set.write(out);
         }
     }
@@ -236,9 +288,10 @@ impl BurstSets {
             let triggers = (0..triggers)
                 .map(|_| Ok(reader.at_most(u64::from(u32::MAX), "trigger block")? as u32))
                 .collect::<Result<Vec<_>, WireError>>()?;
+            let replays = Odds::read(reader)?;
             let set = PhaseSet::read(reader)?;
             sets.uses += 1;
-            sets.bursts.push(Burst { id: sets.next_id, set, triggers, used: sets.uses });
+            sets.bursts.push(Burst { id: sets.next_id, set, triggers, replays, used: sets.uses });
             sets.next_id = sets.next_id.wrapping_add(1);
         }
         sets.evict();
@@ -278,7 +331,7 @@ mod tests {
         pages: 1000,
         extents: 10_000,
         gap_us: 2_000_000,
-        window: Window { pages: 1 << 14, horizon_ms: 60_000 },
+        window: Window { pages: 1 << 14, horizon_ms: 60_000, slow_start: true },
     };
 
     fn program(number: u64) -> impl Iterator<Item = u64> {
@@ -288,7 +341,7 @@ mod tests {
     /// Runs a program; returns the pages proposed before they were read.
     fn run(sets: &mut BurstSets, cursor: &mut BurstCursor, number: u64, at_us: &mut u64) -> usize {
         let (mut proposed, mut foreseen) = (std::collections::BTreeSet::new(), 0);
-        *at_us += 10_000_000;
+        *at_us += 100_000_000;
         for page in program(number) {
             foreseen += usize::from(proposed.contains(&page));
             sets.read(cursor, page, 1, *at_us);
@@ -308,10 +361,10 @@ mod tests {
         for number in 0..3 {
             assert_eq!(run(&mut sets, &mut cursor, number, &mut at_us), 0);
         }
-        sets.close(&mut cursor);
+        sets.end(&mut cursor);
         assert_eq!(sets.len(), 3);
         assert!(run(&mut sets, &mut cursor, 1, &mut at_us) >= 57);
-        sets.close(&mut cursor);
+        sets.end(&mut cursor);
         assert_eq!(sets.len(), 3, "a second run belongs to the known burst");
     }
 
@@ -325,7 +378,7 @@ mod tests {
         for number in 4..7 {
             run(&mut sets, &mut cursor, number, &mut at_us);
         }
-        sets.close(&mut cursor);
+        sets.end(&mut cursor);
         assert_eq!(sets.len(), 4);
         assert!(run(&mut sets, &mut cursor, 0, &mut at_us) > 50);
         assert_eq!(run(&mut sets, &mut cursor, 1, &mut at_us), 0);
@@ -337,7 +390,27 @@ mod tests {
         for page in program(0).take(10) {
             sets.read(&mut cursor, page, 1, 0);
         }
-        sets.close(&mut cursor);
+        sets.end(&mut cursor);
         assert_eq!(sets.len(), 0);
+    }
+
+    #[test]
+    fn a_longer_pause_within_a_program_does_not_lose_it() {
+        let (mut sets, mut cursor, mut at_us) = (BurstSets::new(LIMITS), BurstCursor::default(), 0);
+        let mut proposed = std::collections::BTreeSet::new();
+        // Taught with a pause of one second after 30 pages, run with one of three and other pages first.
+        for (skip, pause_us) in [(0, 1_000_000), (25, 3_000_000)] {
+            at_us += 100_000_000;
+            for (i, page) in program(0).enumerate().skip(skip) {
+                at_us += if i == 30 { pause_us } else { 1000 };
+                sets.read(&mut cursor, page, 1, at_us);
+                for replay in cursor.replays() {
+                    replay.propose(at_us, 0.3, |extent, _, _| proposed.extend(extent.first..extent.end()));
+                }
+            }
+            sets.end(&mut cursor);
+        }
+        assert!(proposed.len() >= 27, "{}", proposed.len());
+        assert!(sets.bursts.iter().all(|burst| burst.triggers.len() <= TRIGGERS));
     }
 }

@@ -4,12 +4,13 @@
 //! - proposals are *labelled* without asking the cache: [`LABEL_AFTER_S`] after the first proposal in a block, the share
 //!   of its proposed pages that a guest read goes into the calibration of the proposal's class. This also holds for
 //!   candidates that nobody prefetched because their probability was too low, so a class can earn its way up;
-//! - the spatial expert: each time the number of touched pages in a block enters a new bucket, the class of that moment
-//!   (pages touched so far, how full the two neighbour blocks are, single-page request or not) is remembered, and later
-//!   labelled with the share of the block's other pages that was read.
+//! - the spatial expert: each time the number of touched pages in a block enters a new bucket, it guesses that the block's other
+//!   pages are read too, unless another expert proposed them already. The guess belongs to the class of that moment (pages touched so far, how
+//!   full the two neighbour blocks are, single-page request or not) and is labelled like a proposal.
 //!
-//! The table is set-associative with a fixed size: [`WAYS`] entries of 40 bytes a set, the least recently active leaves.
+//! The table is set-associative with a fixed size: [`WAYS`] entries of 48 bytes a set, the least recently active leaves.
 
+use crate::access::Expert;
 use crate::odds::{Calibration, Class};
 use std::collections::VecDeque;
 
@@ -17,8 +18,9 @@ const WAYS: usize = 4;
 /// Proposals and spatial states are labelled this long after they were made. A readahead page not used by then was
 /// not worth fetching from a small cache.
 const LABEL_AFTER_S: u32 = 20;
-/// Blocks waiting for their label; beyond it the oldest is labelled early.
-const LABEL_QUEUE: usize = 8192;
+/// Blocks waiting for their label; beyond it the oldest is labelled early, so that a busy guest that changes its ways is followed
+/// within some hundred requests.
+const LABEL_QUEUE: usize = 512;
 /// Touched and proposed pages count as new again after this long without activity in their block.
 const FORGET_AFTER_S: u32 = 300;
 /// A page is proposed again only if its probability rose by at least this much.
@@ -32,14 +34,18 @@ pub(crate) const SPATIAL_CLASSES: usize = COUNT_BUCKETS * 4 * 2;
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    /// One byte a count bucket: bit 0 visited, bits 1–2 neighbours' fill, bit 3 single-page, bits 4–7 pages at entry.
-    spatial: u64,
+    /// By count bucket: the pages guessed by the spatial expert when the bucket was entered; 0 if it was not.
+    guessed: [u16; COUNT_BUCKETS],
+    /// By count bucket, three bits each: the rest of the guess's class.
+    guess_class: u16,
     /// [`VACANT`], or the block's index.
     block: u32,
     /// Second of the last activity.
     at_s: u32,
     touched: u16,
     proposed: u16,
+    /// Part of `proposed`: by another expert than the spatial one.
+    foreign: u16,
     /// Proposed pages that still wait for their label, all of class `class`.
     pending: u16,
     class: Class,
@@ -50,11 +56,13 @@ struct Entry {
 
 impl Entry {
     const EMPTY: Self = Self {
-        spatial: 0,
+        guessed: [0; COUNT_BUCKETS],
+        guess_class: 0,
         block: VACANT,
         at_s: 0,
         touched: 0,
         proposed: 0,
+        foreign: 0,
         pending: 0,
         class: Class::NONE,
         probability: 0.0,
@@ -103,42 +111,47 @@ impl Ledger {
         }
     }
 
-    /// Records a guest's read of `mask` in `block` (a `request_pages` page request) and returns what the spatial expert
-    /// makes of it.
-    pub(crate) fn read(
-        &mut self,
-        block: u64,
-        mask: u16,
-        request_pages: u32,
-        calibration: &mut Calibration,
-    ) -> Option<RestOfBlock> {
+    /// Records a guest's read of `mask` in `block`; true if some of it is new.
+    pub(crate) fn read(&mut self, block: u64, mask: u16, calibration: &mut Calibration) -> bool {
         let index = self.entry(block as u32, calibration);
         let entry = &mut self.entries[index];
         let fresh = mask & !entry.touched;
         entry.touched |= mask;
-        if fresh == 0 || entry.touched == u16::MAX {
-            return None;
-        }
-        let count = entry.touched.count_ones();
-        let bucket = count_bucket(count);
-        if entry.spatial >> (8 * bucket) & 1 == 1 {
+        fresh != 0
+    }
+
+    /// What the spatial expert makes of a read of new pages in `block` by a request of `request_pages` pages. Ask it after
+    /// the other experts have proposed.
+    pub(crate) fn rest_of_block(
+        &mut self,
+        block: u64,
+        request_pages: u32,
+        calibration: &mut Calibration,
+    ) -> Option<RestOfBlock> {
+        let index = self.entry(block as u32, calibration);
+        let entry = &self.entries[index];
+        let mask = !entry.touched & !entry.foreign;
+        let bucket = count_bucket(entry.touched.count_ones());
+        if mask == 0 || entry.guessed[bucket] != 0 {
             return None;
         }
         let around = self.touched(block.wrapping_sub(1)).count_ones() + self.touched(block + 1).count_ones();
         let fill = match around {
-            0 => 0u64,
+            0 => 0u16,
             1..=6 => 1,
             7..=20 => 2,
             _ => 3,
         };
-        let state = 1 | fill << 1 | u64::from(request_pages == 1) << 3 | u64::from(count) << 4;
+        let state = fill << 1 | u16::from(request_pages == 1);
         self.enqueue(index);
         let entry = &mut self.entries[index];
-        entry.spatial |= state << (8 * bucket);
-        let class = spatial_class(bucket, state);
+        entry.guessed[bucket] = mask;
+        entry.guess_class &= !(7 << (3 * bucket));
+        entry.guess_class |= state << (3 * bucket);
         // Prior: the fuller the block and its neighbourhood, the likelier the rest; corrected by labels within seconds.
-        let prior = 0.08 + 0.06 * bucket as f32 + 0.08 * fill as f32;
-        Some(RestOfBlock { mask: !entry.touched, probability: calibration.spatial[class].probability(prior) })
+        let prior = 0.08 + 0.06 * bucket as f32 + 0.08 * f32::from(fill);
+        let odds = calibration.spatial[bucket * 8 + usize::from(state)];
+        Some(RestOfBlock { mask, probability: odds.probability(prior) })
     }
 
     /// Records that a guest overwrote `mask` in `block`: nothing is left to fetch there, and what was proposed was wrong.
@@ -148,16 +161,8 @@ impl Ledger {
         let wrong = entry.pending & mask & !entry.touched;
         calibration.label(entry.class, 0, wrong.count_ones());
         entry.pending &= !wrong;
-        // Written pages are neither hits nor misses of the spatial expert: count them as there from the start.
-        let fresh = u64::from((mask & !entry.touched).count_ones());
-        for bucket in 0..COUNT_BUCKETS {
-            let state = entry.spatial >> (8 * bucket) & 0xff;
-            if state & 1 == 1 {
-                let count = (state >> 4).saturating_add(fresh).min(15);
-                entry.spatial &= !(0xff << (8 * bucket));
-                entry.spatial |= (state & 0xf | count << 4) << (8 * bucket);
-            }
-        }
+        // Written pages are neither hits nor misses of the spatial expert.
+        entry.guessed.iter_mut().for_each(|guessed| *guessed &= !(mask & !entry.touched));
         entry.touched |= mask;
     }
 
@@ -168,7 +173,7 @@ impl Ledger {
         block: u64,
         mask: u16,
         probability: f32,
-        class: Class,
+        (expert, class): (Expert, Class),
         calibration: &mut Calibration,
     ) -> u16 {
         let index = self.entry(block as u32, calibration);
@@ -181,6 +186,11 @@ impl Ledger {
         // One probability stands for all proposed pages of the block; the lower one, so that none is held back.
         entry.probability = if entry.proposed & !fresh == 0 { probability } else { entry.probability.min(probability) };
         entry.proposed |= fresh;
+        if expert == Expert::Spatial {
+            entry.foreign &= !fresh;
+        } else {
+            entry.foreign |= fresh;
+        }
         if class != Class::NONE && (entry.pending == 0 || entry.class == class) {
             entry.class = class;
             entry.pending |= fresh;
@@ -197,6 +207,7 @@ impl Ledger {
             calibration.label(entry.class, 0, unread.count_ones());
             entry.pending &= !unread;
             entry.proposed &= !mask;
+            entry.foreign &= !mask;
             entry.touched &= !mask;
         }
     }
@@ -288,15 +299,11 @@ fn settle(entry: &mut Entry, calibration: &mut Calibration) {
         calibration.label(entry.class, (entry.pending & entry.touched).count_ones(), entry.pending.count_ones());
         entry.pending = 0;
     }
-    for bucket in 0..COUNT_BUCKETS {
-        let state = entry.spatial >> (8 * bucket) & 0xff;
-        if state & 1 == 1 {
-            let count = (state >> 4) as u32;
-            let used = entry.touched.count_ones().saturating_sub(count);
-            calibration.spatial[spatial_class(bucket, state)].add(used, 16 - count);
-        }
+    for (bucket, guessed) in entry.guessed.iter_mut().enumerate().filter(|(_, guessed)| **guessed != 0) {
+        let class = bucket * 8 + usize::from(entry.guess_class >> (3 * bucket) & 7);
+        calibration.spatial[class].add((*guessed & entry.touched).count_ones(), guessed.count_ones());
+        *guessed = 0;
     }
-    entry.spatial = 0;
     entry.queued = false;
 }
 
@@ -308,10 +315,6 @@ fn count_bucket(count: u32) -> usize {
         5..=8 => 3,
         _ => 4,
     }
-}
-
-fn spatial_class(bucket: usize, state: u64) -> usize {
-    bucket * 8 + (state >> 1 & 7) as usize
 }
 
 #[cfg(test)]
@@ -326,29 +329,29 @@ mod tests {
     fn a_page_is_proposed_once_until_it_is_lost_or_likelier() {
         let (mut ledger, mut calibration) = fixture();
         let class = Class::stream(3);
-        assert_eq!(ledger.propose(7, 0b1111, 0.5, class, &mut calibration), 0b1111);
-        assert_eq!(ledger.propose(7, 0b1111, 0.5, class, &mut calibration), 0);
-        assert_eq!(ledger.propose(7, 0b1111, 0.9, class, &mut calibration), 0b1111);
+        assert_eq!(ledger.propose(7, 0b1111, 0.5, (Expert::Sequential, class), &mut calibration), 0b1111);
+        assert_eq!(ledger.propose(7, 0b1111, 0.5, (Expert::Sequential, class), &mut calibration), 0);
+        assert_eq!(ledger.propose(7, 0b1111, 0.9, (Expert::Sequential, class), &mut calibration), 0b1111);
         ledger.forget(7, 0b0011, &mut calibration);
-        assert_eq!(ledger.propose(7, 0b1111, 0.9, class, &mut calibration), 0b0011);
+        assert_eq!(ledger.propose(7, 0b1111, 0.9, (Expert::Sequential, class), &mut calibration), 0b0011);
         ledger.advance((u64::from(FORGET_AFTER_S) + 2) * 1_000_000, &mut calibration);
-        assert_eq!(ledger.propose(7, 0b1111, 0.5, class, &mut calibration), 0b1111);
+        assert_eq!(ledger.propose(7, 0b1111, 0.5, (Expert::Sequential, class), &mut calibration), 0b1111);
     }
 
     #[test]
     fn a_touched_page_is_not_proposed() {
         let (mut ledger, mut calibration) = fixture();
-        ledger.read(7, 0b0101, 1, &mut calibration);
+        ledger.read(7, 0b0101, &mut calibration);
         ledger.written(7, 0b1000, &mut calibration);
-        assert_eq!(ledger.propose(7, 0b1111, 1.0, Class::NONE, &mut calibration), 0b0010);
+        assert_eq!(ledger.propose(7, 0b1111, 1.0, (Expert::Phase, Class::NONE), &mut calibration), 0b0010);
     }
 
     #[test]
     fn proposals_are_labelled_with_the_share_that_was_read() {
         let (mut ledger, mut calibration) = fixture();
         let class = Class::stream(3);
-        ledger.propose(7, 0b1111, 0.5, class, &mut calibration);
-        ledger.read(7, 0b0011, 2, &mut calibration);
+        ledger.propose(7, 0b1111, 0.5, (Expert::Sequential, class), &mut calibration);
+        ledger.read(7, 0b0011, &mut calibration);
         ledger.written(7, 0b0100, &mut calibration);
         assert_eq!(calibration.classes[3].total, 1.0); // the written page: known to be wrong at once
         ledger.advance(u64::from(LABEL_AFTER_S) * 1_000_000, &mut calibration);
@@ -359,8 +362,8 @@ mod tests {
     fn evicted_entries_are_labelled_too() {
         let (mut ledger, mut calibration) = fixture();
         for block in 0..10_000 {
-            ledger.propose(block, 0b11, 0.5, Class::stream(3), &mut calibration);
-            ledger.read(block, 0b1, 1, &mut calibration);
+            ledger.propose(block, 0b11, 0.5, (Expert::Sequential, Class::stream(3)), &mut calibration);
+            ledger.read(block, 0b1, &mut calibration);
         }
         ledger.clear(&mut calibration);
         let odds = calibration.classes[3];
@@ -374,13 +377,30 @@ mod tests {
         let mut at_us = 0;
         let mut last = 0.0;
         for block in (0..2000).step_by(3) {
-            let rest = ledger.read(block, 0b1, 1, &mut calibration).expect("first touch");
+            assert!(ledger.read(block, 0b1, &mut calibration));
+            let rest = ledger.rest_of_block(block, 1, &mut calibration).expect("first touch");
             assert_eq!(rest.mask, !0b1);
+            assert_eq!(ledger.rest_of_block(block, 1, &mut calibration), None);
             last = rest.probability;
-            ledger.read(block, !0b1, 15, &mut calibration);
+            ledger.read(block, !0b1, &mut calibration);
             at_us += 1_000_000;
             ledger.advance(at_us, &mut calibration);
         }
         assert!(last > 0.9, "{last}");
+    }
+
+    #[test]
+    fn the_spatial_expert_is_not_credited_for_what_others_proposed() {
+        let (mut ledger, mut calibration) = fixture();
+        for block in (0..300).step_by(3) {
+            ledger.read(block, 0b1, &mut calibration);
+            ledger.propose(block, 0b1110, 0.9, (Expert::Sequential, Class::stream(3)), &mut calibration);
+            let rest = ledger.rest_of_block(block, 1, &mut calibration).expect("first touch");
+            assert_eq!(rest.mask, !0b1111);
+            ledger.read(block, 0b1110, &mut calibration);
+        }
+        ledger.clear(&mut calibration);
+        assert!(calibration.spatial.iter().all(|odds| odds.used == 0.0));
+        assert_eq!(calibration.spatial.iter().map(|odds| odds.total).sum::<f32>(), 1200.0);
     }
 }

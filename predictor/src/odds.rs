@@ -9,7 +9,7 @@ use crate::{ledger, markov, streams};
 /// Weight of the prior, in pages. Pages of one request are not independent, hence not a handful.
 const PRIOR_PAGES: f32 = 48.0;
 /// Counts are halved beyond this many pages.
-const CAP_PAGES: f32 = 8192.0;
+const CAP_PAGES: f32 = 2048.0;
 
 /// Used and predicted pages of one class.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -63,7 +63,7 @@ pub struct AccessConfig {
     pub bursts: usize,
     /// Markov contexts of 64 bytes. Default 16384 (1 MiB).
     pub markov_contexts: usize,
-    /// 64 KiB blocks whose recent touches and proposals are remembered, 40 bytes each. Default 16384 (640 KiB).
+    /// 64 KiB blocks whose recent touches and proposals are remembered, 48 bytes each. Default 16384 (768 KiB).
     pub recent_blocks: usize,
 }
 
@@ -92,6 +92,7 @@ impl AccessConfig {
         Window {
             pages: self.phase_window_bytes / crate::PAGE_BYTES,
             horizon_ms: u32::try_from(self.phase_horizon.as_millis()).unwrap_or(u32::MAX),
+            slow_start: false,
         }
     }
 
@@ -110,7 +111,11 @@ impl AccessConfig {
             extents: crate::phase::MAX_EXTENTS,
             gap_us: u64::try_from(self.burst_gap.as_micros()).unwrap_or(u64::MAX),
             // A burst is recognised, not announced: look less far ahead than in a phase.
-            window: Window { pages: self.phase_window().pages / 4, horizon_ms: self.phase_window().horizon_ms / 2 },
+            window: Window {
+                pages: self.phase_window().pages / 4,
+                horizon_ms: self.phase_window().horizon_ms / 2,
+                slow_start: true,
+            },
         }
     }
 }
@@ -185,7 +190,7 @@ impl AccessPredictor {
     pub fn phase_start(&mut self, vm: u64, phase: Phase, at_us: u64) {
         self.phase_end(vm, at_us);
         let vm = self.vms.entry(vm).or_default();
-        self.bursts.close(&mut vm.burst);
+        self.bursts.end(&mut vm.burst);
         if phase == Phase::Boot {
             // A new guest: its streams and place have nothing to do with the one before.
             **vm = Vm::default();
@@ -210,7 +215,7 @@ impl AccessPredictor {
     pub fn vm_forget(&mut self, vm: u64) {
         self.phase_end(vm, 0);
         if let Some(mut vm) = self.vms.remove(&vm) {
-            self.bursts.close(&mut vm.burst);
+            self.bursts.end(&mut vm.burst);
         }
     }
 
@@ -271,18 +276,29 @@ impl AccessPredictor {
         if !known {
             self.markov.predict(&vm.markov, &mut proposals);
         }
+        let mut touched_anew = false;
         for (block, mask) in block_masks(first, pages) {
-            let rest = self.ledger.read(block, mask, pages, &mut self.calibration);
-            if let Some(rest) = rest.filter(|rest| !known && rest.probability >= self.config.min_probability) {
-                self.raise_mask(block, rest.mask, rest.probability, Expert::Spatial, Class::NONE, None);
-            }
+            touched_anew |= self.ledger.read(block, mask, &mut self.calibration);
         }
         if !known {
             for proposal in &proposals {
                 self.raise(proposal);
             }
+            // Last, because the spatial expert adds to what the others expect. Only the ends of a request leave blocks in part.
+            let ends = [first / crate::BLOCK_PAGES, (first + u64::from(pages) - 1) / crate::BLOCK_PAGES];
+            for block in if !touched_anew { &[][..] } else if ends[0] == ends[1] { &ends[..1] } else { &ends[..] } {
+                self.raise_rest_of_block(*block, pages);
+            }
         }
         self.proposals = proposals;
+    }
+
+    fn raise_rest_of_block(&mut self, block: u64, request_pages: u32) {
+        if let Some(rest) = self.ledger.rest_of_block(block, request_pages, &mut self.calibration)
+            && rest.probability >= self.config.min_probability
+        {
+            self.raise_mask(block, rest.mask, rest.probability, Expert::Spatial, Class::NONE, None);
+        }
     }
 
     /// Raises a proposal. It is noted for calibration however unlikely, and handed out if likely enough.
@@ -301,7 +317,7 @@ impl AccessPredictor {
     }
 
     fn raise_mask(&mut self, block: u64, mask: u16, probability: f32, expert: Expert, class: Class, due: Option<u64>) {
-        let fresh = self.ledger.propose(block, mask, probability, class, &mut self.calibration);
+        let fresh = self.ledger.propose(block, mask, probability, (expert, class), &mut self.calibration);
         if fresh == 0 || probability < self.config.min_probability {
             return;
         }
@@ -352,11 +368,11 @@ impl AccessPredictor {
                     };
                     for (block, mask) in block_masks(extent.first, pages) {
                         let fresh = if repeat_s == u32::MAX {
-                            ledger.propose(block, mask, probability, Class::NONE, calibration)
+                            ledger.propose(block, mask, probability, (expert, Class::NONE), calibration)
                         } else {
                             let handled = ledger.handled_within(block, repeat_s);
                             ledger.forget(block, mask & !handled, calibration);
-                            ledger.propose(block, mask & !handled, probability, Class::NONE, calibration);
+                            ledger.propose(block, mask & !handled, probability, (expert, Class::NONE), calibration);
                             mask & !handled
                         };
                         joiner.push(block, fresh, &mut add);
@@ -394,7 +410,7 @@ impl AccessPredictor {
         self.stats
     }
 
-    /// Heap memory held, in bytes: the tables (`64 × markov_contexts + 40 × recent_blocks`), the sets (28 bytes an
+    /// Heap memory held, in bytes: the tables (`64 × markov_contexts + 48 × recent_blocks`), the sets (28 bytes an
     /// extent), and each VM's recording and replay.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {

@@ -4,23 +4,28 @@ mod support;
 
 use prestage_predictor::{Access, AccessConfig, AccessPredictor, Outcome, Phase, ProfileError};
 use proptest::prelude::*;
-use support::{Event, Figures, Replay, excerpt};
+use support::{Event, Figures, Replay, excerpt, later};
 
 const BOOT_1: &str = include_str!("../testdata/vm_boot1.csv");
 const BOOT_2: &str = include_str!("../testdata/vm_boot2.csv");
 /// What the agent is expected to ask for at least.
 const THRESHOLD: f32 = 0.5;
+const HOUR_US: u64 = 3_600_000_000;
 
 fn predictor() -> AccessPredictor {
     AccessPredictor::new(AccessConfig { size_pages: 1 << 20, ..AccessConfig::default() })
 }
 
 /// Replays a recorded boot from power-on. Without `all_boot`, the boot phase ends where the guest said it was up.
+/// The cache was emptied before, and an hour has passed since the boot before.
 fn boot(predictor: &mut AccessPredictor, events: &[Event], all_boot: bool) -> (Figures, Figures) {
+    let start_us = (predictor.stats().reads + 1) * HOUR_US;
+    let events = &later(events, start_us);
+    predictor.forget_resident();
     let (mut cache, mut booting, mut after) = (Replay::new(THRESHOLD), Figures::default(), Figures::default());
-    let (mut is_up, mut end_us) = (false, 0);
-    predictor.phase_start(1, Phase::Boot, 0);
-    cache.drain(predictor, 0, &mut booting);
+    let (mut is_up, mut end_us) = (false, start_us);
+    predictor.phase_start(1, Phase::Boot, start_us);
+    cache.drain(predictor, start_us, &mut booting);
     for event in events {
         let figures = if is_up { &mut after } else { &mut booting };
         match event {
@@ -43,17 +48,9 @@ fn boot(predictor: &mut AccessPredictor, events: &[Event], all_boot: bool) -> (F
 }
 
 fn sum(a: &Figures, b: &Figures) -> Figures {
-    Figures {
-        reads: a.reads + b.reads,
-        served: a.served + b.served,
-        predicted: a.predicted + b.predicted,
-        waited: a.waited + b.waited,
-        needed_pages: a.needed_pages + b.needed_pages,
-        proposed_pages: a.proposed_pages + b.proposed_pages,
-        used_pages: a.used_pages + b.used_pages,
-        demand_pages: a.demand_pages + b.demand_pages,
-        candidates: a.candidates + b.candidates,
-    }
+    let mut sum = a.clone();
+    sum += b;
+    sum
 }
 
 fn require_foreseen(figures: &Figures) {
@@ -106,9 +103,9 @@ fn with_nothing_learned_fewer_reads_wait_and_traffic_stays_bounded() {
         let (booting, after) = boot(&mut predictor(), &excerpt(text), true);
         let all = sum(&booting, &after);
         println!("{:.3} {:.3} {:.3} {all:?}", all.coverage(), all.precision(), all.traffic());
-        assert!(all.predicted as f64 >= all.reads as f64 * 0.2, "{all:?}");
-        assert!(all.precision() >= 0.5, "{all:?}");
-        assert!(all.traffic() <= 1.6, "{all:?}");
+        assert!(all.predicted as f64 >= all.reads as f64 * 0.3, "{all:?}");
+        assert!(all.precision() >= 0.45, "{all:?}");
+        assert!(all.traffic() <= 1.5, "{all:?}");
     }
 }
 
@@ -349,7 +346,7 @@ proptest! {
                 predictor.predict(at_us, &mut out);
             }
             predictor.vm_forget(1);
-            predictor.to_bytes();
+            prop_assert!(!predictor.to_bytes().is_empty());
         }
     }
 }

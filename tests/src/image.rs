@@ -45,12 +45,7 @@ impl Image {
                 line.split_once(' ').with_context(|| format!("{}: bad line `{line}`", manifest.display()))?;
             sums.insert(path.to_owned(), sum.to_owned());
         }
-        Ok(Self {
-            kernel: folder.join("vmlinuz"),
-            initrd: folder.join("initrd"),
-            disk: folder.join("disk.raw"),
-            sums,
-        })
+        Ok(Self { kernel: folder.join("vmlinuz"), initrd: folder.join("initrd"), disk: folder.join("disk.raw"), sums })
     }
 
     /// Copies the disk to `target`, sharing extents where the file system can and keeping holes.

@@ -49,7 +49,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// A folder of its own below `TMPDIR`, removed with everything in it. Its path is short: socket paths end at 107 bytes.
+/// A folder of its own, removed with everything in it unless `PRESTAGE_KEEP` is set.
 #[derive(Debug)]
 pub struct Scratch {
     path: PathBuf,
@@ -57,10 +57,22 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// # Errors
-    /// When the folder can't be made.
+    /// For sockets and logs.
     pub fn new() -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("prestage-").rand_bytes(6).tempdir().context("no temporary folder")?;
+        Self::below(&std::env::temp_dir())
+    }
+
+    /// For disks and databases: below the cache, which unlike `TMPDIR` is hardly ever a RAM disk.
+    pub fn large() -> Result<Self> {
+        Self::below(&cache()?)
+    }
+
+    fn below(parent: &Path) -> Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("prestage-")
+            .rand_bytes(6)
+            .tempdir_in(parent)
+            .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
         let path = folder.keep();
         let removed = path.clone();
         let guard = clean::on_exit(move || {

@@ -54,7 +54,10 @@ pub enum Line {
     /// The program starts.
     Start(Figures),
     /// The program has ended.
-    Done { status: i32, figures: Figures },
+    Done {
+        status: i32,
+        figures: Figures,
+    },
     /// A line of the failed program's standard error.
     Note(String),
     Sum {
@@ -149,7 +152,8 @@ mod tests {
 
     #[test]
     fn a_garbled_line_is_no_report() {
-        for line in ["", "PRESTAGE", "PRESTAGE ready uptime=x", "PRESTAGE ready uptime=-1 reads=1", "PRESTAGE sum abc"] {
+        for line in ["", "PRESTAGE", "PRESTAGE ready uptime=x", "PRESTAGE ready uptime=-1 reads=1", "PRESTAGE sum abc"]
+        {
             assert_eq!(Line::parse(line), None, "{line}");
         }
     }

@@ -1,1 +1,67 @@
-fn main() {}
+//! The host agent: serves virtual machines' disks from the cache, learns what they read and has it there next time.
+
+use clap::Parser;
+use prestage_agent::config::{Config, DEFAULT_PATH};
+use prestage_agent::daemon::{self, Options};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::{EnvFilter, fmt, reload};
+
+/// Serves VM disks from a RAM and SSD cache in front of slow storage, and prefetches what guests read next.
+#[derive(Parser, Debug)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file; FILE.d/*.toml are read after it
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// Sets a key over the files, such as cache.ram_size="2GiB"; may be given several times
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Checks the configuration and ends
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let config = match Config::load(&arguments.config, &arguments.overrides) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    if arguments.check {
+        println!("{}: ok", arguments.config.display());
+        return ExitCode::SUCCESS;
+    }
+    // Checked with the configuration.
+    let filter = EnvFilter::try_new(&config.daemon.log).unwrap_or_else(|_| EnvFilter::new("info"));
+    let (filter, handle) = reload::Layer::new(filter);
+    // The journal writes times of its own.
+    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
+    let layer = if journal { layer.without_time().boxed() } else { layer.boxed() };
+    tracing_subscriber::registry().with(filter).with(layer).init();
+    let set_log = Box::new(move |text: &str| {
+        if let Ok(filter) = EnvFilter::try_new(text) {
+            // Fails only when the subscriber is gone, which is never before the process.
+            let _ = handle.reload(filter);
+        }
+    });
+    // The control plane is light; the data path has threads of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let options = Options { config: arguments.config, overrides: arguments.overrides };
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(daemon::run(options, config, set_log)),
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("prestaged: {error}");
+            ExitCode::from(1)
+        }
+    }
+}

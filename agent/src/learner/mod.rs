@@ -8,7 +8,7 @@
 
 mod history;
 mod model;
-mod run;
+pub(crate) mod run;
 
 use crate::store::Store;
 use prestage_cache::types::StorageId;
@@ -134,11 +134,11 @@ impl LearnerHandle {
     pub fn add_storage(&self, storage: StorageHandle) {
         self.send(Message::AddStorage(storage));
     }
-    /// A storage is about to be closed; done when its profile is with the database.
-    pub async fn remove_storage(&self, storage: StorageId) {
+    /// A storage was closed; returns when its profile is with the database. Blocks.
+    pub fn remove_storage_blocking(&self, storage: StorageId) {
         let (reply, done) = oneshot::channel();
         self.send(Message::RemoveStorage(storage, reply));
-        let _ = done.await;
+        let _ = done.blocking_recv();
     }
     pub fn add_disk(&self, disk: u32, storage: StorageId, vm: String) {
         self.send(Message::AddDisk { disk, storage, vm });

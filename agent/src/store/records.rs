@@ -70,6 +70,8 @@ pub struct DiskRow {
     /// Machine (UUID) and target it is attached to; both or none.
     pub vm: Option<String>,
     pub target: Option<String>,
+    /// Serial that the machine's definition asked for; `None`: the disk's name.
+    pub serial: Option<String>,
     pub added_unix_ms: u64,
 }
 
@@ -262,10 +264,11 @@ impl Store {
     /// Remembers a disk. Errors: `AlreadyExists`.
     pub fn add_disk(&self, disk: DiskRow) -> Pending {
         self.inner.writer.submit(0, false, move |connection| {
-            let sql = "INSERT INTO disks (name, store, read_only, socket, vm, target, added_unix_ms) VALUES (?, ?, ?, ?, ?, ?, ?)
+            let sql = "INSERT INTO disks (name, store, read_only, socket, vm, target, serial, added_unix_ms)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT DO NOTHING";
-            let DiskRow { name, store, read_only, socket, vm, target, added_unix_ms } = &disk;
-            match connection.prepare(sql)?.execute(params![name, store, read_only, socket, vm, target, int(*added_unix_ms)])? {
+            let DiskRow { name, store, read_only, socket, vm, target, serial, added_unix_ms } = &disk;
+            match connection.prepare(sql)?.execute(params![name, store, read_only, socket, vm, target, serial, int(*added_unix_ms)])? {
                 0 => Err(StoreError::AlreadyExists { what: "disk", name: name.clone() }.into()),
                 _ => Ok(()),
             }
@@ -286,7 +289,7 @@ impl Store {
     /// Disks remembered, by name.
     pub fn disks(&self) -> Result<Vec<DiskRow>, StoreError> {
         self.read("read disks from", |connection| {
-            let sql = "SELECT name, store, read_only, socket, vm, target, added_unix_ms FROM disks ORDER BY name";
+            let sql = "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
             let row = |row: &Row<'_>| {
                 Ok(DiskRow {
                     name: row.get(0)?,
@@ -295,7 +298,8 @@ impl Store {
                     socket: row.get(3)?,
                     vm: row.get(4)?,
                     target: row.get(5)?,
-                    added_unix_ms: unsigned(row, 6)?,
+                    serial: row.get(6)?,
+                    added_unix_ms: unsigned(row, 7)?,
                 })
             };
             connection.prepare(sql)?.query_map([], row)?.collect()

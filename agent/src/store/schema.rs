@@ -66,6 +66,7 @@ CREATE TABLE disks (
     socket TEXT,
     vm TEXT,
     target TEXT,
+    serial TEXT,
     added_unix_ms INTEGER NOT NULL
 ) WITHOUT ROWID;
 ";

@@ -36,7 +36,7 @@ fn what_was_written_is_there_after_a_restart() {
     store.append_accesses(accesses("file:/a", "web1", 5_000_000, 1000)).wait().unwrap();
     store.append_accesses(accesses("file:/a", "web2", 1_000_000, 10)).wait().unwrap();
     store.append_accesses(accesses("file:/b", "web1", 5_000_000, 10)).wait().unwrap();
-    let attached = DiskRow { vm: Some("uuid".into()), target: Some("vda".into()), socket: Some("/s".into()), read_only: true, ..disk("web1") };
+    let attached = DiskRow { vm: Some("uuid".into()), target: Some("vda".into()), serial: Some("disk-1".into()), socket: Some("/s".into()), read_only: true, ..disk("web1") };
     store.add_disk(attached.clone()).wait().unwrap();
     let half = Counters { reads: 5, accesses_dropped: 1, ..Counters::default() };
     store.add_outcome(7, "web1", half).wait().unwrap();

@@ -40,9 +40,6 @@ impl Drain {
         }
     }
 
-    pub(super) fn is_closed(&self) -> bool {
-        self.closed.get()
-    }
 }
 
 impl Drop for UnderWay {

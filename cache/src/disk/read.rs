@@ -151,6 +151,9 @@ impl Storage {
         for _ in 0..ROUNDS {
             let Some((plans, pins, claims)) = self.plan(range) else { break };
             self.fill(plans.iter().zip(claims), &mut source).await?;
+            if plans.iter().any(|plan| !plan.late.is_empty()) {
+                add(&self.counters.late_reads, 1);
+            }
             let waits = plans.iter().filter(|plan| !plan.wait.is_empty()).filter_map(|plan| plan.slot);
             for slot in waits.collect::<Vec<_>>() {
                 source = Source::Store;
@@ -295,6 +298,7 @@ impl Storage {
         add(&self.counters.store_reads, 1);
         add(&self.counters.store_read_bytes, range.bytes());
         let (result, bufs) = self.backend.read(range.first * PAGE_BYTES as u64, bufs).await;
+        self.counters.health.note(&result);
         match result {
             Ok(()) => Ok(bufs),
             Err(error) => {

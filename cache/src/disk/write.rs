@@ -32,7 +32,9 @@ impl Disk {
     pub async fn flush(&self) -> Result<(), StoreError> {
         let _running = Running::new(&self.storage);
         add(&self.counters.flushes, 1);
-        self.storage.backend.flush().await
+        let result = self.storage.backend.flush().await;
+        self.storage.counters.health.note(&result);
+        result
     }
 
     /// Tells the store that the range is not needed any more. Its content is undefined afterwards.
@@ -112,6 +114,7 @@ impl Storage {
         add(&self.counters.store_writes, 1);
         add(&self.counters.store_write_bytes, len);
         let (result, bufs) = self.backend.write(offset, vec![IoBuf::Heap(data)], false).await;
+        self.counters.health.note(&result);
         match (result, bufs.first()) {
             (Ok(()), Some(data)) => {
                 write.written(offset, data.as_slice());

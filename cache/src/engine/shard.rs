@@ -473,14 +473,24 @@ impl Shard {
     pub fn send_all(
         &self,
         fd: &Rc<OwnedFd>,
+        bufs: Vec<IoBuf>,
+    ) -> impl Future<Output = (io::Result<()>, Vec<IoBuf>)> + 'static {
+        let range = 0..total_len(&bufs);
+        self.send_part(fd, bufs, range)
+    }
+
+    /// Sends bytes `range` of the buffers seen as one run.
+    pub fn send_part(
+        &self,
+        fd: &Rc<OwnedFd>,
         mut bufs: Vec<IoBuf>,
+        range: Range<usize>,
     ) -> impl Future<Output = (io::Result<()>, Vec<IoBuf>)> + 'static {
         let (this, fd) = (self.clone(), Rc::clone(fd));
         async move {
-            let len = total_len(&bufs);
-            let mut at = 0usize;
-            while at < len {
-                let (result, back) = this.transfer(&fd, Op::Send { bufs, range: at..len }).await;
+            let mut at = range.start;
+            while at < range.end {
+                let (result, back) = this.transfer(&fd, Op::Send { bufs, range: at..range.end }).await;
                 bufs = back;
                 match result {
                     Ok(0) => return (Err(io::ErrorKind::WriteZero.into()), bufs),

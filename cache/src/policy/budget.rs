@@ -67,6 +67,12 @@ impl Budget {
         }
     }
 
+    /// Takes new limits; what is in flight stays.
+    pub fn configure(&mut self, config: BudgetConfig) {
+        self.config = config;
+        self.window = self.window.min(config.max_bytes_in_flight).max(MIN_WINDOW);
+    }
+
     pub fn window_bytes(&self) -> u64 {
         self.window
     }

@@ -97,6 +97,7 @@ impl Core {
             tag: 0,
             destage_queued: false,
         };
+        self.insertions += 1;
         let entries = &self.entries;
         self.table.insert_unique(key.hash64(), slot, |s| entries[*s as usize].key.hash64());
         match purpose {
@@ -194,6 +195,7 @@ impl Core {
         entry.valid = PageMask::NONE;
         entry.unused = PageMask::NONE;
         self.valid_pages -= valid.count();
+        self.evictions += 1;
         self.report(slot, unused, OutcomeKind::Evicted);
         self.release(slot);
     }

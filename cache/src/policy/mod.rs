@@ -159,6 +159,9 @@ pub struct Occupancy {
     pub small_slots: u32,
     pub main_slots: u32,
     pub valid_pages: u64,
+    /// Blocks that were given a slot, and blocks that lost theirs to another, since the start.
+    pub insertions: u64,
+    pub evictions: u64,
     /// Memory of the index itself, bytes.
     pub index_bytes: u64,
 }
@@ -176,6 +179,8 @@ pub struct Core {
     main: List,
     ghost: Ghost,
     valid_pages: u64,
+    insertions: u64,
+    evictions: u64,
     storages: Vec<Option<Storage>>,
     outcomes: Vec<Outcome>,
     outcomes_dropped: u64,
@@ -211,6 +216,8 @@ impl Core {
             main: List::default(),
             ghost: Ghost::new(config.slots),
             valid_pages: 0,
+            insertions: 0,
+            evictions: 0,
             storages: Vec::new(),
             outcomes: Vec::new(),
             outcomes_dropped: 0,
@@ -262,10 +269,29 @@ impl Core {
             small_slots: self.small.len(),
             main_slots: self.main.len(),
             valid_pages: self.valid_pages,
+            insertions: self.insertions,
+            evictions: self.evictions,
             index_bytes: (self.entries.len() * (size_of::<Entry>() + size_of::<Link>())
                 + self.table.allocation_size()
                 + self.free.capacity() * 4
                 + self.ghost.memory_bytes()) as u64,
+        }
+    }
+
+    /// Slots in use, by storage.
+    pub fn usage(&self) -> Vec<(StorageId, u64)> {
+        let mut by_storage = std::collections::BTreeMap::<StorageId, u64>::new();
+        for entry in self.entries.iter().filter(|entry| entry.place != Place::Free) {
+            *by_storage.entry(entry.key.storage).or_default() += 1;
+        }
+        by_storage.into_iter().collect()
+    }
+
+    /// New limits for the prefetch of every store, known and to come.
+    pub fn set_budget(&mut self, budget: BudgetConfig) {
+        self.config.budget = budget;
+        for storage in self.storages.iter_mut().flatten() {
+            storage.budget.configure(budget);
         }
     }
 

@@ -52,16 +52,20 @@ pub enum PrefetchStep {
 }
 
 impl Core {
-    /// Queues prefetches. What is cached already is left out when its turn comes.
-    pub fn push_prefetch(&mut self, storage: StorageId, requests: &[PrefetchRequest]) {
-        let Some(state) = self.storage(storage) else { return };
+    /// Queues prefetches; what is cached already is left out when its turn comes. Returns the pages refused because the
+    /// queue is full.
+    pub fn push_prefetch(&mut self, storage: StorageId, requests: &[PrefetchRequest]) -> u64 {
+        let Some(state) = self.storage(storage) else { return 0 };
+        let mut refused = 0;
         for request in requests {
             let end = request.range.end().min(state.pages);
             if request.range.first < end {
                 let range = PageRange { first: request.range.first, count: end - request.range.first };
-                state.counters.cancelled += state.queue.push(PrefetchRequest { range, ..*request });
+                refused += state.queue.push(PrefetchRequest { range, ..*request });
             }
         }
+        state.counters.cancelled += refused;
+        refused
     }
 
     /// Pages that wait for their turn.

@@ -16,6 +16,8 @@ pub struct BlockPlan {
     pub hit: PageMask,
     /// Being filled by somebody else: wait, then plan again.
     pub wait: PageMask,
+    /// Of those, prefetches that come too late.
+    pub late: PageMask,
     /// The caller fills these, and reports with [`Core::finish_fill`].
     pub fill: PageMask,
 }
@@ -77,6 +79,7 @@ impl Core {
                 slot: None,
                 hit: PageMask::NONE,
                 wait: PageMask::NONE,
+                late: PageMask::NONE,
                 fill: PageMask::NONE,
             };
         };
@@ -84,9 +87,10 @@ impl Core {
         let hit = entry.valid & wanted;
         let wait = entry.filling & wanted;
         let fill = wanted.minus(hit | wait);
+        let late = wait & entry.unused;
         self.begin_fill(slot, fill);
         self.demand(slot, hit | wait, now);
-        BlockPlan { block, wanted, slot: Some(slot), hit, wait, fill }
+        BlockPlan { block, wanted, slot: Some(slot), hit, wait, late, fill }
     }
 
     /// Marks pages as filling; those under a write in flight will not be kept.

@@ -114,6 +114,11 @@ impl Index {
         self.slots.limit()
     }
 
+    /// Slots ever used.
+    pub(super) fn len(&self) -> u32 {
+        self.slots.len()
+    }
+
     pub(super) fn hand(&self) -> u32 {
         self.hand
     }

@@ -11,6 +11,8 @@ mod counters;
 mod error;
 mod routes;
 mod server;
+#[cfg(test)]
+mod tests;
 pub mod types;
 
 use std::future::Future;

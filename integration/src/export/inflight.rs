@@ -38,6 +38,7 @@ use thiserror::Error;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::config::{NUM_QUEUES_MAX, QUEUE_SIZE_MAX};
+use super::memory::holds;
 
 const HEADER_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 16;
@@ -49,7 +50,7 @@ const VERSION: u16 = 1;
 pub enum InflightError {
     #[error("in-flight area for {num_queues} rings of {queue_size}: rings must be 1 to 256, their size 1 to 1024")]
     Shape { num_queues: u16, queue_size: u16 },
-    #[error("in-flight area of {mmap_size} bytes is too small for {num_queues} rings of {queue_size}")]
+    #[error("in-flight area of {mmap_size} bytes, or its file, is too small for {num_queues} rings of {queue_size}")]
     TooSmall { mmap_size: u64, num_queues: u16, queue_size: u16 },
     #[error("in-flight area cannot be made: {0}")]
     Create(#[source] std::io::Error),
@@ -118,7 +119,7 @@ impl InflightRegion {
         queue_size: u16,
     ) -> Result<Self, InflightError> {
         let bytes = check_shape(num_queues, queue_size)?;
-        if (bytes as u64) > mmap_size {
+        if bytes as u64 > mmap_size || !holds(&file, mmap_offset, mmap_size) {
             return Err(InflightError::TooSmall { mmap_size, num_queues, queue_size });
         }
         let mapping =

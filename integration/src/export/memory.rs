@@ -71,10 +71,10 @@ struct Region {
     /// Of the region's first byte, inside `mapping`.
     host: NonNull<u8>,
     /// Keeps `host` mapped.
-    mapping: Arc<MmapRegion>,
+    _mapping: Arc<MmapRegion>,
 }
 
-// SAFETY: `host` points into `mapping`, which is Send and Sync and lives as long as the region; the bytes behind it
+// SAFETY: `host` points into `_mapping`, which is Send and Sync and lives as long as the region; the bytes behind it
 // are only touched by volatile reads, atomics and raw copies, which need no exclusive access.
 unsafe impl Send for Region {}
 // SAFETY: as above.
@@ -83,6 +83,9 @@ unsafe impl Sync for Region {}
 impl Region {
     fn map(spec: RegionSpec, file: File) -> Result<Self, MemoryError> {
         spec.check()?;
+        if !holds(&file, spec.file_offset, spec.len) {
+            return Err(spec.error("its file is shorter"));
+        }
         let map_error = |source| MemoryError::Map { guest_addr: spec.guest_addr, len: spec.len, source };
         // Mappings of hugetlbfs must start and end on its pages, and a region need not.
         let align = match fstatfs(&file) {
@@ -99,8 +102,14 @@ impl Region {
         let base = NonNull::new(mapping.as_ptr()).ok_or_else(|| spec.error("it was mapped at address 0"))?;
         // SAFETY: lead < len, the size of the mapping at `base`.
         let host = unsafe { base.add(lead as usize) };
-        Ok(Self { spec, host, mapping: Arc::new(mapping) })
+        Ok(Self { spec, host, _mapping: Arc::new(mapping) })
     }
+}
+
+/// Does the file reach so far? Mapping it does not need that, but touching what it lacks is SIGBUS. Devices (DAX) have no
+/// length to compare with.
+pub(super) fn holds(file: &File, offset: u64, len: u64) -> bool {
+    file.metadata().is_ok_and(|meta| !meta.is_file() || offset.checked_add(len).is_some_and(|end| end <= meta.len()))
 }
 
 /// The regions of one moment, sorted by guest address.
@@ -265,18 +274,9 @@ impl GuestBuffer {
         SegmentStore(self.segments)
     }
 
-    pub(super) fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
-    }
-
     #[inline]
     pub(super) fn len(&self) -> u64 {
         self.len
-    }
-
-    /// Pieces of guest memory that hold the bytes.
-    pub(super) fn segments(&self) -> usize {
-        self.segments.len() - self.first
     }
 
     /// Appends `len` bytes at guest address `addr`. They may span regions that touch each other.

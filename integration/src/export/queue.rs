@@ -290,11 +290,21 @@ impl Queue {
             Some(taken) => *taken = true,
         }
         self.next_available = self.next_available.wrapping_add(1);
+        self.track(head, || true);
+        Ok(Some(head))
+    }
+
+    /// Marks a chain as in flight for a successor. `alive` as in [`publish`](Self::publish).
+    #[inline]
+    fn track(&mut self, head: u16, mut alive: impl FnMut() -> bool) -> Option<()> {
+        let mut step = || alive().then_some(());
         if let Some(area) = &mut self.inflight {
+            step()?;
             area.set_counter(head);
+            step()?;
             area.set_inflight(head);
         }
-        Ok(Some(head))
+        Some(())
     }
 
     /// Gathers the bytes of a chain.
@@ -477,3 +487,6 @@ impl Queue {
         QueueStopped { index: self.index, next_available: self.next_available }
     }
 }
+
+#[cfg(test)]
+mod tests;

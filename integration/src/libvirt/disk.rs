@@ -173,10 +173,13 @@ impl<'a, 'i> Disk<'a, 'i> {
         let has = |name| child(self.node, name).is_some();
         let mut remarks = Vec::new();
         if has("iotune") || has("throttlefilters") {
-            remarks.push("libvirt's I/O limits (<iotune>, <throttlefilters>) do not apply to vhost-user disks".to_owned());
+            remarks
+                .push("libvirt's I/O limits (<iotune>, <throttlefilters>) do not apply to vhost-user disks".to_owned());
         }
         if self.driver("error_policy").is_some() || self.driver("rerror_policy").is_some() {
-            remarks.push("the error policy no longer applies: the guest sees I/O errors, the VM does not pause".to_owned());
+            remarks.push(
+                "the error policy no longer applies: the guest sees I/O errors, the VM does not pause".to_owned(),
+            );
         }
         if matches!(self.node.attribute("snapshot"), Some("internal" | "external")) {
             remarks.push("libvirt can't snapshot a vhost-user disk: snapshots of this VM leave it out".to_owned());

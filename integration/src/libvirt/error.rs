@@ -36,14 +36,18 @@ pub enum PlanError {
          serve the chain as raw over NBD with qemu-nbd and point the disk at that"
     )]
     BackingStore { target: String },
-    #[error("disk `{target}` is encrypted by libvirt: serve it decrypted over NBD (qemu-nbd --object secret,…) and attach that")]
+    #[error(
+        "disk `{target}` is encrypted by libvirt: serve it decrypted over NBD (qemu-nbd --object secret,…) and attach that"
+    )]
     Encrypted { target: String },
     #[error(
         "disk `{target}` is marked <shareable/>: another host may write to it, and the cache would serve what it was \
          before. Remove <shareable/> if this VM alone writes to it, or mark it <readonly/>"
     )]
     Shareable { target: String },
-    #[error("disk `{target}` is marked <transient/>: its writes must not be kept, which an export can't do. Remove the mark")]
+    #[error(
+        "disk `{target}` is marked <transient/>: its writes must not be kept, which an export can't do. Remove the mark"
+    )]
     Transient { target: String },
     #[error("disk `{target}` uses a part of its source (<{element}>): attach whole files, devices or exports only")]
     PartialSource { target: String, element: String },
@@ -67,7 +71,9 @@ pub enum PlanError {
          sectors, and the guest would misread its partition table. Leave this disk as it is"
     )]
     SectorSize { target: String, block_bytes: String },
-    #[error("disk `{target}` sits behind a virtual IOMMU (<driver iommu='on'>), which exports do not offer; set iommu='off' first")]
+    #[error(
+        "disk `{target}` sits behind a virtual IOMMU (<driver iommu='on'>), which exports do not offer; set iommu='off' first"
+    )]
     Iommu { target: String },
     #[error(
         "the domain's memory is not shared, so no other process can reach the guest's requests. Add \
@@ -98,14 +104,18 @@ fn list(names: &[String]) -> String {
 /// Why a call to the hypervisor failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HypervisorError {
-    #[error("libvirt at {uri} can't be reached: {reason}. Is libvirtd (or virtqemud) running, and is its socket open to this user?")]
+    #[error(
+        "libvirt at {uri} can't be reached: {reason}. Is libvirtd (or virtqemud) running, and is its socket open to this user?"
+    )]
     Unreachable { uri: String, reason: String },
     #[error(
         "libvirt did not finish `{what}` within {after:?}; it may still do so. Look with `virsh list --all`; if that hangs too, \
          restart libvirtd (running VMs are not affected)"
     )]
     Timeout { what: &'static str, after: Duration },
-    #[error("too many calls are waiting for libvirt: it is slow or hangs. Try again, and if this stays, restart libvirtd")]
+    #[error(
+        "too many calls are waiting for libvirt: it is slow or hangs. Try again, and if this stays, restart libvirtd"
+    )]
     Busy,
     #[error("the libvirt thread could not be started or has ended: {reason}")]
     Thread { reason: String },

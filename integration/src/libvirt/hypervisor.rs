@@ -1,9 +1,8 @@
 //! The asynchronous handle to libvirt.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -19,12 +18,13 @@ use super::describe::describe;
 use super::error::{HypervisorError, PlanError};
 use super::link::{Link, no_nul, start_event_loop};
 use super::plan::{AttachOptions, AttachPlan, DetachPlan, plan_attach, plan_detach};
+use super::queue::{Call, Queue};
 use super::store::StoreSource;
 use super::vm::{ConnectionState, HypervisorEvent, Vm, VmId, VmState};
-use super::worker::{Message, Outlets, Worker};
+use super::worker::{Outlets, Worker};
 use super::xml::{canonical, parse, same};
 
-/// Jobs that wait for the thread. More means that libvirt does not keep up, and callers are told so.
+/// Callers that wait for the thread. More means that libvirt does not keep up, and callers are told so.
 const MAX_WAITING: usize = 64;
 /// Events kept for a slow receiver.
 const MAX_EVENTS: usize = 1024;
@@ -95,7 +95,7 @@ pub struct Hypervisor {
 #[derive(Debug)]
 struct Inner {
     config: HypervisorConfig,
-    jobs: Arc<SyncSender<Message>>,
+    queue: Arc<Queue>,
     outlets: Arc<Outlets>,
     slow_calls: Arc<AtomicUsize>,
 }
@@ -112,8 +112,7 @@ impl Hypervisor {
             let reason = "the URI has a NUL character".to_owned();
             return Err(HypervisorError::Unreachable { uri: config.uri.replace('\0', "?"), reason });
         }
-        let (jobs, messages) = sync_channel(MAX_WAITING);
-        let jobs = Arc::new(jobs);
+        let queue = Arc::new(Queue::new(MAX_WAITING));
         let state = ConnectionState {
             uri: config.uri.clone(),
             connected: false,
@@ -124,15 +123,13 @@ impl Hypervisor {
         };
         let outlets =
             Arc::new(Outlets { events: broadcast::Sender::new(MAX_EVENTS), state: watch::Sender::new(state) });
-        let wake: Weak<SyncSender<Message>> = Arc::downgrade(&jobs);
-        let worker_config = config.clone();
-        let worker_outlets = outlets.clone();
+        let worker = Worker::new(config.clone(), outlets.clone(), queue.clone());
         thread::Builder::new()
             .name("libvirt".into())
-            .spawn(move || Worker::new(worker_config, worker_outlets, wake).run(&messages))
+            .spawn(move || worker.run())
             .map_err(|e| HypervisorError::Thread { reason: e.to_string() })?;
         let slow_calls = Arc::default();
-        Ok(Self { inner: Arc::new(Inner { config, jobs, outlets, slow_calls }) })
+        Ok(Self { inner: Arc::new(Inner { config, queue, outlets, slow_calls }) })
     }
 
     /// Events from now on. After every (re)connection a [`HypervisorEvent::Resync`] says how things are.
@@ -238,29 +235,10 @@ impl Hypervisor {
         &self,
         what: &'static str,
         again: bool,
-        mut work: impl FnMut(&Arc<Link>) -> Result<T, HypervisorError> + Send + 'static,
+        work: impl FnMut(&Arc<Link>) -> Result<T, HypervisorError> + Send + 'static,
     ) -> Result<T, HypervisorError> {
         let (reply, answer) = oneshot::channel();
-        let mut reply = Some(reply);
-        let mut again = again;
-        let job = move |link: Result<&Arc<Link>, HypervisorError>| {
-            // A caller that gave up while this waited wants nothing done any more.
-            let Some(caller) = reply.take().filter(|r| !r.is_closed()) else { return false };
-            let result = match link {
-                Ok(link) => {
-                    let result = work(link);
-                    if result.is_err() && !link.is_alive() && std::mem::take(&mut again) {
-                        reply = Some(caller);
-                        return true;
-                    }
-                    result
-                }
-                Err(e) => Err(e),
-            };
-            let _ = caller.send(result); // the caller may have given up
-            false
-        };
-        self.submit(Message::Job(Box::new(job)))?;
+        self.inner.queue.submit(Box::new(Call { reply: Some(reply), again, work }))?;
         wait(what, self.inner.config.call_timeout, answer).await
     }
 
@@ -290,12 +268,11 @@ impl Hypervisor {
             .map_err(|e| HypervisorError::Thread { reason: e.to_string() })?;
         wait(what, self.inner.config.start_timeout, answer).await
     }
+}
 
-    fn submit(&self, message: Message) -> Result<(), HypervisorError> {
-        self.inner.jobs.try_send(message).map_err(|e| match e {
-            TrySendError::Full(_) => HypervisorError::Busy,
-            TrySendError::Disconnected(_) => ended(),
-        })
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.queue.close();
     }
 }
 
@@ -371,7 +348,7 @@ fn state_of(state: sys::virDomainState) -> VmState {
     }
 }
 
-/// All VMs; those that vanish while looking are left out.
+/// All VMs. One that vanishes meanwhile or can't be described is left out: it must not hide all others.
 pub(super) fn list_vms(link: &Link) -> Result<Vec<Vm>, HypervisorError> {
     let domains = link.connect().list_all_domains(0).map_err(|e| failed("list the VMs", &e))?;
     let mut vms = Vec::with_capacity(domains.len());
@@ -379,6 +356,7 @@ pub(super) fn list_vms(link: &Link) -> Result<Vec<Vm>, HypervisorError> {
         match describe_domain(domain) {
             Ok(vm) => vms.push(vm),
             Err(HypervisorError::NoSuchVm { .. }) => {}
+            Err(e) if link.is_alive() => tracing::warn!(error = %e, "a VM is left out of the list"),
             Err(e) => return Err(e),
         }
     }
@@ -478,12 +456,16 @@ fn attach_on(
         let disk = described.disks.iter().find(|d| d.target == target).ok_or("the disk is gone")?;
         let attached = disk.attached.as_ref().ok_or("the disk is not on the export, or its record is gone")?;
         let recorded = plan_detach(now, target).map_err(|e| e.to_string())?.original;
-        match () {
-            () if attached.socket != *socket => Err(format!("the disk is on {}", attached.socket.display())),
-            () if recorded.as_ref() != Some(&plan.original) => Err("the recorded original differs".to_owned()),
-            () if !described.shared_memory => Err("its memory is not shared".to_owned()),
-            () => Ok(()),
+        if attached.socket != *socket {
+            return Err(format!("the disk is on {}", attached.socket.display()));
         }
+        if recorded.as_ref() != Some(&plan.original) {
+            return Err("the recorded original differs".to_owned());
+        }
+        if !described.shared_memory {
+            return Err("its memory is not shared".to_owned());
+        }
+        Ok(())
     })?;
     tracing::info!(vm = vm.name, disk = target, socket = %socket.display(), store = %plan.store, "disk attached");
     Ok(Attached { takes_effect: takes_effect(domain), vm, plan })
@@ -492,8 +474,7 @@ fn attach_on(
 fn detach_on(link: &Link, domain: &Domain, target: &str) -> Result<Detached, HypervisorError> {
     let vm = id_of(domain)?;
     let before = editable(domain, &vm.name)?;
-    let plan =
-        plan_detach(&before, target).map_err(|plan| HypervisorError::Plan { vm: vm.name.clone(), plan })?;
+    let plan = plan_detach(&before, target).map_err(|plan| HypervisorError::Plan { vm: vm.name.clone(), plan })?;
     redefine(link, domain, &vm.name, &before, &plan.new_xml, |now| {
         match plan_detach(now, target) {
             Err(PlanError::NotAttached { .. } | PlanError::NoSuchDisk { .. }) => {}
@@ -525,8 +506,7 @@ fn redefine(
     check: impl Fn(&str) -> Result<(), String>,
 ) -> Result<(), HypervisorError> {
     let define = |xml: &str| Domain::define_xml_flags(link.connect(), xml, sys::VIR_DOMAIN_DEFINE_VALIDATE);
-    let unchanged = same_definition(domain, before);
-    if !unchanged {
+    if !same_definition(domain, before) {
         let reason = "someone else changed the definition meanwhile; try again".to_owned();
         return Err(HypervisorError::Refused { vm: vm.to_owned(), reason });
     }

@@ -44,7 +44,9 @@ pub(super) fn remark(domain: Node<'_, '_>) -> Option<String> {
 /// `<memoryBacking>` made shared: `original` is the element as it is, or empty if there is none.
 fn shared_backing(original: &str, indent: &str) -> String {
     let fresh = || {
-        format!("<memoryBacking>\n{indent}  <source type='memfd'/>\n{indent}  <access mode='shared'/>\n{indent}</memoryBacking>")
+        format!(
+            "<memoryBacking>\n{indent}  <source type='memfd'/>\n{indent}  <access mode='shared'/>\n{indent}</memoryBacking>"
+        )
     };
     let Ok(doc) = Document::parse(original) else { return fresh() };
     let backing = doc.root_element();
@@ -98,7 +100,8 @@ pub(super) fn unshare(
     let Some(backing) = child(domain, "memoryBacking") else {
         return None; // removed by hand
     };
-    let needs_it = |n: Node<'_, '_>| n.attributes().any(|a| matches!(a.value(), "vhostuser" | "vhost-user" | "virtiofs"));
+    let needs_it =
+        |n: Node<'_, '_>| n.attributes().any(|a| matches!(a.value(), "vhostuser" | "vhost-user" | "virtiofs"));
     let mut others = child(domain, "devices").into_iter().flat_map(|d| d.children()).filter(|n| Some(*n) != disk);
     if others.any(|n| n.descendants().any(needs_it)) {
         return Some("shared memory was left on: another device of the VM needs it".to_owned());

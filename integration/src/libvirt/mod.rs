@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`Hypervisor`] (`hypervisor`) | the asynchronous handle: list, events, attach, detach, start, stop |
 //! | `worker` | the thread that owns the connection: reconnects, registers events again, resynchronises |
+//! | `queue` | the bounded queue of calls to that thread |
 //! | `link` | one connection and its callbacks: the only unsafe code here |
 //! | `vm` | plain types: [`Vm`], [`VmDisk`], [`VmEvent`], [`HypervisorEvent`], [`ConnectionState`] |
 //! | `describe` | domain XML → [`Vm`] |
@@ -25,6 +26,7 @@ mod hypervisor;
 mod link;
 mod memory;
 mod plan;
+mod queue;
 mod record;
 mod store;
 mod vm;

@@ -93,7 +93,9 @@ fn check_socket(path: &Path) -> Result<(), PlanError> {
     let reason = match path.to_str() {
         None => "it is not UTF-8",
         Some(text) if !text.starts_with('/') => "it must be absolute",
-        Some(text) if text.len() > MAX_SOCKET_PATH_BYTES => "unix socket paths have at most 107 bytes; use a shorter run_dir",
+        Some(text) if text.len() > MAX_SOCKET_PATH_BYTES => {
+            "unix socket paths have at most 107 bytes; use a shorter run_dir"
+        }
         Some(text) if text.chars().any(char::is_control) => "it has control characters",
         Some(_) => return Ok(()),
     };

@@ -110,7 +110,7 @@ impl Record {
                 let indent = indent_of(xml, range.start).to_owned();
                 let inner = format!("{indent}  ");
                 let text = format!("\n{inner}{}", self.to_xml(&inner));
-                let last = metadata.children().filter(Node::is_element).last().map(|n| n.range().end);
+                let last = metadata.children().filter(Node::is_element).next_back().map(|n| n.range().end);
                 match (last, inner_range(xml, metadata)) {
                     (Some(end), _) => splices.insert(end, text),
                     (None, Some(content)) => splices.insert(content.start, format!("{text}\n{indent}")),
@@ -132,7 +132,8 @@ impl Record {
     fn erase(&self, xml: &str, metadata: Option<Node<'_, '_>>, splices: &mut Splices) {
         let Some(metadata) = metadata else { return };
         let Some(attach) = metadata.children().find(|n| ours(*n, "attach")) else { return };
-        let alone = metadata.children().all(|n| n == attach || (n.is_text() && n.text().unwrap_or_default().trim().is_empty()));
+        let alone =
+            metadata.children().all(|n| n == attach || (n.is_text() && n.text().unwrap_or_default().trim().is_empty()));
         splices.remove_with_indent(xml, if alone { metadata.range() } else { attach.range() });
     }
 }

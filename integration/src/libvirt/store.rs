@@ -74,7 +74,11 @@ impl fmt::Display for NbdUri {
             }
             NbdEndpoint::Tcp { host, port } => {
                 let host = if host.contains(':') { format!("[{host}]") } else { percent_encode(host) };
-                if *port == NBD_PORT { write!(f, "nbd://{host}/{export}") } else { write!(f, "nbd://{host}:{port}/{export}") }
+                if *port == NBD_PORT {
+                    write!(f, "nbd://{host}/{export}")
+                } else {
+                    write!(f, "nbd://{host}:{port}/{export}")
+                }
             }
         }
     }
@@ -227,9 +231,18 @@ mod tests {
     #[test]
     fn libvirt_sources_become_nbd_uris() {
         for (xml, uri) in [
-            ("<source protocol='nbd' name='disk'><host transport='unix' socket='/run/n.sock'/></source>", "nbd+unix:///disk?socket=/run/n.sock"),
-            ("<source protocol='nbd'><host transport='unix' socket='/run/a b'/></source>", "nbd+unix:///?socket=/run/a%20b"),
-            ("<source protocol='nbd' name='a/b?c'><host name='store.example' port='10810'/></source>", "nbd://store.example:10810/a/b%3Fc"),
+            (
+                "<source protocol='nbd' name='disk'><host transport='unix' socket='/run/n.sock'/></source>",
+                "nbd+unix:///disk?socket=/run/n.sock",
+            ),
+            (
+                "<source protocol='nbd'><host transport='unix' socket='/run/a b'/></source>",
+                "nbd+unix:///?socket=/run/a%20b",
+            ),
+            (
+                "<source protocol='nbd' name='a/b?c'><host name='store.example' port='10810'/></source>",
+                "nbd://store.example:10810/a/b%3Fc",
+            ),
             ("<source protocol='nbd' name='x'><host name='::1' port='10809'/></source>", "nbd://[::1]/x"),
             ("<source protocol='nbd' name='x' tls='no'><host name='h'/></source>", "nbd://h/x"),
         ] {
@@ -247,14 +260,30 @@ mod tests {
             ("<source protocol='nbd'/>", StoreSourceError::NoHost),
             ("<source protocol='nbd'><host transport='unix'/></source>", StoreSourceError::NoHost),
             ("<source protocol='nbd'><host name='a'/><host name='b'/></source>", StoreSourceError::SeveralHosts),
-            ("<source protocol='nbd'><host name='a' port='99999'/></source>", StoreSourceError::Port { port: "99999".into() }),
-            ("<source protocol='nbd'><host name='a' transport='rdma'/></source>", StoreSourceError::Transport { transport: "rdma".into() }),
+            (
+                "<source protocol='nbd'><host name='a' port='99999'/></source>",
+                StoreSourceError::Port { port: "99999".into() },
+            ),
+            (
+                "<source protocol='nbd'><host name='a' transport='rdma'/></source>",
+                StoreSourceError::Transport { transport: "rdma".into() },
+            ),
         ] {
             let doc = Document::parse(xml).unwrap();
             assert_eq!(NbdUri::from_source(doc.root_element()).unwrap_err(), error);
         }
         assert_eq!("nbds://h/x".parse::<NbdUri>().unwrap_err(), StoreSourceError::Tls);
-        for bad in ["", "/path", "http://h/x", "nbd://", "nbd:///x", "nbd+unix:///x", "nbd+unix:///x?socket=", "nbd://[zz]/x", "nbd://h/%zz"] {
+        for bad in [
+            "",
+            "/path",
+            "http://h/x",
+            "nbd://",
+            "nbd:///x",
+            "nbd+unix:///x",
+            "nbd+unix:///x?socket=",
+            "nbd://[zz]/x",
+            "nbd://h/%zz",
+        ] {
             assert!(bad.parse::<NbdUri>().is_err(), "{bad}");
         }
     }

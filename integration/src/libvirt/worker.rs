@@ -1,7 +1,7 @@
 //! The thread that owns the connection to libvirt.
 //!
 //! ```text
-//!            jobs (bounded)                 open, calls
+//!            queue (bounded)                open, calls
 //!  handle ──────────────────▶ worker thread ────────────▶ libvirtd
 //!     ▲                        │  │   ▲ wake on close        │
 //!     │ replies (oneshot)      │  │   └──────────────┐       │ events
@@ -12,9 +12,12 @@
 //! look every few seconds. Then everything of it is dropped and opened anew, at growing intervals; a caller's job tries
 //! at once. After each opening events are registered before the VMs are listed, so that nothing falls between the two,
 //! and the list goes out as a resync.
+//!
+//! One wait has no end on this side: opening a connection to a daemon that accepts but does not answer, since keep-alive
+//! starts only after it. It lasts until that daemon is continued or restarted; callers get their timeouts meanwhile.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
-use std::sync::{Arc, Weak};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
@@ -23,24 +26,13 @@ use tokio::sync::{broadcast, watch};
 use super::error::HypervisorError;
 use super::hypervisor::{HypervisorConfig, list_vms};
 use super::link::{KeepAlive, Link, Sink};
+use super::queue::{Next, Queue, Queued};
 use super::vm::{ConnectionState, HypervisorEvent, VmEvent};
 
 /// How often the worker looks at an idle connection. The close callback usually comes first.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
-/// A caller's job opens the connection at once unless it was tried this short a time ago.
-const MIN_RETRY: Duration = Duration::from_millis(100);
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
-
-/// Work for the thread. Called with the connection, or with why there is none; `true` asks to be called once more if the
-/// connection was lost under it.
-pub(super) type Job = Box<dyn FnMut(Result<&Arc<Link>, HypervisorError>) -> bool + Send>;
-
-pub(super) enum Message {
-    Job(Job),
-    /// Something happened: look at the connection.
-    Wake,
-}
 
 /// What the worker tells the world.
 #[derive(Debug)]
@@ -54,8 +46,7 @@ struct LinkSink {
     events: broadcast::Sender<HypervisorEvent>,
     /// Why the connection ended, once it has.
     closed: Mutex<Option<String>>,
-    /// Weak: the sink must not keep the worker's queue open.
-    wake: Weak<SyncSender<Message>>,
+    queue: Arc<Queue>,
 }
 
 impl Sink for LinkSink {
@@ -66,12 +57,7 @@ impl Sink for LinkSink {
 
     fn closed(&self, reason: &str) {
         *self.closed.lock() = Some(reason.to_owned());
-        if let Some(wake) = self.wake.upgrade() {
-            match wake.try_send(Message::Wake) {
-                // With a full queue the worker is awake already, and with none it is gone.
-                Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
-            }
-        }
+        self.queue.wake();
     }
 }
 
@@ -79,48 +65,54 @@ impl Sink for LinkSink {
 pub(super) struct Worker {
     config: HypervisorConfig,
     outlets: Arc<Outlets>,
-    wake: Weak<SyncSender<Message>>,
+    queue: Arc<Queue>,
     link: Option<(Arc<Link>, Arc<LinkSink>)>,
-    last_try: Option<Instant>,
+    /// When the last attempt to connect began.
+    tried: Option<Instant>,
+    /// When to try again unasked.
+    next_try: Instant,
     backoff: Duration,
     connections: u64,
 }
 
 impl Worker {
-    pub(super) fn new(config: HypervisorConfig, outlets: Arc<Outlets>, wake: Weak<SyncSender<Message>>) -> Self {
-        Self { config, outlets, wake, link: None, last_try: None, backoff: Duration::ZERO, connections: 0 }
+    pub(super) fn new(config: HypervisorConfig, outlets: Arc<Outlets>, queue: Arc<Queue>) -> Self {
+        let (backoff, next_try) = (Duration::ZERO, Instant::now());
+        Self { config, outlets, queue, link: None, tried: None, next_try, backoff, connections: 0 }
     }
 
-    /// Runs until the last handle is gone.
-    pub(super) fn run(mut self, messages: &Receiver<Message>) {
-        self.tend();
+    /// Runs until the last handle is gone. A panic below (the bindings have some) costs the connection and the job at
+    /// hand, whose caller is told; it must not end all control of VMs.
+    pub(super) fn run(mut self) {
+        while catch_unwind(AssertUnwindSafe(|| self.serve())).is_err() {
+            tracing::error!(uri = self.config.uri, "a call to libvirt panicked; connecting anew");
+            self.lose("a call to libvirt panicked".to_owned());
+        }
+    }
+
+    fn serve(&mut self) {
         loop {
-            let message = match messages.recv_timeout(self.patience()) {
-                Ok(message) => message,
-                Err(RecvTimeoutError::Timeout) => Message::Wake,
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
             self.tend();
-            if let Message::Job(job) = message {
-                self.work(job);
+            match self.queue.next(self.patience()) {
+                Next::Job(queued) => self.work(queued),
+                Next::Look => {}
+                Next::Closed => return,
             }
         }
     }
 
-    /// How long to wait for messages.
+    /// How long to wait for something to do.
     fn patience(&self) -> Duration {
-        match (&self.link, self.last_try) {
-            (Some(_), _) => CHECK_INTERVAL,
-            (None, Some(last)) => (last + self.backoff).saturating_duration_since(Instant::now()),
-            (None, None) => Duration::ZERO,
+        match &self.link {
+            Some(_) => CHECK_INTERVAL,
+            None => self.next_try.saturating_duration_since(Instant::now()),
         }
     }
 
     /// Drops a dead connection, and opens one if none is there and it is time to try.
     fn tend(&mut self) {
         self.drop_dead();
-        let due = self.last_try.is_none_or(|last| last.elapsed() >= self.backoff);
-        if self.link.is_none() && due {
+        if self.link.is_none() && Instant::now() >= self.next_try {
             self.open();
         }
     }
@@ -133,8 +125,13 @@ impl Worker {
         }
         let reason = reason.unwrap_or_else(|| "the connection broke".to_owned());
         tracing::warn!(uri = self.config.uri, reason, "lost the connection to libvirt");
+        self.lose(reason);
+    }
+
+    fn lose(&mut self, reason: String) {
         self.link = None;
-        self.last_try = None;
+        self.tried = None;
+        self.next_try = Instant::now();
         self.backoff = Duration::ZERO;
         self.outlets.state.send_modify(|s| {
             s.connected = false;
@@ -145,22 +142,20 @@ impl Worker {
     }
 
     fn open(&mut self) {
+        self.tried = Some(Instant::now());
         let sink = Arc::new(LinkSink {
             events: self.outlets.events.clone(),
             closed: Mutex::new(None),
-            wake: self.wake.clone(),
+            queue: self.queue.clone(),
         });
-        let keep_alive = KeepAlive {
-            interval_secs: self.config.keep_alive_interval_secs,
-            count: self.config.keep_alive_count,
-        };
+        let keep_alive =
+            KeepAlive { interval_secs: self.config.keep_alive_interval_secs, count: self.config.keep_alive_count };
         let opened = Link::open(&self.config.uri, keep_alive, sink.clone())
             .map_err(|e| e.message().to_owned())
             .and_then(|link| match list_vms(&link) {
                 Ok(vms) => Ok((link, vms)),
                 Err(e) => Err(e.to_string()),
             });
-        self.last_try = Some(Instant::now());
         match opened {
             Ok((link, vms)) => {
                 let version = link.connect().get_lib_version().ok().map(version_text);
@@ -183,27 +178,30 @@ impl Worker {
                     tracing::warn!(uri = self.config.uri, reason, "can't connect to libvirt, will keep trying");
                 }
                 self.backoff = (self.backoff * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF);
+                self.next_try = Instant::now() + self.backoff;
                 self.outlets.state.send_modify(|s| s.last_error = Some(reason));
             }
         }
     }
 
-    fn work(&mut self, mut job: Job) {
+    fn work(&mut self, Queued { mut job, submitted }: Queued) {
+        self.drop_dead(); // it may have died while this waited
         // Once on the connection there is, and once more on a new one if it turned out to be dead.
         for _ in 0..2 {
-            if self.link.is_none() && self.last_try.is_none_or(|last| last.elapsed() >= MIN_RETRY) {
+            // An attempt that began after the job was submitted answers for all jobs submitted before it.
+            if self.link.is_none() && self.tried.is_none_or(|tried| tried < submitted) {
                 self.open();
             }
             let Some((link, _)) = &self.link else {
-                job(Err(self.unreachable()));
+                job.run(Err(self.unreachable()));
                 return;
             };
-            if !job(Ok(link)) {
+            if !job.run(Ok(link)) {
                 return;
             }
             self.drop_dead();
         }
-        job(Err(self.unreachable()));
+        job.run(Err(self.unreachable()));
     }
 
     fn unreachable(&self) -> HypervisorError {

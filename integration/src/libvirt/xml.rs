@@ -127,13 +127,7 @@ pub(super) fn canonical(node: Node<'_, '_>) -> String {
     let text: String = node.children().filter(Node::is_text).filter_map(|n| n.text()).map(str::trim).collect();
     let name = node.tag_name();
     let namespace = name.namespace().unwrap_or_default();
-    format!(
-        "<{{{namespace}}}{} {}>{}{}</>",
-        name.name(),
-        attributes.join(" "),
-        escape_text(&text),
-        children.concat()
-    )
+    format!("<{{{namespace}}}{} {}>{}{}</>", name.name(), attributes.join(" "), escape_text(&text), children.concat())
 }
 
 /// Whether two XML texts, each one element, say the same.

@@ -2,12 +2,13 @@
 //!
 //! - `disk`: a disk in memory and a runner for its rings, one thread each.
 //! - `blkio`: random operations by libblkio's vhost-user driver against a model of the disk.
-//! - `protocol`: single messages, well-formed and not, by the `vhost` crate's front-end.
+//! - `front`: a front-end that sends anything, and a guest with one ring. `protocol`: single messages, sound and not.
 //! - `socket`: where an export may listen, and who may connect.
 //! - `qemu`: a boot sector read by QEMU's firmware.
 
 mod blkio;
 mod disk;
+mod front;
 mod protocol;
 mod qemu;
 mod socket;

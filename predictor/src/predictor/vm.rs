@@ -35,7 +35,7 @@ impl Vm {
         window: Window,
         at_us: u64,
     ) {
-        let replay = plan.map(|plan| Replay::new(plan, window, at_us));
+        let replay = plan.map(|plan| Replay::new(plan, window, 1.0, at_us));
         self.phase = Some(ActivePhase { phase, recording, replay });
     }
 

@@ -1,9 +1,9 @@
 //! Traces and an ideal cache for replays: every candidate above a threshold is there at once, nothing is evicted.
 
-#![allow(unreachable_pub, reason = "shared by a test and an example")]
+#![allow(unreachable_pub, dead_code, reason = "shared by a test and an example")]
 
 use prestage_predictor::{Access, AccessPredictor, Candidate, Op};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// A request, or a mark that says what the guest did.
 #[derive(Clone, Debug)]
@@ -34,7 +34,6 @@ pub fn excerpt(text: &str) -> Vec<Event> {
 }
 
 /// Reads a full trace (`ts_us,op,offset,len` in bytes, with a header), and its marks (`us mark`) if there are any.
-#[allow(dead_code, reason = "used by the example, not by the test")]
 pub fn trace(text: &str, marks: &str) -> Vec<Event> {
     let rows = text.lines().skip(1).filter_map(|line| {
         let fields: Vec<&str> = line.split(',').collect();
@@ -70,6 +69,10 @@ pub struct Figures {
     /// Pages fetched on demand.
     pub demand_pages: u64,
     pub candidates: u64,
+    /// Pages proposed and used, by expert.
+    pub by_expert: [(u64, u64); 8],
+    /// Pages proposed and used, and the sum of their probabilities, by tenth of probability.
+    pub by_probability: [(u64, u64, f64); 10],
 }
 
 impl Figures {
@@ -87,18 +90,39 @@ impl Figures {
     }
 }
 
+impl std::ops::AddAssign<&Figures> for Figures {
+    fn add_assign(&mut self, other: &Figures) {
+        self.reads += other.reads;
+        self.served += other.served;
+        self.predicted += other.predicted;
+        self.waited += other.waited;
+        self.needed_pages += other.needed_pages;
+        self.proposed_pages += other.proposed_pages;
+        self.used_pages += other.used_pages;
+        self.demand_pages += other.demand_pages;
+        self.candidates += other.candidates;
+        for (mine, others) in self.by_expert.iter_mut().zip(other.by_expert) {
+            *mine = (mine.0 + others.0, mine.1 + others.1);
+        }
+        for (mine, others) in self.by_probability.iter_mut().zip(other.by_probability) {
+            *mine = (mine.0 + others.0, mine.1 + others.1, mine.2 + others.2);
+        }
+    }
+}
+
 /// An ideal cache beside a predictor.
 #[derive(Debug)]
 pub struct Replay {
     pub threshold: f32,
     resident: HashSet<u64>,
-    unused: HashSet<u64>,
+    /// Page → expert and tenth of probability.
+    unused: HashMap<u64, (usize, usize)>,
     out: Vec<Candidate>,
 }
 
 impl Replay {
     pub fn new(threshold: f32) -> Self {
-        Self { threshold, resident: HashSet::new(), unused: HashSet::new(), out: Vec::new() }
+        Self { threshold, resident: HashSet::new(), unused: HashMap::new(), out: Vec::new() }
     }
 
     /// Drains the predictor into the cache.
@@ -109,7 +133,11 @@ impl Replay {
             for page in candidate.first..candidate.first + u64::from(candidate.pages) {
                 if self.resident.insert(page) {
                     figures.proposed_pages += 1;
-                    self.unused.insert(page);
+                    let tenth = ((candidate.probability * 10.0) as usize).min(9);
+                    self.unused.insert(page, (candidate.expert.index(), tenth));
+                    figures.by_expert[candidate.expert.index()].0 += 1;
+                    figures.by_probability[tenth].0 += 1;
+                    figures.by_probability[tenth].2 += f64::from(candidate.probability);
                 }
             }
         }
@@ -120,7 +148,12 @@ impl Replay {
         let pages = access.first..access.first + u64::from(access.pages);
         if access.op == Op::Read {
             let missing = pages.clone().filter(|page| !self.resident.contains(page)).count() as u64;
-            let used = pages.clone().filter(|page| self.unused.remove(page)).count() as u64;
+            let mut used = 0;
+            for (expert, tenth) in pages.clone().filter_map(|page| self.unused.remove(&page)) {
+                used += 1;
+                figures.by_expert[expert].1 += 1;
+                figures.by_probability[tenth].1 += 1;
+            }
             figures.reads += 1;
             figures.served += u64::from(missing == 0);
             figures.predicted += u64::from(missing == 0 && used > 0);
@@ -133,4 +166,13 @@ impl Replay {
         predictor.observe(access);
         self.drain(predictor, access.at_us, figures);
     }
+}
+
+/// The same events, `by_us` later.
+pub fn later(events: &[Event], by_us: u64) -> Vec<Event> {
+    let shift = |event: &Event| match event {
+        Event::Access(access) => Event::Access(Access { at_us: access.at_us + by_us, ..*access }),
+        Event::Mark(at_us, mark) => Event::Mark(at_us + by_us, mark.clone()),
+    };
+    events.iter().map(shift).collect()
 }

@@ -1,0 +1,221 @@
+//! The command line of prestagectl.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
+
+use crate::config::units::parse_bytes;
+
+/// Where prestaged listens unless configured otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/prestage/prestaged.sock";
+
+/// Controls prestaged, the host agent that pre-stages disks of virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "prestagectl", version, propagate_version = true, arg_required_else_help = true, disable_help_subcommand = true)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 prestaged cannot be reached.")]
+pub struct Cli {
+    /// Control socket of prestaged
+    #[arg(long, global = true, value_name = "PATH", env = "PRESTAGE_SOCKET", default_value = DEFAULT_SOCKET)]
+    pub socket: PathBuf,
+    /// Print the daemon's JSON instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Health of the daemon and its parts
+    Status,
+    /// Disks served to virtual machines
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Virtual machines known to libvirt
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// The RAM and SSD tiers
+    #[command(subcommand)]
+    Cache(CacheCommand),
+    /// What was learned of each storage
+    #[command(subcommand)]
+    Profile(ProfileCommand),
+    /// The configuration file
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Versions of prestagectl and of the running prestaged
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Serve a disk, also after a restart
+    Add(DiskAddArgs),
+    /// All disks
+    List,
+    /// One disk and its counters
+    Show {
+        #[arg(value_parser = disk_name)]
+        name: String,
+    },
+    /// Stop serving a disk; its data stays where it is
+    Remove {
+        #[arg(value_parser = disk_name)]
+        name: String,
+        /// Also while a hypervisor is connected: its guest then waits for the disk
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct DiskAddArgs {
+    /// 1 to 64 letters, digits, `.`, `_`, `-`
+    #[arg(value_parser = disk_name)]
+    pub name: String,
+    /// /path, nbd://host[:port]/export or nbd+unix:///export?socket=/path
+    pub store: String,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Socket for the hypervisor [default: <run_dir>/vm/NAME.sock]
+    // Not `--socket`, which is the daemon's own and global.
+    #[arg(long = "export-socket", value_name = "PATH")]
+    pub export_socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// All machines and their disks
+    List,
+    /// Have a machine's disk served by prestaged
+    Attach {
+        /// Name or UUID
+        vm: String,
+        /// Device name in the machine's definition, such as vda
+        target: String,
+        /// Add shared memory backing where the definition lacks it; the guest's memory is then a memfd
+        #[arg(long)]
+        enable_shared_memory: bool,
+        /// Queues of the disk [default: one per vCPU, at most 8]
+        #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+        queues: Option<u16>,
+        /// Name of the disk made [default: VM-TARGET]
+        #[arg(long, value_parser = disk_name)]
+        name: Option<String>,
+    },
+    /// Give a machine's disk its original source back
+    Detach {
+        /// Name or UUID
+        vm: String,
+        /// Device name in the machine's definition, such as vda
+        target: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Size, use and health of each tier, and what is cached
+    Tiers,
+    /// Where reads were served from: since the start, or a line each INTERVAL
+    #[command(long_about = "Where reads were served from.\n\nWithout INTERVAL: totals since prestaged started, by disk. With it: a line each INTERVAL seconds, of that \
+        interval alone, COUNT lines or until stopped.\n\n  \
+        reads/s   guest read requests\n  \
+        ram% ssd% store%   share of them served from RAM, from the SSD tier, after waiting for the store\n  \
+        wait_ms   mean time of a read\n  \
+        pf_MB/s   read ahead of the guest (millions of bytes a second, as all MB here)\n  \
+        prec%     bytes read ahead that the guest used, of those that arrived\n  \
+        late/s    reads that waited for a block being read ahead\n  \
+        store_MB/s   all reads from the store\n\nWith --json and INTERVAL: a line of the raw counters each INTERVAL.")]
+    Stat {
+        /// Seconds between lines, at least 0.1
+        #[arg(value_parser = interval)]
+        interval: Option<f64>,
+        /// Lines to print
+        #[arg(requires = "interval", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+        /// Of one disk alone
+        #[arg(long, value_name = "NAME", value_parser = disk_name)]
+        disk: Option<String>,
+    },
+    /// Bring a disk's blocks into the cache: what its profile learned, or the ranges given
+    Warm {
+        #[arg(value_parser = disk_name)]
+        disk: String,
+        /// OFFSET+LENGTH[,…], such as 0+64MiB,1GiB+4MiB
+        #[arg(long, value_name = "RANGES", value_delimiter = ',', value_parser = range, conflicts_with = "profile")]
+        ranges: Vec<ByteRange>,
+        /// What this profile learned
+        #[arg(long, value_name = "ID")]
+        profile: Option<String>,
+    },
+    /// Take blocks out of the cache; no guest data is lost
+    Drop {
+        #[arg(long, value_enum, default_value_t = TierArg::All)]
+        tier: TierArg,
+        /// Only this disk's storage
+        #[arg(long, value_name = "NAME", value_parser = disk_name)]
+        disk: Option<String>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum TierArg {
+    Ram,
+    Ssd,
+    All,
+}
+
+impl From<TierArg> for DropTier {
+    fn from(tier: TierArg) -> Self {
+        match tier {
+            TierArg::Ram => Self::Ram,
+            TierArg::Ssd => Self::Ssd,
+            TierArg::All => Self::All,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ProfileCommand {
+    /// All profiles
+    List,
+    /// One profile and its phases
+    Show { id: String },
+    /// Forget what was learned; it is learned anew
+    Remove { id: String },
+    /// Write what was learned to the database now
+    Save,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check a configuration file and its drop-ins, without touching the daemon
+    Check {
+        #[arg(default_value = crate::config::DEFAULT_PATH)]
+        file: PathBuf,
+    },
+    /// Print the reference file: every key with its default
+    Default,
+}
+
+fn disk_name(text: &str) -> Result<String, String> {
+    validate_name(text).map(|()| text.to_owned())
+}
+
+fn interval(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("it is a number of seconds, 0.1 to 86400".to_owned()),
+    }
+}
+
+fn range(text: &str) -> Result<ByteRange, String> {
+    let (offset, length) = text.split_once('+').ok_or("it is OFFSET+LENGTH, such as 1GiB+4MiB")?;
+    let (offset_bytes, length_bytes) = (parse_bytes(offset)?, parse_bytes(length)?);
+    if length_bytes == 0 || offset_bytes.checked_add(length_bytes).is_none() {
+        return Err("its length is 0 or it ends beyond 2^64".to_owned());
+    }
+    Ok(ByteRange { offset_bytes, length_bytes })
+}

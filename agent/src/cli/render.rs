@@ -1,0 +1,361 @@
+//! What people read: one function a reply.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prestage_integration::api::types::{
+    Attached, CacheTiers, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, Profile, ProfileList, Saved, Status, StoreState, TakesEffect,
+    TierName, VmList, Warmed,
+};
+
+use super::table::{Align, Fields, Table, printable};
+use crate::config::units::{human_bytes, human_duration};
+
+/// `part` of `whole` in percent, `-` of nothing.
+pub(super) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1}", 100.0 * part as f64 / whole as f64) }
+}
+
+fn health(health: Health) -> &'static str {
+    match health {
+        Health::Ok => "ok",
+        Health::Degraded => "DEGRADED",
+        Health::Off => "off",
+    }
+}
+
+fn with_detail(state: Health, detail: Option<&str>) -> String {
+    match detail {
+        None => health(state).to_owned(),
+        Some(detail) => format!("{}: {detail}", health(state)),
+    }
+}
+
+fn dash(text: Option<&str>) -> String {
+    text.unwrap_or("-").to_owned()
+}
+
+fn count(number: u64, one: &str, many: &str) -> String {
+    if number == 1 { format!("1 {one}") } else { format!("{number} {many}") }
+}
+
+/// Time since, as of `now`.
+fn ago(unix_ms: u64, now_unix_ms: u64) -> String {
+    format!("{} ago", human_duration(Duration::from_millis(now_unix_ms.saturating_sub(unix_ms))))
+}
+
+pub(super) fn now_unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+pub(super) fn status(status: &Status) -> String {
+    let mut fields = Fields::default();
+    fields.add("prestaged", format!("{} on {}, pid {}", status.version, status.host, status.pid));
+    fields.add("up", human_duration(Duration::from_millis(status.uptime_ms)));
+    fields.add("health", health(status.health));
+    fields.add("engine", format!("{}, {}", status.engine.mode, count(status.engine.shards.into(), "shard", "shards")));
+    let disks = &status.disks;
+    fields.add("disks", format!("{} served, {} connected, {} degraded", disks.total, disks.connected, disks.degraded));
+    let libvirt = &status.libvirt;
+    fields.add(
+        "libvirt",
+        match libvirt.health {
+            Health::Off => "off".to_owned(),
+            _ if libvirt.connected => format!("{}, connected, {}", libvirt.uri, count(libvirt.reconnects, "reconnect", "reconnects")),
+            _ => format!("{}, NOT CONNECTED: {}", libvirt.uri, dash(libvirt.error.as_deref())),
+        },
+    );
+    let learner = &status.learner;
+    fields.add(
+        "learner",
+        format!(
+            "{}, {} accesses learned, {} dropped, {}, {}, prefetch {}",
+            with_detail(learner.health, learner.detail.as_deref()),
+            learner.accesses,
+            learner.accesses_dropped,
+            count(learner.profiles.into(), "profile", "profiles"),
+            human_bytes(learner.memory_bytes),
+            if learner.prefetch { "on" } else { "off" }
+        ),
+    );
+    let store = &status.store;
+    fields.add(
+        "database",
+        format!(
+            "{}, {} at {}, {} writes waiting, {} lost",
+            with_detail(store.health, store.detail.as_deref()),
+            human_bytes(store.size_bytes),
+            store.path,
+            store.queued,
+            store.writes_dropped
+        ),
+    );
+    let mut text = fields.render();
+    if !status.troubles.is_empty() {
+        text.push_str("\nneeds attention:\n");
+        for trouble in &status.troubles {
+            text.push_str(&format!("  {}: {}\n", printable(&trouble.subject), printable(&trouble.detail)));
+        }
+    }
+    text
+}
+
+fn store_state(state: &DiskState) -> String {
+    match (state.store_state, &state.store_reason) {
+        (StoreState::Ok, _) => "ok".to_owned(),
+        (StoreState::Degraded, None) => "DEGRADED".to_owned(),
+        (StoreState::Degraded, Some(reason)) => format!("DEGRADED: {reason}"),
+    }
+}
+
+pub(super) fn disks(list: &DiskList) -> String {
+    if list.disks.is_empty() {
+        return "no disks; serve one with `prestagectl disk add NAME STORE` or `prestagectl vm attach VM TARGET`\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("NAME", Align::Left),
+        ("SIZE", Align::Right),
+        ("MODE", Align::Left),
+        ("CONNECTED", Align::Left),
+        ("VM", Align::Left),
+        ("READS", Align::Right),
+        ("STORE", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    for disk in &list.disks {
+        let state = &disk.state;
+        table.row([
+            disk.name.clone(),
+            human_bytes(state.capacity_bytes),
+            if disk.read_only { "ro" } else { "rw" }.to_owned(),
+            if state.connected { format!("yes, {}", count(state.queues.into(), "queue", "queues")) } else { "no".to_owned() },
+            machine(disk).unwrap_or_else(|| "-".to_owned()),
+            disk.counters.reads.to_string(),
+            disk.store.clone(),
+            store_state(state),
+        ]);
+    }
+    table.render()
+}
+
+fn machine(disk: &Disk) -> Option<String> {
+    let vm = disk.vm.as_ref()?;
+    Some(disk.target.as_ref().map_or_else(|| vm.clone(), |target| format!("{vm}:{target}")))
+}
+
+pub(super) fn disk(disk: &Disk) -> String {
+    let (state, counters) = (&disk.state, &disk.counters);
+    let mut fields = Fields::default();
+    fields.add("name", &disk.name).add("store", &disk.store).add("storage", &disk.storage);
+    fields.add("store state", store_state(state)).add("size", human_bytes(state.capacity_bytes));
+    fields.add("mode", if disk.read_only { "read-only" } else { "read-write" });
+    fields.add("socket", &disk.socket);
+    fields.add("vm", machine(disk).unwrap_or_else(|| "-".to_owned()));
+    fields.add("connected", if state.connected { format!("yes, {}", count(state.queues.into(), "queue", "queues")) } else { "no".to_owned() });
+    let mut text = fields.render();
+    text.push('\n');
+    text.push_str(&counted(counters));
+    text
+}
+
+fn counted(counters: &Counters) -> String {
+    let served = counters.served_ram + counters.served_ssd + counters.served_store;
+    let mut fields = Fields::default();
+    fields.add("reads", format!("{}, {}, mean wait {} ms", counters.reads, human_bytes(counters.read_bytes), wait_ms(counters)));
+    for (name, part) in
+        [("from RAM", counters.served_ram), ("from SSD", counters.served_ssd), ("waited for store", counters.served_store)]
+    {
+        fields.add(name, format!("{part} ({} %)", percent(part, served)));
+    }
+    fields.add("read errors", counters.read_errors);
+    fields.add("writes", format!("{}, {}", counters.writes, human_bytes(counters.write_bytes)));
+    fields.add("flushes, discards", format!("{}, {}", counters.flushes, counters.discards));
+    fields.add("store reads", format!("{}, {}", counters.store_reads, human_bytes(counters.store_read_bytes)));
+    fields.add("store writes", format!("{}, {}", counters.store_writes, human_bytes(counters.store_write_bytes)));
+    fields.add(
+        "prefetch",
+        format!(
+            "{} issued, {} used ({} % of what arrived), {} evicted unused, {} cancelled",
+            human_bytes(counters.prefetch_issued_bytes),
+            human_bytes(counters.prefetch_used_bytes),
+            percent(counters.prefetch_used_bytes.min(counters.prefetch_completed_bytes), counters.prefetch_completed_bytes),
+            human_bytes(counters.prefetch_evicted_unused_bytes),
+            human_bytes(counters.prefetch_cancelled_bytes)
+        ),
+    );
+    fields.add("prefetch late", format!("{} reads waited for one", counters.prefetch_late));
+    fields.add("ssd traffic", format!("{} read, {} written", human_bytes(counters.ssd_read_bytes), human_bytes(counters.ssd_write_bytes)));
+    fields.add("accesses dropped", counters.accesses_dropped);
+    fields.render()
+}
+
+/// Mean time of a read in milliseconds, `-` of none.
+pub(super) fn wait_ms(counters: &Counters) -> String {
+    match counters.reads {
+        0 => "-".to_owned(),
+        reads => format!("{:.2}", counters.read_wait_us as f64 / reads as f64 / 1000.0),
+    }
+}
+
+pub(super) fn vms(list: &VmList) -> String {
+    if list.vms.is_empty() {
+        return "no machines\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("VM", Align::Left),
+        ("STATE", Align::Left),
+        ("SHARED MEMORY", Align::Left),
+        ("DISK", Align::Left),
+        ("BUS", Align::Left),
+        ("SERVED AS", Align::Left),
+        ("SOURCE", Align::Left),
+    ]);
+    for vm in &list.vms {
+        let head = [vm.name.clone(), vm.state.clone(), if vm.shared_memory { "yes" } else { "no" }.to_owned()];
+        if vm.disks.is_empty() {
+            table.row(head.into_iter().chain(["-".to_owned()]));
+            continue;
+        }
+        for (at, disk) in vm.disks.iter().enumerate() {
+            // The machine's own columns stand once.
+            let head = if at == 0 { head.clone() } else { Default::default() };
+            let tail = [disk.target.clone(), disk.bus.clone(), dash(disk.attached.as_deref()), dash(disk.source.as_deref())];
+            table.row(head.into_iter().chain(tail));
+        }
+    }
+    table.render()
+}
+
+fn effect(effect: TakesEffect) -> &'static str {
+    match effect {
+        TakesEffect::Now => "",
+        TakesEffect::NextStart => "It takes effect when the machine is next started; a reboot inside the guest is not enough.\n",
+    }
+}
+
+fn notes(notes: &[String]) -> String {
+    notes.iter().map(|note| format!("Note: {}\n", printable(note))).collect()
+}
+
+pub(super) fn attached(reply: &Attached) -> String {
+    let Attached { vm, target, disk, store, socket, takes_effect, notes: more } = reply;
+    let first = printable(&format!("{vm} {target} is served by disk {disk} from {store}, on {socket}"));
+    format!("{first}\n{}{}", effect(*takes_effect), notes(more))
+}
+
+pub(super) fn detached(reply: &Detached) -> String {
+    let Detached { vm, target, disk, store, takes_effect, notes: more } = reply;
+    let first = printable(&format!("{vm} {target} has its source {store} again; disk {disk} served it"));
+    format!("{first}\n{}{}", effect(*takes_effect), notes(more))
+}
+
+pub(super) fn tiers(tiers: &CacheTiers) -> String {
+    let name = |tier| match tier {
+        TierName::Ram => "ram",
+        TierName::Ssd => "ssd",
+    };
+    let mut table = Table::new(&[
+        ("TIER", Align::Left),
+        ("SIZE", Align::Right),
+        ("USED", Align::Right),
+        ("USED %", Align::Right),
+        ("BLOCKS", Align::Right),
+        ("DATA", Align::Right),
+        ("PREFETCHED UNUSED", Align::Right),
+        ("HITS", Align::Right),
+        ("EVICTIONS", Align::Right),
+        ("STATE", Align::Left),
+    ]);
+    for tier in &tiers.tiers {
+        table.row([
+            name(tier.tier).to_owned(),
+            human_bytes(tier.capacity_bytes),
+            human_bytes(tier.used_bytes),
+            percent(tier.used_bytes, tier.capacity_bytes),
+            tier.blocks.to_string(),
+            human_bytes(tier.valid_bytes),
+            human_bytes(tier.prefetched_unused_bytes),
+            tier.hits.to_string(),
+            tier.evictions.to_string(),
+            with_detail(tier.health, tier.detail.as_deref()),
+        ]);
+    }
+    let mut text = table.render();
+    let mut cached = Table::new(&[("TIER", Align::Left), ("CACHED", Align::Right), ("DISKS", Align::Left), ("STORAGE", Align::Left)]);
+    for tier in &tiers.tiers {
+        for storage in &tier.storages {
+            let disks = if storage.disks.is_empty() { "-".to_owned() } else { storage.disks.join(", ") };
+            cached.row([name(tier.tier).to_owned(), human_bytes(storage.used_bytes), disks, storage.storage.clone()]);
+        }
+    }
+    if tiers.tiers.iter().any(|tier| !tier.storages.is_empty()) {
+        text.push('\n');
+        text.push_str(&cached.render());
+    }
+    text
+}
+
+pub(super) fn warmed(disk: &str, reply: &Warmed) -> String {
+    let mut text =
+        format!("{disk}: {} on the way, {} cached already\n", human_bytes(reply.queued_bytes), human_bytes(reply.already_cached_bytes));
+    if reply.refused_bytes > 0 {
+        text.push_str(&format!("{} did not fit the cache or its queue\n", human_bytes(reply.refused_bytes)));
+    }
+    text
+}
+
+pub(super) fn dropped(reply: &Dropped) -> String {
+    format!("dropped {} from RAM, {} from SSD\n", human_bytes(reply.ram_bytes), human_bytes(reply.ssd_bytes))
+}
+
+pub(super) fn profiles(list: &ProfileList, now_unix_ms: u64) -> String {
+    if list.profiles.is_empty() {
+        return "nothing learned yet; profiles appear when guests read\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("ID", Align::Left),
+        ("RUNS", Align::Right),
+        ("SIZE", Align::Right),
+        ("MEMORY", Align::Right),
+        ("SAVED", Align::Left),
+        ("DISKS", Align::Left),
+        ("STORAGE", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    for profile in &list.profiles {
+        table.row([
+            profile.id.clone(),
+            profile.runs.to_string(),
+            human_bytes(profile.size_bytes),
+            human_bytes(profile.memory_bytes),
+            profile.saved_unix_ms.map_or_else(|| "never".to_owned(), |at| ago(at, now_unix_ms)),
+            if profile.disks.is_empty() { "-".to_owned() } else { profile.disks.join(", ") },
+            profile.storage.clone(),
+            with_detail(profile.health, profile.detail.as_deref()),
+        ]);
+    }
+    table.render()
+}
+
+pub(super) fn profile(profile: &Profile, now_unix_ms: u64) -> String {
+    let mut fields = Fields::default();
+    fields.add("id", &profile.id).add("storage", &profile.storage);
+    fields.add("disks", if profile.disks.is_empty() { "-".to_owned() } else { profile.disks.join(", ") });
+    fields.add("state", with_detail(profile.health, profile.detail.as_deref()));
+    fields.add("saved", profile.saved_unix_ms.map_or_else(|| "never".to_owned(), |at| ago(at, now_unix_ms)));
+    fields.add("runs", profile.runs).add("size", human_bytes(profile.size_bytes)).add("memory", human_bytes(profile.memory_bytes));
+    fields.add("contexts", profile.contexts);
+    let mut text = fields.render();
+    if !profile.phases.is_empty() {
+        let mut table = Table::new(&[("PHASE", Align::Left), ("RUNS", Align::Right), ("EXTENTS", Align::Right), ("BYTES", Align::Right)]);
+        for phase in &profile.phases {
+            table.row([phase.kind.clone(), phase.runs.to_string(), phase.extents.to_string(), human_bytes(phase.size_bytes)]);
+        }
+        text.push('\n');
+        text.push_str(&table.render());
+    }
+    text
+}
+
+pub(super) fn saved(reply: &Saved) -> String {
+    format!("saved {}, {}\n", count(reply.profiles.into(), "profile", "profiles"), human_bytes(reply.size_bytes))
+}

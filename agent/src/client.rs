@@ -1,0 +1,134 @@
+//! HTTP client of prestagectl: JSON over the daemon's unix socket, one connection a request.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::{Method, Request, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use prestage_integration::api::Problem;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+/// Largest answer taken: a host of a thousand disks answers with under a megabyte.
+const ANSWER_MAX: usize = 64 << 20;
+
+/// Why a call did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("cannot reach prestaged at {socket}: {reason}{hint}", socket = socket.display(), hint = hint(reason.kind()))]
+    Unreachable { socket: PathBuf, reason: io::Error },
+    /// The daemon said no, and why.
+    #[error("{}", .0.detail)]
+    Refused(Problem),
+    #[error("{socket} does not answer as prestaged does ({detail}); is it another program's socket, or another version's?", socket = socket.display())]
+    Protocol { socket: PathBuf, detail: String },
+}
+
+fn hint(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::PermissionDenied => "; run it as root or as a member of the socket's group",
+        io::ErrorKind::TimedOut => "; it is there but too busy, see `journalctl -u prestaged`",
+        _ => "; is prestaged running? See `systemctl status prestaged`. Another socket: --socket PATH or PRESTAGE_SOCKET",
+    }
+}
+
+/// Calls the daemon.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+    timeout: Duration,
+}
+
+impl Client {
+    /// Waits at most 150 s for an answer: the daemon itself gives up after 120 s and says so.
+    #[must_use]
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_owned(), timeout: Duration::from_secs(150) }
+    }
+
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, path, None::<&()>).await
+    }
+
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        self.call(Method::POST, path, Some(body)).await
+    }
+
+    /// Deletes; the answer has no body.
+    pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        self.call(Method::DELETE, path, None::<&()>).await
+    }
+
+    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T, ClientError> {
+        let (status, bytes) = match tokio::time::timeout(self.timeout, self.exchange(method, path, body)).await {
+            Ok(answer) => answer?,
+            Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
+        };
+        if status.is_success() {
+            // An empty answer is JSON's null, which reads as `()`.
+            let text: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+            return serde_json::from_slice(text).map_err(|error| self.protocol(error));
+        }
+        match serde_json::from_slice::<Problem>(&bytes) {
+            Ok(problem) => Err(ClientError::Refused(problem)),
+            Err(_) => Err(self.protocol(format!("status {status} without an explanation"))),
+        }
+    }
+
+    async fn exchange(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(StatusCode, Bytes), ClientError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.failed(&error))?;
+        let driver = tokio::spawn(connection);
+        let mut request = Request::builder().method(method).uri(path).header(header::HOST, "prestaged");
+        let bytes = match body {
+            None => Bytes::new(),
+            Some(body) => {
+                request = request.header(header::CONTENT_TYPE, "application/json");
+                Bytes::from(serde_json::to_vec(body).map_err(|error| self.protocol(error))?)
+            }
+        };
+        let request = request.body(Full::new(bytes)).map_err(|error| self.protocol(error))?;
+        let response = sender.send_request(request).await.map_err(|error| self.failed(&error))?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+        let bytes = body.map_err(|error| self.protocol(error))?.to_bytes();
+        drop(sender);
+        let _ = driver.await;
+        Ok((status, bytes))
+    }
+
+    fn unreachable(&self, reason: io::Error) -> ClientError {
+        ClientError::Unreachable { socket: self.socket.clone(), reason }
+    }
+
+    fn protocol(&self, detail: impl ToString) -> ClientError {
+        ClientError::Protocol { socket: self.socket.clone(), detail: detail.to_string() }
+    }
+
+    /// What is not HTTP is another program's; a connection that ends early is a daemon that went away.
+    fn failed(&self, error: &hyper::Error) -> ClientError {
+        if error.is_parse() {
+            return self.protocol(error);
+        }
+        self.unreachable(io::Error::new(io::ErrorKind::ConnectionReset, "it closed the connection"))
+    }
+}
+
+/// Encodes one part of a path (RFC 3986: all but unreserved characters).
+#[must_use]
+pub fn encode(part: &str) -> String {
+    let mut text = String::with_capacity(part.len());
+    for byte in part.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            text.push(char::from(byte));
+        } else {
+            text.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    text
+}

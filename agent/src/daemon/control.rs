@@ -1,0 +1,266 @@
+//! The API's questions and orders.
+
+use super::disks::{Definition, DiskError};
+use super::{Daemon, Shared};
+use crate::learner::run::unix_ms;
+use crate::store::{DiskRow, StoreError};
+use prestage_cache::policy::PrefetchRequest;
+use prestage_cache::types::PageRange;
+use prestage_integration::api::types::{
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskOrigin, DropRequest,
+    DropTier, Dropped, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
+};
+use prestage_integration::api::{ApiError, Control, ErrorCode, Reply};
+
+/// Marks prefetches that an operator asked for: no expert is to be praised or blamed for them.
+const TAG_OPERATOR: u8 = u8::MAX;
+
+/// The daemon behind the API.
+pub(super) struct Handle(pub(super) Shared);
+
+/// Runs what blocks on a thread for such things.
+pub(super) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(f)
+        .await
+        .map_err(|error| ApiError::internal(format!("the request failed inside prestaged: {error}; see its log")))
+}
+
+pub(super) fn store_error(error: &StoreError) -> ApiError {
+    let code = match error {
+        StoreError::Full { .. } => ErrorCode::NoSpace,
+        StoreError::NotFound { .. } => ErrorCode::NotFound,
+        _ => ErrorCode::Unavailable,
+    };
+    ApiError::new(code, error.to_string())
+}
+
+impl Control for Handle {
+    fn status(&self) -> Reply<'_, Status> {
+        Box::pin(async { Ok(self.0.status_report()) })
+    }
+
+    fn disks(&self) -> Reply<'_, DiskList> {
+        Box::pin(async {
+            Ok(DiskList { disks: self.0.disks.list().iter().map(|entry| self.0.disk_report(entry)).collect() })
+        })
+    }
+
+    fn disk(&self, name: String) -> Reply<'_, Disk> {
+        Box::pin(async move { Ok(self.0.disk_report(&self.0.disks.get(&name)?)) })
+    }
+
+    fn disk_add(&self, request: DiskAdd) -> Reply<'_, Disk> {
+        Box::pin(async move {
+            let mut definition = self.0.define(&request.name, &request.store, DiskOrigin::Api);
+            definition.read_only = request.read_only;
+            if let Some(socket) = request.socket {
+                definition.socket = socket.into();
+            }
+            add_disk(&self.0, definition).await?;
+            Ok(self.0.disk_report(&self.0.disks.get(&request.name)?))
+        })
+    }
+
+    fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()> {
+        Box::pin(async move {
+            let entry = self.0.disks.get(&name)?;
+            let in_use = |detail: String| Err(ApiError::new(ErrorCode::InUse, detail));
+            match (entry.definition.origin, &entry.definition.vm, &entry.definition.target) {
+                (DiskOrigin::Config, _, _) => {
+                    return in_use(format!(
+                        "disk `{name}` stands in the configuration; take its [[disk]] entry out and reload"
+                    ));
+                }
+                (DiskOrigin::Attach, Some(vm), Some(target)) if !force => {
+                    return in_use(format!(
+                        "disk `{name}` serves {target} of machine {vm}; `prestagectl vm detach {vm} {target}` gives it back"
+                    ));
+                }
+                _ => {}
+            }
+            let connected =
+                entry.state.as_ref().is_ok_and(|s| s.export.lock().as_ref().is_some_and(|export| export.is_connected()));
+            if connected && !force {
+                return in_use(format!(
+                    "a hypervisor is connected to disk `{name}`; stop the machine first, or remove it with --force and \
+                     let the guest wait for its disk"
+                ));
+            }
+            remove_disk(&self.0, &name).await
+        })
+    }
+
+    fn vms(&self) -> Reply<'_, VmList> {
+        Box::pin(async { super::machines::list(&self.0).await })
+    }
+
+    fn vm(&self, vm: String) -> Reply<'_, Vm> {
+        Box::pin(async move { super::machines::get(&self.0, &vm).await })
+    }
+
+    fn vm_attach(&self, vm: String, target: String, request: AttachRequest) -> Reply<'_, Attached> {
+        Box::pin(async move { super::machines::attach(&self.0, &vm, &target, &request).await })
+    }
+
+    fn vm_detach(&self, vm: String, target: String) -> Reply<'_, Detached> {
+        Box::pin(async move { super::machines::detach(&self.0, &vm, &target).await })
+    }
+
+    fn cache_tiers(&self) -> Reply<'_, CacheTiers> {
+        Box::pin(async { Ok(self.0.tiers_report()) })
+    }
+
+    fn cache_stat(&self) -> Reply<'_, CacheStat> {
+        Box::pin(async { Ok(self.0.stat_report()) })
+    }
+
+    fn cache_warm(&self, request: WarmRequest) -> Reply<'_, Warmed> {
+        Box::pin(async move { warm(&self.0, request).await })
+    }
+
+    fn cache_drop(&self, request: DropRequest) -> Reply<'_, Dropped> {
+        Box::pin(async move {
+            let storage = match &request.disk {
+                Some(name) => Some(served(&self.0, name)?),
+                None => None,
+            };
+            let ram = matches!(request.tier, DropTier::Ram | DropTier::All);
+            let ssd = matches!(request.tier, DropTier::Ssd | DropTier::All);
+            let dropped = Dropped {
+                ram_bytes: if ram { self.0.cache.drop_ram(storage.as_ref()) } else { 0 },
+                ssd_bytes: if ssd { self.0.cache.drop_ssd(storage.as_ref()) } else { 0 },
+            };
+            self.0.learner.emptied(storage.map(|storage| storage.id()));
+            Ok(dropped)
+        })
+    }
+
+    fn profiles(&self) -> Reply<'_, ProfileList> {
+        Box::pin(async { Ok(ProfileList { profiles: profiles(&self.0).await? }) })
+    }
+
+    fn profile(&self, id: String) -> Reply<'_, Profile> {
+        Box::pin(async move { find_profile(&self.0, &id).await })
+    }
+
+    fn profile_remove(&self, id: String) -> Reply<'_, ()> {
+        Box::pin(async move {
+            let profile = find_profile(&self.0, &id).await?;
+            self.0.learner.forget(profile.storage.clone()).await;
+            match self.0.store.remove_profile(&profile.storage).await {
+                // Held and never saved: forgetting it was all there was to do.
+                Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+                Err(error) => Err(store_error(&error)),
+            }
+        })
+    }
+
+    fn profiles_save(&self) -> Reply<'_, Saved> {
+        Box::pin(async {
+            let saved = self.0.learner.save().await.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))?;
+            Ok(Saved { profiles: saved.profiles, size_bytes: saved.bytes })
+        })
+    }
+}
+
+/// Opens and exports a disk and remembers it over restarts.
+pub(super) async fn add_disk(daemon: &Shared, definition: Definition) -> Result<(), ApiError> {
+    let row = DiskRow {
+        name: definition.name.clone(),
+        store: definition.store.clone(),
+        read_only: definition.read_only,
+        socket: Some(definition.socket.display().to_string()),
+        vm: definition.vm.clone(),
+        target: definition.target.clone(),
+        serial: definition.serial.clone(),
+        added_unix_ms: unix_ms(),
+    };
+    let (shared, name) = (daemon.clone(), definition.name.clone());
+    blocking(move || -> Result<(), DiskError> {
+        let config = shared.config.lock().clone();
+        shared.disks.add(&config, &shared.cache, &shared.learner, definition, false)
+    })
+    .await??;
+    if let Err(error) = daemon.store.add_disk(row).await {
+        // Served but forgotten at the next restart would be a trap: all or nothing.
+        let (shared, name) = (daemon.clone(), name);
+        blocking(move || shared.disks.remove(&shared.cache, &shared.learner, &name)).await?;
+        return Err(store_error(&error));
+    }
+    Ok(())
+}
+
+/// Ends a disk and forgets it.
+pub(super) async fn remove_disk(daemon: &Shared, name: &str) -> Result<(), ApiError> {
+    match daemon.store.remove_disk(name).await {
+        Ok(()) | Err(StoreError::NotFound { .. }) => {}
+        Err(error) => return Err(store_error(&error)),
+    }
+    let (shared, name) = (daemon.clone(), name.to_owned());
+    blocking(move || shared.disks.remove(&shared.cache, &shared.learner, &name)).await?;
+    Ok(())
+}
+
+fn served(daemon: &Daemon, name: &str) -> Result<prestage_cache::StorageHandle, ApiError> {
+    match daemon.disks.get(name)?.state {
+        Ok(served) => Ok(served.storage.clone()),
+        Err(reason) => Err(ApiError::new(ErrorCode::StoreFailed, format!("disk `{name}` is not served: {reason}"))),
+    }
+}
+
+async fn warm(daemon: &Shared, request: WarmRequest) -> Result<Warmed, ApiError> {
+    let storage = served(daemon, &request.disk)?;
+    if let Some(id) = &request.profile {
+        let profile = find_profile(daemon, id).await?;
+        if profile.storage != storage.identity() {
+            return Err(ApiError::invalid(format!(
+                "profile {id} is of {}, disk `{}` is on {}",
+                profile.storage,
+                request.disk,
+                storage.identity()
+            )));
+        }
+    }
+    let Some(ranges) = &request.ranges else {
+        let queued_bytes = daemon.learner.warm(storage.id()).await;
+        return Ok(Warmed { queued_bytes, ..Warmed::default() });
+    };
+    let size = storage.info().size_bytes;
+    let (mut requests, mut asked, mut cached) = (Vec::new(), 0, 0);
+    for range in ranges {
+        if range.offset_bytes.saturating_add(range.length_bytes) > size {
+            return Err(ApiError::invalid(format!(
+                "range at {} of {} bytes ends beyond disk `{}` of {size} bytes",
+                range.offset_bytes, range.length_bytes, request.disk
+            )));
+        }
+        let pages = PageRange::covering(range.offset_bytes, range.length_bytes);
+        asked += pages.bytes();
+        cached += PageRange { count: daemon.cache.resident_pages(storage.id(), pages), ..pages }.bytes();
+        let due = daemon.cache.now();
+        requests.push(PrefetchRequest { range: pages, due, probability: 1.0, tag: TAG_OPERATOR });
+    }
+    let refused = PageRange { first: 0, count: daemon.cache.prefetch(&storage, &requests) }.bytes();
+    Ok(Warmed {
+        queued_bytes: asked.saturating_sub(cached + refused),
+        already_cached_bytes: cached,
+        refused_bytes: refused,
+    })
+}
+
+async fn profiles(daemon: &Shared) -> Result<Vec<Profile>, ApiError> {
+    let held = daemon.learner.profiles().await;
+    let shared = daemon.clone();
+    blocking(move || {
+        let saved = shared.store.profiles().map_err(|error| store_error(&error))?;
+        Ok(shared.profile_reports(saved, held))
+    })
+    .await?
+}
+
+async fn find_profile(daemon: &Shared, id: &str) -> Result<Profile, ApiError> {
+    let all = profiles(daemon).await?;
+    all.into_iter()
+        .find(|profile| profile.id == id || profile.storage == id || profile.disks.iter().any(|disk| disk == id))
+        .ok_or_else(|| ApiError::not_found(format!("there is no profile `{id}`; `prestagectl profile list` shows all")))
+}

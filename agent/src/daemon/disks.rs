@@ -1,0 +1,313 @@
+//! Disks on offer: a storage, its export, and what is known of both.
+//!
+//! A disk whose store cannot be opened stays on the list with the reason and is tried again: hosts boot before their
+//! storage network does.
+
+use super::Daemon;
+use crate::config::Config;
+use crate::learner::LearnerHandle;
+use crate::serve::DiskRunner;
+use nix::unistd::Group;
+use parking_lot::Mutex;
+use prestage_cache::backend::{NbdOptions, SpecError, StoreOptions, StoreSpec};
+use prestage_cache::counters::DiskCounters;
+use prestage_cache::{Cache, OpenError, StorageHandle};
+use prestage_integration::api::types::DiskOrigin;
+use prestage_integration::api::{ApiError, Counters, ErrorCode};
+use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, SERIAL_MAX_BYTES};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// How long blocks on their way to the SSD tier may hold up the removal of a disk.
+const DRAIN: Duration = Duration::from_secs(20);
+
+/// What a disk is, as it is remembered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Definition {
+    pub(super) name: String,
+    pub(super) store: String,
+    pub(super) read_only: bool,
+    pub(super) socket: PathBuf,
+    pub(super) origin: DiskOrigin,
+    /// UUID or name of its machine, and the disk's target there.
+    pub(super) vm: Option<String>,
+    pub(super) target: Option<String>,
+    pub(super) serial: Option<String>,
+}
+
+/// A disk that is served.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) id: u32,
+    pub(super) storage: StorageHandle,
+    pub(super) counters: Arc<DiskCounters>,
+    pub(super) runner: Arc<DiskRunner>,
+    pub(super) export: Mutex<Option<Export>>,
+}
+
+/// A disk and whether it works.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) definition: Definition,
+    pub(super) state: Result<Arc<Served>, String>,
+}
+
+/// Why a disk could not be offered.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DiskError {
+    #[error("there is a disk `{0}` already; choose another name or remove it first")]
+    NameTaken(String),
+    #[error("socket {} belongs to disk `{disk}`; choose another", socket.display())]
+    SocketTaken { socket: PathBuf, disk: String },
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    #[error("group `{0}` of the disks' sockets does not exist; create it or change `export.socket_group`")]
+    NoGroup(String),
+}
+
+impl From<DiskError> for ApiError {
+    fn from(error: DiskError) -> ApiError {
+        let code = match &error {
+            DiskError::NameTaken(_) | DiskError::SocketTaken { .. } | DiskError::Open(OpenError::InUse { .. }) => {
+                ErrorCode::AlreadyExists
+            }
+            DiskError::Export(ExportError::InUse { .. }) => ErrorCode::AlreadyExists,
+            DiskError::Spec(_) | DiskError::Export(ExportError::PathTooLong { .. }) => ErrorCode::InvalidRequest,
+            DiskError::Open(_) => ErrorCode::StoreFailed,
+            DiskError::Export(_) | DiskError::NoGroup(_) => ErrorCode::NotPossible,
+        };
+        ApiError::new(code, error.to_string())
+    }
+}
+
+/// All disks.
+#[derive(Debug)]
+pub(super) struct Disks {
+    entries: Mutex<BTreeMap<String, Entry>>,
+    /// Disks come and go one at a time.
+    changes: Mutex<()>,
+    next_id: AtomicU32,
+    /// Counters of disks that are gone.
+    retired: Mutex<Counters>,
+}
+
+impl Disks {
+    pub(super) fn new() -> Disks {
+        Disks {
+            entries: Mutex::default(),
+            changes: Mutex::new(()),
+            next_id: AtomicU32::new(0),
+            retired: Mutex::default(),
+        }
+    }
+
+    pub(super) fn list(&self) -> Vec<Entry> {
+        self.entries.lock().values().cloned().collect()
+    }
+
+    pub(super) fn get(&self, name: &str) -> Result<Entry, ApiError> {
+        let entry = self.entries.lock().get(name).cloned();
+        entry.ok_or_else(|| ApiError::not_found(format!("there is no disk `{name}`; `prestagectl disk list` shows all")))
+    }
+
+    pub(super) fn retired(&self) -> Counters {
+        *self.retired.lock()
+    }
+
+    /// Names of the disks on a storage.
+    pub(super) fn on_storage(&self, identity: &str) -> Vec<String> {
+        let of = |entry: &Entry| entry.state.as_ref().is_ok_and(|served| served.storage.identity() == identity);
+        self.entries.lock().values().filter(|entry| of(entry)).map(|entry| entry.definition.name.clone()).collect()
+    }
+
+    /// Opens and exports a disk. Blocks. With `keep`, a disk that cannot be opened now is kept and tried again.
+    pub(super) fn add(
+        &self,
+        config: &Config,
+        cache: &Cache,
+        learner: &LearnerHandle,
+        definition: Definition,
+        keep: bool,
+    ) -> Result<(), DiskError> {
+        let _one_at_a_time = self.changes.lock();
+        {
+            let entries = self.entries.lock();
+            if entries.contains_key(&definition.name) {
+                return Err(DiskError::NameTaken(definition.name));
+            }
+            if let Some(other) = entries.values().find(|entry| entry.definition.socket == definition.socket) {
+                let disk = other.definition.name.clone();
+                return Err(DiskError::SocketTaken { socket: definition.socket, disk });
+            }
+        }
+        let state = self.open(config, cache, learner, &definition);
+        match &state {
+            Ok(_) => tracing::info!(
+                disk = definition.name,
+                store = definition.store,
+                socket = %definition.socket.display(),
+                "disk served"
+            ),
+            Err(error) if keep => {
+                tracing::warn!(disk = definition.name, %error, "disk not served yet; it is tried again");
+            }
+            Err(_) => {}
+        }
+        if keep || state.is_ok() {
+            let state = state.as_ref().map(Arc::clone).map_err(ToString::to_string);
+            self.entries.lock().insert(definition.name.clone(), Entry { definition, state });
+        }
+        state.map(drop).or_else(|error| if keep { Ok(()) } else { Err(error) })
+    }
+
+    /// Tries disks that could not be opened once more. Blocks.
+    pub(super) fn retry(&self, config: &Config, cache: &Cache, learner: &LearnerHandle) {
+        let _one_at_a_time = self.changes.lock();
+        for entry in self.list().into_iter().filter(|entry| entry.state.is_err()) {
+            let state = self.open(config, cache, learner, &entry.definition);
+            match &state {
+                Ok(_) => tracing::info!(disk = entry.definition.name, "disk served at last"),
+                Err(error) => tracing::debug!(disk = entry.definition.name, %error, "disk still not served"),
+            }
+            if let Some(kept) = self.entries.lock().get_mut(&entry.definition.name) {
+                kept.state = state.map_err(|error| error.to_string());
+            }
+        }
+    }
+
+    fn open(
+        &self,
+        config: &Config,
+        cache: &Cache,
+        learner: &LearnerHandle,
+        definition: &Definition,
+    ) -> Result<Arc<Served>, DiskError> {
+        let options = export_options(config)?;
+        let spec: StoreSpec = definition.store.parse()?;
+        let storage = cache.open(&spec, store_options(config, definition.read_only))?;
+        match self.export(config, learner, definition, &storage, &options) {
+            Ok(served) => Ok(served),
+            Err(error) => {
+                cache.close(&storage, Duration::ZERO);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn export(
+        &self,
+        config: &Config,
+        learner: &LearnerHandle,
+        definition: &Definition,
+        storage: &StorageHandle,
+        options: &ExportOptions,
+    ) -> Result<Arc<Served>, ExportError> {
+        let info = storage.info();
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let counters = Arc::new(DiskCounters::default());
+        let runner = Arc::new(DiskRunner::new(
+            definition.name.clone(),
+            id,
+            storage.clone(),
+            Arc::clone(&counters),
+            learner.clone(),
+        ));
+        let disk = DiskConfig {
+            read_only: definition.read_only || info.read_only,
+            serial: definition.serial.clone().unwrap_or_else(|| serial(&definition.name)),
+            queue_size: u16::try_from(config.export.queue_size).unwrap_or(u16::MAX),
+            seg_max: (config.export.queue_size - 2).min(126),
+            discard: info.can_discard,
+            ..DiskConfig::new(info.size_bytes)
+        };
+        // Before the export: its first event must find the disk known.
+        learner.add_storage(storage.clone());
+        learner.add_disk(id, storage.id(), definition.vm.clone().unwrap_or_default());
+        let export = Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options);
+        if export.is_err() {
+            learner.remove_disk(id);
+        }
+        let export = Mutex::new(Some(export?));
+        Ok(Arc::new(Served { id, storage: storage.clone(), counters, runner, export }))
+    }
+
+    /// Ends a disk's export, waits for its requests and closes its storage if no other disk uses it. Blocks. Returns
+    /// what it was.
+    pub(super) fn remove(&self, cache: &Cache, learner: &LearnerHandle, name: &str) -> Option<Definition> {
+        let _one_at_a_time = self.changes.lock();
+        let entry = self.entries.lock().remove(name)?;
+        if let Ok(served) = &entry.state {
+            let export = served.export.lock().take();
+            if let Some(export) = export {
+                export.stop();
+            }
+            self.retired.lock().add(&super::report::counters(cache, served));
+            learner.remove_disk(served.id);
+            if cache.close(&served.storage, DRAIN) {
+                learner.remove_storage_blocking(served.storage.id());
+            }
+        }
+        tracing::info!(disk = name, "disk no longer served");
+        Some(entry.definition)
+    }
+
+    /// [`Disks::remove`] for all.
+    pub(super) fn remove_all(&self, cache: &Cache, learner: &LearnerHandle) {
+        let names: Vec<_> = self.entries.lock().keys().cloned().collect();
+        for name in names {
+            self.remove(cache, learner, &name);
+        }
+    }
+}
+
+impl Daemon {
+    /// A definition with the defaults of this host.
+    pub(super) fn define(&self, name: &str, store: &str, origin: DiskOrigin) -> Definition {
+        Definition {
+            name: name.to_owned(),
+            store: store.to_owned(),
+            read_only: false,
+            socket: self.config.lock().disk_socket(name),
+            origin,
+            vm: None,
+            target: None,
+            serial: None,
+        }
+    }
+}
+
+/// What the guest reads with GET_ID unless its machine says otherwise: the name, as far as it fits.
+fn serial(name: &str) -> String {
+    name.chars().filter(char::is_ascii_graphic).take(SERIAL_MAX_BYTES).collect()
+}
+
+fn store_options(config: &Config, read_only: bool) -> StoreOptions {
+    StoreOptions {
+        read_only,
+        nbd: NbdOptions {
+            connections: config.store.nbd_connections as usize,
+            retry_for: config.store.retry_for,
+            request_timeout: config.store.request_timeout,
+            ..NbdOptions::default()
+        },
+        ..StoreOptions::default()
+    }
+}
+
+fn export_options(config: &Config) -> Result<ExportOptions, DiskError> {
+    let group = match &config.export.socket_group {
+        None => None,
+        Some(name) => match Group::from_name(name) {
+            Ok(Some(group)) => Some(group.gid.as_raw()),
+            _ => return Err(DiskError::NoGroup(name.clone())),
+        },
+    };
+    Ok(ExportOptions { mode: config.export.socket_mode.0, owner: None, group })
+}

@@ -1,0 +1,56 @@
+//! prestaged: everything put together.
+//!
+//! - [`run`]: from the configuration to a running daemon and back (`run.rs`)
+//! - `disks.rs`: disks on offer: open, export, remove, retry
+//! - `control.rs`: the API's questions and orders
+//! - `report.rs`: state as the API words it
+//! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
+
+mod control;
+mod disks;
+mod machines;
+mod report;
+mod run;
+
+pub use run::{Options, RunError, SetLog, run};
+
+use crate::config::Config;
+use crate::learner::{LearnerHandle, LearnerSettings};
+use crate::store::Store;
+use disks::Disks;
+use parking_lot::Mutex;
+use prestage_cache::Cache;
+use prestage_integration::api::Counters;
+use prestage_integration::libvirt::Hypervisor;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What the parts of the daemon share.
+struct Daemon {
+    config: Mutex<Config>,
+    cache: Cache,
+    store: Store,
+    learner: LearnerHandle,
+    disks: Disks,
+    hypervisor: Option<Hypervisor>,
+    started: Instant,
+    started_unix_ms: u64,
+    /// Why there is no SSD tier although one is configured.
+    ssd_trouble: Option<String>,
+    /// Counters by disk that are in the database already.
+    outcomes: Mutex<HashMap<String, Counters>>,
+}
+
+type Shared = Arc<Daemon>;
+
+fn learner_settings(config: &Config) -> LearnerSettings {
+    LearnerSettings {
+        prefetch: config.prefetch.enabled,
+        threshold: config.prefetch.threshold,
+        history: config.learner.history,
+        save_interval: config.learner.save_interval,
+        retention_age: Duration::from_secs(u64::from(config.learner.retention_days) * 86_400),
+        retention_bytes: config.learner.retention_bytes.0,
+    }
+}

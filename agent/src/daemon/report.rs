@@ -1,0 +1,326 @@
+//! State as the API words it.
+
+use super::Daemon;
+use super::disks::{Entry, Served};
+use crate::learner::HeldProfile;
+use crate::store::ProfileRow;
+use prestage_cache::Cache;
+use prestage_cache::engine::EngineKind;
+use prestage_cache::ssd::SsdState;
+use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
+use prestage_integration::api::Counters;
+use prestage_integration::api::types::{
+    CacheStat, CacheTiers, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus, LibvirtStatus,
+    Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName, Trouble,
+};
+use prestage_predictor::Phase;
+use std::sync::atomic::Ordering;
+
+/// A disk's counters: what its guest did, and what its storage did for all disks on it.
+pub(super) fn counters(cache: &Cache, served: &Served) -> Counters {
+    let guest = served.counters.snapshot();
+    let store = served.storage.stats();
+    let prefetch = cache.prefetch_counters(served.storage.id());
+    let page = PAGE_BYTES as u64;
+    Counters {
+        reads: guest.reads,
+        read_bytes: guest.read_bytes,
+        served_ram: guest.served_ram,
+        served_ssd: guest.served_ssd,
+        served_store: guest.served_store,
+        read_errors: guest.read_errors,
+        writes: guest.writes,
+        write_bytes: guest.write_bytes,
+        flushes: guest.flushes,
+        discards: guest.discards,
+        read_wait_us: guest.read_wait_us,
+        store_reads: store.store_reads,
+        store_read_bytes: store.store_read_bytes,
+        store_writes: store.store_writes,
+        store_write_bytes: store.store_write_bytes,
+        prefetch_issued_bytes: prefetch.issued * page,
+        prefetch_completed_bytes: prefetch.completed * page,
+        prefetch_used_bytes: prefetch.used * page,
+        prefetch_late: store.late_reads,
+        prefetch_evicted_unused_bytes: prefetch.evicted_unused * page,
+        prefetch_cancelled_bytes: prefetch.cancelled * page,
+        ssd_read_bytes: store.ssd_read_bytes,
+        ssd_write_bytes: store.ssd_write_bytes,
+        accesses_dropped: 0,
+    }
+}
+
+fn disk_state(entry: &Entry) -> DiskState {
+    let store = entry.definition.store.clone();
+    match &entry.state {
+        Ok(served) => {
+            let trouble = served.storage.trouble();
+            DiskState {
+                connected: served.export.lock().as_ref().is_some_and(|export| export.is_connected()),
+                queues: served.runner.rings(),
+                capacity_bytes: served.storage.info().size_bytes,
+                store,
+                store_state: if trouble.is_some() { StoreState::Degraded } else { StoreState::Ok },
+                store_reason: trouble,
+            }
+        }
+        Err(reason) => DiskState {
+            store,
+            store_state: StoreState::Degraded,
+            store_reason: Some(reason.clone()),
+            ..DiskState::default()
+        },
+    }
+}
+
+impl Daemon {
+    pub(super) fn disk_report(&self, entry: &Entry) -> Disk {
+        let served = entry.state.as_ref().ok();
+        Disk {
+            name: entry.definition.name.clone(),
+            store: entry.definition.store.clone(),
+            storage: served.map(|served| served.storage.identity().to_owned()).unwrap_or_default(),
+            origin: entry.definition.origin,
+            read_only: entry.definition.read_only,
+            socket: entry.definition.socket.display().to_string(),
+            vm: entry.definition.vm.clone(),
+            target: entry.definition.target.clone(),
+            state: disk_state(entry),
+            counters: served.map(|served| counters(&self.cache, served)).unwrap_or_default(),
+        }
+    }
+
+    pub(super) fn stat_report(&self) -> CacheStat {
+        let mut total = self.disks.retired();
+        let mut disks = std::collections::BTreeMap::new();
+        for entry in self.disks.list() {
+            let counters = entry.state.as_ref().map(|served| counters(&self.cache, served)).unwrap_or_default();
+            total.add(&counters);
+            disks.insert(entry.definition.name.clone(), DiskStat { counters, state: disk_state(&entry) });
+        }
+        total.accesses_dropped = self.cache.accesses().dropped();
+        CacheStat {
+            started_unix_ms: self.started_unix_ms,
+            at_us: u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            total,
+            disks,
+        }
+    }
+
+    pub(super) fn status_report(&self) -> Status {
+        let config = self.config.lock().clone();
+        let entries = self.disks.list();
+        let mut troubles = Vec::new();
+        let mut trouble = |subject: &str, detail: &str| {
+            troubles.push(Trouble { subject: subject.to_owned(), detail: detail.to_owned() });
+        };
+        let mut disks = DiskCounts { total: entries.len() as u32, ..DiskCounts::default() };
+        for entry in &entries {
+            let state = disk_state(entry);
+            disks.connected += u32::from(state.connected);
+            if let Some(reason) = &state.store_reason {
+                disks.degraded += 1;
+                trouble(&format!("disk {}", entry.definition.name), reason);
+            }
+        }
+        if let Some(reason) = self.ssd_reason() {
+            trouble("ssd tier", &reason);
+        }
+        let libvirt = self.libvirt_report(&config.libvirt.uri);
+        if let (Health::Degraded, Some(error)) = (libvirt.health, &libvirt.error) {
+            trouble("libvirt", error);
+        }
+        let condition = self.store.condition();
+        if let Some(reason) = &condition.degraded {
+            trouble("database", reason);
+        }
+        let learned = self.learner.counters();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            pid: std::process::id(),
+            started_unix_ms: self.started_unix_ms,
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            health: if troubles.is_empty() { Health::Ok } else { Health::Degraded },
+            troubles,
+            engine: EngineStatus {
+                mode: match self.cache.engine() {
+                    EngineKind::IoUring => "io_uring",
+                    EngineKind::ThreadPool => "thread_pool",
+                }
+                .to_owned(),
+                shards: self.cache.shards() as u32,
+            },
+            disks,
+            libvirt,
+            learner: LearnerStatus {
+                health: Health::Ok,
+                accesses: self.learner.accesses(),
+                accesses_dropped: self.cache.accesses().dropped(),
+                predictions: learned.predictions.load(Ordering::Relaxed),
+                profiles: learned.profiles.load(Ordering::Relaxed) as u32,
+                memory_bytes: learned.memory_bytes.load(Ordering::Relaxed),
+                prefetch: config.prefetch.enabled,
+                detail: None,
+            },
+            store: StoreStatus {
+                health: if condition.degraded.is_some() { Health::Degraded } else { Health::Ok },
+                path: condition.path.display().to_string(),
+                size_bytes: condition.size_bytes,
+                queued: condition.queued,
+                writes_dropped: condition.writes_dropped,
+                detail: condition.degraded,
+            },
+        }
+    }
+
+    fn libvirt_report(&self, uri: &str) -> LibvirtStatus {
+        let Some(hypervisor) = &self.hypervisor else {
+            return LibvirtStatus { health: Health::Off, uri: uri.to_owned(), ..LibvirtStatus::default() };
+        };
+        let state = hypervisor.state();
+        let state = state.borrow();
+        LibvirtStatus {
+            health: if state.connected { Health::Ok } else { Health::Degraded },
+            uri: state.uri.clone(),
+            connected: state.connected,
+            reconnects: state.reconnects,
+            error: if state.connected { None } else { state.last_error.clone().or(Some("not connected yet".to_owned())) },
+        }
+    }
+
+    /// Why the SSD tier does not work although it is configured.
+    fn ssd_reason(&self) -> Option<String> {
+        if let Some(reason) = &self.ssd_trouble {
+            return Some(reason.clone());
+        }
+        match self.cache.ssd_stats()?.state {
+            SsdState::Degraded { reason, .. } => Some(reason),
+            _ => None,
+        }
+    }
+
+    pub(super) fn tiers_report(&self) -> CacheTiers {
+        let config = self.config.lock().clone();
+        let (page, block) = (PAGE_BYTES as u64, BLOCK_BYTES as u64);
+        let stat = self.stat_report().total;
+        let occupancy = self.cache.occupancy();
+        let entries = self.disks.list();
+        let mut storages = Vec::new();
+        let mut unused = 0;
+        let mut seen = std::collections::BTreeSet::new();
+        let usage = self.cache.usage();
+        for served in entries.iter().filter_map(|entry| entry.state.as_ref().ok()) {
+            let id = served.storage.id();
+            if !seen.insert(id) {
+                continue;
+            }
+            let prefetch = self.cache.prefetch_counters(id);
+            unused += prefetch.issued.saturating_sub(prefetch.used + prefetch.evicted_unused);
+            let used = usage.iter().find(|(storage, _)| *storage == id).map_or(0, |(_, slots)| *slots);
+            storages.push(StorageUse {
+                storage: served.storage.identity().to_owned(),
+                disks: self.disks.on_storage(served.storage.identity()),
+                used_bytes: used * block,
+            });
+        }
+        storages.sort_by_key(|storage| std::cmp::Reverse(storage.used_bytes));
+        let ram = Tier {
+            tier: TierName::Ram,
+            health: Health::Ok,
+            detail: Some(format!("{:?} pages", self.cache.arena().page_kind()).to_lowercase()),
+            path: None,
+            capacity_bytes: u64::from(occupancy.slots) * block,
+            used_bytes: u64::from(occupancy.used_slots) * block,
+            blocks: u64::from(occupancy.used_slots),
+            valid_bytes: occupancy.valid_pages * page,
+            prefetched_unused_bytes: unused * page,
+            hits: stat.served_ram,
+            insertions: occupancy.insertions,
+            evictions: occupancy.evictions,
+            storages,
+        };
+        let reason = self.ssd_reason();
+        let ssd = match self.cache.ssd_stats() {
+            Some(stats) => Tier {
+                tier: TierName::Ssd,
+                health: if reason.is_some() { Health::Degraded } else { Health::Ok },
+                detail: reason,
+                path: config.cache.ssd_path.map(|path| path.display().to_string()),
+                capacity_bytes: stats.slots * block,
+                used_bytes: stats.used_slots * block,
+                blocks: stats.used_slots,
+                valid_bytes: stats.valid_pages * page,
+                prefetched_unused_bytes: 0,
+                hits: stat.served_ssd,
+                insertions: stats.inserts,
+                evictions: stats.evictions,
+                storages: Vec::new(),
+            },
+            None => Tier {
+                tier: TierName::Ssd,
+                health: if reason.is_some() { Health::Degraded } else { Health::Off },
+                detail: reason,
+                path: config.cache.ssd_path.map(|path| path.display().to_string()),
+                ..Tier::default()
+            },
+        };
+        CacheTiers { block_bytes: block, tiers: vec![ram, ssd] }
+    }
+
+    /// Profiles held and saved, as one list by storage.
+    pub(super) fn profile_reports(&self, saved: Vec<ProfileRow>, held: Vec<HeldProfile>) -> Vec<Profile> {
+        let mut rows: Vec<Profile> = saved
+            .into_iter()
+            .map(|row| Profile {
+                id: row.id.to_string(),
+                disks: self.disks.on_storage(&row.storage),
+                storage: row.storage,
+                saved_unix_ms: Some(row.saved_unix_ms),
+                runs: row.runs,
+                size_bytes: row.size_bytes,
+                ..Profile::default()
+            })
+            .collect();
+        for profile in held {
+            let at = match rows.iter().position(|row| row.storage == profile.storage) {
+                Some(at) => at,
+                None => {
+                    let id = self.store.storage_id(&profile.storage).ok().flatten();
+                    rows.push(Profile {
+                        id: id.map(|id| id.to_string()).unwrap_or_default(),
+                        disks: self.disks.on_storage(&profile.storage),
+                        storage: profile.storage.clone(),
+                        ..Profile::default()
+                    });
+                    rows.len() - 1
+                }
+            };
+            let row = &mut rows[at];
+            if let Some(refused) = &profile.refused {
+                row.health = Health::Degraded;
+                row.detail = Some(refused.to_string());
+                continue;
+            }
+            row.runs = profile.summary.phases.iter().map(|phase| u64::from(phase.runs)).sum();
+            row.memory_bytes = profile.summary.memory_bytes as u64;
+            row.contexts = profile.summary.markov_contexts as u64;
+            row.phases = profile
+                .summary
+                .phases
+                .iter()
+                .map(|phase| ProfilePhase {
+                    kind: match phase.phase {
+                        Phase::Boot => "boot".to_owned(),
+                        Phase::Program(id) => format!("program {id:016x}"),
+                    },
+                    extents: phase.extents as u64,
+                    size_bytes: phase.bytes,
+                    runs: u64::from(phase.runs),
+                })
+                .collect();
+        }
+        rows.sort_by(|a, b| a.storage.cmp(&b.storage));
+        rows
+    }
+}

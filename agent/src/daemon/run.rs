@@ -1,0 +1,352 @@
+//! From the configuration to a running daemon, and back down.
+//!
+//! Order of the way up: API socket (tells a second daemon apart), database, tiers, learner, disks, libvirt; ready. The
+//! way down is the reverse: no more requests, guests' requests under way end, blocks on their way to the SSD tier are
+//! written, profiles saved, the SSD tier marked clean.
+
+use super::disks::Definition;
+use super::{Daemon, Disks, Shared, control, learner_settings, machines};
+use crate::config::{Change, Config, ConfigError, Engine, HugePages, RateLimit, diff};
+use crate::learner::run::unix_ms;
+use crate::learner::{LearnerHandle, LearnerSettings};
+use crate::store::{Store, StoreError};
+use parking_lot::Mutex;
+use prestage_cache::engine::EngineMode;
+use prestage_cache::policy::{BudgetConfig, CoreConfig};
+use prestage_cache::ssd::SsdTier;
+use prestage_cache::{Cache, CacheConfig, arena};
+use prestage_integration::api::types::DiskOrigin;
+use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
+use prestage_integration::libvirt::{Hypervisor, HypervisorConfig, HypervisorError};
+use sd_notify::NotifyState;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+/// How often disks whose store could not be opened are tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// How often outcomes are added to their hour in the database.
+const OUTCOMES: Duration = Duration::from_secs(60);
+/// How long the database may take over its last writes.
+const DATABASE_CLOSE: Duration = Duration::from_secs(10);
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub config: PathBuf,
+    /// `section.key=value`, stronger than the files.
+    pub overrides: Vec<String>,
+}
+
+/// Sets the log filter of the running process.
+pub type SetLog = Box<dyn Fn(&str) + Send + Sync>;
+
+/// Why the daemon cannot start.
+#[derive(Debug, Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("cannot make folder {}: {source}", path.display())]
+    Folder { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Api(#[from] ServeError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("cannot reserve {bytes} bytes for the RAM tier: {source}; lower cache.ram_size")]
+    Ram { bytes: u64, source: std::io::Error },
+    #[error("cannot find out how much memory this host has: {0}; set cache.ram_size to a size")]
+    HostMemory(std::io::Error),
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    #[error("cannot start: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+fn make_folder(path: &Path, mode: u32) -> Result<(), RunError> {
+    let folder = |source| RunError::Folder { path: path.to_owned(), source };
+    std::fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(folder)
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// See [`RunError`]: everything that keeps the daemon from starting. A disk whose store is not there does not.
+pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<(), RunError> {
+    // First of all: a signal that comes while starting must lead to an orderly end.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    raise_limits();
+    make_folder(&config.daemon.state_dir, 0o750)?;
+    // QEMU, another user, must reach its socket through these.
+    make_folder(&config.daemon.run_dir, 0o755)?;
+    make_folder(&config.daemon.run_dir.join("vm"), 0o755)?;
+    let listener = api::bind(&SocketOptions {
+        path: config.api_socket(),
+        mode: config.api.mode.0,
+        group: config.api.group.clone(),
+    })?;
+    let (daemon, learner) = start(config)?;
+    let stop = Arc::new(Notify::new());
+    let mut tasks = Vec::new();
+    let closing = Arc::clone(&stop);
+    let server = tokio::spawn(api::serve(
+        listener,
+        Arc::new(control::Handle(daemon.clone())),
+        Limits::default(),
+        async move { closing.notified().await },
+    ));
+    if let Err(error) = serve_disks(&daemon).await {
+        tracing::error!(%error, "disks not restored");
+    }
+    if let Some(hypervisor) = daemon.hypervisor.clone() {
+        tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
+    }
+    tasks.push(tokio::spawn(keep_trying(daemon.clone())));
+    tasks.push(tokio::spawn(keep_outcomes(daemon.clone())));
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        engine = ?daemon.cache.engine(),
+        shards = daemon.cache.shards(),
+        ram_bytes = u64::from(daemon.cache.arena().slots()) * 65536,
+        "prestaged ready"
+    );
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => reload(&daemon, &options, &set_log).await,
+        }
+    }
+    tracing::info!("stopping");
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    stop.notify_one();
+    for task in &tasks {
+        task.abort();
+    }
+    if let Ok(Err(error)) = server.await {
+        tracing::warn!(%error, "API ended with an error");
+    }
+    let down = tokio::task::spawn_blocking(move || shut_down(&daemon, learner)).await;
+    if down.is_err() {
+        tracing::error!("shutdown did not complete; the SSD tier will start empty");
+    }
+    Ok(())
+}
+
+fn shut_down(daemon: &Daemon, learner: std::thread::JoinHandle<()>) {
+    add_outcomes(daemon);
+    daemon.disks.remove_all(&daemon.cache, &daemon.learner);
+    daemon.learner.stop();
+    if learner.join().is_err() {
+        tracing::error!("learner panicked");
+    }
+    daemon.cache.shutdown();
+    if !daemon.store.close(DATABASE_CLOSE) {
+        tracing::warn!("the database did not take everything in time");
+    }
+    tracing::info!("stopped");
+}
+
+/// Many disks need many descriptors; the soft limit of 1024 is for programs that use select(2).
+fn raise_limits() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::debug!(%error, "descriptor limit not raised");
+    }
+}
+
+fn budget(config: &Config) -> BudgetConfig {
+    BudgetConfig {
+        max_bytes_in_flight: config.prefetch.max_bytes_in_flight.0,
+        bytes_per_second: match config.prefetch.rate_per_store {
+            RateLimit::Unlimited => None,
+            RateLimit::BytesPerSecond(bytes) => Some(bytes),
+        },
+        ..BudgetConfig::default()
+    }
+}
+
+fn start(config: Config) -> Result<(Shared, std::thread::JoinHandle<()>), RunError> {
+    let store = Store::open(&config.store_path())?;
+    let (ssd, ssd_trouble) = open_ssd(&config);
+    let ram_bytes = config.ram_bytes().map_err(RunError::HostMemory)?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let cache = CacheConfig {
+        ram_bytes,
+        huge_pages: match config.cache.huge_pages {
+            HugePages::Try => arena::HugePages::Try,
+            HugePages::No => arena::HugePages::No,
+            HugePages::Require => arena::HugePages::Require,
+        },
+        shards: config.shard_count(cpus) as usize,
+        engine: match config.cache.engine {
+            Engine::Auto => EngineMode::Auto,
+            Engine::IoUring => EngineMode::IoUring,
+            Engine::ThreadPool => EngineMode::ThreadPool,
+        },
+        // The slots follow from `ram_bytes`.
+        policy: CoreConfig { budget: budget(&config), ..CoreConfig::with_slots(0) },
+    };
+    let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
+    let (learner, thread) = LearnerHandle::start(cache.clone(), store.clone(), learner_settings(&config))?;
+    let hypervisor = match config.libvirt.enabled {
+        false => None,
+        true => Some(Hypervisor::start(HypervisorConfig {
+            uri: config.libvirt.uri.clone(),
+            call_timeout: config.libvirt.timeout,
+            ..HypervisorConfig::default()
+        })?),
+    };
+    let daemon = Daemon {
+        config: Mutex::new(config),
+        cache,
+        store,
+        learner,
+        disks: Disks::new(),
+        hypervisor,
+        started: Instant::now(),
+        started_unix_ms: unix_ms(),
+        ssd_trouble,
+        outcomes: Mutex::default(),
+    };
+    Ok((Arc::new(daemon), thread))
+}
+
+/// Opens the SSD tier. Without it guests are served all the same, only slower: a sick cache disk is no reason to leave
+/// machines without their disks.
+fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
+    let Some(path) = &config.cache.ssd_path else { return (None, None) };
+    if let Some(folder) = path.parent()
+        && let Err(error) = make_folder(folder, 0o750)
+    {
+        tracing::error!(%error, "no SSD tier");
+        return (None, Some(error.to_string()));
+    }
+    match SsdTier::open(path, config.cache.ssd_size.0) {
+        Ok((tier, report)) => {
+            tracing::info!(path = %path.display(), ?report, "SSD tier opened");
+            (Some(tier), None)
+        }
+        Err(error) => {
+            tracing::error!(%error, "no SSD tier: guests are served from RAM and store");
+            (None, Some(error.to_string()))
+        }
+    }
+}
+
+/// Serves the disks of the configuration and those added before the last stop.
+async fn serve_disks(daemon: &Shared) -> Result<(), api::ApiError> {
+    machines::follow_config(daemon).await?;
+    let shared = daemon.clone();
+    control::blocking(move || {
+        let rows = shared.store.disks().map_err(|error| control::store_error(&error))?;
+        let config = shared.config.lock().clone();
+        for row in rows {
+            let attached = row.vm.is_some() && row.target.is_some();
+            let definition = Definition {
+                socket: row.socket.map_or_else(|| config.disk_socket(&row.name), PathBuf::from),
+                name: row.name,
+                store: row.store,
+                read_only: row.read_only,
+                origin: if attached { DiskOrigin::Attach } else { DiskOrigin::Api },
+                vm: row.vm,
+                target: row.target,
+                serial: row.serial,
+            };
+            if let Err(error) = shared.disks.add(&config, &shared.cache, &shared.learner, definition, true) {
+                tracing::error!(%error, "disk not served");
+            }
+        }
+        Ok(())
+    })
+    .await?
+}
+
+async fn keep_trying(daemon: Shared) {
+    loop {
+        tokio::time::sleep(RETRY).await;
+        if daemon.disks.list().iter().all(|entry| entry.state.is_ok()) {
+            continue;
+        }
+        let shared = daemon.clone();
+        let _ = control::blocking(move || {
+            let config = shared.config.lock().clone();
+            shared.disks.retry(&config, &shared.cache, &shared.learner);
+        })
+        .await;
+    }
+}
+
+async fn keep_outcomes(daemon: Shared) {
+    loop {
+        tokio::time::sleep(OUTCOMES).await;
+        add_outcomes(&daemon);
+    }
+}
+
+/// Adds what disks did since the last call to the current hour.
+fn add_outcomes(daemon: &Daemon) {
+    let hour = unix_ms() / 3_600_000;
+    let stat = daemon.stat_report();
+    let mut last = daemon.outcomes.lock();
+    last.retain(|name, _| stat.disks.contains_key(name));
+    for (name, disk) in stat.disks {
+        let before = last.insert(name.clone(), disk.counters).unwrap_or_default();
+        let new = disk.counters.since(&before);
+        if new != Counters::default() {
+            drop(daemon.store.add_outcome(hour, &name, new));
+        }
+    }
+}
+
+/// Reads the configuration anew and applies what can be applied without a restart. A configuration with errors changes
+/// nothing.
+async fn reload(daemon: &Shared, options: &Options, set_log: &SetLog) {
+    let _ = sd_notify::notify(&[NotifyState::Reloading]);
+    match Config::load(&options.config, &options.overrides) {
+        Err(error) => {
+            for line in error.to_string().lines() {
+                tracing::error!("configuration not reloaded: {line}");
+            }
+        }
+        Ok(new) => apply(daemon, new, set_log).await,
+    }
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+}
+
+async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
+    let changes = diff(&daemon.config.lock(), &new);
+    for Change { key, needs_restart, old, new } in &changes {
+        let (old, new) = (old.as_deref().unwrap_or("unset"), new.as_deref().unwrap_or("unset"));
+        if *needs_restart {
+            tracing::warn!("{key} changed from {old} to {new}: takes effect with a restart of prestaged");
+        } else {
+            tracing::info!("{key} changed from {old} to {new}");
+        }
+    }
+    set_log(&new.daemon.log);
+    let settings: LearnerSettings = learner_settings(&new);
+    daemon.learner.settings(settings);
+    daemon.cache.set_budget(budget(&new));
+    {
+        let mut config = daemon.config.lock();
+        // Settings that need a restart stay as they run, so that what is reported is what is.
+        config.daemon.log = new.daemon.log;
+        config.prefetch = new.prefetch;
+        config.learner = new.learner;
+        config.disks = new.disks;
+    }
+    if let Err(error) = machines::follow_config(daemon).await {
+        tracing::error!(%error, "disks of the configuration not brought into line");
+    }
+    tracing::info!(changes = changes.len(), "configuration reloaded");
+}

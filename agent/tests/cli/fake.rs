@@ -1,0 +1,312 @@
+//! A daemon that answers with fixtures, served by the real API on a real socket.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use prestage_integration::api::types::*;
+use prestage_integration::api::{ApiError, Control, Counters, ErrorCode, Limits, Reply, SocketOptions, bind, serve};
+
+#[derive(Debug, Default)]
+pub(crate) struct Fake {
+    /// What was asked to be changed, in words.
+    pub(crate) asked: Mutex<Vec<String>>,
+    readings: AtomicU64,
+    /// Reports another start from this reading on.
+    pub(crate) restart_at: AtomicU64,
+}
+
+fn counters() -> Counters {
+    Counters {
+        reads: 2000,
+        read_bytes: 64 << 20,
+        served_ram: 1900,
+        served_ssd: 40,
+        served_store: 60,
+        writes: 10,
+        write_bytes: 40960,
+        flushes: 3,
+        discards: 1,
+        read_wait_us: 1_000_000,
+        store_reads: 300,
+        store_read_bytes: 70 << 20,
+        store_writes: 10,
+        store_write_bytes: 40960,
+        prefetch_issued_bytes: 60 << 20,
+        prefetch_completed_bytes: 60 << 20,
+        prefetch_used_bytes: 57 << 20,
+        prefetch_late: 12,
+        prefetch_evicted_unused_bytes: 1 << 20,
+        ssd_read_bytes: 2 << 20,
+        ssd_write_bytes: 70 << 20,
+        ..Counters::default()
+    }
+}
+
+fn disk(name: &str) -> Disk {
+    let state = DiskState {
+        connected: true,
+        queues: 4,
+        capacity_bytes: 20 << 30,
+        store: "nbd://store:10809/web1".into(),
+        store_state: StoreState::Ok,
+        store_reason: None,
+    };
+    Disk {
+        name: name.into(),
+        store: "nbd://store:10809/web1".into(),
+        storage: "nbd:tcp:store:10809:web1".into(),
+        origin: DiskOrigin::Attach,
+        read_only: false,
+        socket: format!("/run/prestage/vm/{name}.sock"),
+        vm: Some("web1".into()),
+        target: Some("vda".into()),
+        state,
+        counters: counters(),
+    }
+}
+
+fn broken() -> Disk {
+    let state = DiskState {
+        capacity_bytes: 1 << 30,
+        store: "/srv/old.raw".into(),
+        store_state: StoreState::Degraded,
+        store_reason: Some("shrunk from 2 GiB to 1 GiB; restore its size".into()),
+        ..DiskState::default()
+    };
+    Disk { name: "old".into(), store: "/srv/old.raw".into(), read_only: true, socket: "/s".into(), state, ..Disk::default() }
+}
+
+fn profile() -> Profile {
+    Profile {
+        id: "1".into(),
+        storage: "nbd:tcp:store:10809:web1".into(),
+        disks: vec!["web1-vda".into()],
+        runs: 3,
+        size_bytes: 120 << 10,
+        memory_bytes: 2 << 20,
+        contexts: 5000,
+        phases: vec![ProfilePhase { kind: "boot".into(), extents: 812, size_bytes: 150 << 20, runs: 3 }],
+        ..Profile::default()
+    }
+}
+
+impl Fake {
+    fn note(&self, text: String) {
+        self.asked.lock().push(text);
+    }
+}
+
+fn done<'a, T: Send + 'a>(result: Result<T, ApiError>) -> Reply<'a, T> {
+    Box::pin(async move { result })
+}
+
+impl Control for Fake {
+    fn status(&self) -> Reply<'_, Status> {
+        done(Ok(Status {
+            version: "9.9.9".into(),
+            host: "hv1".into(),
+            pid: 4711,
+            started_unix_ms: 1_700_000_000_000,
+            uptime_ms: 3_725_000,
+            health: Health::Degraded,
+            troubles: vec![Trouble { subject: "disk old".into(), detail: "store shrunk;\u{1b}[31m restore its size".into() }],
+            engine: EngineStatus { mode: "io_uring".into(), shards: 1 },
+            disks: DiskCounts { total: 2, connected: 1, degraded: 1 },
+            libvirt: LibvirtStatus {
+                health: Health::Degraded,
+                uri: "qemu:///system".into(),
+                connected: false,
+                reconnects: 0,
+                error: Some("libvirtd does not answer; see `systemctl status libvirtd`".into()),
+            },
+            learner: LearnerStatus { accesses: 12345, profiles: 1, memory_bytes: 2 << 20, prefetch: true, ..LearnerStatus::default() },
+            store: StoreStatus { path: "/var/lib/prestage/prestage.db".into(), size_bytes: 3 << 20, ..StoreStatus::default() },
+        }))
+    }
+
+    fn disks(&self) -> Reply<'_, DiskList> {
+        done(Ok(DiskList { disks: vec![broken(), disk("web1-vda")] }))
+    }
+
+    fn disk(&self, name: String) -> Reply<'_, Disk> {
+        done(match name.as_str() {
+            "web1-vda" => Ok(disk("web1-vda")),
+            _ => Err(ApiError::not_found(format!("there is no disk `{name}`; see `prestagectl disk list`"))),
+        })
+    }
+
+    fn disk_add(&self, request: DiskAdd) -> Reply<'_, Disk> {
+        self.note(format!("add {request:?}"));
+        done(match request.name.as_str() {
+            "taken" => Err(ApiError::new(ErrorCode::AlreadyExists, "disk `taken` exists already; choose another name")),
+            name => Ok(Disk { store: request.store.clone(), ..disk(name) }),
+        })
+    }
+
+    fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()> {
+        self.note(format!("remove {name} {force}"));
+        done(if force { Ok(()) } else { Err(ApiError::new(ErrorCode::InUse, format!("disk `{name}` is connected; use --force"))) })
+    }
+
+    fn vms(&self) -> Reply<'_, VmList> {
+        let vda = VmDisk {
+            target: "vda".into(),
+            bus: "virtio".into(),
+            kind: "vhostuser".into(),
+            source: Some("nbd://store:10809/web1".into()),
+            format: "raw".into(),
+            read_only: false,
+            attached: Some("web1-vda".into()),
+        };
+        let cd = VmDisk { target: "sda".into(), bus: "sata".into(), kind: "file".into(), format: "raw".into(), ..VmDisk::default() };
+        let web = Vm { name: "web1".into(), state: "running".into(), shared_memory: true, disks: vec![vda, cd], ..Vm::default() };
+        let bare = Vm { name: "bare".into(), state: "shut off".into(), ..Vm::default() };
+        done(Ok(VmList { vms: vec![bare, web] }))
+    }
+
+    fn vm(&self, vm: String) -> Reply<'_, Vm> {
+        done(Err(ApiError::not_found(format!("there is no machine `{vm}`"))))
+    }
+
+    fn vm_attach(&self, vm: String, target: String, request: AttachRequest) -> Reply<'_, Attached> {
+        self.note(format!("attach {vm} {target} {request:?}"));
+        done(if request.enable_shared_memory {
+            Ok(Attached {
+                disk: format!("{vm}-{target}"),
+                vm,
+                target,
+                store: "/srv/web1.raw".into(),
+                socket: "/run/prestage/vm/x.sock".into(),
+                takes_effect: TakesEffect::NextStart,
+                notes: vec!["shared memory backing was added to the domain".into()],
+            })
+        } else {
+            Err(ApiError::new(ErrorCode::NotPossible, format!("machine `{vm}` lacks shared memory backing; use --enable-shared-memory")))
+        })
+    }
+
+    fn vm_detach(&self, vm: String, target: String) -> Reply<'_, Detached> {
+        done(Ok(Detached { disk: format!("{vm}-{target}"), vm, target, store: "/srv/web1.raw".into(), takes_effect: TakesEffect::Now, notes: vec![] }))
+    }
+
+    fn cache_tiers(&self) -> Reply<'_, CacheTiers> {
+        let ram = Tier {
+            tier: TierName::Ram,
+            capacity_bytes: 512 << 20,
+            used_bytes: 128 << 20,
+            blocks: 2048,
+            valid_bytes: 120 << 20,
+            prefetched_unused_bytes: 1 << 20,
+            hits: 1900,
+            evictions: 7,
+            storages: vec![StorageUse { storage: "nbd:tcp:store:10809:web1".into(), disks: vec!["web1-vda".into()], used_bytes: 128 << 20 }],
+            ..Tier::default()
+        };
+        let ssd = Tier {
+            tier: TierName::Ssd,
+            health: Health::Degraded,
+            detail: Some("no space left on /var/cache; free 4 GiB".into()),
+            capacity_bytes: 16 << 30,
+            ..Tier::default()
+        };
+        done(Ok(CacheTiers { block_bytes: 65536, tiers: vec![ram, ssd] }))
+    }
+
+    fn cache_stat(&self) -> Reply<'_, CacheStat> {
+        let reading = self.readings.fetch_add(1, Ordering::Relaxed);
+        let restart = self.restart_at.load(Ordering::Relaxed);
+        let restarted = restart > 0 && reading >= restart;
+        let mut total = Counters::default();
+        for _ in 0..if restarted { 1 } else { reading + 1 } {
+            total.add(&counters());
+        }
+        let disks = BTreeMap::from([("web1-vda".to_owned(), DiskStat { counters: total, state: disk("web1-vda").state })]);
+        done(Ok(CacheStat {
+            started_unix_ms: if restarted { 2 } else { 1 },
+            at_us: if restarted { 1_000_000 } else { (reading + 1) * 1_000_000 },
+            total,
+            disks,
+        }))
+    }
+
+    fn cache_warm(&self, request: WarmRequest) -> Reply<'_, Warmed> {
+        self.note(format!("warm {request:?}"));
+        done(Ok(Warmed { queued_bytes: 3 << 20, already_cached_bytes: 1 << 20, refused_bytes: 4096 }))
+    }
+
+    fn cache_drop(&self, request: DropRequest) -> Reply<'_, Dropped> {
+        self.note(format!("drop {request:?}"));
+        done(Ok(Dropped { ram_bytes: 128 << 20, ssd_bytes: 0 }))
+    }
+
+    fn profiles(&self) -> Reply<'_, ProfileList> {
+        let other = Profile {
+            id: "2".into(),
+            storage: "file:/srv/old.raw".into(),
+            health: Health::Degraded,
+            detail: Some("is of version 9, this prestaged reads 1; remove it with `prestagectl profile remove 2`".into()),
+            ..Profile::default()
+        };
+        done(Ok(ProfileList { profiles: vec![profile(), other] }))
+    }
+
+    fn profile(&self, id: String) -> Reply<'_, Profile> {
+        done(if id == "1" { Ok(profile()) } else { Err(ApiError::not_found(format!("there is no profile `{id}`"))) })
+    }
+
+    fn profile_remove(&self, id: String) -> Reply<'_, ()> {
+        self.note(format!("forget {id}"));
+        done(Ok(()))
+    }
+
+    fn profiles_save(&self) -> Reply<'_, Saved> {
+        done(Ok(Saved { profiles: 1, size_bytes: 120 << 10 }))
+    }
+}
+
+/// The fake, served until dropped.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    pub(crate) control: Arc<Fake>,
+    pub(crate) socket: PathBuf,
+    folder: tempfile::TempDir,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Daemon {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("prestaged.sock");
+        let listener = bind(&SocketOptions { path: socket.clone(), mode: 0o600, group: None }).unwrap();
+        let control = Arc::new(Fake::default());
+        let served: Arc<dyn Control> = control.clone();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let shutdown = async { drop(stopped.await) };
+            runtime.block_on(serve(listener, served, Limits::default(), shutdown)).unwrap();
+        });
+        Self { control, socket, folder, stop: Some(stop), thread: Some(thread) }
+    }
+
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.stop.take();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

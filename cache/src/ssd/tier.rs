@@ -1,0 +1,409 @@
+//! The tier as the engine uses it: the index behind one mutex.
+//!
+//! No I/O is done under the mutex but by opening and closing. Work that grows with the slab (dropping a storage, a discard
+//! of a whole disk) gives the mutex up between chunks.
+
+use super::device::Device;
+use super::format::{MAX_BLOCK, Superblock};
+use super::health::{Health, Phase};
+use super::index::{Index, Key, ReadTicket};
+use super::open;
+use super::storages::Registration;
+use super::{
+    Clock, OpenReport, Outcome, SlotRead, SlotWrite, SsdError, SsdOptions, SsdState, SsdStats, SsdStorage, Stamp,
+};
+use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange};
+use parking_lot::{Mutex, MutexGuard};
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Slots or blocks handled before the mutex is given up for others: some tens of microseconds.
+const CHUNK: u32 = 2048;
+
+/// The SSD tier. Clones share it.
+#[derive(Clone, Debug)]
+pub struct SsdTier {
+    shared: Arc<Shared>,
+}
+
+pub(super) struct Shared {
+    device: Device,
+    clock: Clock,
+    /// As in `State`; spares lookups the wait for a checkpoint to be written.
+    closed: AtomicBool,
+    state: Mutex<State>,
+}
+
+struct State {
+    index: Index,
+    health: Health,
+    superblock: Superblock,
+    closed: bool,
+    on_disk: OnDisk,
+    bad_checksums: u64,
+    io_errors: u64,
+    dropped_changed_store: u64,
+}
+
+/// What the slab says of itself on disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum OnDisk {
+    Dirty,
+    /// Closing failed, perhaps after the last write reached the disk.
+    Unknown,
+    Clean,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SsdTier").field("path", &self.device.path).finish_non_exhaustive()
+    }
+}
+
+impl SsdTier {
+    /// Opens the slab at `path`, a regular file or a block device, or makes it. `size_bytes` is the length of the whole slab
+    /// with its metadata (0.1 %); for a block device 0 means all of it. A slab of another size grows or shrinks in place
+    /// and keeps the slots that fit. From here on it is dirty on disk until [`SsdTier::close`].
+    ///
+    /// Blocking I/O: reads 64 bytes for every slot up to the highest one in use.
+    pub fn open(path: &Path, size_bytes: u64) -> Result<(SsdTier, OpenReport), SsdError> {
+        SsdTier::open_with(path, size_bytes, SsdOptions::default())
+    }
+
+    /// [`SsdTier::open`] with options.
+    pub fn open_with(
+        path: &Path,
+        size_bytes: u64,
+        options: SsdOptions,
+    ) -> Result<(SsdTier, OpenReport), SsdError> {
+        let device = Device::open(path, options.direct)?;
+        let opened = open::open(&device, size_bytes, options.preallocate).inspect_err(|_| device.discard())?;
+        let state = State {
+            index: opened.index,
+            health: Health::new(),
+            superblock: opened.superblock,
+            closed: false,
+            on_disk: OnDisk::Dirty,
+            bad_checksums: 0,
+            io_errors: 0,
+            dropped_changed_store: 0,
+        };
+        let shared = Shared { device, clock: options.clock, closed: AtomicBool::new(false), state: Mutex::new(state) };
+        Ok((SsdTier { shared: Arc::new(shared) }, opened.report))
+    }
+
+    /// Where slots are read and written, at [`SlotRead::offset`] and [`SlotWrite::offset`]. If the report said `direct`,
+    /// with buffers aligned to 4096 bytes.
+    pub fn data_fd(&self) -> BorrowedFd<'_> {
+        self.shared.device.file.as_fd()
+    }
+
+    /// Registers a storage. `identity` is 1 to 448 bytes and names it across restarts. If nobody uses it yet and `stamp`
+    /// differs from the one kept (also: one of them is `None`), what the tier holds of it is dropped. `None` twice counts
+    /// as unchanged: of a store that has no stamp, whoever cannot vouch for it calls [`SsdTier::drop_storage`].
+    pub fn storage(&self, identity: &str, stamp: Option<Stamp>) -> Result<SsdStorage, SsdError> {
+        loop {
+            let mut state = self.shared.state.lock();
+            if state.closed {
+                return Err(SsdError::Closed);
+            }
+            let (s, registration) = state.index.storages.register(identity, stamp)?;
+            match registration {
+                Registration::Known => {}
+                Registration::New if state.index.storages.slots(s.index) == 0 => {}
+                // The index was that of a storage long out of use. Rare: thousands of storages must be known.
+                Registration::New => {
+                    state.index.sweep(0, u32::MAX, |key| all_if(key.storage() == s.index));
+                }
+                Registration::Changed if state.index.storages.slots(s.index) == 0 => {}
+                Registration::Changed => {
+                    drop(state);
+                    let dropped = self.shared.sweep(|key| all_if(key.storage() == s.index));
+                    let mut state = self.shared.state.lock();
+                    state.dropped_changed_store += dropped;
+                    state.index.storages.set_stamp(s, stamp);
+                    continue;
+                }
+            }
+            state.index.storages.add_user(s, stamp);
+            return Ok(s);
+        }
+    }
+
+    /// Undoes one [`SsdTier::storage`]. What the tier holds of the storage is kept; after its last user `stamp`, as of now,
+    /// tells whether it may be used again.
+    pub fn release_storage(&self, s: SsdStorage, stamp: Option<Stamp>) {
+        let mut state = self.shared.state.lock();
+        state.index.storages.set_stamp(s, stamp);
+        state.index.storages.remove_user(s);
+    }
+
+    /// The storage's stamp as of now. To be called before [`SsdTier::close`] for every storage that guests have written
+    /// to: with the stamp it was registered with, it would count as changed at the next start.
+    pub fn set_stamp(&self, s: SsdStorage, stamp: Option<Stamp>) {
+        self.shared.state.lock().index.storages.set_stamp(s, stamp);
+    }
+
+    /// Pages of a block that the tier can serve now.
+    pub fn lookup(&self, s: SsdStorage, block: BlockIndex) -> PageMask {
+        let found = self.shared.usable(s).zip(Key::new(s.index, block));
+        found.map_or(PageMask::NONE, |(state, key)| state.index.lookup(key))
+    }
+
+    /// Begins to read a block's slot; `None` if the tier has nothing of it. To be ended by [`SsdTier::end_read`].
+    pub fn begin_read(&self, s: SsdStorage, block: BlockIndex) -> Option<SlotRead> {
+        let key = Key::new(s.index, block)?;
+        let ticket = self.shared.usable(s)?.index.begin_read(key)?;
+        Some(SlotRead { shared: self.shared.clone(), ticket, ended: false })
+    }
+
+    /// Ends a read. Returns the pages that are valid now: those of [`SlotRead::mask`] less what was invalidated meanwhile,
+    /// and none unless the outcome is good.
+    pub fn end_read(&self, mut read: SlotRead, outcome: Outcome) -> PageMask {
+        read.ended = true;
+        read.shared.end_read(&read.ticket, outcome)
+    }
+
+    /// Begins to write pages of a block to a slot: a free one, or that of a victim (FIFO with one second chance; slots being
+    /// read are passed over). The block's present slot, if any, serves until the new one is complete and then leaves, so
+    /// `mask` should have its pages too. `None` if the tier has all of `mask` or is writing the block already, if nothing
+    /// can be replaced, or if the tier is degraded or closed.
+    pub fn begin_insert(&self, s: SsdStorage, block: BlockIndex, mask: PageMask) -> Option<SlotWrite> {
+        let key = Key::new(s.index, block)?;
+        let (slot, _generation) = self.shared.usable(s)?.index.begin_insert(key, mask)?;
+        Some(SlotWrite { shared: self.shared.clone(), slot, key, mask, ended: false })
+    }
+
+    /// Ends a write whose I/O is complete; `checksum` is that of [`SlotWrite::checksum`]. With `ok` the block becomes visible,
+    /// unless pages of it were invalidated meanwhile. Without, the I/O failed: the slot's place is not used again until the
+    /// slab is opened the next time. (A write given up for other reasons is dropped instead.) Returns whether the block is
+    /// visible.
+    pub fn finish_insert(&self, mut write: SlotWrite, checksum: u32, ok: bool) -> bool {
+        write.ended = true;
+        write.shared.finish_insert(write.slot, checksum, ok)
+    }
+
+    /// A guest writes or discards pages: when this returns nothing of them is served any more, and no insert begun before
+    /// it that has any of them will become visible.
+    pub fn invalidate(&self, s: SsdStorage, first_page: u64, pages: u64) {
+        self.shared.invalidate(s, PageRange { first: first_page, count: pages });
+    }
+
+    /// An I/O error on the slab that is no slot's.
+    pub fn note_io_error(&self, what: &str) {
+        self.shared.note_failure(what, |state| state.io_errors += 1);
+    }
+
+    /// Drops what the tier holds of a storage. Goes through the whole index (some 10 ms a million slots): not for an event
+    /// loop.
+    pub fn drop_storage(&self, s: SsdStorage) {
+        if self.shared.state.lock().index.storages.is_current(s) {
+            self.shared.sweep(|key| all_if(key.storage() == s.index));
+        }
+    }
+
+    /// Drops all that the tier holds. Goes through the whole index, as [`SsdTier::drop_storage`] does.
+    pub fn drop_all(&self) {
+        self.shared.sweep(|_| PageMask::ALL);
+    }
+
+    /// Writes the index to the slab and marks it clean; from here on the tier finds nothing and takes nothing. To be called
+    /// when guest I/O has ended: a write to a store after it still is not forgotten (the slab is marked dirty again), but
+    /// at the price of all that it holds. If it fails the slab is dirty, unless all that failed was its very last
+    /// write; closing may be tried again.
+    ///
+    /// Blocking I/O: writes 64 bytes for every slot up to the highest one in use.
+    pub fn close(&self) -> Result<(), SsdError> {
+        self.shared.close()
+    }
+
+    pub fn stats(&self) -> SsdStats {
+        self.shared.stats()
+    }
+}
+
+fn all_if(condition: bool) -> PageMask {
+    if condition { PageMask::ALL } else { PageMask::NONE }
+}
+
+impl Shared {
+    /// The state, if the tier may be used for a storage now.
+    fn usable(&self, s: SsdStorage) -> Option<MutexGuard<'_, State>> {
+        if self.closed.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut state = self.state.lock();
+        let usable = !state.closed && state.index.storages.is_current(s) && state.health.usable(|| (self.clock)());
+        usable.then_some(state)
+    }
+
+    fn note_failure(&self, what: &str, count: impl FnOnce(&mut State)) {
+        let now = (self.clock)();
+        let mut state = self.state.lock();
+        count(&mut state);
+        let due = state.health.note_failure(now, what);
+        let degraded = matches!(state.health.phase(), Phase::Degraded { .. });
+        drop(state);
+        if let Some(failures) = due {
+            let path = self.device.path.display();
+            tracing::warn!(%path, failures, degraded, "SSD tier: {what}; reads go to the store instead");
+        }
+    }
+
+    fn end_read(&self, ticket: &ReadTicket, outcome: Outcome) -> PageMask {
+        let what = match outcome {
+            Outcome::Good => {
+                let mut state = self.state.lock();
+                state.health.note_good();
+                return state.index.end_read(ticket, false, false) & ticket.valid;
+            }
+            Outcome::BadChecksum => "slot did not match its checksum",
+            Outcome::IoError => "reading a slot failed",
+        };
+        let failed = outcome == Outcome::IoError;
+        self.note_failure(what, |state| {
+            state.io_errors += u64::from(failed);
+            state.bad_checksums += u64::from(!failed);
+            state.index.end_read(ticket, true, failed);
+        });
+        PageMask::NONE
+    }
+
+    pub(super) fn abandon_read(&self, ticket: &ReadTicket) {
+        self.state.lock().index.end_read(ticket, false, false);
+    }
+
+    pub(super) fn cancel_insert(&self, slot: u32) {
+        self.state.lock().index.finish_insert(slot, None, false);
+    }
+
+    fn finish_insert(&self, slot: u32, checksum: u32, ok: bool) -> bool {
+        if ok {
+            let mut state = self.state.lock();
+            state.health.note_good();
+            let checksum = Some(checksum).filter(|_| !state.closed);
+            return state.index.finish_insert(slot, checksum, false);
+        }
+        self.note_failure("writing a slot failed", |state| {
+            state.io_errors += 1;
+            state.index.finish_insert(slot, None, true);
+        });
+        false
+    }
+
+    fn invalidate(&self, s: SsdStorage, range: PageRange) {
+        if range.count == 0 {
+            return;
+        }
+        let last = ((range.end() - 1) / PAGES_PER_BLOCK).min(MAX_BLOCK);
+        let mut next = range.first / PAGES_PER_BLOCK;
+        let pages_in = |block: u64| {
+            let first = block * PAGES_PER_BLOCK;
+            let from = range.first.max(first);
+            PageMask::run(from - first, range.end().saturating_sub(from))
+        };
+        // A discard of a whole disk may name more blocks than there are slots.
+        if last.saturating_sub(next) >= u64::from(CHUNK) {
+            let slots = u64::from(self.state.lock().index.len());
+            if last - next >= slots {
+                self.sweep(|key| {
+                    let hit = key.storage() == s.index && (next..=last).contains(&key.block());
+                    if hit { pages_in(key.block()) } else { PageMask::NONE }
+                });
+                return;
+            }
+        }
+        while next <= last {
+            let end = next.saturating_add(u64::from(CHUNK)).min(last + 1);
+            self.change(|state| {
+                // Of a handle that is no longer current nothing is left.
+                if !state.index.storages.is_current(s) {
+                    return;
+                }
+                for key in (next..end).filter_map(|block| Key::new(s.index, BlockIndex(block))) {
+                    state.index.invalidate(key, pages_in(key.block()));
+                }
+            });
+            next = end;
+        }
+    }
+
+    /// Invalidates what `which` names for each key. Returns how many slots went.
+    fn sweep(&self, which: impl Fn(Key) -> PageMask) -> u64 {
+        let (mut at, mut dropped) = (Some(0), 0);
+        while let Some(from) = at {
+            let (next, count) = self.change(|state| state.index.sweep(from, CHUNK, &which));
+            at = next;
+            dropped += count;
+        }
+        dropped
+    }
+
+    /// Changes the index. If that takes anything away that the slab, closed already, has on record, the slab is dirty again
+    /// before this returns.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state.lock();
+        let before = state.index.counters.valid_pages;
+        let changed = change(&mut state);
+        if state.on_disk != OnDisk::Dirty && state.index.counters.valid_pages != before {
+            let State { superblock, on_disk, .. } = &mut *state;
+            let path = self.device.path.display();
+            match open::mark(&self.device, superblock, false) {
+                Ok(()) => {
+                    *on_disk = OnDisk::Dirty;
+                    tracing::warn!(%path, "SSD tier: a write came after it was closed; it will start empty the next time");
+                }
+                Err(error) => tracing::error!(
+                    %path, %error,
+                    "SSD tier: a write came after it was closed, and it could not be marked dirty; delete it before the next start"
+                ),
+            }
+        }
+        changed
+    }
+
+    fn close(&self) -> Result<(), SsdError> {
+        self.closed.store(true, Ordering::Release);
+        let mut state = self.state.lock();
+        if state.on_disk == OnDisk::Clean {
+            return Ok(());
+        }
+        state.closed = true;
+        state.on_disk = OnDisk::Unknown;
+        let State { superblock, index, .. } = &mut *state;
+        open::checkpoint(&self.device, superblock, index)?;
+        state.on_disk = OnDisk::Clean;
+        Ok(())
+    }
+
+    fn stats(&self) -> SsdStats {
+        let state = self.state.lock();
+        let counters = state.index.counters;
+        SsdStats {
+            slots: u64::from(state.index.limit()),
+            used_slots: counters.used_slots,
+            pending_slots: counters.pending_slots,
+            retired_slots: counters.retired_slots,
+            valid_pages: counters.valid_pages,
+            reads: counters.reads,
+            inserts: counters.inserts,
+            aborted_inserts: counters.aborted_inserts,
+            evictions: counters.evictions,
+            bad_checksums: state.bad_checksums,
+            io_errors: state.io_errors,
+            dropped_changed_store: state.dropped_changed_store,
+            index_bytes: state.index.bytes(),
+            state: match state.health.phase() {
+                _ if state.closed => SsdState::Closed,
+                Phase::Ok => SsdState::Ok,
+                Phase::Degraded { reason, since, retry_at } => {
+                    SsdState::Degraded { reason: reason.clone(), since: *since, retry_at: *retry_at }
+                }
+                Phase::Probing { since } => SsdState::Retrying { since: *since },
+            },
+        }
+    }
+}

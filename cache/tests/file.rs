@@ -1,0 +1,293 @@
+//! Raw files and block devices as stores.
+
+mod nbd_common;
+
+use nbd_common::{MODES, Random, compare_with_model, hammer, on, open, read, write};
+use prestage_cache::backend::{StoreError, StoreOptions};
+use prestage_cache::engine::EngineMode;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+fn disk(folder: &Path, name: &str, size: u64) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+    path
+}
+
+fn folder() -> tempfile::TempDir {
+    // Not in /tmp, which may be a tmpfs: direct I/O is what is to be tested.
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn name(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn open_error(mode: EngineMode, spec: String, options: StoreOptions) -> StoreError {
+    on(mode, move |shard| async move { open(&shard, &spec, &options).await.map(|_| ()).unwrap_err() })
+}
+
+#[test]
+fn a_file_does_what_the_model_does() {
+    let folder = folder();
+    for (i, mode) in MODES.into_iter().enumerate() {
+        for direct in [true, false] {
+            for size in [1 << 20, (1 << 20) + 512, 512] {
+                let path = name(&disk(folder.path(), &format!("{mode:?}{direct}{size}"), size));
+                let seed = size ^ (i as u64) << 40 ^ u64::from(direct) << 41;
+                on(mode, move |shard| async move {
+                    let options = StoreOptions { direct, ..StoreOptions::default() };
+                    let store = open(&shard, &path, &options).await.unwrap();
+                    assert_eq!(store.info().size_bytes, size);
+                    compare_with_model(&store, seed, 300, true).await;
+                    store.close().await;
+                    assert_eq!(std::fs::metadata(&path).unwrap().len(), size, "a file must not change its size");
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn requests_that_overlap_in_time_do_not_disturb_each_other() {
+    let folder = folder();
+    for mode in MODES {
+        let path = name(&disk(folder.path(), &format!("{mode:?}"), 2 << 20));
+        on(mode, move |shard| async move {
+            let store = open(&shard, &path, &StoreOptions::default()).await.unwrap();
+            hammer(&shard, &store, 5, 16, 60).await;
+        });
+    }
+}
+
+/// A loop device with sectors of 4096 bytes, which goes away.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(path: &Path) -> Option<LoopDevice> {
+        let output = Command::new("losetup").args(["--find", "--show", "--sector-size", "4096"]).arg(path).output().ok()?;
+        output.status.success().then(|| LoopDevice(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn small_sectors_work_on_a_block_device_with_large_ones() {
+    let folder = folder();
+    for mode in MODES {
+        let Some(device) = LoopDevice::new(&disk(folder.path(), &format!("{mode:?}"), 2 << 20)) else {
+            let user = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap());
+            assert_ne!(user, 0, "root must be able to make a loop device");
+            eprintln!("not root: nothing tested here");
+            return;
+        };
+        let path = device.0.clone();
+        on(mode, move |shard| async move {
+            let store = open(&shard, &path, &StoreOptions::default()).await.unwrap();
+            assert_eq!(store.info().min_io_bytes, 4096);
+            compare_with_model(&store, 11, 300, true).await;
+            // Neighbouring sectors of one unit, written by different tasks at the same time.
+            let writers: Vec<_> = (0..64u64)
+                .map(|i| {
+                    let store = std::rc::Rc::clone(&store);
+                    shard.spawn(async move { write(&store, i * 512, &[i as u8 + 1; 512], false).await.unwrap() })
+                })
+                .collect();
+            for writer in writers {
+                writer.await.unwrap();
+            }
+            let got = read(&store, 0, 64 * 512).await.unwrap();
+            assert!(got.chunks(512).enumerate().all(|(i, c)| c.iter().all(|b| *b == i as u8 + 1)));
+            store.close().await;
+        });
+    }
+}
+
+#[test]
+fn the_last_page_is_filled_up_with_zeroes() {
+    let folder = folder();
+    for direct in [true, false] {
+        let path = disk(folder.path(), &format!("{direct}"), 3 * 4096 + 1024);
+        std::fs::File::options().write(true).open(&path).unwrap().write_all_at(&[9; 3 * 4096 + 1024], 0).unwrap();
+        on(EngineMode::Auto, move |shard| async move {
+            let store = open(&shard, &name(&path), &StoreOptions { direct, ..StoreOptions::default() }).await.unwrap();
+            let got = read(&store, 8192, 8192).await.unwrap();
+            assert!(got[..5120].iter().all(|b| *b == 9) && got[5120..].iter().all(|b| *b == 0));
+            let beyond = read(&store, 16384, 4096).await.unwrap_err();
+            assert!(matches!(beyond, StoreError::OutOfRange { .. }), "{beyond}");
+            let beyond = write(&store, 3 * 4096, &[1; 4096], false).await.unwrap_err();
+            assert!(matches!(beyond, StoreError::OutOfRange { .. }), "{beyond}");
+        });
+    }
+}
+
+#[test]
+fn what_is_not_a_raw_disk_is_refused_with_a_reason() {
+    let folder = folder();
+    let at = |file: &str| name(&folder.path().join(file));
+    disk(folder.path(), "empty", 0);
+    disk(folder.path(), "odd", 1000);
+    std::fs::write(at("image"), [b"QFI\xfb".as_slice(), &[0; 508]].concat()).unwrap();
+    nix::unistd::mkfifo(&folder.path().join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let options = StoreOptions::default();
+    let refused = |file: &str| open_error(EngineMode::Auto, at(file), options.clone());
+    assert!(matches!(refused("nothing"), StoreError::NotFound { .. }));
+    assert!(matches!(refused("."), StoreError::NotADisk { .. }));
+    assert!(matches!(refused("pipe"), StoreError::NotADisk { .. }));
+    assert!(matches!(refused("empty"), StoreError::BadSize { size_bytes: 0, .. }));
+    assert!(matches!(refused("odd"), StoreError::BadSize { size_bytes: 1000, .. }));
+    let image = refused("image");
+    assert!(matches!(image, StoreError::NotRaw { format: "qcow2", .. }));
+    assert!(image.to_string().contains("serve it with qemu-nbd"), "{image}");
+    let path = at("image");
+    on(EngineMode::Auto, move |shard| async move {
+        let options = StoreOptions { force_raw: true, ..StoreOptions::default() };
+        let store = open(&shard, &path, &options).await.unwrap();
+        assert_eq!(&read(&store, 0, 512).await.unwrap()[..4], b"QFI\xfb");
+    });
+}
+
+#[test]
+fn one_writer_or_many_readers() {
+    let folder = folder();
+    let path = name(&disk(folder.path(), "d", 4096));
+    on(EngineMode::Auto, move |shard| async move {
+        let writer = StoreOptions::default();
+        let reader = StoreOptions { read_only: true, ..StoreOptions::default() };
+        let first = open(&shard, &path, &writer).await.unwrap();
+        for options in [&writer, &reader] {
+            let refused = open(&shard, &path, options).await.unwrap_err();
+            assert!(matches!(refused, StoreError::Locked { writer: true, .. }), "{refused}");
+        }
+        first.close().await;
+        let closed = read(&first, 0, 512).await.unwrap_err();
+        assert!(matches!(closed, StoreError::Closed { .. }), "{closed}");
+        let readers = (open(&shard, &path, &reader).await.unwrap(), open(&shard, &path, &reader).await.unwrap());
+        let refused = open(&shard, &path, &writer).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Locked { writer: false, .. }), "{refused}");
+        let refused = write(&readers.0, 0, &[1; 512], false).await.unwrap_err();
+        assert!(matches!(refused, StoreError::ReadOnly { .. }), "{refused}");
+        assert_eq!(refused.errno(), libc::EROFS);
+        drop(readers);
+        open(&shard, &path, &writer).await.unwrap();
+    });
+}
+
+#[test]
+fn an_image_that_qemu_writes_to_is_refused_and_the_other_way_round() {
+    let folder = folder();
+    let path = name(&disk(folder.path(), "d", 1 << 20));
+    let qemu_io = |args: &[&str]| {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw"]).args(args).arg(&path);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("qemu-io is missing: run scripts/setup.sh")
+    };
+    // Interactive, so that it holds the image until told to quit; it prints what it read first.
+    let mut holder = qemu_io(&[]);
+    let mut stdin = holder.stdin.take().unwrap();
+    stdin.write_all(b"write 0 512\n").unwrap();
+    stdin.flush().unwrap();
+    let mut line = String::new();
+    let mut stdout = std::io::BufReader::new(holder.stdout.take().unwrap());
+    while !line.contains("wrote 512") {
+        assert!(std::io::BufRead::read_line(&mut stdout, &mut line).unwrap() > 0, "qemu-io said only: {line}");
+    }
+    for read_only in [false, true] {
+        let refused = open_error(EngineMode::Auto, path.clone(), StoreOptions { read_only, ..StoreOptions::default() });
+        assert!(matches!(refused, StoreError::Locked { writer: true, .. }), "{refused}");
+    }
+    stdin.write_all(b"quit\n").unwrap();
+    assert!(holder.wait().unwrap().success());
+
+    let shard = nbd_common::start(EngineMode::Auto);
+    let spec = path.clone();
+    let (send, receive) = std::sync::mpsc::channel();
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    shard.spawn(move |shard| async move {
+        let store = open(&shard, &spec, &StoreOptions::default()).await.unwrap();
+        send.send(()).unwrap();
+        let _ = shard.blocking(move || wait.recv()).await;
+        store.close().await;
+    });
+    receive.recv().unwrap();
+    let refused = qemu_io(&["-c", "write 0 512"]).wait_with_output().unwrap();
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("lock"), "{}", String::from_utf8_lossy(&refused.stderr));
+    drop(done);
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_and_never_made_up_data() {
+    let folder = folder();
+    for direct in [true, false] {
+        let path = disk(folder.path(), &format!("{direct}"), 1 << 20);
+        on(EngineMode::Auto, move |shard| async move {
+            let options = StoreOptions { direct, ..StoreOptions::default() };
+            let store = open(&shard, &name(&path), &options).await.unwrap();
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(64 << 10).unwrap();
+            let error = read(&store, 0, 1 << 20).await.unwrap_err();
+            assert!(matches!(error, StoreError::Shrunk { was_bytes: 0x10_0000, now_bytes: 0x1_0000, .. }), "{error}");
+            assert!(matches!(store.refresh_size().await.unwrap_err(), StoreError::Shrunk { .. }));
+            read(&store, 0, 64 << 10).await.unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_file_that_grows_is_larger_after_a_refresh() {
+    let folder = folder();
+    let path = disk(folder.path(), "d", 8192);
+    on(EngineMode::Auto, move |shard| async move {
+        let store = open(&shard, &name(&path), &StoreOptions::default()).await.unwrap();
+        let before = store.info().version_stamp.unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(16384).unwrap();
+        assert!(matches!(read(&store, 8192, 4096).await.unwrap_err(), StoreError::OutOfRange { .. }));
+        assert_eq!(store.refresh_size().await.unwrap(), 16384);
+        read(&store, 8192, 4096).await.unwrap();
+        let after = store.info().version_stamp.unwrap();
+        assert_eq!((after.inode, after.device, after.size_bytes), (before.inode, before.device, 16384));
+        assert_ne!(before.ctime_ns, after.ctime_ns);
+    });
+}
+
+#[test]
+fn one_file_has_one_identity_by_whatever_name() {
+    let folder = folder();
+    let path = disk(folder.path(), "d", 4096);
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    on(EngineMode::Auto, move |shard| async move {
+        let options = StoreOptions { read_only: true, ..StoreOptions::default() };
+        let by_link = open(&shard, &name(&link), &options).await.unwrap();
+        let by_path = open(&shard, &format!("file:{}", name(&path)), &options).await.unwrap();
+        assert_eq!(by_link.info().identity, by_path.info().identity);
+    });
+}
+
+#[test]
+fn ranges_that_are_not_whole_sectors_within_the_store_are_refused() {
+    let folder = folder();
+    let path = name(&disk(folder.path(), "d", 8192));
+    on(EngineMode::Auto, move |shard| async move {
+        let store = open(&shard, &path, &StoreOptions::default()).await.unwrap();
+        let mut random = Random(3);
+        for (offset, len) in [(1, 512), (0, 511), (8192, 512), (u64::MAX - 511, 512), (4096, 8192)] {
+            let data = random.bytes(len);
+            assert!(matches!(write(&store, offset, &data, false).await, Err(StoreError::OutOfRange { .. })));
+            assert!(matches!(read(&store, offset, len).await, Err(StoreError::OutOfRange { .. })));
+            assert!(matches!(store.discard(offset, len as u64).await, Err(StoreError::OutOfRange { .. })));
+            let zeroed = store.write_zeroes(offset, len as u64, true).await;
+            assert!(matches!(zeroed, Err(StoreError::OutOfRange { .. })));
+        }
+        assert!(matches!(store.discard(512, u64::MAX - 511).await, Err(StoreError::OutOfRange { .. })));
+        assert!(read(&store, 0, 8192).await.unwrap().iter().all(|b| *b == 0));
+    });
+}
