@@ -32,7 +32,9 @@ fn hint(kind: io::ErrorKind) -> &'static str {
     match kind {
         io::ErrorKind::PermissionDenied => "; run it as root or as a member of the socket's group",
         io::ErrorKind::TimedOut => "; it is there but too busy, see `journalctl -u prestaged`",
-        _ => "; is prestaged running? See `systemctl status prestaged`. Another socket: --socket PATH or PRESTAGE_SOCKET",
+        _ => {
+            "; is prestaged running? See `systemctl status prestaged`. Another socket: --socket PATH or PRESTAGE_SOCKET"
+        }
     }
 }
 
@@ -63,7 +65,12 @@ impl Client {
         self.call(Method::DELETE, path, None::<&()>).await
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<T, ClientError> {
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, ClientError> {
         let (status, bytes) = match tokio::time::timeout(self.timeout, self.exchange(method, path, body)).await {
             Ok(answer) => answer?,
             Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
@@ -79,7 +86,12 @@ impl Client {
         }
     }
 
-    async fn exchange(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<(StatusCode, Bytes), ClientError> {
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.failed(&error))?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use prestage_tests::accelerator::Accelerator;
-use prestage_tests::daemon::{Counters, DaemonOptions, Prestaged};
+use prestage_tests::daemon::{DaemonOptions, Prestaged};
 use prestage_tests::guest::{Guest, GuestDisk, GuestOptions};
 use prestage_tests::image::Image;
 use prestage_tests::libvirt::Libvirt;

@@ -46,7 +46,14 @@ fn run(predictor: &mut AccessPredictor, events: &[Event], threshold: f32, boot: 
     for (name, part) in &parts {
         all += part;
         if parts.len() > 1 && part.reads > 20 {
-            println!("    {name:<14} {:6} reads, coverage {:.3}, precision {:.3} of {} pages, spatial {:?}", part.reads, part.coverage(), part.precision(), part.proposed_pages, part.by_expert[3]);
+            println!(
+                "    {name:<14} {:6} reads, coverage {:.3}, precision {:.3} of {} pages, spatial {:?}",
+                part.reads,
+                part.coverage(),
+                part.precision(),
+                part.proposed_pages,
+                part.by_expert[3]
+            );
         }
     }
     println!(
@@ -98,11 +105,20 @@ fn main() {
                 count += 1;
             }
         }
-        println!("    {} ns an access, {} KiB", begin.elapsed().as_nanos() / u128::from(count.max(1)), predictor.memory_bytes() >> 10);
+        println!(
+            "    {} ns an access, {} KiB",
+            begin.elapsed().as_nanos() / u128::from(count.max(1)),
+            predictor.memory_bytes() >> 10
+        );
     }
     for pair in traces.windows(2) {
         for all_boot in [true, false] {
-            println!("{} after {}, {}", pair[1].0, pair[0].0, if all_boot { "all one boot phase" } else { "boot phase ended at its mark" });
+            println!(
+                "{} after {}, {}",
+                pair[1].0,
+                pair[0].0,
+                if all_boot { "all one boot phase" } else { "boot phase ended at its mark" }
+            );
             let mut predictor = AccessPredictor::new(AccessConfig::default());
             for (_, events) in pair {
                 run(&mut predictor, events, threshold, Some(all_boot));

@@ -35,6 +35,10 @@ const RELIABILITY_PRIOR: f32 = 0.95;
 const RELIABILITY_WEIGHT: f32 = 2.0;
 const RELIABILITY_FADING: f32 = 0.8;
 
+/// A burst too large for one recording goes on in so many more; then it is no burst but a steady load, which must not drive
+/// out the bursts that are known.
+const CONTINUED: u32 = 1;
+
 /// Limits, see `AccessConfig`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BurstLimits {
@@ -85,6 +89,8 @@ pub(crate) struct BurstSets {
 #[derive(Debug, Default)]
 pub(crate) struct BurstCursor {
     recording: Option<Recording>,
+    /// Recordings since the last pause that were full.
+    continued: u32,
     latest_us: u64,
     /// Trigger blocks seen by burst.
     seen: Vec<(u32, Vec<u32>)>,
@@ -114,6 +120,10 @@ impl BurstSets {
         if cursor.recording.is_some() && at_us.saturating_sub(cursor.latest_us) >= self.limits.gap_us {
             self.close(cursor);
             self.retire(cursor, at_us);
+            cursor.continued = 0;
+        } else if cursor.recording.as_ref().is_some_and(Recording::is_full) && cursor.continued < CONTINUED {
+            self.close(cursor);
+            cursor.continued += 1;
         }
         let limit = self.limits.pages;
         let recording = cursor.recording.get_or_insert_with(|| Recording::new(at_us, limit));
@@ -154,11 +164,15 @@ impl BurstSets {
             if at_us.saturating_sub(replay.matched_us()) < REPLAY_IDLE_US {
                 return true;
             }
-            if let (Some(share), Some(burst)) = (replay.verdict(), self.bursts.iter_mut().find(|burst| burst.id == *id)) {
-                burst.judge(share);
-            }
+            self.judge(*id, replay);
             false
         });
+    }
+
+    fn judge(&mut self, id: u32, replay: &Replay) {
+        if let (Some(share), Some(burst)) = (replay.verdict(), self.bursts.iter_mut().find(|burst| burst.id == id)) {
+            burst.judge(share);
+        }
     }
 
     /// Learns what the present burst is so far, for a snapshot.
@@ -231,11 +245,12 @@ impl BurstSets {
     }
 
     fn trigger(&mut self, cursor: &mut BurstCursor, first: u64, pages: u32, at_us: u64) {
+        let mut retired = Vec::new();
         let (from, to) = (first / BLOCK_PAGES, (first + u64::from(pages) - 1) / BLOCK_PAGES);
         for block in from..=to {
             let Some(ids) = self.index.get(&(block as u32)) else { continue };
             for &id in ids {
-                if cursor.replays.len() >= REPLAYS || cursor.replays.iter().any(|(replayed, _)| *replayed == id) {
+                if cursor.replays.iter().any(|(replayed, _)| *replayed == id) {
                     continue;
                 }
                 let position = cursor.seen.iter().position(|(seen, _)| *seen == id).unwrap_or_else(|| {
@@ -252,6 +267,10 @@ impl BurstSets {
                 let Some(burst) = self.bursts.iter_mut().find(|burst| burst.id == id) else { continue };
                 self.uses += 1;
                 burst.used = self.uses;
+                if cursor.replays.len() >= REPLAYS {
+                    let oldest = (0..REPLAYS).min_by_key(|&at| cursor.replays[at].1.matched_us()).unwrap_or(0);
+                    retired.push(cursor.replays.swap_remove(oldest));
+                }
                 let plan = std::sync::Arc::clone(burst.set.plan());
                 let mut replay = Replay::new(plan, self.limits.window, burst.reliability(), at_us);
                 let so_far = cursor.recording.as_ref().map_or(&[][..], Recording::order);
@@ -262,6 +281,7 @@ impl BurstSets {
                 cursor.replays.push((id, replay));
             }
         }
+        retired.into_iter().for_each(|(id, replay)| self.judge(id, &replay));
     }
 
     /// Layout: count, then from the least to the most recently used: triggers (count, block

@@ -229,12 +229,21 @@ impl Ledger {
         })
     }
 
-    /// Pages of `block` touched or proposed within the last `seconds`.
-    pub(crate) fn handled_within(&self, block: u64, seconds: u32) -> u16 {
-        self.find(block as u32).map_or(0, |index| {
-            let entry = &self.entries[index];
-            if self.now_s.saturating_sub(entry.at_s) > seconds { 0 } else { entry.touched | entry.proposed }
-        })
+    /// Makes the pages of `mask` that were last touched, or proposed about as likely, more than `seconds` ago new again,
+    /// without judging what was proposed; returns the others.
+    pub(crate) fn renew(&mut self, block: u64, mask: u16, probability: f32, seconds: u32) -> u16 {
+        let Some(index) = self.find(block as u32) else { return 0 };
+        let recent = self.now_s.saturating_sub(self.entries[index].at_s) <= seconds;
+        let entry = &mut self.entries[index];
+        let proposed = if probability >= entry.probability + BETTER_BY { 0 } else { entry.proposed };
+        let handled = if recent { mask & (entry.touched | proposed) } else { 0 };
+        let new = mask & !handled;
+        entry.touched &= !new;
+        entry.proposed &= !new;
+        entry.foreign &= !new;
+        entry.pending &= !new;
+        entry.guessed.iter_mut().for_each(|guessed| *guessed &= !new);
+        handled
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {
@@ -336,6 +345,19 @@ mod tests {
         assert_eq!(ledger.propose(7, 0b1111, 0.9, (Expert::Sequential, class), &mut calibration), 0b0011);
         ledger.advance((u64::from(FORGET_AFTER_S) + 2) * 1_000_000, &mut calibration);
         assert_eq!(ledger.propose(7, 0b1111, 0.5, (Expert::Sequential, class), &mut calibration), 0b1111);
+    }
+
+    #[test]
+    fn renewed_pages_are_proposed_again_except_recent_ones() {
+        let (mut ledger, mut calibration) = fixture();
+        ledger.read(7, 0b0001, &mut calibration);
+        ledger.propose(7, 0b0110, 0.3, (Expert::Sequential, Class::stream(3)), &mut calibration);
+        assert_eq!(ledger.renew(7, 0b1111, 0.35, 30), 0b0111);
+        assert_eq!(ledger.renew(7, 0b1111, 0.95, 30), 0b0001, "proposed before, but far less likely");
+        ledger.advance(40_000_000, &mut calibration);
+        assert_eq!(ledger.renew(7, 0b1111, 0.95, 30), 0);
+        assert_eq!(ledger.propose(7, 0b1111, 0.3, (Expert::Phase, Class::NONE), &mut calibration), 0b1111);
+        assert_eq!(calibration.classes[3].total, 0.0);
     }
 
     #[test]

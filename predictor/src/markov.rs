@@ -150,7 +150,8 @@ impl MarkovTable {
         if cursor.at.is_some() {
             let delta = first as i64 - cursor.last_first as i64;
             if learn && delta.abs() <= MAX_DELTA_PAGES {
-                let to = Slot { key: delta as i32 as u32, mask: pages.min(u32::from(u16::MAX)) as u16, count: 0, tail: 0 };
+                let to =
+                    Slot { key: delta as i32 as u32, mask: pages.min(u32::from(u16::MAX)) as u16, count: 0, tail: 0 };
                 if let Some((one, two)) = cursor.delta_tags() {
                     self.learn(one, to);
                     if let Some(two) = two {
@@ -393,8 +394,7 @@ fn propose_block(slot: Slot, score: f32, kind: Kind, depth: u32, out: &mut Vec<P
     let block = u64::from(slot.key) * BLOCK_PAGES;
     let class = class(kind, score, depth);
     let mut push = |first: u64, pages: u32| {
-        let proposal =
-            Proposal { first, pages, expert: Expert::Markov, class, prior: score * 0.7, due_us: None };
+        let proposal = Proposal { first, pages, expert: Expert::Markov, class, prior: score * 0.7, due_us: None };
         out.push(proposal);
     };
     for (from, count) in mask_runs(slot.mask) {

@@ -85,10 +85,7 @@ impl Calibration {
     pub(crate) const CLASSES: usize = streams::CLASSES + markov::CLASSES;
 
     pub(crate) fn new() -> Self {
-        Self {
-            classes: vec![Odds::default(); Self::CLASSES],
-            spatial: vec![Odds::default(); ledger::SPATIAL_CLASSES],
-        }
+        Self { classes: vec![Odds::default(); Self::CLASSES], spatial: vec![Odds::default(); ledger::SPATIAL_CLASSES] }
     }
 
     pub(crate) fn label(&mut self, class: Class, used: u32, total: u32) {

@@ -57,7 +57,7 @@ pub struct AccessConfig {
     pub phase_sets: usize,
     /// Quiet time that separates bursts outside phases. Default 2 s.
     pub burst_gap: Duration,
-    /// Bytes of first touches recorded in one burst. Default 64 MiB.
+    /// Bytes of first touches recorded in one burst. Default 256 MiB.
     pub burst_bytes: u64,
     /// Bursts kept. Default 64.
     pub bursts: usize,
@@ -79,7 +79,7 @@ impl Default for AccessConfig {
             phase_bytes: 512 << 20,
             phase_sets: 64,
             burst_gap: Duration::from_secs(2),
-            burst_bytes: 64 << 20,
+            burst_bytes: 256 << 20,
             bursts: 64,
             markov_contexts: 16_384,
             recent_blocks: 16_384,
@@ -286,7 +286,13 @@ impl AccessPredictor {
             }
             // Last, because the spatial expert adds to what the others expect. Only the ends of a request leave blocks in part.
             let ends = [first / crate::BLOCK_PAGES, (first + u64::from(pages) - 1) / crate::BLOCK_PAGES];
-            for block in if !touched_anew { &[][..] } else if ends[0] == ends[1] { &ends[..1] } else { &ends[..] } {
+            for block in if !touched_anew {
+                &[][..]
+            } else if ends[0] == ends[1] {
+                &ends[..1]
+            } else {
+                &ends[..]
+            } {
                 self.raise_rest_of_block(*block, pages);
             }
         }
@@ -370,10 +376,9 @@ impl AccessPredictor {
                         let fresh = if repeat_s == u32::MAX {
                             ledger.propose(block, mask, probability, (expert, Class::NONE), calibration)
                         } else {
-                            let handled = ledger.handled_within(block, repeat_s);
-                            ledger.forget(block, mask & !handled, calibration);
-                            ledger.propose(block, mask & !handled, probability, (expert, Class::NONE), calibration);
-                            mask & !handled
+                            let new = mask & !ledger.renew(block, mask, probability, repeat_s);
+                            ledger.propose(block, new, probability, (expert, Class::NONE), calibration);
+                            new
                         };
                         joiner.push(block, fresh, &mut add);
                     }
@@ -399,7 +404,8 @@ impl AccessPredictor {
             self.ledger.forget(block, mask, &mut self.calibration);
         }
         for vm in self.vms.values_mut() {
-            if let Some(replay) = vm.phase.as_mut().and_then(|active| active.replay.as_mut()) {
+            let phase = vm.phase.as_mut().and_then(|active| active.replay.as_mut());
+            for replay in phase.into_iter().chain(vm.burst.replays()) {
                 replay.lost(outcome.first, pages);
             }
         }

@@ -33,7 +33,9 @@ const HEADER_BYTES: usize = 24;
 /// Why bytes are not a profile of this program.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ProfileError {
-    #[error("not a prestage profile: it does not begin with PSTGPROF; check the path, or remove the file to learn anew")]
+    #[error(
+        "not a prestage profile: it does not begin with PSTGPROF; check the path, or remove the file to learn anew"
+    )]
     NotAProfile,
     #[error(
         "the profile has format version {found}, this program reads version {expected}; remove it with \

@@ -143,10 +143,7 @@ mod tests {
         assert_eq!(run.read(8, 8, 2_000), 4);
         run.write(8, 2, 7);
         assert_eq!(run.read(8, 8, 9_000), 0);
-        assert_eq!(
-            run.order(),
-            [Touched { first: 8, pages: 2, at_ms: 2 }, Touched { first: 14, pages: 2, at_ms: 2 }]
-        );
+        assert_eq!(run.order(), [Touched { first: 8, pages: 2, at_ms: 2 }, Touched { first: 14, pages: 2, at_ms: 2 }]);
         assert_eq!(run.span_ms(), 9);
     }
 

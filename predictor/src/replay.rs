@@ -302,7 +302,8 @@ mod tests {
 
     #[test]
     fn outstanding_bytes_are_bounded() {
-        let mut replay = Replay::new(plan(1000), Window { pages: 80, horizon_ms: 1_000_000, slow_start: false }, 1.0, 0);
+        let mut replay =
+            Replay::new(plan(1000), Window { pages: 80, horizon_ms: 1_000_000, slow_start: false }, 1.0, 0);
         assert_eq!(proposed(&mut replay, 0).len(), 10);
         for i in 0..4 {
             replay.read(i * 16, 8, 0);

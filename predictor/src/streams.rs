@@ -124,7 +124,8 @@ impl StreamTable {
 
     fn start(&mut self, first: u64, end: u64, at_us: u64, out: &mut Vec<Proposal>) {
         let delta = self.streams.iter().take(STRIDE_PARTNERS).map(|stream| distance(stream.first, first));
-        let delta = delta.into_iter().find(|delta| *delta != 0 && delta.unsigned_abs() <= MAX_STRIDE_PAGES).unwrap_or(0);
+        let delta =
+            delta.into_iter().find(|delta| *delta != 0 && delta.unsigned_abs() <= MAX_STRIDE_PAGES).unwrap_or(0);
         self.streams.truncate(STREAMS - 1);
         let pages = end - first;
         self.streams.insert(
@@ -238,8 +239,7 @@ impl Stream {
                 self.frontier = self.frontier.min(first);
             }
             Kind::Stride => {
-                let passed =
-                    if self.delta > 0 { self.frontier < first } else { self.frontier > first };
+                let passed = if self.delta > 0 { self.frontier < first } else { self.frontier > first };
                 if passed {
                     self.frontier = first;
                 }

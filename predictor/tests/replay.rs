@@ -93,8 +93,7 @@ fn programs_after_the_boot_phase_are_recognised() {
     let (booting, after) = boot(&mut predictor, &excerpt(BOOT_2), false);
     println!("boot {booting:?}\nprograms {after:?}");
     require_foreseen(&booting);
-    assert!(after.coverage() >= 0.9, "coverage {:.3}: {after:?}", after.coverage());
-    assert!(after.precision() >= 0.85, "precision {:.3}: {after:?}", after.precision());
+    require_foreseen(&after);
 }
 
 #[test]
@@ -205,7 +204,7 @@ fn memory_stays_within_its_bounds_under_any_load() {
             out.clear();
         }
     }
-    // Three bursts of at most 64 MiB in 8-page pieces, a set kept of each, and the tables.
+    // Three recordings of at most 256 MiB in 8-page pieces (40 bytes each), the sets kept of them, and the tables.
     assert!(empty < 3 << 20, "{empty}");
     assert!(predictor.memory_bytes() < 16 << 20, "{}", predictor.memory_bytes());
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
 use crate::config::units::parse_bytes;
@@ -12,7 +13,13 @@ pub const DEFAULT_SOCKET: &str = "/run/prestage/prestaged.sock";
 
 /// Controls prestaged, the host agent that pre-stages disks of virtual machines.
 #[derive(Debug, Parser)]
-#[command(name = "prestagectl", version, propagate_version = true, arg_required_else_help = true, disable_help_subcommand = true)]
+#[command(
+    name = "prestagectl",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 prestaged cannot be reached.")]
 pub struct Cli {
     /// Control socket of prestaged
@@ -74,8 +81,8 @@ pub struct DiskAddArgs {
     /// 1 to 64 letters, digits, `.`, `_`, `-`
     #[arg(value_parser = disk_name)]
     pub name: String,
-    /// /path, nbd://host[:port]/export or nbd+unix:///export?socket=/path
-    pub store: String,
+    /// Path of a raw image or block device, nbd://host[:port]/export or nbd+unix:///export?socket=/path
+    pub store: StoreSpec,
     /// Refuse writes
     #[arg(long)]
     pub read_only: bool,
@@ -119,7 +126,8 @@ pub enum CacheCommand {
     /// Size, use and health of each tier, and what is cached
     Tiers,
     /// Where reads were served from: since the start, or a line each INTERVAL
-    #[command(long_about = "Where reads were served from.\n\nWithout INTERVAL: totals since prestaged started, by disk. With it: a line each INTERVAL seconds, of that \
+    #[command(
+        long_about = "Where reads were served from.\n\nWithout INTERVAL: totals since prestaged started, by disk. With it: a line each INTERVAL seconds, of that \
         interval alone, COUNT lines or until stopped.\n\n  \
         reads/s   guest read requests\n  \
         ram% ssd% store%   share of them served from RAM, from the SSD tier, after waiting for the store\n  \
@@ -127,7 +135,8 @@ pub enum CacheCommand {
         pf_MB/s   read ahead of the guest (millions of bytes a second, as all MB here)\n  \
         prec%     bytes read ahead that the guest used, of those that arrived\n  \
         late/s    reads that waited for a block being read ahead\n  \
-        store_MB/s   all reads from the store\n\nWith --json and INTERVAL: a line of the raw counters each INTERVAL.")]
+        store_MB/s   all reads from the store\n\nWith --json and INTERVAL: a line of the raw counters each INTERVAL."
+    )]
     Stat {
         /// Seconds between lines, at least 0.1
         #[arg(value_parser = interval)]

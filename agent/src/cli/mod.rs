@@ -17,15 +17,16 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{
-    AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList, Saved, Status,
-    VmList, WarmRequest, Warmed,
+    AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList,
+    Saved, Status, VmList, WarmRequest, Warmed,
 };
 use serde::Serialize;
 use serde_json::json;
 
-pub use args::{Cli, DEFAULT_SOCKET};
 use args::{CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, VmCommand};
+pub use args::{Cli, DEFAULT_SOCKET};
 use stat::StatArgs;
 
 use crate::client::{Client, ClientError, encode};
@@ -54,7 +55,9 @@ impl Failure {
     fn json(&self) -> serde_json::Value {
         match self {
             Self::Client(ClientError::Refused(problem)) => json!(problem),
-            Self::Client(ClientError::Unreachable { .. }) => json!({ "code": "unreachable", "detail": self.to_string() }),
+            Self::Client(ClientError::Unreachable { .. }) => {
+                json!({ "code": "unreachable", "detail": self.to_string() })
+            }
             _ => json!({ "code": "failed", "detail": self.to_string() }),
         }
     }
@@ -104,7 +107,12 @@ fn print_json_line(out: &mut impl Write, value: &impl Serialize) -> Result<(), F
 }
 
 /// Prints an answer: as it came, or as text.
-fn answer<T: Serialize>(out: &mut impl Write, json: bool, value: &T, text: impl FnOnce(&T) -> String) -> Result<(), Failure> {
+fn answer<T: Serialize>(
+    out: &mut impl Write,
+    json: bool,
+    value: &T,
+    text: impl FnOnce(&T) -> String,
+) -> Result<(), Failure> {
     if json {
         return print_json(out, value);
     }
@@ -131,7 +139,11 @@ async fn disk(command: DiskCommand, client: &Client, json: bool, out: &mut impl 
         DiskCommand::Add(args) => {
             let request = DiskAdd {
                 name: args.name,
-                store: args.store,
+                // Parsed here, so that a relative path is below the operator's folder and not the daemon's.
+                store: match args.store {
+                    StoreSpec::File(path) => absolute(&path)?,
+                    nbd @ StoreSpec::Nbd { .. } => nbd.to_string(),
+                },
                 read_only: args.read_only,
                 socket: args.export_socket.as_deref().map(absolute).transpose()?,
             };
@@ -148,7 +160,9 @@ async fn disk(command: DiskCommand, client: &Client, json: bool, out: &mut impl 
         DiskCommand::Remove { name, force } => {
             let query = if force { "?force=true" } else { "" };
             client.delete(&format!("/v1/disks/{}{query}", encode(&name))).await?;
-            answer(out, json, &json!({ "removed": name }), |_| format!("disk {name} is no longer served; its data stays where it is\n"))
+            answer(out, json, &json!({ "removed": name }), |_| {
+                format!("disk {name} is no longer served; its data stays where it is\n")
+            })
         }
     }
 }
@@ -179,7 +193,8 @@ async fn cache(command: CacheCommand, client: &Client, json: bool, out: &mut imp
     match command {
         CacheCommand::Tiers => answer(out, json, &client.get::<CacheTiers>("/v1/cache").await?, render::tiers),
         CacheCommand::Stat { interval, count, disk } => {
-            let terminal_lines = io::stdout().is_terminal().then(|| terminal_size::terminal_size().map_or(0, |(_, height)| height.0));
+            let terminal_lines =
+                io::stdout().is_terminal().then(|| terminal_size::terminal_size().map_or(0, |(_, height)| height.0));
             stat::run(client, &StatArgs { interval, count, disk, json, terminal_lines }, out).await
         }
         CacheCommand::Warm { disk, ranges, profile } => {
@@ -207,9 +222,13 @@ async fn profile(command: ProfileCommand, client: &Client, json: bool, out: &mut
         }
         ProfileCommand::Remove { id } => {
             client.delete(&format!("/v1/profiles/{}", encode(&id))).await?;
-            answer(out, json, &json!({ "removed": id }), |_| format!("profile {} is forgotten\n", table::printable(&id)))
+            answer(out, json, &json!({ "removed": id }), |_| {
+                format!("profile {} is forgotten\n", table::printable(&id))
+            })
         }
-        ProfileCommand::Save => answer(out, json, &client.post::<Saved>("/v1/profiles/save", &json!({})).await?, render::saved),
+        ProfileCommand::Save => {
+            answer(out, json, &client.post::<Saved>("/v1/profiles/save", &json!({})).await?, render::saved)
+        }
     }
 }
 

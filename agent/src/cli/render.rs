@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
-    Attached, CacheTiers, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, Profile, ProfileList, Saved, Status, StoreState, TakesEffect,
-    TierName, VmList, Warmed,
+    Attached, CacheTiers, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, Profile, ProfileList, Saved,
+    Status, StoreState, TakesEffect, TierName, VmList, Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -60,7 +60,9 @@ pub(super) fn status(status: &Status) -> String {
         "libvirt",
         match libvirt.health {
             Health::Off => "off".to_owned(),
-            _ if libvirt.connected => format!("{}, connected, {}", libvirt.uri, count(libvirt.reconnects, "reconnect", "reconnects")),
+            _ if libvirt.connected => {
+                format!("{}, connected, {}", libvirt.uri, count(libvirt.reconnects, "reconnect", "reconnects"))
+            }
             _ => format!("{}, NOT CONNECTED: {}", libvirt.uri, dash(libvirt.error.as_deref())),
         },
     );
@@ -109,7 +111,8 @@ fn store_state(state: &DiskState) -> String {
 
 pub(super) fn disks(list: &DiskList) -> String {
     if list.disks.is_empty() {
-        return "no disks; serve one with `prestagectl disk add NAME STORE` or `prestagectl vm attach VM TARGET`\n".to_owned();
+        return "no disks; serve one with `prestagectl disk add NAME STORE` or `prestagectl vm attach VM TARGET`\n"
+            .to_owned();
     }
     let mut table = Table::new(&[
         ("NAME", Align::Left),
@@ -127,7 +130,11 @@ pub(super) fn disks(list: &DiskList) -> String {
             disk.name.clone(),
             human_bytes(state.capacity_bytes),
             if disk.read_only { "ro" } else { "rw" }.to_owned(),
-            if state.connected { format!("yes, {}", count(state.queues.into(), "queue", "queues")) } else { "no".to_owned() },
+            if state.connected {
+                format!("yes, {}", count(state.queues.into(), "queue", "queues"))
+            } else {
+                "no".to_owned()
+            },
             machine(disk).unwrap_or_else(|| "-".to_owned()),
             disk.counters.reads.to_string(),
             disk.store.clone(),
@@ -150,7 +157,14 @@ pub(super) fn disk(disk: &Disk) -> String {
     fields.add("mode", if disk.read_only { "read-only" } else { "read-write" });
     fields.add("socket", &disk.socket);
     fields.add("vm", machine(disk).unwrap_or_else(|| "-".to_owned()));
-    fields.add("connected", if state.connected { format!("yes, {}", count(state.queues.into(), "queue", "queues")) } else { "no".to_owned() });
+    fields.add(
+        "connected",
+        if state.connected {
+            format!("yes, {}", count(state.queues.into(), "queue", "queues"))
+        } else {
+            "no".to_owned()
+        },
+    );
     let mut text = fields.render();
     text.push('\n');
     text.push_str(&counted(counters));
@@ -160,10 +174,15 @@ pub(super) fn disk(disk: &Disk) -> String {
 fn counted(counters: &Counters) -> String {
     let served = counters.served_ram + counters.served_ssd + counters.served_store;
     let mut fields = Fields::default();
-    fields.add("reads", format!("{}, {}, mean wait {} ms", counters.reads, human_bytes(counters.read_bytes), wait_ms(counters)));
-    for (name, part) in
-        [("from RAM", counters.served_ram), ("from SSD", counters.served_ssd), ("waited for store", counters.served_store)]
-    {
+    fields.add(
+        "reads",
+        format!("{}, {}, mean wait {} ms", counters.reads, human_bytes(counters.read_bytes), wait_ms(counters)),
+    );
+    for (name, part) in [
+        ("from RAM", counters.served_ram),
+        ("from SSD", counters.served_ssd),
+        ("waited for store", counters.served_store),
+    ] {
         fields.add(name, format!("{part} ({} %)", percent(part, served)));
     }
     fields.add("read errors", counters.read_errors);
@@ -177,13 +196,19 @@ fn counted(counters: &Counters) -> String {
             "{} issued, {} used ({} % of what arrived), {} evicted unused, {} cancelled",
             human_bytes(counters.prefetch_issued_bytes),
             human_bytes(counters.prefetch_used_bytes),
-            percent(counters.prefetch_used_bytes.min(counters.prefetch_completed_bytes), counters.prefetch_completed_bytes),
+            percent(
+                counters.prefetch_used_bytes.min(counters.prefetch_completed_bytes),
+                counters.prefetch_completed_bytes
+            ),
             human_bytes(counters.prefetch_evicted_unused_bytes),
             human_bytes(counters.prefetch_cancelled_bytes)
         ),
     );
     fields.add("prefetch late", format!("{} reads waited for one", counters.prefetch_late));
-    fields.add("ssd traffic", format!("{} read, {} written", human_bytes(counters.ssd_read_bytes), human_bytes(counters.ssd_write_bytes)));
+    fields.add(
+        "ssd traffic",
+        format!("{} read, {} written", human_bytes(counters.ssd_read_bytes), human_bytes(counters.ssd_write_bytes)),
+    );
     fields.add("accesses dropped", counters.accesses_dropped);
     fields.render()
 }
@@ -218,7 +243,8 @@ pub(super) fn vms(list: &VmList) -> String {
         for (at, disk) in vm.disks.iter().enumerate() {
             // The machine's own columns stand once.
             let head = if at == 0 { head.clone() } else { Default::default() };
-            let tail = [disk.target.clone(), disk.bus.clone(), dash(disk.attached.as_deref()), dash(disk.source.as_deref())];
+            let tail =
+                [disk.target.clone(), disk.bus.clone(), dash(disk.attached.as_deref()), dash(disk.source.as_deref())];
             table.row(head.into_iter().chain(tail));
         }
     }
@@ -228,7 +254,9 @@ pub(super) fn vms(list: &VmList) -> String {
 fn effect(effect: TakesEffect) -> &'static str {
     match effect {
         TakesEffect::Now => "",
-        TakesEffect::NextStart => "It takes effect when the machine is next started; a reboot inside the guest is not enough.\n",
+        TakesEffect::NextStart => {
+            "It takes effect when the machine is next started; a reboot inside the guest is not enough.\n"
+        }
     }
 }
 
@@ -280,7 +308,12 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
         ]);
     }
     let mut text = table.render();
-    let mut cached = Table::new(&[("TIER", Align::Left), ("CACHED", Align::Right), ("DISKS", Align::Left), ("STORAGE", Align::Left)]);
+    let mut cached = Table::new(&[
+        ("TIER", Align::Left),
+        ("CACHED", Align::Right),
+        ("DISKS", Align::Left),
+        ("STORAGE", Align::Left),
+    ]);
     for tier in &tiers.tiers {
         for storage in &tier.storages {
             let disks = if storage.disks.is_empty() { "-".to_owned() } else { storage.disks.join(", ") };
@@ -295,8 +328,11 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
 }
 
 pub(super) fn warmed(disk: &str, reply: &Warmed) -> String {
-    let mut text =
-        format!("{disk}: {} on the way, {} cached already\n", human_bytes(reply.queued_bytes), human_bytes(reply.already_cached_bytes));
+    let mut text = format!(
+        "{disk}: {} on the way, {} cached already\n",
+        human_bytes(reply.queued_bytes),
+        human_bytes(reply.already_cached_bytes)
+    );
     if reply.refused_bytes > 0 {
         text.push_str(&format!("{} did not fit the cache or its queue\n", human_bytes(reply.refused_bytes)));
     }
@@ -342,13 +378,26 @@ pub(super) fn profile(profile: &Profile, now_unix_ms: u64) -> String {
     fields.add("disks", if profile.disks.is_empty() { "-".to_owned() } else { profile.disks.join(", ") });
     fields.add("state", with_detail(profile.health, profile.detail.as_deref()));
     fields.add("saved", profile.saved_unix_ms.map_or_else(|| "never".to_owned(), |at| ago(at, now_unix_ms)));
-    fields.add("runs", profile.runs).add("size", human_bytes(profile.size_bytes)).add("memory", human_bytes(profile.memory_bytes));
+    fields
+        .add("runs", profile.runs)
+        .add("size", human_bytes(profile.size_bytes))
+        .add("memory", human_bytes(profile.memory_bytes));
     fields.add("contexts", profile.contexts);
     let mut text = fields.render();
     if !profile.phases.is_empty() {
-        let mut table = Table::new(&[("PHASE", Align::Left), ("RUNS", Align::Right), ("EXTENTS", Align::Right), ("BYTES", Align::Right)]);
+        let mut table = Table::new(&[
+            ("PHASE", Align::Left),
+            ("RUNS", Align::Right),
+            ("EXTENTS", Align::Right),
+            ("BYTES", Align::Right),
+        ]);
         for phase in &profile.phases {
-            table.row([phase.kind.clone(), phase.runs.to_string(), phase.extents.to_string(), human_bytes(phase.size_bytes)]);
+            table.row([
+                phase.kind.clone(),
+                phase.runs.to_string(),
+                phase.extents.to_string(),
+                human_bytes(phase.size_bytes),
+            ]);
         }
         text.push('\n');
         text.push_str(&table.render());

@@ -74,7 +74,8 @@ async fn fetch(client: &Client, disk: Option<&str>) -> Result<CacheStat, Failure
     let Some(name) = disk else { return Ok(stat) };
     let Some(only) = stat.disks.get(name) else {
         let known: Vec<&str> = stat.disks.keys().map(String::as_str).collect();
-        let known = if known.is_empty() { "there are none".to_owned() } else { format!("there are {}", known.join(", ")) };
+        let known =
+            if known.is_empty() { "there are none".to_owned() } else { format!("there are {}", known.join(", ")) };
         return Err(Failure::Failed(format!("there is no disk `{name}`; {known}")));
     };
     stat.total = only.counters;
@@ -196,6 +197,9 @@ mod tests {
     #[test]
     fn an_idle_interval_has_dashes_not_nan() {
         let line = rates(&reading(10, 5, 5, 5), &reading(11, 5, 5, 5), 0);
-        assert_eq!(line, "00:00:00         0      -      -      -        -        0.0         0.0      0.0      -       0         0.0       0");
+        assert_eq!(
+            line,
+            "00:00:00         0      -      -      -        -        0.0         0.0      0.0      -       0         0.0       0"
+        );
     }
 }

@@ -65,11 +65,18 @@ impl Fields {
 
     pub(super) fn render(&self) -> String {
         let width = self.0.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-        self.0.iter().map(|(name, value)| format!("{name}:{}{value}\n", " ".repeat(width + 2 - name.chars().count()))).collect()
+        self.0
+            .iter()
+            .map(|(name, value)| format!("{name}:{}{value}\n", " ".repeat(width + 2 - name.chars().count())))
+            .collect()
     }
 }
 
 /// Control characters escaped.
 pub(super) fn printable(text: &str) -> String {
-    if text.chars().any(char::is_control) { text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect() } else { text.to_owned() }
+    if text.chars().any(char::is_control) {
+        text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    } else {
+        text.to_owned()
+    }
 }

@@ -18,6 +18,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::validate_name;
 
 use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, parse_override};
@@ -207,7 +208,9 @@ impl Config {
     #[must_use]
     pub fn default_toml() -> String {
         let mut out = reference::Writer::default();
-        out.comment("Configuration of prestaged. Every key is shown with its default; take the leading # away to set it.");
+        out.comment(
+            "Configuration of prestaged. Every key is shown with its default; take the leading # away to set it.",
+        );
         out.comment("Files in prestaged.toml.d/*.toml are read after this one, in lexical order; later wins.");
         out.comment("Sizes: \"512MiB\", \"20GiB\". Durations: \"500ms\", \"5s\", \"10m\", \"2h\", \"7d\".");
         out.comment("Check with `prestagectl config check`; apply with `systemctl reload prestaged`, or a restart where it asks for one.");
@@ -290,6 +293,18 @@ fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(files)
 }
 
+/// A store that can be named; whether it can be opened shows at the start.
+fn store_spec(text: &String) -> Result<(), String> {
+    match text.parse::<StoreSpec>() {
+        // The parser takes a relative path as below the working folder, which for a daemon is no one's guess.
+        Ok(StoreSpec::File(_)) if !text.trim_start_matches("file:").starts_with('/') => {
+            Err(format!("`{text}` is not an absolute path; start it with `/`"))
+        }
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 fn read_disks(document: &mut Table, problems: &mut Problems) -> Vec<StaticDisk> {
     let entries = match document.remove("disk") {
         None => return Vec::new(),
@@ -308,11 +323,7 @@ fn read_disks(document: &mut Table, problems: &mut Problems) -> Vec<StaticDisk> 
         let mut section = Section::new("disk", table);
         let before = problems.0.len();
         let name = section.optional("name", |name: &String| validate_name(name), problems);
-        let not_empty = |store: &String| match store.is_empty() {
-            true => Err("expected a path or an NBD URI".to_owned()),
-            false => Ok(()),
-        };
-        let store = section.optional("store", not_empty, problems);
+        let store = section.optional("store", store_spec, problems);
         let read_only = section.get("read_only", false, |_| Ok(()), problems);
         let socket = section.get("socket", None, |_| Ok(()), problems);
         let vm = section.get("vm", None, |_| Ok(()), problems);
@@ -345,7 +356,10 @@ fn read_disks(document: &mut Table, problems: &mut Problems) -> Vec<StaticDisk> 
 /// Memory of this host (`MemTotal` of /proc/meminfo).
 pub fn host_ram_bytes() -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.and_then(|kib| kib.checked_mul(1024))
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo has no MemTotal; give `cache.ram_size` as a size"))
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.and_then(|kib| kib.checked_mul(1024)).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo has no MemTotal; give `cache.ram_size` as a size")
+    })
 }

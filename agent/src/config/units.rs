@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-const BINARY: [(&str, u64); 5] = [("PiB", 1 << 50), ("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+const BINARY: [(&str, u64); 5] =
+    [("PiB", 1 << 50), ("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
 
 /// Parses `512MiB`, `1.5 GiB`, `64K` (binary, as QEMU has it), `10GB` (decimal), `4096`.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {

@@ -46,7 +46,9 @@ pub enum StoreError {
     Newer { path: PathBuf, found: i64, known: i64 },
     #[error("database {path} belongs to another program; set another `daemon.state_dir` or move the file away")]
     Foreign { path: PathBuf },
-    #[error("cannot {action} database {path}: no space left; free some on its file system or lower `learner.retention_bytes`")]
+    #[error(
+        "cannot {action} database {path}: no space left; free some on its file system or lower `learner.retention_bytes`"
+    )]
     Full { action: &'static str, path: PathBuf },
     #[error("cannot {action} database {path}: locked by another process; see `fuser {path}`")]
     Locked { action: &'static str, path: PathBuf },
@@ -68,7 +70,9 @@ pub enum StoreError {
 fn refused(path: &Path, action: &'static str, error: rusqlite::Error) -> StoreError {
     let path = path.to_owned();
     match error.sqlite_error_code() {
-        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => StoreError::Damaged { path, detail: error.to_string() },
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            StoreError::Damaged { path, detail: error.to_string() }
+        }
         Some(ErrorCode::DiskFull) => StoreError::Full { action, path },
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Locked { action, path },
         _ => StoreError::Refused { action, path, detail: error.to_string() },
@@ -129,7 +133,13 @@ impl Store {
 
     /// [`Store::open`] with other bounds.
     pub fn open_with(path: &Path, options: StoreOptions) -> Result<Self, StoreError> {
-        let cannot = |action| move |error: std::io::Error| StoreError::Refused { action, path: path.to_owned(), detail: error.to_string() };
+        let cannot = |action| {
+            move |error: std::io::Error| StoreError::Refused {
+                action,
+                path: path.to_owned(),
+                detail: error.to_string(),
+            }
+        };
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(cannot("make the folder of"))?;
         }
@@ -148,13 +158,16 @@ impl Store {
         connection.pragma_update(None, "journal_size_limit", 64 << 20).map_err(failed)?;
         // The history may be large and damage in it costs only itself; these are small and everything else needs them.
         for table in ["storages", "profiles", "disks"] {
-            let verdict: String = connection.query_row(&format!("PRAGMA quick_check({table})"), [], |row| row.get(0)).map_err(failed)?;
+            let verdict: String =
+                connection.query_row(&format!("PRAGMA quick_check({table})"), [], |row| row.get(0)).map_err(failed)?;
             if verdict != "ok" {
                 return Err(StoreError::Damaged { path: path.to_owned(), detail: verdict });
             }
         }
 
-        let reader = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(failed)?;
+        let reader =
+            Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+                .map_err(failed)?;
         reader.busy_timeout(options.busy_timeout).map_err(failed)?;
         let writer = Writer::start(connection, path.to_owned(), options)?;
         Ok(Self { inner: Arc::new(Inner { path: path.to_owned(), reader: Mutex::new(reader), writer }) })
@@ -169,7 +182,13 @@ impl Store {
             std::fs::metadata(PathBuf::from(name)).map_or(0, |meta| meta.len())
         };
         let (queued, writes_dropped, degraded) = self.inner.writer.condition();
-        Condition { path: self.inner.path.clone(), size_bytes: size("") + size("-wal"), queued, writes_dropped, degraded }
+        Condition {
+            path: self.inner.path.clone(),
+            size_bytes: size("") + size("-wal"),
+            queued,
+            writes_dropped,
+            degraded,
+        }
     }
 
     /// Writes what is queued and ends the writer thread, waiting at most `limit`. Later writes fail with `Closed`.
@@ -179,7 +198,11 @@ impl Store {
         self.inner.writer.close(limit)
     }
 
-    fn read<T>(&self, action: &'static str, query: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, StoreError> {
+    fn read<T>(
+        &self,
+        action: &'static str,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
         query(&self.inner.reader.lock()).map_err(|error| refused(&self.inner.path, action, error))
     }
 }

@@ -103,7 +103,8 @@ fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
 }
 
 fn storage_id(connection: &Connection, identity: &str) -> rusqlite::Result<i64> {
-    let known = connection.prepare("SELECT id FROM storages WHERE identity = ?")?.query_row([identity], |row| row.get(0));
+    let known =
+        connection.prepare("SELECT id FROM storages WHERE identity = ?")?.query_row([identity], |row| row.get(0));
     match known.optional()? {
         Some(id) => Ok(id),
         None => {
@@ -119,8 +120,8 @@ impl Store {
         let storage = storage.to_owned();
         self.inner.writer.submit(data.len() as u64, false, move |connection| {
             let id = storage_id(connection, &storage)?;
-            let mut statement =
-                connection.prepare("REPLACE INTO profiles (storage_id, saved_unix_ms, runs, data) VALUES (?, ?, ?, ?)")?;
+            let mut statement = connection
+                .prepare("REPLACE INTO profiles (storage_id, saved_unix_ms, runs, data) VALUES (?, ?, ?, ?)")?;
             statement.execute(params![id, int(saved_unix_ms), int(runs), data])?;
             Ok(())
         })
@@ -190,7 +191,13 @@ impl Store {
     }
 
     /// Segments of a storage (and machine, when given) that touch `from_us..=to_us`, in time order.
-    pub fn segments(&self, storage: &str, vm: Option<&str>, from_us: u64, to_us: u64) -> Result<Vec<SegmentRow>, StoreError> {
+    pub fn segments(
+        &self,
+        storage: &str,
+        vm: Option<&str>,
+        from_us: u64,
+        to_us: u64,
+    ) -> Result<Vec<SegmentRow>, StoreError> {
         self.read("read history from", |connection| {
             let sql = "SELECT segments.id, identity, vm, program, from_us, to_us, accesses, size_bytes FROM segments
                 JOIN storages ON storages.id = storage_id
@@ -245,9 +252,10 @@ impl Store {
     /// Counters by hour from `from_hour` to `to_hour` inclusive, of one disk or of all.
     pub fn outcomes(&self, disk: Option<&str>, from_hour: u64, to_hour: u64) -> Result<Vec<OutcomeRow>, StoreError> {
         self.read("read outcomes from", |connection| {
-            let sql = "SELECT * FROM outcomes WHERE hour BETWEEN ?1 AND ?2 AND (?3 IS NULL OR disk = ?3) ORDER BY hour, disk";
+            let sql =
+                "SELECT * FROM outcomes WHERE hour BETWEEN ?1 AND ?2 AND (?3 IS NULL OR disk = ?3) ORDER BY hour, disk";
             let mut statement = connection.prepare(sql)?;
-            let names: Vec<String> = statement.column_names().into_iter().map(str::to_owned).collect();
+            let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
             let rows = statement.query_map(params![int(from_hour), int(to_hour), disk], |row| {
                 let mut counters = serde_json::Map::new();
                 for (column, name) in names.iter().enumerate().skip(2) {
@@ -268,7 +276,16 @@ impl Store {
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT DO NOTHING";
             let DiskRow { name, store, read_only, socket, vm, target, serial, added_unix_ms } = &disk;
-            match connection.prepare(sql)?.execute(params![name, store, read_only, socket, vm, target, serial, int(*added_unix_ms)])? {
+            match connection.prepare(sql)?.execute(params![
+                name,
+                store,
+                read_only,
+                socket,
+                vm,
+                target,
+                serial,
+                int(*added_unix_ms)
+            ])? {
                 0 => Err(StoreError::AlreadyExists { what: "disk", name: name.clone() }.into()),
                 _ => Ok(()),
             }
@@ -289,7 +306,8 @@ impl Store {
     /// Disks remembered, by name.
     pub fn disks(&self) -> Result<Vec<DiskRow>, StoreError> {
         self.read("read disks from", |connection| {
-            let sql = "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
+            let sql =
+                "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
             let row = |row: &Row<'_>| {
                 Ok(DiskRow {
                     name: row.get(0)?,

@@ -62,7 +62,9 @@ pub struct AccessRecord {
 pub enum SegmentError {
     #[error("not an access segment (no magic); remove it with its row")]
     NotASegment,
-    #[error("access segment of version {found}, this prestaged reads version {VERSION}; use the prestaged that wrote it")]
+    #[error(
+        "access segment of version {found}, this prestaged reads version {VERSION}; use the prestaged that wrote it"
+    )]
     OtherVersion { found: u16 },
     #[error("access segment is damaged ({0}); its accesses are lost, others are not concerned")]
     Damaged(&'static str),
@@ -210,8 +212,8 @@ impl SegmentReader {
             *cursor = (total, total + length);
             total += length;
         }
-        let columns =
-            zstd::bulk::decompress(&bytes[HEADER_BYTES..], total).map_err(|_| SegmentError::Damaged("compressed part"))?;
+        let columns = zstd::bulk::decompress(&bytes[HEADER_BYTES..], total)
+            .map_err(|_| SegmentError::Damaged("compressed part"))?;
         if columns.len() != total {
             return Err(SegmentError::Damaged("size of the columns"));
         }
@@ -403,7 +405,12 @@ mod tests {
     #[test]
     fn interleaved_streams_take_a_few_bits_an_access() {
         let accesses: Vec<AccessRecord> = (0..9000u64)
-            .map(|n| AccessRecord { at_us: 1_700_000_000_000_000 + n * 100, op: AccessOp::Read, page: (n % 9) * 1_000_000 + n / 9 * 8, pages: 8 })
+            .map(|n| AccessRecord {
+                at_us: 1_700_000_000_000_000 + n * 100,
+                op: AccessOp::Read,
+                page: (n % 9) * 1_000_000 + n / 9 * 8,
+                pages: 8,
+            })
             .collect();
         let bytes = encode(&accesses).unwrap();
         assert!(bytes.len() < 400, "{} bytes for {} accesses", bytes.len(), accesses.len());
@@ -439,7 +446,12 @@ mod tests {
             }
         }
         let each = |bytes: usize| bytes as f64 / accesses.len() as f64;
-        println!("{} accesses, {:.2} bytes each; time, place, shape: {:.2?}", accesses.len(), each(size), columns.map(each));
+        println!(
+            "{} accesses, {:.2} bytes each; time, place, shape: {:.2?}",
+            accesses.len(),
+            each(size),
+            columns.map(each)
+        );
     }
 
     fn read_trace(text: &str) -> Vec<AccessRecord> {

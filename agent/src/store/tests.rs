@@ -14,8 +14,14 @@ use super::*;
 const MS: u64 = 1_700_000_000_000;
 
 fn accesses(storage: &str, vm: &str, at_us: u64, count: u64) -> Accesses {
-    let record = |n| AccessRecord { at_us: at_us + n * 97, op: AccessOp::Read, page: n * n * 7919 % 1_000_003, pages: 1 };
-    Accesses { storage: storage.to_owned(), vm: vm.to_owned(), program: "boot".to_owned(), records: (0..count).map(record).collect() }
+    let record =
+        |n| AccessRecord { at_us: at_us + n * 97, op: AccessOp::Read, page: n * n * 7919 % 1_000_003, pages: 1 };
+    Accesses {
+        storage: storage.to_owned(),
+        vm: vm.to_owned(),
+        program: "boot".to_owned(),
+        records: (0..count).map(record).collect(),
+    }
 }
 
 fn disk(name: &str) -> DiskRow {
@@ -36,7 +42,14 @@ fn what_was_written_is_there_after_a_restart() {
     store.append_accesses(accesses("file:/a", "web1", 5_000_000, 1000)).wait().unwrap();
     store.append_accesses(accesses("file:/a", "web2", 1_000_000, 10)).wait().unwrap();
     store.append_accesses(accesses("file:/b", "web1", 5_000_000, 10)).wait().unwrap();
-    let attached = DiskRow { vm: Some("uuid".into()), target: Some("vda".into()), serial: Some("disk-1".into()), socket: Some("/s".into()), read_only: true, ..disk("web1") };
+    let attached = DiskRow {
+        vm: Some("uuid".into()),
+        target: Some("vda".into()),
+        serial: Some("disk-1".into()),
+        socket: Some("/s".into()),
+        read_only: true,
+        ..disk("web1")
+    };
     store.add_disk(attached.clone()).wait().unwrap();
     let half = Counters { reads: 5, accesses_dropped: 1, ..Counters::default() };
     store.add_outcome(7, "web1", half).wait().unwrap();
@@ -52,12 +65,15 @@ fn what_was_written_is_there_after_a_restart() {
     assert_eq!((row.runs, row.saved_unix_ms, row.size_bytes), (2, MS + 1, 2000));
     assert_eq!(data, vec![2; 2000]);
     assert_eq!(store.profile("file:/b").unwrap(), None);
-    assert_eq!(store.profiles().unwrap(), [row.clone()]);
+    assert_eq!(store.profiles().unwrap(), std::slice::from_ref(&row));
     assert_eq!(store.storage_id("file:/a").unwrap(), Some(row.id));
     assert_eq!(store.disks().unwrap(), [attached]);
 
     let rows = store.segments("file:/a", None, 0, u64::MAX).unwrap();
-    assert_eq!(rows.iter().map(|row| (row.vm.as_str(), row.accesses)).collect::<Vec<_>>(), [("web2", 10), ("web1", 1000)]);
+    assert_eq!(
+        rows.iter().map(|row| (row.vm.as_str(), row.accesses)).collect::<Vec<_>>(),
+        [("web2", 10), ("web1", 1000)]
+    );
     assert_eq!(store.segments("file:/a", Some("web1"), 0, 4_999_999).unwrap(), []);
     let found = store.segments("file:/a", Some("web1"), 5_010_000, 5_020_000).unwrap();
     assert_eq!(store.segment(found[0].id).unwrap(), accesses("file:/a", "web1", 5_000_000, 1000).records);
@@ -208,7 +224,10 @@ fn other_files_are_refused_with_what_to_do() {
     drop(raw);
     let error = Store::open(&path).unwrap_err();
     assert_eq!(error, StoreError::Newer { path: path.clone(), found: 99, known: 1 });
-    assert!(error.to_string().contains("is of version 99, this prestaged knows up to 1; install the newer prestaged"), "{error}");
+    assert!(
+        error.to_string().contains("is of version 99, this prestaged knows up to 1; install the newer prestaged"),
+        "{error}"
+    );
 
     let foreign = folder.path().join("foreign");
     Connection::open(&foreign).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();

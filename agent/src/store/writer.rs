@@ -124,8 +124,18 @@ impl Writer {
                 let _alive = alive;
                 thread.run(&jobs);
             })
-            .map_err(|error| StoreError::Refused { action: "start the writer of", path: path.clone(), detail: error.to_string() })?;
-        Ok(Self { sender: Mutex::new(Some(sender)), finished: Mutex::new(finished), gauges, path, queue_bytes: options.queue_bytes })
+            .map_err(|error| StoreError::Refused {
+                action: "start the writer of",
+                path: path.clone(),
+                detail: error.to_string(),
+            })?;
+        Ok(Self {
+            sender: Mutex::new(Some(sender)),
+            finished: Mutex::new(finished),
+            gauges,
+            path,
+            queue_bytes: options.queue_bytes,
+        })
     }
 
     /// Queues a write; never blocks. A full queue loses it, which is counted.
@@ -252,9 +262,14 @@ impl Thread {
 }
 
 /// One transaction of all jobs. An error is the transaction's: nothing of it was written.
-fn transact(connection: &mut Connection, path: &Path, jobs: &mut [Job]) -> Result<Vec<Result<(), StoreError>>, StoreError> {
+fn transact(
+    connection: &mut Connection,
+    path: &Path,
+    jobs: &mut [Job],
+) -> Result<Vec<Result<(), StoreError>>, StoreError> {
     let failed = |error| refused(path, "write to", error);
-    let mut transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate).map_err(failed)?;
+    let mut transaction =
+        connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate).map_err(failed)?;
     let mut outcomes = Vec::with_capacity(jobs.len());
     for job in jobs {
         let savepoint = transaction.savepoint().map_err(failed)?;

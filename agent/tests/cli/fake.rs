@@ -76,7 +76,14 @@ fn broken() -> Disk {
         store_reason: Some("shrunk from 2 GiB to 1 GiB; restore its size".into()),
         ..DiskState::default()
     };
-    Disk { name: "old".into(), store: "/srv/old.raw".into(), read_only: true, socket: "/s".into(), state, ..Disk::default() }
+    Disk {
+        name: "old".into(),
+        store: "/srv/old.raw".into(),
+        read_only: true,
+        socket: "/s".into(),
+        state,
+        ..Disk::default()
+    }
 }
 
 fn profile() -> Profile {
@@ -112,7 +119,10 @@ impl Control for Fake {
             started_unix_ms: 1_700_000_000_000,
             uptime_ms: 3_725_000,
             health: Health::Degraded,
-            troubles: vec![Trouble { subject: "disk old".into(), detail: "store shrunk;\u{1b}[31m restore its size".into() }],
+            troubles: vec![Trouble {
+                subject: "disk old".into(),
+                detail: "store shrunk;\u{1b}[31m restore its size".into(),
+            }],
             engine: EngineStatus { mode: "io_uring".into(), shards: 1 },
             disks: DiskCounts { total: 2, connected: 1, degraded: 1 },
             libvirt: LibvirtStatus {
@@ -122,8 +132,18 @@ impl Control for Fake {
                 reconnects: 0,
                 error: Some("libvirtd does not answer; see `systemctl status libvirtd`".into()),
             },
-            learner: LearnerStatus { accesses: 12345, profiles: 1, memory_bytes: 2 << 20, prefetch: true, ..LearnerStatus::default() },
-            store: StoreStatus { path: "/var/lib/prestage/prestage.db".into(), size_bytes: 3 << 20, ..StoreStatus::default() },
+            learner: LearnerStatus {
+                accesses: 12345,
+                profiles: 1,
+                memory_bytes: 2 << 20,
+                prefetch: true,
+                ..LearnerStatus::default()
+            },
+            store: StoreStatus {
+                path: "/var/lib/prestage/prestage.db".into(),
+                size_bytes: 3 << 20,
+                ..StoreStatus::default()
+            },
         }))
     }
 
@@ -148,7 +168,11 @@ impl Control for Fake {
 
     fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()> {
         self.note(format!("remove {name} {force}"));
-        done(if force { Ok(()) } else { Err(ApiError::new(ErrorCode::InUse, format!("disk `{name}` is connected; use --force"))) })
+        done(if force {
+            Ok(())
+        } else {
+            Err(ApiError::new(ErrorCode::InUse, format!("disk `{name}` is connected; use --force")))
+        })
     }
 
     fn vms(&self) -> Reply<'_, VmList> {
@@ -161,8 +185,20 @@ impl Control for Fake {
             read_only: false,
             attached: Some("web1-vda".into()),
         };
-        let cd = VmDisk { target: "sda".into(), bus: "sata".into(), kind: "file".into(), format: "raw".into(), ..VmDisk::default() };
-        let web = Vm { name: "web1".into(), state: "running".into(), shared_memory: true, disks: vec![vda, cd], ..Vm::default() };
+        let cd = VmDisk {
+            target: "sda".into(),
+            bus: "sata".into(),
+            kind: "file".into(),
+            format: "raw".into(),
+            ..VmDisk::default()
+        };
+        let web = Vm {
+            name: "web1".into(),
+            state: "running".into(),
+            shared_memory: true,
+            disks: vec![vda, cd],
+            ..Vm::default()
+        };
         let bare = Vm { name: "bare".into(), state: "shut off".into(), ..Vm::default() };
         done(Ok(VmList { vms: vec![bare, web] }))
     }
@@ -184,12 +220,22 @@ impl Control for Fake {
                 notes: vec!["shared memory backing was added to the domain".into()],
             })
         } else {
-            Err(ApiError::new(ErrorCode::NotPossible, format!("machine `{vm}` lacks shared memory backing; use --enable-shared-memory")))
+            Err(ApiError::new(
+                ErrorCode::NotPossible,
+                format!("machine `{vm}` lacks shared memory backing; use --enable-shared-memory"),
+            ))
         })
     }
 
     fn vm_detach(&self, vm: String, target: String) -> Reply<'_, Detached> {
-        done(Ok(Detached { disk: format!("{vm}-{target}"), vm, target, store: "/srv/web1.raw".into(), takes_effect: TakesEffect::Now, notes: vec![] }))
+        done(Ok(Detached {
+            disk: format!("{vm}-{target}"),
+            vm,
+            target,
+            store: "/srv/web1.raw".into(),
+            takes_effect: TakesEffect::Now,
+            notes: vec![],
+        }))
     }
 
     fn cache_tiers(&self) -> Reply<'_, CacheTiers> {
@@ -202,7 +248,11 @@ impl Control for Fake {
             prefetched_unused_bytes: 1 << 20,
             hits: 1900,
             evictions: 7,
-            storages: vec![StorageUse { storage: "nbd:tcp:store:10809:web1".into(), disks: vec!["web1-vda".into()], used_bytes: 128 << 20 }],
+            storages: vec![StorageUse {
+                storage: "nbd:tcp:store:10809:web1".into(),
+                disks: vec!["web1-vda".into()],
+                used_bytes: 128 << 20,
+            }],
             ..Tier::default()
         };
         let ssd = Tier {
@@ -223,7 +273,8 @@ impl Control for Fake {
         for _ in 0..if restarted { 1 } else { reading + 1 } {
             total.add(&counters());
         }
-        let disks = BTreeMap::from([("web1-vda".to_owned(), DiskStat { counters: total, state: disk("web1-vda").state })]);
+        let disks =
+            BTreeMap::from([("web1-vda".to_owned(), DiskStat { counters: total, state: disk("web1-vda").state })]);
         done(Ok(CacheStat {
             started_unix_ms: if restarted { 2 } else { 1 },
             at_us: if restarted { 1_000_000 } else { (reading + 1) * 1_000_000 },
@@ -247,7 +298,9 @@ impl Control for Fake {
             id: "2".into(),
             storage: "file:/srv/old.raw".into(),
             health: Health::Degraded,
-            detail: Some("is of version 9, this prestaged reads 1; remove it with `prestagectl profile remove 2`".into()),
+            detail: Some(
+                "is of version 9, this prestaged reads 1; remove it with `prestagectl profile remove 2`".into(),
+            ),
             ..Profile::default()
         };
         done(Ok(ProfileList { profiles: vec![profile(), other] }))

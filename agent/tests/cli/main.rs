@@ -1,5 +1,7 @@
 //! prestagectl as an operator meets it: the real program against the real API, answered by fixtures.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod fake;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -110,11 +112,29 @@ ssd traffic:        2.0 MiB read, 70 MiB written
 accesses dropped:   0
 ",
     );
-    prints(&daemon, &["disk", "add", "db1", "/srv/db1.raw", "--read-only"], "disk db1 serves /srv/db1.raw on /run/prestage/vm/db1.sock\n");
-    fails(&daemon.socket, &["disk", "add", "taken", "/srv/x.raw"], 1, "prestagectl: disk `taken` exists already; choose another name\n");
-    fails(&daemon.socket, &["disk", "show", "nosuch"], 1, "prestagectl: there is no disk `nosuch`; see `prestagectl disk list`\n");
+    prints(
+        &daemon,
+        &["disk", "add", "db1", "/srv/db1.raw", "--read-only"],
+        "disk db1 serves /srv/db1.raw on /run/prestage/vm/db1.sock\n",
+    );
+    fails(
+        &daemon.socket,
+        &["disk", "add", "taken", "/srv/x.raw"],
+        1,
+        "prestagectl: disk `taken` exists already; choose another name\n",
+    );
+    fails(
+        &daemon.socket,
+        &["disk", "show", "nosuch"],
+        1,
+        "prestagectl: there is no disk `nosuch`; see `prestagectl disk list`\n",
+    );
     fails(&daemon.socket, &["disk", "remove", "web1-vda"], 1, "is connected; use --force");
-    prints(&daemon, &["disk", "remove", "web1-vda", "--force"], "disk web1-vda is no longer served; its data stays where it is\n");
+    prints(
+        &daemon,
+        &["disk", "remove", "web1-vda", "--force"],
+        "disk web1-vda is no longer served; its data stays where it is\n",
+    );
     let asked = daemon.control.asked.lock().clone();
     assert_eq!(asked[0], "add DiskAdd { name: \"db1\", store: \"/srv/db1.raw\", read_only: true, socket: None }");
     assert_eq!(asked[2..], ["remove web1-vda false", "remove web1-vda true"]);
@@ -133,7 +153,12 @@ web1  running   yes            vda   virtio  web1-vda   nbd://store:10809/web1
                                sda   sata    -          -
 ",
     );
-    fails(&daemon.socket, &["vm", "attach", "web1", "vda"], 1, "lacks shared memory backing; use --enable-shared-memory");
+    fails(
+        &daemon.socket,
+        &["vm", "attach", "web1", "vda"],
+        1,
+        "lacks shared memory backing; use --enable-shared-memory",
+    );
     prints(
         &daemon,
         &["vm", "attach", "my vm/é", "vda", "--enable-shared-memory", "--queues", "2"],
@@ -143,7 +168,11 @@ It takes effect when the machine is next started; a reboot inside the guest is n
 Note: shared memory backing was added to the domain
 ",
     );
-    prints(&daemon, &["vm", "detach", "web1", "vda"], "web1 vda has its source /srv/web1.raw again; disk web1-vda served it\n");
+    prints(
+        &daemon,
+        &["vm", "detach", "web1", "vda"],
+        "web1 vda has its source /srv/web1.raw again; disk web1-vda served it\n",
+    );
     assert_eq!(
         daemon.control.asked.lock()[1],
         "attach my vm/é vda AttachRequest { enable_shared_memory: true, queues: Some(2), name: None }"
@@ -170,7 +199,11 @@ ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
         &["cache", "warm", "web1-vda", "--ranges", "0+64MiB,1GiB+4K"],
         "web1-vda: 3.0 MiB on the way, 1.0 MiB cached already\n4.0 KiB did not fit the cache or its queue\n",
     );
-    prints(&daemon, &["cache", "drop", "--tier", "ram", "--disk", "web1-vda"], "dropped 128 MiB from RAM, 0 B from SSD\n");
+    prints(
+        &daemon,
+        &["cache", "drop", "--tier", "ram", "--disk", "web1-vda"],
+        "dropped 128 MiB from RAM, 0 B from SSD\n",
+    );
     let asked = daemon.control.asked.lock().clone();
     assert!(asked[0].contains("ByteRange { offset_bytes: 1073741824, length_bytes: 4096 }"), "{}", asked[0]);
     assert_eq!(asked[1], "drop DropRequest { tier: Ram, disk: Some(\"web1-vda\") }");
@@ -195,7 +228,10 @@ total      2000   95.0    2.0      3.0     0.50  64 MiB   40 KiB      60 MiB    
     assert!(lines[0].trim_start().starts_with("time   reads/s   ram%"), "{}", lines[0]);
     for line in &lines[1..] {
         let rest = &line[8..];
-        assert_eq!(rest, "      2000   95.0    2.0    3.0     0.50       67.1         0.0     62.9   95.0      12        73.4       0");
+        assert_eq!(
+            rest,
+            "      2000   95.0    2.0    3.0     0.50       67.1         0.0     62.9   95.0      12        73.4       0"
+        );
     }
     fails(&daemon.socket, &["cache", "stat", "--disk", "nosuch"], 1, "there is no disk `nosuch`; there are web1-vda\n");
 }
@@ -204,7 +240,11 @@ total      2000   95.0    2.0      3.0     0.50  64 MiB   40 KiB      60 MiB    
 fn stat_notices_a_restart_and_ends_when_the_daemon_does() {
     let mut daemon = Daemon::start();
     daemon.control.restart_at.store(2, Ordering::Relaxed);
-    let mut child = command(&daemon.socket, &["cache", "stat", "0.1"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command(&daemon.socket, &["cache", "stat", "0.1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     lines.find(|line| line == "# prestaged was restarted; counters began again").unwrap();
     // The counters of the new start alone, not less those of the old one.
@@ -286,7 +326,8 @@ fn json_is_the_daemons_own_and_failures_too() {
     assert_eq!(value["disks"]["web1-vda"]["total"], serde_json::Value::Null);
 
     let outcome = run(&daemon.socket, &["cache", "stat", "0.1", "2", "--json"]);
-    let readings: Vec<serde_json::Value> = outcome.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let readings: Vec<serde_json::Value> =
+        outcome.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(readings.len(), 2);
     assert!(readings[1]["at_us"].as_u64() > readings[0]["at_us"].as_u64());
 
@@ -305,6 +346,7 @@ fn wrong_usage_is_2_and_says_what_is_right() {
         (&["frobnicate"], "unrecognized subcommand 'frobnicate'"),
         (&["disk"], "Usage: prestagectl disk"),
         (&["disk", "add", "web1"], "<STORE>"),
+        (&["disk", "add", "web1", "rbd:pool/x"], "`rbd:` is not known; write /path/to/disk.img, nbd://"),
         (&["disk", "add", "../web1", "/x"], "is not a disk name: 1 to 64 letters"),
         (&["disk", "list", "extra"], "unexpected argument 'extra'"),
         (&["cache", "stat", "0"], "0.1 to 86400"),
@@ -327,8 +369,10 @@ fn an_absent_daemon_is_3_and_says_which_socket() {
     let folder = tempfile::tempdir().unwrap();
     let nowhere = folder.path().join("no.sock");
     for arguments in [&["status"][..], &["disk", "list"], &["cache", "stat", "1"], &["profile", "remove", "1"]] {
-        let expected =
-            format!("prestagectl: cannot reach prestaged at {}: No such file or directory (os error 2); is prestaged running? ", nowhere.display());
+        let expected = format!(
+            "prestagectl: cannot reach prestaged at {}: No such file or directory (os error 2); is prestaged running? ",
+            nowhere.display()
+        );
         fails(&nowhere, arguments, 3, &expected);
     }
     let outcome = run(&nowhere, &["--json", "status"]);
@@ -340,13 +384,16 @@ fn an_absent_daemon_is_3_and_says_which_socket() {
     drop(UnixListener::bind(&stale).unwrap());
     fails(&stale, &["status"], 3, "Connection refused");
 
-    let by_env = Command::new(env!("CARGO_BIN_EXE_prestagectl")).env("PRESTAGE_SOCKET", &stale).arg("status").output().unwrap();
+    let by_env =
+        Command::new(env!("CARGO_BIN_EXE_prestagectl")).env("PRESTAGE_SOCKET", &stale).arg("status").output().unwrap();
     assert_eq!(by_env.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&by_env.stderr).contains("stale.sock"));
 
     let outcome = run(&nowhere, &["version"]);
     assert_eq!(outcome.code, 0);
-    assert!(outcome.out.starts_with(&format!("prestagectl {}\nprestaged unknown: cannot reach", env!("CARGO_PKG_VERSION"))));
+    assert!(
+        outcome.out.starts_with(&format!("prestagectl {}\nprestaged unknown: cannot reach", env!("CARGO_PKG_VERSION")))
+    );
 }
 
 #[test]
@@ -371,7 +418,11 @@ fn another_programs_socket_is_a_failure_not_a_hang() {
 #[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let daemon = Daemon::start();
-    let mut child = command(&daemon.socket, &["cache", "stat", "0.1"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command(&daemon.socket, &["cache", "stat", "0.1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let outcome = child.wait_with_output().unwrap();
@@ -393,19 +444,27 @@ fn config_check_needs_no_daemon() {
     std::fs::create_dir(folder.path().join("prestaged.toml.d")).unwrap();
     let drop_in = folder.path().join("prestaged.toml.d/10-site.toml");
     std::fs::write(&drop_in, "[cache]\nram_szie = \"1GiB\"\n").unwrap();
-    let expected = format!("prestagectl: {}:2: unknown key `cache.ram_szie`; did you mean `ram_size`?\n", drop_in.display());
+    let expected =
+        format!("prestagectl: {}:2: unknown key `cache.ram_szie`; did you mean `ram_size`?\n", drop_in.display());
     fails(&nowhere, &["config", "check", name], 1, &expected);
     let outcome = run(&nowhere, &["config", "check", name, "--json"]);
     let value: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
     assert_eq!((outcome.code, value["problems"][0]["line"].as_u64()), (1, Some(2)));
-    fails(&nowhere, &["config", "check", "/nonexistent.toml"], 1, "there is no such file; `prestagectl config default` prints one");
+    fails(
+        &nowhere,
+        &["config", "check", "/nonexistent.toml"],
+        1,
+        "there is no such file; `prestagectl config default` prints one",
+    );
 }
 
 #[test]
-fn the_export_socket_is_made_absolute() {
+fn relative_paths_are_below_the_operators_folder() {
     let daemon = Daemon::start();
-    let mut command = command(&daemon.socket, &["disk", "add", "a", "/x", "--export-socket", "here.sock"]);
+    let mut command = command(&daemon.socket, &["disk", "add", "a", "x.raw", "--export-socket", "here.sock"]);
     assert!(command.current_dir(daemon.folder()).output().unwrap().status.success());
-    let expected = daemon.folder().join("here.sock");
-    assert!(daemon.control.asked.lock()[0].contains(expected.to_str().unwrap()));
+    for name in ["here.sock", "x.raw"] {
+        let expected = daemon.folder().join(name);
+        assert!(daemon.control.asked.lock()[0].contains(expected.to_str().unwrap()));
+    }
 }

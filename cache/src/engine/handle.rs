@@ -7,7 +7,8 @@
 use super::exec::{Shared, is_own_thread};
 use super::pool::Pool;
 use super::ring::Ring;
-use super::shard::{Driver, Shard, ThreadGuard, run};
+use super::reactor::{Driver, ThreadGuard, run};
+use super::shard::Shard;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use parking_lot::{Condvar, Mutex};

@@ -8,7 +8,7 @@
 //! - [`JoinHandle`], [`EventWatch`], [`Elapsed`]: results of `spawn`, `watch_eventfd` and `timeout`
 //! - [`oneshot`], [`Notify`], [`Semaphore`]: hand-overs between tasks of one shard
 //!
-//! Inside: `bufs` (buffers), `exec` (tasks and wakers), `timer`, `op` (an operation and its memory), `ring` (io_uring), `pool` (the same
+//! Inside: `bufs` (buffers), `exec` (tasks and wakers), `reactor` (the loop), `timer`, `op` (an operation and its memory), `ring` (io_uring), `pool` (the same
 //! operations on threads and `poll(2)`, where the host forbids io_uring), `sys` (system calls of the pool).
 //!
 //! **Ownership.** The kernel may write into a buffer until the completion arrives, whatever becomes of the future that
@@ -25,6 +25,7 @@ mod handle;
 mod net;
 mod op;
 mod pool;
+mod reactor;
 mod ring;
 mod shard;
 mod sync;

@@ -1,225 +1,25 @@
-//! What a task on a shard's thread can ask for, and the loop that serves it.
+//! What a task on a shard's thread can ask for.
 //!
 //! - [`Shard`]: spawn, I/O, timers; cheap to clone, stays on its thread
 //! - [`EventWatch`]: kicks of a virtqueue, one after the other
 //! - [`Elapsed`]: a time limit was reached
-//! - [`run`]: the loop
 
 use super::bufs::{IoBuf, total_len};
-use super::exec::{self, JoinHandle, Shared, TASKS_PER_TURN, Tasks};
+use super::exec::{JoinHandle, Shared};
 use super::handle::{Call, EngineKind, ShardGone, call_pair};
 use super::net::{RawAddress, SocketAddress};
 use super::op::{Frame, Op};
-use super::pool::Pool;
-use super::ring::{Completion, Ring};
-use super::timer::{TimerKey, Timers};
+use super::reactor::{Driver, Inner, Operation, State};
+use super::timer::TimerKey;
 use crate::arena::Arena;
-use slab::Slab;
-use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
-
-/// How long a stopping shard waits for operations that the kernel has not given back. Storage that takes longer than
-/// this to answer a cancelled request is dead; the memory of such requests is leaked, since the kernel may still use it.
-const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-
-#[derive(Debug)]
-pub(super) enum Driver {
-    Ring(Box<Ring>),
-    Pool(Box<Pool>),
-}
-
-impl Driver {
-    pub(super) fn kind(&self) -> EngineKind {
-        match self {
-            Driver::Ring(_) => EngineKind::IoUring,
-            Driver::Pool(_) => EngineKind::ThreadPool,
-        }
-    }
-
-    fn submit(&mut self, frame: &mut Box<Frame>, user_data: u64) {
-        let (fd, op) = (frame.fd(), frame.prepare());
-        match self {
-            Driver::Ring(ring) => ring.submit(fd, op, user_data),
-            Driver::Pool(pool) => pool.submit(fd, op, user_data),
-        }
-    }
-
-    fn cancel(&mut self, user_data: u64) {
-        match self {
-            Driver::Ring(ring) => ring.cancel(user_data),
-            Driver::Pool(pool) => pool.cancel(user_data),
-        }
-    }
-
-    fn turn(&mut self, wait: Option<Option<Duration>>, out: &mut Vec<Completion>) -> io::Result<()> {
-        match self {
-            Driver::Ring(ring) => ring.turn(wait, out),
-            Driver::Pool(pool) => pool.turn(wait, out),
-        }
-    }
-}
-
-enum State {
-    /// A future waits.
-    Waiting(Option<Waker>),
-    Done(i32),
-    /// Nobody waits; the frame is kept until the kernel is done with it.
-    Detached,
-    /// An [`EventWatch`]: edges seen and not yet taken, and the error that ended it.
-    Watch { signalled: bool, failed: Option<i32>, waker: Option<Waker> },
-}
-
-struct Slot {
-    frame: Box<Frame>,
-    user_data: u64,
-    state: State,
-}
-
-struct Inner {
-    shared: Arc<Shared>,
-    tasks: Rc<Tasks>,
-    timers: RefCell<Timers>,
-    driver: RefCell<Driver>,
-    slots: RefCell<Slab<Slot>>,
-    generation: Cell<u32>,
-    kind: EngineKind,
-}
-
-impl Inner {
-    fn submit(&self, mut frame: Box<Frame>, state: State) -> u64 {
-        let generation = self.generation.get().wrapping_add(1);
-        self.generation.set(generation);
-        let mut slots = self.slots.borrow_mut();
-        let entry = slots.vacant_entry();
-        // The generation tells a late completion from one of the slot's next user. Bit 63 stays free: all ones is
-        // taken by the ring.
-        let user_data = u64::from(generation & 0x7fff_ffff) << 32 | entry.key() as u64;
-        self.driver.borrow_mut().submit(&mut frame, user_data);
-        entry.insert(Slot { frame, user_data, state });
-        user_data
-    }
-
-    fn with_slot<T>(&self, user_data: u64, f: impl FnOnce(&mut Slot) -> T) -> Option<T> {
-        let mut slots = self.slots.borrow_mut();
-        slots.get_mut(user_data as u32 as usize).filter(|slot| slot.user_data == user_data).map(f)
-    }
-
-    fn remove(&self, user_data: u64) -> Option<Slot> {
-        self.with_slot(user_data, |_| ())?;
-        self.slots.borrow_mut().try_remove(user_data as u32 as usize)
-    }
-
-    /// Nobody waits any more: cancels what still runs, frees what has ended.
-    fn abandon(&self, user_data: u64) {
-        let ended = self.with_slot(user_data, |slot| match slot.state {
-            State::Done(_) | State::Watch { failed: Some(_), .. } => true,
-            _ => {
-                slot.state = State::Detached;
-                false
-            }
-        });
-        match ended {
-            Some(true) => drop(self.remove(user_data)),
-            Some(false) => self.driver.borrow_mut().cancel(user_data),
-            None => {}
-        }
-    }
-
-    fn complete(&self, done: Completion) {
-        let Completion { user_data, result, more } = done;
-        let mut rearm = false;
-        let woken = self.with_slot(user_data, |slot| match &mut slot.state {
-            State::Waiting(waker) => {
-                let waker = waker.take();
-                slot.state = State::Done(result);
-                (waker, false)
-            }
-            State::Watch { signalled, failed, waker } => {
-                if result >= 0 {
-                    *signalled = true;
-                    // The kernel ends a multishot request when it cannot post; the watch goes on.
-                    rearm = !more;
-                } else {
-                    *failed = Some(result);
-                }
-                (waker.take(), false)
-            }
-            State::Detached => (None, !more),
-            State::Done(_) => (None, false),
-        });
-        let Some((waker, ended)) = woken else { return };
-        if ended {
-            drop(self.remove(user_data));
-        }
-        if rearm {
-            let mut driver = self.driver.borrow_mut();
-            self.with_slot(user_data, |slot| driver.submit(&mut slot.frame, user_data));
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-}
-
-/// A submitted, or about to be submitted, operation.
-struct Operation {
-    inner: Rc<Inner>,
-    state: OperationState,
-}
-
-enum OperationState {
-    New(Option<Box<Frame>>),
-    InFlight(u64),
-    Taken,
-}
-
-impl Future for Operation {
-    type Output = (i32, Box<Frame>);
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        match &mut this.state {
-            OperationState::New(frame) => {
-                if let Some(frame) = frame.take() {
-                    let user_data = this.inner.submit(frame, State::Waiting(Some(context.waker().clone())));
-                    this.state = OperationState::InFlight(user_data);
-                }
-                Poll::Pending
-            }
-            OperationState::InFlight(user_data) => {
-                let user_data = *user_data;
-                let result = this.inner.with_slot(user_data, |slot| match &mut slot.state {
-                    State::Done(result) => Some(*result),
-                    State::Waiting(waker) => {
-                        *waker = Some(context.waker().clone());
-                        None
-                    }
-                    _ => None,
-                });
-                let Some(result) = result.flatten() else { return Poll::Pending };
-                let Some(slot) = this.inner.remove(user_data) else { return Poll::Pending };
-                this.state = OperationState::Taken;
-                Poll::Ready((result, slot.frame))
-            }
-            OperationState::Taken => Poll::Pending,
-        }
-    }
-}
-
-impl Drop for Operation {
-    fn drop(&mut self) {
-        if let OperationState::InFlight(user_data) = self.state {
-            self.inner.abandon(user_data);
-        }
-    }
-}
 
 fn count(result: i32) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result))
@@ -246,19 +46,11 @@ pub struct Shard {
 
 impl Shard {
     pub(super) fn new(shared: Arc<Shared>, driver: Driver) -> Shard {
-        let tasks = Rc::new(Tasks::new(Arc::clone(&shared)));
-        let kind = driver.kind();
-        Shard {
-            inner: Rc::new(Inner {
-                shared,
-                tasks,
-                timers: RefCell::default(),
-                driver: RefCell::new(driver),
-                slots: RefCell::default(),
-                generation: Cell::new(0),
-                kind,
-            }),
-        }
+        Shard { inner: Inner::new(shared, driver) }
+    }
+
+    pub(super) fn inner(&self) -> &Rc<Inner> {
+        &self.inner
     }
 
     pub fn name(&self) -> &str {
@@ -276,7 +68,7 @@ impl Shard {
 
     /// Operations that the kernel, or a thread of the pool, has not given back yet.
     pub fn operations_in_flight(&self) -> usize {
-        self.inner.slots.borrow().len()
+        self.inner.operations()
     }
 
     /// Starts a task on this shard. It runs whether or not the handle is kept.
@@ -314,7 +106,7 @@ impl Shard {
     }
 
     fn operation(&self, fd: &Rc<OwnedFd>, op: Op) -> Operation {
-        Operation { inner: Rc::clone(&self.inner), state: OperationState::New(Some(Frame::new(Rc::clone(fd), op))) }
+        Operation::new(&self.inner, Frame::new(Rc::clone(fd), op))
     }
 
     fn transfer(&self, fd: &Rc<OwnedFd>, op: Op) -> impl Future<Output = (io::Result<usize>, Vec<IoBuf>)> + 'static {
@@ -678,101 +470,5 @@ impl Drop for Sleep {
         if let Some(key) = self.key {
             self.inner.timers.borrow_mut().remove(key);
         }
-    }
-}
-
-/// The loop of a shard; returns when it has been told to stop and everything is back.
-pub(super) fn run(shard: &Shard) {
-    let inner = &*shard.inner;
-    let wake = match (&*inner.driver.borrow(), inner.shared.wake_fd()) {
-        // The pool's driver polls the eventfd itself.
-        (Driver::Pool(_), _) => None,
-        (Driver::Ring(_), Ok(fd)) => Some(Rc::new(fd)),
-        (Driver::Ring(_), Err(error)) => {
-            tracing::error!(shard = shard.name(), "no descriptor for the wake-up eventfd, the shard stops: {error}");
-            inner.shared.close();
-            return;
-        }
-    };
-    let watch = wake.map(|fd| shard.watch_eventfd(&fd));
-    let mut completions = Vec::new();
-    while !inner.shared.stopping.load(Ordering::SeqCst) {
-        turn(shard, &mut completions, None);
-    }
-    inner.shared.close();
-    inner.tasks.clear();
-    drop(watch);
-    let deadline = Instant::now() + DRAIN_LIMIT;
-    while shard.operations_in_flight() > 0 && Instant::now() < deadline {
-        turn(shard, &mut completions, Some(deadline));
-    }
-    inner.tasks.clear();
-    let left = shard.operations_in_flight();
-    if left > 0 {
-        tracing::error!(shard = shard.name(), "{left} operations did not end within {DRAIN_LIMIT:?}; their memory is leaked");
-        std::mem::forget(inner.slots.take());
-    }
-}
-
-fn turn(shard: &Shard, completions: &mut Vec<Completion>, limit: Option<Instant>) {
-    let inner = &*shard.inner;
-    let inbox = inner.shared.take();
-    for (user_data, result) in inbox.completions {
-        inner.complete(Completion { user_data, result, more: false });
-    }
-    for task in inbox.woken {
-        task.enqueue();
-    }
-    for job in inbox.jobs {
-        job(shard.clone());
-    }
-    let ready = inner.tasks.run(TASKS_PER_TURN);
-    let fired = fire_timers(inner);
-    let mut wait = None;
-    if !ready && !fired && !inner.tasks.has_ready() && inner.shared.try_sleep() {
-        let next = inner.timers.borrow().next_deadline();
-        let next = next.into_iter().chain(limit).min();
-        wait = Some(next.map(|at| at.saturating_duration_since(Instant::now())));
-    }
-    let outcome = inner.driver.borrow_mut().turn(wait, completions);
-    inner.shared.awake();
-    if let Err(error) = outcome {
-        // Never seen; a ring whose enter fails for good serves nobody, and silence would hang guests.
-        tracing::error!(shard = shard.name(), "the engine failed and the shard stops: {error}");
-        inner.shared.stopping.store(true, Ordering::SeqCst);
-    }
-    for done in completions.drain(..) {
-        inner.complete(done);
-    }
-}
-
-/// Wakes the tasks whose timers are due; whether there were any.
-fn fire_timers(inner: &Inner) -> bool {
-    if inner.timers.borrow().next_deadline().is_none() {
-        return false;
-    }
-    let now = Instant::now();
-    let mut fired = false;
-    loop {
-        let due = inner.timers.borrow_mut().pop_due(now);
-        let Some(waker) = due else { return fired };
-        waker.wake();
-        fired = true;
-    }
-}
-
-/// Makes this thread the shard's until the guard is dropped.
-pub(super) struct ThreadGuard;
-
-impl ThreadGuard {
-    pub(super) fn new(shared: &Arc<Shared>) -> ThreadGuard {
-        exec::adopt_thread(Some(Arc::clone(shared)));
-        ThreadGuard
-    }
-}
-
-impl Drop for ThreadGuard {
-    fn drop(&mut self) {
-        exec::adopt_thread(None);
     }
 }

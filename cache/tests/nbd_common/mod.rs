@@ -5,14 +5,14 @@ use prestage_cache::backend::{Backend, StoreError, StoreOptions, StoreSpec};
 use prestage_cache::engine::{AlignedBuf, EngineMode, IoBuf, Shard, ShardConfig, ShardHandle};
 use std::rc::Rc;
 
-pub const MODES: [EngineMode; 2] = [EngineMode::IoUring, EngineMode::ThreadPool];
+pub(crate) const MODES: [EngineMode; 2] = [EngineMode::IoUring, EngineMode::ThreadPool];
 
-pub fn start(mode: EngineMode) -> ShardHandle {
+pub(crate) fn start(mode: EngineMode) -> ShardHandle {
     ShardHandle::start(ShardConfig { name: format!("{mode:?}"), entries: 64, mode, cpu: None }).unwrap()
 }
 
 /// Runs a task on a fresh shard.
-pub fn on<T, F, Fut>(mode: EngineMode, f: F) -> T
+pub(crate) fn on<T, F, Fut>(mode: EngineMode, f: F) -> T
 where
     T: Send + 'static,
     F: FnOnce(Shard) -> Fut + Send + 'static,
@@ -21,18 +21,18 @@ where
     start(mode).call(f).wait().expect("the task on the shard must not panic")
 }
 
-pub async fn open(shard: &Shard, spec: &str, options: &StoreOptions) -> Result<Rc<dyn Backend>, StoreError> {
+pub(crate) async fn open(shard: &Shard, spec: &str, options: &StoreOptions) -> Result<Rc<dyn Backend>, StoreError> {
     let spec: StoreSpec = spec.parse().unwrap();
     prestage_cache::backend::open(shard, &spec, options).await
 }
 
-pub async fn read(store: &Rc<dyn Backend>, offset: u64, len: usize) -> Result<Vec<u8>, StoreError> {
+pub(crate) async fn read(store: &Rc<dyn Backend>, offset: u64, len: usize) -> Result<Vec<u8>, StoreError> {
     let (result, bufs) = store.read(offset, vec![IoBuf::heap(len)]).await;
     assert_eq!(bufs.iter().map(IoBuf::len).sum::<usize>(), len, "the buffers must come back");
     result.map(|()| bufs[0].as_slice().to_vec())
 }
 
-pub async fn write(store: &Rc<dyn Backend>, offset: u64, data: &[u8], fua: bool) -> Result<(), StoreError> {
+pub(crate) async fn write(store: &Rc<dyn Backend>, offset: u64, data: &[u8], fua: bool) -> Result<(), StoreError> {
     let (result, bufs) = store.write(offset, vec![AlignedBuf::copy_of(data).into()], fua).await;
     assert_eq!(bufs.len(), 1, "the buffers must come back");
     assert_eq!(bufs[0].as_slice(), data, "a write must not change its buffers");
@@ -40,23 +40,23 @@ pub async fn write(store: &Rc<dyn Backend>, offset: u64, data: &[u8], fua: bool)
 }
 
 /// Small, fast and repeatable (xorshift64*).
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
     }
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit.max(1)
     }
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len).map(|_| self.next() as u8).collect()
     }
     /// A run of sectors within `size` bytes, of at most `max` bytes.
-    pub fn range(&mut self, size: u64, max: u64) -> (u64, u64) {
+    pub(crate) fn range(&mut self, size: u64, max: u64) -> (u64, u64) {
         let sectors = size / 512;
         let first = self.below(sectors);
         let count = 1 + self.below((sectors - first).min(max / 512));
@@ -65,7 +65,7 @@ impl Random {
 }
 
 /// Cuts data into buffers of every kind, aligned or not.
-pub fn cut(random: &mut Random, data: &[u8]) -> Vec<IoBuf> {
+pub(crate) fn cut(random: &mut Random, data: &[u8]) -> Vec<IoBuf> {
     let mut rest = data;
     let mut bufs = Vec::new();
     while !rest.is_empty() {
@@ -86,7 +86,7 @@ pub fn cut(random: &mut Random, data: &[u8]) -> Vec<IoBuf> {
 
 /// Random requests, one after the other, on a store that holds zeroes; compares with a vector.
 /// `discard_zeroes`: whether discarded ranges are known to read as zeroes.
-pub async fn compare_with_model(store: &Rc<dyn Backend>, seed: u64, steps: usize, discard_zeroes: bool) {
+pub(crate) async fn compare_with_model(store: &Rc<dyn Backend>, seed: u64, steps: usize, discard_zeroes: bool) {
     let info = store.info();
     let size = info.size_bytes;
     let unit = u64::from(info.min_io_bytes);
@@ -134,7 +134,7 @@ pub async fn compare_with_model(store: &Rc<dyn Backend>, seed: u64, steps: usize
 }
 
 /// Requests that overlap in time, each task in its own stripe of sectors so that the result is known.
-pub async fn hammer(shard: &Shard, store: &Rc<dyn Backend>, seed: u64, tasks: u64, steps: usize) {
+pub(crate) async fn hammer(shard: &Shard, store: &Rc<dyn Backend>, seed: u64, tasks: u64, steps: usize) {
     let size = store.info().size_bytes;
     let stripe = size / tasks / 512 * 512;
     let running: Vec<_> = (0..tasks)

@@ -24,8 +24,8 @@ pub use routes::{Limits, openapi, router};
 pub use server::{ApiListener, Peer, ServeError, SocketOptions, bind, serve};
 
 use types::{
-    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList, Saved,
-    Status, Vm, VmList, WarmRequest, Warmed,
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile,
+    ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 
 /// What a [`Control`] method gives back; make one with `Box::pin(async move { … })`.

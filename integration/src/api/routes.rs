@@ -22,8 +22,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::types::{
-    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList, Saved,
-    Status, Vm, VmList, WarmRequest, Warmed, validate_name,
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile,
+    ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed, validate_name,
 };
 use super::{ApiError, Control, ErrorCode, Peer, Problem};
 
@@ -66,7 +66,9 @@ pub fn router(control: Arc<dyn Control>, limits: Limits) -> Router {
     };
     routes
         .route("/v1/openapi.json", axum::routing::get(serve_document))
-        .fallback(|request: Request| async move { ApiError::not_found(format!("there is no `{}`", request.uri().path())) })
+        .fallback(
+            |request: Request| async move { ApiError::not_found(format!("there is no `{}`", request.uri().path())) },
+        )
         .method_not_allowed_fallback(|request: Request| async move {
             ApiError::new(
                 ErrorCode::MethodNotAllowed,
@@ -86,7 +88,8 @@ pub fn openapi() -> OpenApi {
 
 fn described() -> OpenApiRouter<Shared> {
     let mut info = Info::new("Prestage", env!("CARGO_PKG_VERSION"));
-    info.description = Some("Control of prestaged, the host agent that pre-stages disks of virtual machines.".to_owned());
+    info.description =
+        Some("Control of prestaged, the host agent that pre-stages disks of virtual machines.".to_owned());
     let mut license = License::new("Apache-2.0");
     license.identifier = Some("Apache-2.0".to_owned());
     info.license = Some(license);
@@ -115,8 +118,11 @@ async fn around(limit: Duration, request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().copied();
     let response = match tokio::time::timeout(limit, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => ApiError::new(ErrorCode::Timeout, format!("no answer within {} s; a change may still complete", limit.as_secs()))
-            .into_response(),
+        Err(_) => ApiError::new(
+            ErrorCode::Timeout,
+            format!("no answer within {} s; a change may still complete", limit.as_secs()),
+        )
+        .into_response(),
     };
     let failure = response.extensions().get::<ApiError>().cloned();
     if method != Method::GET && method != Method::HEAD {
@@ -143,7 +149,9 @@ async fn around(limit: Duration, request: Request, next: Next) -> Response {
 }
 
 /// Runs a change to its end whether or not the client still listens.
-async fn change<T: Send + 'static>(work: impl Future<Output = Result<T, ApiError>> + Send + 'static) -> Result<T, ApiError> {
+async fn change<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
     match tokio::spawn(work).await {
         Ok(result) => result,
         Err(error) => Err(ApiError::internal(format!("the change failed half way ({error}); see the daemon's log"))),
@@ -172,10 +180,15 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
             ApiError::new(code, format!("the body could not be read: {}", rejection.body_text()))
         })?;
         if !json {
-            return Err(ApiError::new(ErrorCode::UnsupportedMediaType, "send the body as `content-type: application/json`"));
+            return Err(ApiError::new(
+                ErrorCode::UnsupportedMediaType,
+                "send the body as `content-type: application/json`",
+            ));
         }
         let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-        serde_json::from_slice(text).map(Body).map_err(|error| ApiError::invalid(format!("the body does not fit: {error}")))
+        serde_json::from_slice(text)
+            .map(Body)
+            .map_err(|error| ApiError::invalid(format!("the body does not fit: {error}")))
     }
 }
 

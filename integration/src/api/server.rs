@@ -41,7 +41,9 @@ pub struct SocketOptions {
 /// Why the API cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("API socket {path} is {len} bytes long; a socket path holds at most {SOCKET_PATH_MAX} here: set a shorter `api.socket`")]
+    #[error(
+        "API socket {path} is {len} bytes long; a socket path holds at most {SOCKET_PATH_MAX} here: set a shorter `api.socket`"
+    )]
     PathTooLong { path: PathBuf, len: usize },
     #[error("API socket {path} belongs to a running server; stop that prestaged or set another `api.socket`")]
     InUse { path: PathBuf },
@@ -123,7 +125,9 @@ pub fn bind(options: &SocketOptions) -> Result<ApiListener, ServeError> {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 info!(path = %path.display(), "replacing the socket that a stopped daemon left");
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(ServeError::InUse { path: path.clone() }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(ServeError::InUse { path: path.clone() });
+            }
             Err(error) => return Err(io_error("probe", path)(error)),
         },
     }
@@ -241,8 +245,10 @@ async fn connection(stream: UnixStream, router: axum::Router, limits: Limits, mu
         request.extensions_mut().insert(peer);
         inner.call(request)
     });
-    let served =
-        hyper::server::conn::http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(limits.head).serve_connection(TokioIo::new(stream), service);
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head)
+        .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(served);
     let result = tokio::select! {
         result = &mut served => result,

@@ -229,10 +229,31 @@ fn every_failure_is_a_problem_with_a_stable_code() {
         ("GET", "/v1/nosuch", "", 404, "not_found", "there is no `/v1/nosuch`"),
         ("GET", "/v1/disks/web1", "", 404, "not_found", "there is no disk `web1`"),
         ("PUT", "/v1/disks", "{}", 405, "method_not_allowed", "`/v1/disks` does not take PUT"),
-        ("POST", "/v1/disks", "{\"name\": \"a\", \"store\": \"/x\", \"raed_only\": true}", 400, "invalid_request", "unknown field `raed_only`"),
+        (
+            "POST",
+            "/v1/disks",
+            "{\"name\": \"a\", \"store\": \"/x\", \"raed_only\": true}",
+            400,
+            "invalid_request",
+            "unknown field `raed_only`",
+        ),
         ("POST", "/v1/disks", "{\"name\": \"a\"}", 400, "invalid_request", "missing field `store`"),
-        ("POST", "/v1/disks", "{\"name\": \"a/b\", \"store\": \"/x\"}", 400, "invalid_request", "`a/b` is not a disk name"),
-        ("POST", "/v1/disks", "{\"name\": \"a\", \"store\": \"/x\", \"socket\": \"s\"}", 400, "invalid_request", "must be an absolute path"),
+        (
+            "POST",
+            "/v1/disks",
+            "{\"name\": \"a/b\", \"store\": \"/x\"}",
+            400,
+            "invalid_request",
+            "`a/b` is not a disk name",
+        ),
+        (
+            "POST",
+            "/v1/disks",
+            "{\"name\": \"a\", \"store\": \"/x\", \"socket\": \"s\"}",
+            400,
+            "invalid_request",
+            "must be an absolute path",
+        ),
         ("POST", "/v1/disks", "{\"name\": ", 400, "invalid_request", "EOF"),
         ("POST", "/v1/disks", "", 400, "invalid_request", "missing field `name`"),
         ("POST", "/v1/disks", big.as_str(), 413, "too_large", "length limit exceeded"),
@@ -313,9 +334,13 @@ fn shutdown_lets_requests_under_way_finish_and_removes_the_socket() {
     stream.write_all(b"POST /v1/profiles/save HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n").unwrap();
     Server::await_ring(&server.control.entered);
     server.stop.take();
-    while server.socket.exists() {
-        std::thread::yield_now();
+    for _ in 0..LONG.as_millis() {
+        if !server.socket.exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
+    assert!(!server.socket.exists());
     server.control.go_on.notify_one();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();

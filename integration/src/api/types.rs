@@ -218,7 +218,9 @@ impl DiskAdd {
             return Err("`store` is empty; give a path or an NBD URI".to_owned());
         }
         match &self.socket {
-            Some(socket) if !socket.starts_with('/') => Err(format!("`socket` is `{socket}`; it must be an absolute path")),
+            Some(socket) if !socket.starts_with('/') => {
+                Err(format!("`socket` is `{socket}`; it must be an absolute path"))
+            }
             _ => Ok(()),
         }
     }

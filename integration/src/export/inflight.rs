@@ -92,12 +92,13 @@ impl InflightRegion {
     pub(super) fn create(num_queues: u16, queue_size: u16) -> Result<(File, u64), InflightError> {
         let bytes = check_shape(num_queues, queue_size)? as u64;
         let made = (|| {
-            let file = File::from(memfd_create(
-                c"prestage-inflight",
-                MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
-            )?);
+            let file =
+                File::from(memfd_create(c"prestage-inflight", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
             file.set_len(bytes)?;
-            fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL))?;
+            fcntl(
+                &file,
+                FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL),
+            )?;
             Ok(file)
         })();
         let file = made.map_err(InflightError::Create)?;
@@ -122,8 +123,7 @@ impl InflightRegion {
         if bytes as u64 > mmap_size || !holds(&file, mmap_offset, mmap_size) {
             return Err(InflightError::TooSmall { mmap_size, num_queues, queue_size });
         }
-        let mapping =
-            MmapRegion::from_file(FileOffset::new(file, mmap_offset), bytes).map_err(InflightError::Map)?;
+        let mapping = MmapRegion::from_file(FileOffset::new(file, mmap_offset), bytes).map_err(InflightError::Map)?;
         Ok(Self { mapping, num_queues, queue_size })
     }
 

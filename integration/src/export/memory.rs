@@ -28,7 +28,9 @@ pub(super) const REGIONS_MAX: usize = 509;
 /// Memory that cannot be shared, or an address outside of it.
 #[derive(Debug, Error)]
 pub enum MemoryError {
-    #[error("memory region at {guest_addr:#x} of {len:#x} bytes: {reason}; the front-end sent an unusable memory table")]
+    #[error(
+        "memory region at {guest_addr:#x} of {len:#x} bytes: {reason}; the front-end sent an unusable memory table"
+    )]
     Region { guest_addr: u64, len: u64, reason: &'static str },
     #[error("memory region at {guest_addr:#x} of {len:#x} bytes cannot be mapped: {source}")]
     Map { guest_addr: u64, len: u64, source: vm_memory::mmap::MmapRegionError },
@@ -97,8 +99,7 @@ impl Region {
             .and_then(|len| if align > 4096 { len.checked_next_multiple_of(align) } else { Some(len) })
             .and_then(|len| usize::try_from(len).ok())
             .ok_or_else(|| spec.error("it wraps around the address space"))?;
-        let mapping =
-            MmapRegion::from_file(FileOffset::new(file, spec.file_offset - lead), len).map_err(map_error)?;
+        let mapping = MmapRegion::from_file(FileOffset::new(file, spec.file_offset - lead), len).map_err(map_error)?;
         let base = NonNull::new(mapping.as_ptr()).ok_or_else(|| spec.error("it was mapped at address 0"))?;
         // SAFETY: lead < len, the size of the mapping at `base`.
         let host = unsafe { base.add(lead as usize) };

@@ -3,9 +3,7 @@
 //! A virtio-blk request (VIRTIO 1.3, 5.2.6) is a header of 16 readable bytes (type u32, reserved u32, sector u64, all
 //! little-endian), data, and one writable byte for the status. The bytes may be cut into descriptors anywhere.
 
-use super::config::{
-    DISCARD_MAX_SECTORS, RANGES_MAX, SECTOR_BYTES, SERIAL_MAX_BYTES, WRITE_ZEROES_MAX_SECTORS,
-};
+use super::config::{DISCARD_MAX_SECTORS, RANGES_MAX, SECTOR_BYTES, SERIAL_MAX_BYTES, WRITE_ZEROES_MAX_SECTORS};
 use super::memory::{GuestBuffer, OutOfBounds};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,

@@ -60,17 +60,11 @@ unsafe impl Send for Ring {}
 
 impl Ring {
     /// Finds the areas of a ring of `size` entries, a power of two. Each must lie in one region.
-    pub(super) fn new(
-        memory: Arc<GuestMemory>,
-        size: u16,
-        addresses: RingAddresses,
-    ) -> Result<Self, RingAddressError> {
+    pub(super) fn new(memory: Arc<GuestMemory>, size: u16, addresses: RingAddresses) -> Result<Self, RingAddressError> {
         debug_assert!(size.is_power_of_two());
         let entries = u64::from(size);
         let area = |area, addr, len, align: usize| {
-            let host = memory
-                .contiguous_user(addr, len)
-                .map_err(|source| RingAddressError::Memory { area, source })?;
+            let host = memory.contiguous_user(addr, len).map_err(|source| RingAddressError::Memory { area, source })?;
             if host.addr().get().is_multiple_of(align) {
                 Ok(host)
             } else {

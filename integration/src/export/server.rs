@@ -278,11 +278,8 @@ impl Server {
                 return;
             }
         };
-        let device = Device::new(
-            Arc::clone(&self.shared.disk),
-            Arc::clone(&self.runner),
-            Arc::clone(&self.shared.channel),
-        );
+        let device =
+            Device::new(Arc::clone(&self.shared.disk), Arc::clone(&self.runner), Arc::clone(&self.shared.channel));
         let device = Arc::new(Mutex::new(device));
         let protocol = BackendReqHandler::from_stream(copy, Arc::clone(&device));
         self.connection = Some(Connection { stream, protocol, device, waiting: Waiting::Message });

@@ -46,13 +46,8 @@ pub(super) fn listen_at(path: &Path, options: &ExportOptions) -> Result<(UnixLis
     }
     clear_stale(path)?;
     let bind_error = |source: io::Error| ExportError::Bind { path: path.into(), source };
-    let fd = socket(
-        AddressFamily::Unix,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-        None,
-    )
-    .map_err(|e| bind_error(e.into()))?;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
+        .map_err(|e| bind_error(e.into()))?;
     bind(fd.as_raw_fd(), &UnixAddr::new(path).map_err(|e| bind_error(e.into()))?).map_err(|e| match e {
         Errno::EADDRINUSE => ExportError::InUse { path: path.into() },
         e => bind_error(e.into()),

@@ -104,8 +104,7 @@ impl Driver {
     /// The regions, mapped anew.
     pub(super) fn map(&self) -> GuestMemory {
         let table = REGIONS.iter().zip(&self.files).map(|((guest_addr, user_addr), file)| {
-            let spec =
-                RegionSpec { guest_addr: *guest_addr, len: REGION_BYTES, user_addr: *user_addr, file_offset: 0 };
+            let spec = RegionSpec { guest_addr: *guest_addr, len: REGION_BYTES, user_addr: *user_addr, file_offset: 0 };
             (spec, file.try_clone().unwrap())
         });
         GuestMemory::from_table(table.collect()).unwrap()

@@ -4,12 +4,13 @@
 //! wrappers are avoided: `event_add_handle` frees the wrong pointer when it fails, `get_all_domain_stats` leaks. It also
 //! panics on a NUL inside a string argument ([`no_nul`] stands before those), and its `Connect` does not close itself.
 //!
-//! Lifetimes: every callback gets a strong reference to the sink, made by `Arc::into_raw`, which libvirt gives back
-//! through the free function when the callback is removed. libvirt holds a reference to the connection for each
+//! Lifetimes: every event callback gets a boxed strong reference to the sink, which libvirt gives back through the free
+//! function when the callback is removed. The close callback gets a weak one: drivers without such a callback (test:///)
+//! accept it and then neither call nor free it. libvirt holds a reference to the connection for each
 //! callback, so [`Link`] removes them all before it closes.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -87,7 +88,7 @@ impl Link {
         if let Err(e) = link.connect.set_keep_alive(keep_alive.interval_secs.into(), keep_alive.count.into()) {
             tracing::debug!(uri, error = e.message(), "no keep-alive on this connection");
         }
-        link.has_close_callback = link.register_close(sink.clone());
+        link.has_close_callback = link.register_close(&sink);
         for (id, callback) in event_callbacks() {
             match link.register(id, callback, sink.clone()) {
                 Ok(id) => link.callbacks.push(id),
@@ -108,15 +109,15 @@ impl Link {
         self.connect.is_alive().unwrap_or(false)
     }
 
-    fn register_close(&self, sink: Opaque) -> bool {
-        let opaque = into_opaque(sink);
-        // SAFETY: the connection is open; `opaque` is what `on_close` and `free_sink` expect.
+    fn register_close(&self, sink: &Opaque) -> bool {
+        let opaque = Box::into_raw(Box::new(Arc::downgrade(sink))).cast();
+        // SAFETY: the connection is open; `opaque` is what `on_close` and `free_weak_sink` expect.
         let code = unsafe {
-            sys::virConnectRegisterCloseCallback(self.connect.as_ptr(), Some(on_close), opaque, Some(free_sink))
+            sys::virConnectRegisterCloseCallback(self.connect.as_ptr(), Some(on_close), opaque, Some(free_weak_sink))
         };
         if code != 0 {
-            // SAFETY: after a failure libvirt keeps nothing, so the reference is still ours.
-            unsafe { free_sink(opaque) };
+            // SAFETY: after a failure libvirt keeps nothing, so the box is still ours.
+            unsafe { free_weak_sink(opaque) };
         }
         code == 0
     }
@@ -200,6 +201,11 @@ unsafe extern "C" fn free_sink(opaque: *mut c_void) {
     drop(unsafe { Box::from_raw(opaque.cast::<Opaque>()) });
 }
 
+unsafe extern "C" fn free_weak_sink(opaque: *mut c_void) {
+    // SAFETY: called once, with the box that `register_close` made.
+    drop(unsafe { Box::from_raw(opaque.cast::<Weak<dyn Sink>>()) });
+}
+
 /// Gives an event to the sink behind `opaque`.
 ///
 /// # Safety
@@ -237,8 +243,9 @@ unsafe fn domain_id(domain: sys::virDomainPtr) -> Option<VmId> {
 }
 
 unsafe extern "C" fn on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {
-    // SAFETY: libvirt passes what `into_opaque` made.
-    let sink = unsafe { &*opaque.cast::<Opaque>() };
+    // SAFETY: libvirt passes the box that `register_close` made, not freed yet.
+    let sink = unsafe { &*opaque.cast::<Weak<dyn Sink>>() };
+    let Some(sink) = sink.upgrade() else { return };
     sink.closed(match u32::try_from(reason) {
         Ok(sys::VIR_CONNECT_CLOSE_REASON_EOF) => "libvirtd closed the connection",
         Ok(sys::VIR_CONNECT_CLOSE_REASON_KEEPALIVE) => "libvirtd no longer answers keep-alive probes",

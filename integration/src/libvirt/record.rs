@@ -110,7 +110,7 @@ impl Record {
                 let indent = indent_of(xml, range.start).to_owned();
                 let inner = format!("{indent}  ");
                 let text = format!("\n{inner}{}", self.to_xml(&inner));
-                let last = metadata.children().filter(Node::is_element).next_back().map(|n| n.range().end);
+                let last = metadata.children().rfind(Node::is_element).map(|n| n.range().end);
                 match (last, inner_range(xml, metadata)) {
                     (Some(end), _) => splices.insert(end, text),
                     (None, Some(content)) => splices.insert(content.start, format!("{text}\n{indent}")),

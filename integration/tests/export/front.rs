@@ -58,6 +58,7 @@ pub(crate) fn pair(index: u32, num: u32) -> Vec<u8> {
 #[derive(Debug)]
 pub(crate) struct FrontEnd {
     stream: UnixStream,
+    agreed: bool,
 }
 
 impl FrontEnd {
@@ -65,7 +66,7 @@ impl FrontEnd {
     pub(crate) fn mute(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
-        Self { stream }
+        Self { stream, agreed: false }
     }
 
     /// Connects and agrees on everything offered.
@@ -76,7 +77,13 @@ impl FrontEnd {
         front.send(code::SET_PROTOCOL_FEATURES, 0, &protocol, &[]).unwrap();
         front.set(code::SET_OWNER, &[], &[]).unwrap();
         front.set(code::SET_FEATURES, &features, &[]).unwrap();
+        front.agreed = true;
         front
+    }
+
+    /// Have features been agreed on?
+    pub(crate) fn agreed(&self) -> bool {
+        self.agreed
     }
 
     pub(crate) fn send(&mut self, code: u32, flags: u32, payload: &[u8], fds: &[RawFd]) -> std::io::Result<()> {
@@ -95,12 +102,11 @@ impl FrontEnd {
     }
 
     /// An answer: code, payload, descriptor.
-    fn receive(&mut self) -> std::io::Result<(u32, Vec<u8>, Option<OwnedFd>)> {
+    pub(crate) fn receive(&mut self) -> std::io::Result<(u32, Vec<u8>, Option<OwnedFd>)> {
         let mut header = [0; 12];
         let mut control = nix::cmsg_space!([RawFd; 4]);
         let mut parts = [IoSliceMut::new(&mut header)];
-        let message =
-            recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_WAITALL)?;
+        let message = recvmsg::<()>(self.stream.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_WAITALL)?;
         let mut fd = None;
         for item in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(fds) = item {

@@ -6,6 +6,8 @@
 //! - `socket`: where an export may listen, and who may connect.
 //! - `qemu`: a boot sector read by QEMU's firmware.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests; the exception for tests does not reach them")]
+
 mod blkio;
 mod disk;
 mod front;

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions};
 
 use crate::disk::{LIMIT, MemoryDisk, Served, export_at, runner};
+use crate::front::{FrontEnd, code};
 
 fn small() -> DiskConfig {
     DiskConfig::new(1 << 20)
@@ -38,8 +39,7 @@ fn a_file_that_is_not_a_socket_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("precious");
     std::fs::write(&path, "data").unwrap();
-    let error =
-        Export::start(&path, small(), runner(&MemoryDisk::new(vec![])), &ExportOptions::default()).unwrap_err();
+    let error = Export::start(&path, small(), runner(&MemoryDisk::new(vec![])), &ExportOptions::default()).unwrap_err();
     assert!(matches!(error, ExportError::NotASocket { .. }), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"data");
 }
@@ -98,14 +98,35 @@ fn an_export_stops_while_a_front_end_is_in_the_middle_of_a_message() {
 
 #[test]
 fn a_front_end_that_stalls_in_a_message_is_cut_off() {
-    use std::io::Write;
     let served = Served::new(small(), vec![0; 1 << 20]);
-    let mut half = UnixStream::connect(served.path()).unwrap();
-    // A header that announces a payload which never comes.
-    half.write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 7]).unwrap();
-    half.set_read_timeout(Some(LIMIT)).unwrap();
-    assert_eq!(half.read(&mut [0; 1]).unwrap(), 0, "closed by the export");
+    let mut half = FrontEnd::mute(&served.path());
+    // A header that announces a payload which never comes whole.
+    half.send_raw(&[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 7]).unwrap();
+    assert!(half.is_cut_off());
     served.disk.wait_for(|seen| seen.disconnected == 1);
+}
+
+#[test]
+fn a_front_end_that_never_reads_is_cut_off() {
+    let served = Served::new(small(), vec![0; 1 << 20]);
+    let mut deaf = FrontEnd::mute(&served.path());
+    // Questions without end; the export stops reading them when its answers have no room.
+    while deaf.send(code::GET_FEATURES, 0, &[], &[]).is_ok() {}
+    served.disk.wait_for(|seen| seen.disconnected == 1);
+}
+
+#[test]
+fn a_message_that_comes_in_pieces_is_understood() {
+    let served = Served::new(small(), vec![0; 1 << 20]);
+    let mut slow = FrontEnd::mute(&served.path());
+    let message = [code::SET_OWNER, 1 | 1 << 3, 0].map(u32::to_ne_bytes).concat();
+    let ask = [code::GET_FEATURES, 1, 0].map(u32::to_ne_bytes).concat();
+    for byte in message.iter().chain(&ask[..11]) {
+        slow.send_raw(&[*byte]).unwrap();
+    }
+    slow.send_raw(&ask[11..]).unwrap();
+    let answer = slow.receive().unwrap();
+    assert_eq!((answer.0, answer.1.len()), (code::GET_FEATURES, 8));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::StoredSet;
 use crate::access::Phase;
 use crate::burst::BurstCursor;
 use crate::markov;
-use crate::phase::{Plan, PhaseSet};
+use crate::phase::{PhaseSet, Plan};
 use crate::record::Recording;
 use crate::replay::{Replay, Window};
 use crate::streams::StreamTable;

@@ -115,10 +115,8 @@ fn ranges_are_checked_one_by_one() {
         }
     };
     let (discard, zeroes) = (11, 13);
-    let range = |sector: u64, sectors: u64| crate::export::ByteRange {
-        offset_bytes: sector * 512,
-        len_bytes: sectors * 512,
-    };
+    let range =
+        |sector: u64, sectors: u64| crate::export::ByteRange { offset_bytes: sector * 512, len_bytes: sectors * 512 };
     assert_eq!(run(discard, &[(0, 1, 0)]), Ok(RequestKind::Discard { ranges: vec![range(0, 1)] }));
     assert_eq!(
         run(zeroes, &[(0, 8, 1), (2047, 1, 1)]),
@@ -126,10 +124,7 @@ fn ranges_are_checked_one_by_one() {
     );
     // Some of its space must stay.
     let mixed = run(zeroes, &[(0, 8, 1), (8, 8, 0)]);
-    assert_eq!(
-        mixed,
-        Ok(RequestKind::WriteZeroes { ranges: vec![range(0, 8), range(8, 8)], unmap: false })
-    );
+    assert_eq!(mixed, Ok(RequestKind::WriteZeroes { ranges: vec![range(0, 8), range(8, 8)], unmap: false }));
     for (ranges, status) in [
         (vec![], 1),
         (vec![(0, 0, 0)], 1),
@@ -293,7 +288,7 @@ fn a_guest_that_floods_the_ring_with_bad_requests_does_not_hold_pop() {
     for head in 1..200 {
         // Each its own head, all the same chain after it.
         let header = BUFFERS + 0x1800;
-        driver.describe(head * 1, Desc { addr: header, len: 16, flags: NEXT, next: 255 });
+        driver.describe(head, Desc { addr: header, len: 16, flags: NEXT, next: 255 });
         driver.describe(255, Desc { addr: header + 0x100, len: 1, flags: WRITE, next: 0 });
         driver.make_available(head);
     }

@@ -214,7 +214,7 @@ fn expect(driver: &Driver, head: u16) -> Expected {
     let kind = u32::from_le_bytes(header[..4].try_into().unwrap());
     let sector = u64::from_le_bytes(header[8..].try_into().unwrap());
     let inside = |sector: u64, bytes: u64| {
-        bytes > 0 && bytes % 512 == 0 && u128::from(sector) * 512 + u128::from(bytes) <= u128::from(CAPACITY)
+        bytes > 0 && bytes.is_multiple_of(512) && u128::from(sector) * 512 + u128::from(bytes) <= u128::from(CAPACITY)
     };
     match kind {
         0 | 1 => {
