@@ -1,4 +1,5 @@
 //! Raw files and block devices as stores.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
 
 mod nbd_common;
 
@@ -67,7 +68,8 @@ struct LoopDevice(String);
 
 impl LoopDevice {
     fn new(path: &Path) -> Option<LoopDevice> {
-        let output = Command::new("losetup").args(["--find", "--show", "--sector-size", "4096"]).arg(path).output().ok()?;
+        let output =
+            Command::new("losetup").args(["--find", "--show", "--sector-size", "4096"]).arg(path).output().ok()?;
         output.status.success().then(|| LoopDevice(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
     }
 }

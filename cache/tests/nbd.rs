@@ -1,4 +1,5 @@
 //! NBD exports as stores, against real servers: nbdkit with its filters, and qemu-nbd.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
 
 mod nbd_common;
 
@@ -22,24 +23,26 @@ impl Server {
         let socket = folder.join("s");
         let _ = std::fs::remove_file(&socket);
         let mut command = Command::new("nbdkit");
-        command.args(["--foreground", "--unix"]).arg(&socket).args(args);
-        Server::start(command, socket, "nbdkit")
+        // The pid file appears when the server listens; the socket is there a moment before.
+        command.args(["--foreground", "--unix"]).arg(&socket).arg("--pidfile").arg(folder.join("pid")).args(args);
+        Server::start(command, socket, &folder.join("pid"), "nbdkit")
     }
 
     fn qemu_nbd(folder: &Path, args: &[&str]) -> Server {
         let socket = folder.join("s");
         let _ = std::fs::remove_file(&socket);
         let mut command = Command::new("qemu-nbd");
-        command.args(["--persistent", "--socket"]).arg(&socket).args(args);
-        Server::start(command, socket, "qemu-nbd")
+        command.args(["--persistent", "--socket"]).arg(&socket).arg("--pid-file").arg(folder.join("pid")).args(args);
+        Server::start(command, socket, &folder.join("pid"), "qemu-nbd")
     }
 
-    fn start(mut command: Command, socket: PathBuf, name: &str) -> Server {
+    fn start(mut command: Command, socket: PathBuf, ready: &Path, name: &str) -> Server {
+        let _ = std::fs::remove_file(ready);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let child = command.spawn();
         let mut child = child.unwrap_or_else(|error| panic!("{name} does not start ({error}): run scripts/setup.sh"));
         let limit = Instant::now() + Duration::from_secs(30);
-        while !socket.exists() {
+        while !ready.exists() {
             assert!(child.try_wait().unwrap().is_none(), "{name} ended at once: {command:?}");
             assert!(Instant::now() < limit, "{name} does not listen");
             std::thread::sleep(Duration::from_millis(5));
@@ -98,7 +101,14 @@ fn an_export_does_what_the_model_does() {
         &["--filter=fua", "memory", "1M"],
         &["--filter=nozero", "memory", "1M"],
         &["--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable"],
-        &["--filter=blocksize-policy", "memory", "1M", "blocksize-minimum=512", "blocksize-maximum=4096", "blocksize-error-policy=error"],
+        &[
+            "--filter=blocksize-policy",
+            "memory",
+            "1M",
+            "blocksize-minimum=512",
+            "blocksize-maximum=4096",
+            "blocksize-error-policy=error",
+        ],
     ];
     for (i, args) in servers.into_iter().enumerate() {
         for mode in MODES {
@@ -157,11 +167,13 @@ fn requests_larger_than_a_server_takes_are_split() {
     with_nbdkit(EngineMode::Auto, &["memory", "80M"], |_, store| async move {
         let mut random = Random(77);
         let pattern = random.bytes(1 << 20);
-        let data: Vec<IoBuf> = (0..70).map(|i| {
-            let mut part = AlignedBuf::copy_of(&pattern);
-            part[0] = i;
-            part.into()
-        }).collect();
+        let data: Vec<IoBuf> = (0..70)
+            .map(|i| {
+                let mut part = AlignedBuf::copy_of(&pattern);
+                part[0] = i;
+                part.into()
+            })
+            .collect();
         let (result, _) = store.write(512, data, true).await;
         result.unwrap();
         let got = read(&store, 512, 70 << 20).await.unwrap();
@@ -349,8 +361,7 @@ fn tcp_works_as_well() {
     let folder = folder();
     let pidfile = folder.path().join("pid");
     command.arg("--pidfile").arg(&pidfile);
-    // The pid file appears when it listens.
-    let _server = Server::start(command, pidfile, "nbdkit");
+    let _server = Server::start(command, PathBuf::new(), &pidfile, "nbdkit");
     for mode in MODES {
         let uri = format!("nbd://localhost:{port}/");
         on(mode, move |shard| async move {

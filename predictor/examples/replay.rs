@@ -1,5 +1,5 @@
-//! Prints how well traces are foreseen by an ideal cache: coverage (reads that need not wait), precision (proposed pages used),
-//! traffic (pages read from the store for each page needed), time for each access.
+//! Prints how well traces are foreseen by an ideal cache: coverage (reads that need not wait), precision (proposed
+//! pages used), traffic (pages read from the store for each page needed), time for each access.
 //!
 //! `replay [--threshold P] TRACE.csv[,MARKS.txt] …`: each trace alone with nothing learned; then, if there are several,
 //! each with what the one before it taught, as one boot and with the boot ended at the mark `boot-done`.
@@ -57,13 +57,16 @@ fn run(predictor: &mut AccessPredictor, events: &[Event], threshold: f32, boot: 
         }
     }
     println!(
-        "    total: {} reads, coverage {:.3}, precision {:.3}, traffic {:.3}, {} candidates of {:.1} pages",
+        "    total: {} reads, coverage {:.3}, precision {:.3}, traffic {:.3}, {} candidates of {:.1} pages, \
+         wait {:.2} s of {:.2} s",
         all.reads,
         all.coverage(),
         all.precision(),
         all.traffic(),
         all.candidates,
         all.proposed_pages as f64 / all.candidates.max(1) as f64,
+        all.wait_us as f64 / 1e6,
+        all.plain_wait_us as f64 / 1e6,
     );
     for expert in Expert::ALL {
         let (proposed, used) = all.by_expert[expert.index()];

@@ -99,7 +99,8 @@ pub struct Candidate {
     pub expert: Expert,
 }
 
-/// What became of prefetched pages. Report it when a prefetched page is first read (`used`), or leaves the cache unread.
+/// What became of prefetched pages. Report it when a prefetched page is first read (`used`), or leaves the cache
+/// unread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outcome {
     pub first: u64,

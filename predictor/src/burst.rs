@@ -1,5 +1,5 @@
-//! First-touch sets of unnamed activity: what a VM does outside named phases is cut into bursts by quiet gaps. A burst is
-//! recognised by its first blocks: when two of them are read again, the rest is replayed.
+//! First-touch sets of unnamed activity: what a VM does outside named phases is cut into bursts by quiet gaps. A burst
+//! is recognised by its first blocks: when two of them are read again, the rest is replayed.
 //!
 //! The number of bursts, their pages and the replays running at once are bounded; the burst unused for longest leaves.
 
@@ -11,8 +11,8 @@ use crate::replay::{Replay, Window};
 use crate::wire::{Reader, WireError, put};
 use rustc_hash::FxHashMap;
 
-/// Blocks by which a burst is recognised: this many at its start and [`TRIGGERS_AFTER_PAUSE`] after each pause in it of a quarter of the gap
-/// or more, because another run may pause there for longer and so be cut in two.
+/// Blocks by which a burst is recognised: this many at its start and [`TRIGGERS_AFTER_PAUSE`] after each pause in it of
+/// a quarter of the gap or more, because another run may pause there for longer and so be cut in two.
 const TRIGGERS_AT_START: usize = 8;
 const TRIGGERS_AFTER_PAUSE: usize = 4;
 const TRIGGERS: usize = 32;
@@ -35,8 +35,8 @@ const RELIABILITY_PRIOR: f32 = 0.95;
 const RELIABILITY_WEIGHT: f32 = 2.0;
 const RELIABILITY_FADING: f32 = 0.8;
 
-/// A burst too large for one recording goes on in so many more; then it is no burst but a steady load, which must not drive
-/// out the bursts that are known.
+/// A burst too large for one recording goes on in so many more; then it is no burst but a steady load, which must not
+/// drive out the bursts that are known.
 const CONTINUED: u32 = 1;
 
 /// Limits, see `AccessConfig`.

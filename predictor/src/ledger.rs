@@ -1,14 +1,16 @@
 //! What was touched and what was proposed lately, by 64 KiB block. It serves three ends:
 //!
 //! - no page is proposed twice, unless a better probability is found, time passes, or an outcome says it was lost;
-//! - proposals are *labelled* without asking the cache: [`LABEL_AFTER_S`] after the first proposal in a block, the share
-//!   of its proposed pages that a guest read goes into the calibration of the proposal's class. This also holds for
-//!   candidates that nobody prefetched because their probability was too low, so a class can earn its way up;
-//! - the spatial expert: each time the number of touched pages in a block enters a new bucket, it guesses that the block's other
-//!   pages are read too, unless another expert proposed them already. The guess belongs to the class of that moment (pages touched so far, how
-//!   full the two neighbour blocks are, single-page request or not) and is labelled like a proposal.
+//! - proposals are *labelled* without asking the cache: [`LABEL_AFTER_S`] after the first proposal in a block, the
+//!   share of its proposed pages that a guest read goes into the calibration of the proposal's class. This also holds
+//!   for candidates that nobody prefetched because their probability was too low, so a class can earn its way up;
+//! - the spatial expert: each time the number of touched pages in a block enters a new bucket, it guesses that the
+//!   block's other pages are read too, unless another expert proposed them already. The guess belongs to the class of
+//!   that moment (pages touched so far, how full the two neighbour blocks are, single-page request or not) and is
+//!   labelled like a proposal.
 //!
-//! The table is set-associative with a fixed size: [`WAYS`] entries of 48 bytes a set, the least recently active leaves.
+//! The table is set-associative with a fixed size: [`WAYS`] entries of 48 bytes a set, the least recently active
+//! leaves.
 
 use crate::access::Expert;
 use crate::odds::{Calibration, Class};
@@ -18,8 +20,8 @@ const WAYS: usize = 4;
 /// Proposals and spatial states are labelled this long after they were made. A readahead page not used by then was
 /// not worth fetching from a small cache.
 const LABEL_AFTER_S: u32 = 20;
-/// Blocks waiting for their label; beyond it the oldest is labelled early, so that a busy guest that changes its ways is followed
-/// within some hundred requests.
+/// Blocks waiting for their label; beyond it the oldest is labelled early, so that a busy guest that changes its ways
+/// is followed within some hundred requests.
 const LABEL_QUEUE: usize = 512;
 /// Touched and proposed pages count as new again after this long without activity in their block.
 const FORGET_AFTER_S: u32 = 300;
@@ -120,8 +122,8 @@ impl Ledger {
         fresh != 0
     }
 
-    /// What the spatial expert makes of a read of new pages in `block` by a request of `request_pages` pages. Ask it after
-    /// the other experts have proposed.
+    /// What the spatial expert makes of a read of new pages in `block` by a request of `request_pages` pages. Ask it
+    /// after the other experts have proposed.
     pub(crate) fn rest_of_block(
         &mut self,
         block: u64,
@@ -154,7 +156,8 @@ impl Ledger {
         Some(RestOfBlock { mask, probability: odds.probability(prior) })
     }
 
-    /// Records that a guest overwrote `mask` in `block`: nothing is left to fetch there, and what was proposed was wrong.
+    /// Records that a guest overwrote `mask` in `block`: nothing is left to fetch there, and what was proposed was
+    /// wrong.
     pub(crate) fn written(&mut self, block: u64, mask: u16, calibration: &mut Calibration) {
         let index = self.entry(block as u32, calibration);
         let entry = &mut self.entries[index];
@@ -229,8 +232,8 @@ impl Ledger {
         })
     }
 
-    /// Makes the pages of `mask` that were last touched, or proposed about as likely, more than `seconds` ago new again,
-    /// without judging what was proposed; returns the others.
+    /// Makes the pages of `mask` that were last touched, or proposed about as likely, more than `seconds` ago new
+    /// again, without judging what was proposed; returns the others.
     pub(crate) fn renew(&mut self, block: u64, mask: u16, probability: f32, seconds: u32) -> u16 {
         let Some(index) = self.find(block as u32) else { return 0 };
         let recent = self.now_s.saturating_sub(self.entries[index].at_s) <= seconds;

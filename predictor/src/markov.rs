@@ -8,10 +8,10 @@
 //! | delta 1 | last distance between request starts | next distance |
 //! | delta 2 | last two distances | next distance |
 //!
-//! A context is one cache line: a tag and up to [`SLOTS`] successors with aged counts. A successor block carries the mask of the
-//! pages that were read in it (and how many followed it in the same request), so that a prediction is as precise as
-//! the visit that taught it. Lookahead follows the likeliest path for [`DEPTH`] steps and multiplies probabilities
-//! along it; the product is only a score, turned into a probability by the observed share of its class.
+//! A context is one cache line: a tag and up to [`SLOTS`] successors with aged counts. A successor block carries the
+//! mask of the pages that were read in it (and how many followed it in the same request), so that a prediction is as
+//! precise as the visit that taught it. Lookahead follows the likeliest path for [`DEPTH`] steps and multiplies
+//! probabilities along it; the product is only a score, turned into a probability by the observed share of its class.
 
 use crate::access::{BLOCK_PAGES, Expert};
 use crate::odds::Class;
@@ -115,7 +115,8 @@ impl MarkovTable {
         self.contexts.capacity() * size_of::<Context>()
     }
 
-    /// Learns from a read of a VM. With `learn` false the VM's place moves, but no transition is recorded: streams know it better.
+    /// Learns from a read of a VM. With `learn` false the VM's place moves, but no transition is recorded: streams know
+    /// it better.
     pub(crate) fn observe(&mut self, cursor: &mut Cursor, first: u64, pages: u32, learn: bool) {
         let end = first + u64::from(pages);
         let (entered, leaving) = ((first / BLOCK_PAGES) as u32, ((end - 1) / BLOCK_PAGES) as u32);

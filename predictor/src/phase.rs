@@ -1,8 +1,9 @@
 //! First-touch sets: what a phase (a boot, a program) reads for the first time, in order and with times, over its runs.
 //!
 //! Boots of one image repeat their set (99.9 % of its pages), not their transitions (61 % of them), so the set is what
-//! is worth keeping. Every extent carries the history of the last [`HISTORY_RUNS`] runs: touched or not. The probability that
-//! it is touched again is the observed share of extents of equal history, starting from a Beta prior around 0.95.
+//! is worth keeping. Every extent carries the history of the last [`HISTORY_RUNS`] runs: touched or not. The
+//! probability that it is touched again is the observed share of extents of equal history, starting from a Beta prior
+//! around 0.95.
 //!
 //! A run that ends early (the VM or the agent was stopped) says nothing about what it did not reach: extents behind
 //! the furthest point that the run robustly matched keep their history.
@@ -27,7 +28,8 @@ const ROBUST_RANK: usize = 4;
 /// An extent is missed, too, if the run went on for this many times its usual time and a minute.
 const OVERDUE_FACTOR: u64 = 2;
 const OVERDUE_SLACK_MS: u64 = 60_000;
-/// Evidence of one run about one history is worth at most this much against a prior of [`PRIOR_WEIGHT`]: what one run skips it skips together.
+/// Evidence of one run about one history is worth at most this much against a prior of [`PRIOR_WEIGHT`]: what one run
+/// skips it skips together.
 const RUN_WEIGHT: f32 = 3.0;
 const PRIOR_WEIGHT: f32 = 2.0;
 /// Pages of a history that a run must have had to weigh fully.
@@ -231,8 +233,8 @@ impl PhaseSet {
         extents
     }
 
-    /// Layout: runs, span (ms), odds of all histories (two floats each), extents; an extent is: distance of its first page from the
-    /// previous extent's end (signed), pages, time since the previous extent (ms), history.
+    /// Layout: runs, span (ms), odds of all histories (two floats each), extents; an extent is: distance of its first
+    /// page from the previous extent's end (signed), pages, time since the previous extent (ms), history.
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
         put(out, u64::from(self.runs));
         put(out, u64::from(self.span_ms));

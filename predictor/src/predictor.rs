@@ -1,10 +1,11 @@
 //! The access predictor of one storage: feeds every expert, weighs them, and hands out candidates.
 //!
-//! Who is believed: a first-touch set that proved right in this run knows what follows a read it foresaw, so the other experts keep
-//! silent after such a read. Everywhere else all experts propose, each with a probability calibrated by its own observed record;
-//! of several proposals for a page the best one is handed out.
+//! Who is believed: a first-touch set that proved right in this run knows what follows a read it foresaw, so the other
+//! experts keep silent after such a read. Everywhere else all experts propose, each with a probability calibrated by
+//! its own observed record; of several proposals for a page the best one is handed out.
 //!
-//! Memory is bounded (see [`AccessConfig`]): the tables by their size, a VM by its recording (at most about 40 bytes a page at worst, 2 typically).
+//! Memory is bounded (see [`AccessConfig`]): the tables by their size, a VM by its recording (at most about 40 bytes a
+//! page at worst, 2 typically).
 
 mod vm;
 
@@ -284,7 +285,8 @@ impl AccessPredictor {
             for proposal in &proposals {
                 self.raise(proposal);
             }
-            // Last, because the spatial expert adds to what the others expect. Only the ends of a request leave blocks in part.
+            // Last, because the spatial expert adds to what the others expect. Only the ends of a request leave blocks
+            // in part.
             let ends = [first / crate::BLOCK_PAGES, (first + u64::from(pages) - 1) / crate::BLOCK_PAGES];
             for block in if !touched_anew {
                 &[][..]
@@ -338,8 +340,8 @@ impl AccessPredictor {
     }
 
     /// Adds the candidates raised since the last call to `out`, in the order they were raised (a set's in order of
-    /// expected use), each page at most once. Call it after every batch of observed accesses and after `phase_start`; calling it
-    /// now and then without accesses lets a running phase go on with the clock.
+    /// expected use), each page at most once. Call it after every batch of observed accesses and after `phase_start`;
+    /// calling it now and then without accesses lets a running phase go on with the clock.
     pub fn predict(&mut self, at_us: u64, out: &mut Vec<Candidate>) {
         self.ledger.advance(at_us, &mut self.calibration);
         self.propose_from_sets(at_us);

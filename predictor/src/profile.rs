@@ -9,10 +9,10 @@
 //!     24      …  payload
 //! ```
 //!
-//! The payload is a sequence of variable-length integers (`wire`): phase sets (`phase`), bursts (`burst`), Markov contexts
-//! (`markov`), calibration counts (`odds`). What belongs to the moment is not saved: streams, recent touches,
-//! recordings. Phases and bursts that are running are saved as if they ended now, without ending them, so that a
-//! daemon that is stopped or killed keeps them and one that goes on counts them once.
+//! The payload is a sequence of variable-length integers (`wire`): phase sets (`phase`), bursts (`burst`), Markov
+//! contexts (`markov`), calibration counts (`odds`). What belongs to the moment is not saved: streams, recent touches,
+//! recordings. Phases and bursts that are running are saved as if they ended now, without ending them, so that a daemon
+//! that is stopped or killed keeps them and one that goes on counts them once.
 //!
 //! A file is written whole by its owner, hence no order of writes here: a torn file fails the length or the checksum.
 
@@ -123,8 +123,8 @@ impl AccessPredictor {
         bytes
     }
 
-    /// Makes a predictor that knows what `bytes` hold. `config` need not be that of the writer: smaller limits keep the most
-    /// recently used.
+    /// Makes a predictor that knows what `bytes` hold. `config` need not be that of the writer: smaller limits keep the
+    /// most recently used.
     ///
     /// # Errors
     /// See [`ProfileError`]. Any bytes are refused or accepted without panic, in memory proportional to their length.

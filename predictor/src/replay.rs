@@ -1,11 +1,12 @@
 //! Replays a first-touch set while its phase runs: proposes what comes next, a window ahead of the guest.
 //!
-//! The guest's position in the plan is the [`RANK`]-th furthest of its last [`RECENT`] new matches: runs reorder what they read,
-//! and one early touch of a late extent must not move the window, while a program that skips a part does. Between matches
-//! the position's time goes on with the clock, at most by the horizon.
+//! The guest's position in the plan is the [`RANK`]-th furthest of its last [`RECENT`] new matches: runs reorder what
+//! they read, and one early touch of a late extent must not move the window, while a program that skips a part does.
+//! Between matches the position's time goes on with the clock, at most by the horizon.
 //!
-//! The window is bounded by time (horizon) and by bytes proposed and neither used nor passed. A governor shrinks the bytes as
-//! soon as less than half of what was passed was used, down to nothing: a run that diverges from the plan wastes little.
+//! The window is bounded by time (horizon) and by bytes proposed and neither used nor passed. A governor shrinks the
+//! bytes as soon as less than half of what was passed was used, down to nothing: a run that diverges from the plan
+//! wastes little.
 
 use crate::phase::{Plan, SetExtent};
 use std::sync::Arc;
@@ -14,8 +15,8 @@ use std::sync::Arc;
 const RECENT: usize = 16;
 /// … of which this many are at or behind it.
 const RANK: usize = 4;
-/// An extent counts as passed when all but [`RECENT`] − this many recent matches are further by [`PASSED_BY`] extents: a guest has
-/// several threads, and what the foremost has passed the others may still read.
+/// An extent counts as passed when all but `RECENT` − this many recent matches are further by [`PASSED_BY`] extents:
+/// a guest has several threads, and what the foremost has passed the others may still read.
 const PASSED_RANK: usize = 12;
 const PASSED_BY: usize = 64;
 /// The governor starts with the credit of this many used pages (1 MiB) …
@@ -36,6 +37,8 @@ const SHARE_TRUSTED: f32 = 0.7;
 const SLOW_START_PAGES: u64 = 256;
 /// … plus this many for each page used.
 const SLOW_START_FACTOR: u64 = 8;
+/// After this many matches a plan that keeps its promises is the right one, however unreliable it was before.
+const CONVINCING_MATCHES: f32 = 32.0;
 /// Pages that must have been promised for a verdict.
 const VERDICT_PAGES: u32 = 32;
 
@@ -58,7 +61,7 @@ pub(crate) struct Window {
 pub(crate) struct Replay {
     plan: Arc<Plan>,
     window: Window,
-    /// Probability that this is the right plan at all.
+    /// Probability, before the first match, that this is the right plan at all.
     reliability: f32,
     used_pages: u64,
     flags: Vec<u8>,
@@ -163,6 +166,8 @@ impl Replay {
         } else if self.skipped && self.position < self.cursor {
             (self.skipped, self.cursor) = (false, self.position);
         }
+        let convinced = (self.matches as f32 / CONVINCING_MATCHES).min(1.0) * self.share();
+        let reliability = self.reliability + (1.0 - self.reliability) * convinced;
         while let Some(extent) = extents.get(self.cursor) {
             if u64::from(extent.at_ms) > until_ms || self.outstanding + u64::from(extent.pages) > limit {
                 break;
@@ -179,11 +184,12 @@ impl Replay {
                 self.outstanding += u64::from(extent.pages);
             }
             // Noted all the same, so that an unreliable plan can prove itself.
-            if probability * self.reliability < floor {
+            let probability = probability * reliability;
+            if probability < floor {
                 continue;
             }
             let due_us = at_us.saturating_add(u64::from(extent.at_ms).saturating_sub(now_ms) * 1000);
-            sink(extent, probability * self.reliability, due_us);
+            sink(extent, probability, due_us);
         }
     }
 
@@ -378,6 +384,18 @@ mod tests {
             replay.read(i * 16, 8, 0);
         }
         assert_eq!(replay.verdict(), Some(0.5));
+    }
+
+    #[test]
+    fn an_unreliable_plan_that_proves_right_is_believed() {
+        let mut replay = Replay::new(plan(400), Window { horizon_ms: 2000, ..WIDE }, 0.3, 0);
+        let mut probabilities = Vec::new();
+        for i in 0..100 {
+            replay.read(i * 16, 8, i * 100_000);
+            replay.propose(i * 100_000, 0.1, |_, probability, _| probabilities.push(probability));
+        }
+        assert!(probabilities[0] < 0.35);
+        assert!(probabilities[60..].iter().all(|probability| *probability > 0.9));
     }
 
     #[test]

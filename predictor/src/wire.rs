@@ -1,7 +1,8 @@
 //! Byte encoding of the profile: LEB128 variable-length integers, ZigZag for signed ones, IEEE floats as little-endian.
 //!
 //! The reader trusts nothing: every read is checked against what is left, and a count of elements is refused if the
-//! remaining bytes could not hold that many, so no length field makes it allocate more than the input's own size allows.
+//! remaining bytes could not hold that many, so no length field makes it allocate more than the input's own size
+//! allows.
 
 /// Why bytes could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -120,6 +120,10 @@ fn a_refused_request_does_not_undo_its_neighbours() {
     assert_eq!(second, Err(StoreError::AlreadyExists { what: "disk", name: "a".into() }));
     assert_eq!(store.disks().unwrap().len(), 2);
     assert_eq!(store.condition().writes_dropped, 0);
+    let error = store.append_accesses(accesses("s", "vm", 0, 0)).wait().unwrap_err();
+    assert!(matches!(error, StoreError::Segment(_)), "{error:?}");
+    let condition = store.condition();
+    assert_eq!((condition.writes_dropped, condition.degraded), (1, None));
 }
 
 #[test]

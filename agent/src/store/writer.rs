@@ -243,6 +243,10 @@ impl Thread {
                 }
                 // The request's own fault, and whoever made it is told.
                 Err(StoreError::AlreadyExists { .. } | StoreError::NotFound { .. }) => {}
+                // Lost, but not for want of a healthy database.
+                Err(StoreError::Segment(_)) => {
+                    self.gauges.dropped.fetch_add(1, Ordering::Relaxed);
+                }
                 Err(error) => {
                     self.gauges.dropped.fetch_add(1, Ordering::Relaxed);
                     let text = error.to_string();

@@ -1,8 +1,8 @@
 //! Opening and measuring a file or block device. Everything here may block and runs off the shard's thread.
 //!
-//! - [`Opened`], [`open`]: descriptors, size, alignment, lock
+//! - [`Opened`] and [`open`]: descriptors, size, alignment, lock
 //! - [`measure`]: size and stamp again
-//! - [`discard`]: `BLKDISCARD`
+//! - [`discard`] by `BLKDISCARD`
 //!
 //! Leaf module: `statx` and `ioctl` are called here.
 //!
@@ -59,7 +59,8 @@ pub(super) fn open(path: &Path, options: &StoreOptions) -> Result<Opened, StoreE
     if !kind.is_file() && !kind.is_block_device() {
         return Err(StoreError::NotADisk { store });
     }
-    let file = match OpenOptions::new().read(true).write(!options.read_only).custom_flags(libc::O_NONBLOCK).open(&path) {
+    let file = match OpenOptions::new().read(true).write(!options.read_only).custom_flags(libc::O_NONBLOCK).open(&path)
+    {
         Err(error) if error.raw_os_error() == Some(libc::EROFS) => return Err(StoreError::ReadOnly { store }),
         other => other.map_err(fail)?,
     };
@@ -168,11 +169,8 @@ fn qemu_locks(store: &str, file: &File, writer: bool) -> Result<(), StoreError> 
 
 /// A second descriptor for direct I/O and its alignment.
 fn open_direct(path: &Path, file: &File, read_only: bool) -> io::Result<(File, u32)> {
-    let direct = OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(libc::O_DIRECT | libc::O_NONBLOCK)
-        .open(path)?;
+    let direct =
+        OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_DIRECT | libc::O_NONBLOCK).open(path)?;
     let (ours, theirs) = (file.metadata()?, direct.metadata()?);
     if (ours.dev(), ours.ino()) != (theirs.dev(), theirs.ino()) {
         return Err(io::Error::other("the file was replaced while it was opened"));

@@ -11,13 +11,17 @@ pub enum StoreError {
     Denied { store: String },
     #[error("{store} is in use by another process{}; stop that process, or open the store read-only on both sides", if *.writer { " that writes to it" } else { "" })]
     Locked { store: String, writer: bool },
-    #[error("{store} is a {format} image; serve it with qemu-nbd or qemu-storage-daemon and give its nbd URI, or set force_raw if its raw bytes are meant")]
+    #[error(
+        "{store} is a {format} image; serve it with qemu-nbd or qemu-storage-daemon and give its nbd URI, or set force_raw if its raw bytes are meant"
+    )]
     NotRaw { store: String, format: &'static str },
     #[error("{store} has a size of {size_bytes} bytes; a disk needs a positive multiple of 512")]
     BadSize { store: String, size_bytes: u64 },
     #[error("{store} is neither a regular file nor a block device")]
     NotADisk { store: String },
-    #[error("{store} has shrunk from {was_bytes} to {now_bytes} bytes; take its disks offline and check who resized it")]
+    #[error(
+        "{store} has shrunk from {was_bytes} to {now_bytes} bytes; take its disks offline and check who resized it"
+    )]
     Shrunk { store: String, was_bytes: u64, now_bytes: u64 },
     #[error("{store} is read-only")]
     ReadOnly { store: String },
@@ -44,7 +48,9 @@ impl StoreError {
     pub(super) fn from_errno(store: &str, what: &'static str, errno: i32) -> StoreError {
         let store = store.to_owned();
         match errno {
-            libc::ENOENT | libc::ENOTDIR | libc::ENXIO | libc::ENODEV if what == "open" => StoreError::NotFound { store },
+            libc::ENOENT | libc::ENOTDIR | libc::ENXIO | libc::ENODEV if what == "open" => {
+                StoreError::NotFound { store }
+            }
             libc::EACCES | libc::EPERM if what == "open" => StoreError::Denied { store },
             libc::ENOSPC | libc::EDQUOT => StoreError::NoSpace { store },
             libc::EROFS => StoreError::ReadOnly { store },

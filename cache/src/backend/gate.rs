@@ -39,7 +39,6 @@ impl Drain {
             self.empty.notified().await;
         }
     }
-
 }
 
 impl Drop for UnderWay {

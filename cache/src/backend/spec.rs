@@ -32,7 +32,10 @@ pub enum StoreSpec {
 pub enum NbdAddress {
     Unix(PathBuf),
     /// `host` is a name, an IPv4 address, or an IPv6 address without brackets.
-    Tcp { host: String, port: u16 },
+    Tcp {
+        host: String,
+        port: u16,
+    },
 }
 
 /// A store's name that cannot be understood.
@@ -73,7 +76,8 @@ impl FromStr for StoreSpec {
                 None => rest,
             },
             None => {
-                let scheme = name.split(['/', '.']).next().unwrap_or_default().split_once(':').map(|(scheme, _)| scheme);
+                let scheme =
+                    name.split(['/', '.']).next().unwrap_or_default().split_once(':').map(|(scheme, _)| scheme);
                 if let Some(scheme) = scheme {
                     return Err(fail(&format!("`{scheme}:` is not known"), HINT_ANY));
                 }
@@ -200,7 +204,9 @@ fn encode(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     for byte in bytes {
         match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'_' | b'-' | b'~' | b':' => out.push(char::from(*byte)),
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'_' | b'-' | b'~' | b':' => {
+                out.push(char::from(*byte))
+            }
             // Writing to a string cannot fail.
             _ => drop(write!(out, "%{byte:02X}")),
         }
@@ -266,10 +272,30 @@ mod tests {
     #[test]
     fn wrong_names_say_what_to_write() {
         for name in [
-            "", "file:", "file://host/x", "http://x/y", "rbd:pool/x", "nbds://h/x", "nbd://", "nbd://h:0/x", "nbd://h:x/x",
-            "nbd://::1/x", "nbd://[::1/x", "nbd://[h]/x", "nbd://u@h/x", "nbd://h/x?socket=/y", "nbd://h/%zz", "nbd://h/%f",
-            "nbd+unix:///x", "nbd+unix://h/x?socket=/y", "nbd+unix:///x?socket=", "nbd+unix:///x?sock=/y", "nbd:unix:",
-            "nbd:x:y:z", "nbd://h/%ff", "nbd+unix:///x?socket=/a%00b",
+            "",
+            "file:",
+            "file://host/x",
+            "http://x/y",
+            "rbd:pool/x",
+            "nbds://h/x",
+            "nbd://",
+            "nbd://h:0/x",
+            "nbd://h:x/x",
+            "nbd://::1/x",
+            "nbd://[::1/x",
+            "nbd://[h]/x",
+            "nbd://u@h/x",
+            "nbd://h/x?socket=/y",
+            "nbd://h/%zz",
+            "nbd://h/%f",
+            "nbd+unix:///x",
+            "nbd+unix://h/x?socket=/y",
+            "nbd+unix:///x?socket=",
+            "nbd+unix:///x?sock=/y",
+            "nbd:unix:",
+            "nbd:x:y:z",
+            "nbd://h/%ff",
+            "nbd+unix:///x?socket=/a%00b",
         ] {
             let error = name.parse::<StoreSpec>().unwrap_err().to_string();
             assert!(error.starts_with(&format!("`{name}` ")) && error.contains("; write "), "{error}");

@@ -217,7 +217,8 @@ impl Tasks {
     }
 
     pub(super) fn spawn<T: 'static>(self: &Rc<Self>, future: impl Future<Output = T> + 'static) -> JoinHandle<T> {
-        let result = Rc::new(JoinState { value: RefCell::new(None), waker: RefCell::new(None), task: RefCell::new(None) });
+        let result =
+            Rc::new(JoinState { value: RefCell::new(None), waker: RefCell::new(None), task: RefCell::new(None) });
         let guard = FinishGuard(Rc::clone(&result));
         let future = Box::pin(async move {
             let guard = guard;
@@ -227,8 +228,11 @@ impl Tasks {
         let waker = {
             let mut slab = self.slab.borrow_mut();
             let entry = slab.vacant_entry();
-            let waker =
-                Arc::new(TaskWaker { shared: Arc::clone(&self.shared), key: entry.key(), queued: AtomicBool::new(true) });
+            let waker = Arc::new(TaskWaker {
+                shared: Arc::clone(&self.shared),
+                key: entry.key(),
+                queued: AtomicBool::new(true),
+            });
             entry.insert(Task { future: Some(future), waker: Arc::clone(&waker) });
             waker
         };

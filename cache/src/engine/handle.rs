@@ -6,8 +6,8 @@
 
 use super::exec::{Shared, is_own_thread};
 use super::pool::Pool;
-use super::ring::Ring;
 use super::reactor::{Driver, ThreadGuard, run};
+use super::ring::Ring;
 use super::shard::Shard;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
@@ -183,7 +183,9 @@ fn open_driver(config: &ShardConfig, shared: &Arc<Shared>) -> io::Result<Driver>
             Err(error) if config.mode == EngineMode::IoUring => {
                 return Err(io::Error::new(
                     error.kind(),
-                    format!("io_uring does not work here ({error}); see sysctl kernel.io_uring_disabled and seccomp filters"),
+                    format!(
+                        "io_uring does not work here ({error}); see sysctl kernel.io_uring_disabled and seccomp filters"
+                    ),
                 ));
             }
             Err(error) => {

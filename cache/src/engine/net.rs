@@ -1,6 +1,8 @@
 //! Socket addresses and the set-up of client sockets.
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, setsockopt, socket, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, setsockopt, socket, sockopt,
+};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;

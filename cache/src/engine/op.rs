@@ -11,23 +11,47 @@ use super::bufs::{IoBuf, parts};
 use super::net::RawAddress;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::rc::Rc;
 use std::ptr;
+use std::rc::Rc;
 
 /// At most this many parts go into one vectored call (`UIO_MAXIOV`); the rest is left for the caller's next call.
 const IOV_MAX: usize = 1024;
 
 /// What is asked for. Buffer ranges count through the list of buffers as one run of bytes.
 pub(super) enum Op {
-    Read { bufs: Vec<IoBuf>, range: Range<usize>, offset: u64 },
-    Write { bufs: Vec<IoBuf>, range: Range<usize>, offset: u64, dsync: bool },
+    Read {
+        bufs: Vec<IoBuf>,
+        range: Range<usize>,
+        offset: u64,
+    },
+    Write {
+        bufs: Vec<IoBuf>,
+        range: Range<usize>,
+        offset: u64,
+        dsync: bool,
+    },
     Datasync,
-    Fallocate { mode: i32, offset: u64, len: u64 },
+    Fallocate {
+        mode: i32,
+        offset: u64,
+        len: u64,
+    },
     /// With `wait_all` the kernel may gather the whole range before it completes; it need not.
-    Recv { bufs: Vec<IoBuf>, range: Range<usize>, wait_all: bool },
-    Send { bufs: Vec<IoBuf>, range: Range<usize> },
-    Connect { address: RawAddress },
-    Poll { events: i16 },
+    Recv {
+        bufs: Vec<IoBuf>,
+        range: Range<usize>,
+        wait_all: bool,
+    },
+    Send {
+        bufs: Vec<IoBuf>,
+        range: Range<usize>,
+    },
+    Connect {
+        address: RawAddress,
+    },
+    Poll {
+        events: i16,
+    },
     /// Poll that completes again on every new edge until it is cancelled.
     Watch,
     ReadCounter,

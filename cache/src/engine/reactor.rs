@@ -70,7 +70,11 @@ pub(super) enum State {
     /// Nobody waits; the frame is kept until the kernel is done with it.
     Detached,
     /// An [`EventWatch`]: edges seen and not yet taken, and the error that ended it.
-    Watch { signalled: bool, failed: Option<i32>, waker: Option<Waker> },
+    Watch {
+        signalled: bool,
+        failed: Option<i32>,
+        waker: Option<Waker>,
+    },
 }
 
 pub(super) struct Slot {
@@ -270,7 +274,10 @@ pub(super) fn run(shard: &Shard) {
     inner.tasks.clear();
     let left = inner.operations();
     if left > 0 {
-        tracing::error!(shard = shard.name(), "{left} operations did not end within {DRAIN_LIMIT:?}; their memory is leaked");
+        tracing::error!(
+            shard = shard.name(),
+            "{left} operations did not end within {DRAIN_LIMIT:?}; their memory is leaked"
+        );
         std::mem::forget(inner.slots.take());
     }
 }

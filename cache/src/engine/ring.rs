@@ -81,7 +81,10 @@ impl Ring {
             opcode::AsyncCancel::CODE,
         ];
         if let Some(code) = needed.into_iter().find(|code| !probe.is_supported(*code)) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, format!("io_uring operation {code} is not allowed here")));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!("io_uring operation {code} is not allowed here"),
+            ));
         }
         let mut ring = Ring { ring, backlog: VecDeque::new(), registered: None };
         ring.submit(-1, RawOp::Nop, 0);

@@ -296,11 +296,7 @@ impl Shard {
     }
 
     /// Connects a socket made by [`SocketAddress::socket`].
-    pub fn connect(
-        &self,
-        fd: &Rc<OwnedFd>,
-        address: &SocketAddress,
-    ) -> impl Future<Output = io::Result<()>> + 'static {
+    pub fn connect(&self, fd: &Rc<OwnedFd>, address: &SocketAddress) -> impl Future<Output = io::Result<()>> + 'static {
         let operation = RawAddress::new(address).map(|address| self.simple(fd, Op::Connect { address }));
         async move { operation?.await }
     }

@@ -19,26 +19,25 @@ fn outcome(result: isize) -> i32 {
 /// The operation's frame must stay in place until this returns.
 pub(super) unsafe fn file_op(fd: RawFd, op: RawOp) -> i32 {
     loop {
-        // SAFETY: the frame keeps the vectors and the buffers that they name valid (the caller's promise); the kernel
-        // checks the rest.
-        let result = unsafe {
-            match op {
-                RawOp::Read { iov, count, offset } => {
-                    libc::preadv2(fd, iov, count as libc::c_int, offset as libc::off_t, 0)
-                }
-                RawOp::Write { iov, count, offset, dsync } => libc::pwritev2(
-                    fd,
-                    iov,
-                    count as libc::c_int,
-                    offset as libc::off_t,
-                    if dsync { libc::RWF_DSYNC } else { 0 },
-                ),
-                RawOp::Datasync => libc::fdatasync(fd) as isize,
-                RawOp::Fallocate { mode, offset, len } => {
-                    libc::fallocate(fd, mode, offset as libc::off_t, len as libc::off_t) as isize
-                }
-                _ => return -libc::EINVAL,
+        let result = match op {
+            RawOp::Read { iov, count, offset } => {
+                // SAFETY: the frame keeps the vectors and the buffers that they name valid (the caller's promise).
+                unsafe { libc::preadv2(fd, iov, count as libc::c_int, offset as libc::off_t, 0) }
             }
+            RawOp::Write { iov, count, offset, dsync } => {
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                // SAFETY: as above.
+                unsafe { libc::pwritev2(fd, iov, count as libc::c_int, offset as libc::off_t, flags) }
+            }
+            RawOp::Datasync => {
+                // SAFETY: takes numbers only.
+                unsafe { libc::fdatasync(fd) as isize }
+            }
+            RawOp::Fallocate { mode, offset, len } => {
+                // SAFETY: takes numbers only.
+                unsafe { libc::fallocate(fd, mode, offset as libc::off_t, len as libc::off_t) as isize }
+            }
+            _ => return -libc::EINVAL,
         };
         let result = outcome(result);
         if result != -libc::EINTR {
@@ -52,15 +51,21 @@ pub(super) unsafe fn file_op(fd: RawFd, op: RawOp) -> i32 {
 /// # Safety
 /// As for [`file_op`].
 pub(super) unsafe fn try_now(fd: RawFd, op: RawOp) -> Option<i32> {
-    // SAFETY: as in `file_op`.
-    let result = unsafe {
-        match op {
-            RawOp::Nop => 0,
-            RawOp::Recv { msg, flags } => libc::recvmsg(fd, msg, (flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT),
-            RawOp::Send { msg, flags } => libc::sendmsg(fd, msg, (flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT),
-            RawOp::WriteCounter { value } => libc::write(fd, value.cast(), 8),
-            _ => return Some(-libc::EINVAL),
+    let result = match op {
+        RawOp::Nop => 0,
+        RawOp::Recv { msg, flags } => {
+            // SAFETY: the frame keeps the message and the buffers that it names valid (the caller's promise).
+            unsafe { libc::recvmsg(fd, msg, (flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT) }
         }
+        RawOp::Send { msg, flags } => {
+            // SAFETY: as above.
+            unsafe { libc::sendmsg(fd, msg, (flags & !libc::MSG_WAITALL) | libc::MSG_DONTWAIT) }
+        }
+        RawOp::WriteCounter { value } => {
+            // SAFETY: the frame keeps the 8 bytes at `value` valid.
+            unsafe { libc::write(fd, value.cast(), 8) }
+        }
+        _ => return Some(-libc::EINVAL),
     };
     match outcome(result) {
         error if error == -libc::EAGAIN || error == -libc::EINTR => None,

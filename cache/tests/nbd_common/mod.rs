@@ -1,4 +1,5 @@
 //! Shared by the tests of stores: shards, a naive model of a disk, and random work on both.
+#![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use prestage_cache::backend::{Backend, StoreError, StoreOptions, StoreSpec};

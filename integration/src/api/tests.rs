@@ -374,9 +374,14 @@ fn the_socket_has_its_mode_and_a_dead_daemons_is_replaced() {
     assert!(matches!(error, ServeError::InUse { .. }), "{error:?}");
     assert!(error.to_string().contains("belongs to a running server; stop that prestaged"), "{error}");
     assert!(UnixStream::connect(&path).is_ok(), "the refused one leaves the first alone");
+    // Also at the moment when a daemon has the name and has not put its socket there yet.
+    std::fs::remove_file(&path).unwrap();
+    assert!(matches!(bind(&options), Err(ServeError::InUse { .. })));
     drop(first);
+    let second = bind(&options).unwrap();
+    assert!(UnixStream::connect(&path).is_ok());
+    drop(second);
     assert!(!path.exists());
-    drop(bind(&options).unwrap());
 }
 
 #[test]

@@ -45,7 +45,7 @@ pub struct DiskConfig {
     /// Rings offered, 1 ..= 256. An upper bound: QEMU asks for one a vCPU and refuses to start the VM when fewer are
     /// offered, and an unused ring costs nothing. Default 256.
     pub num_queues: u16,
-    /// Largest ring accepted: a power of two, 2 ..= 1024. Default 1024 (QEMU asks for 128 unless told otherwise).
+    /// Largest ring accepted: a power of two, 4 ..= 1024. Default 1024 (QEMU asks for 128 unless told otherwise).
     pub queue_size: u16,
     /// Data segments in one request, 1 ..= `queue_size` - 2. Default 126, which fits QEMU's rings of 128 entries.
     pub seg_max: u32,

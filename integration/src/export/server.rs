@@ -360,6 +360,12 @@ impl Connection {
         match self.protocol.handle_request() {
             Ok(()) => Ok(true),
             Err(VhostError::Disconnected) => Err("closed by the front-end".into()),
+            // QEMU passes a guest's writes to the configuration space on. It has been told no; a guest shall not be able
+            // to end the connection.
+            Err(VhostError::ReqHandlerError(error)) if code == FrontendReq::SET_CONFIG as u32 => {
+                tracing::debug!(%error, "guest's write to the configuration space refused");
+                Ok(true)
+            }
             Err(error) => {
                 tracing::warn!(message = code, %error, "front-end message refused, connection closed");
                 Err("protocol error".into())

@@ -1,9 +1,19 @@
-//! Traces and an ideal cache for replays: every candidate above a threshold is there at once, nothing is evicted.
+//! Traces and an ideal cache for replays: every candidate above a threshold is fetched, nothing is evicted.
+//!
+//! Beside what is foreseen, the replay estimates how long the guest waits on a store with [`LATENCY_US`] a request and
+//! [`BYTES_PER_US`]: demand reads queue behind demand reads, prefetches behind both, and a page still under way is
+//! waited for. The guest's requests come at the recorded times.
 
 #![allow(unreachable_pub, dead_code, reason = "shared by a test and an example")]
 
 use prestage_predictor::{Access, AccessPredictor, Candidate, Op};
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
+
+/// Time of a store's answer beside the transfer.
+pub const LATENCY_US: u64 = 5000;
+/// Bandwidth of the store, 200 MB/s.
+pub const BYTES_PER_US: u64 = 200;
 
 /// A request, or a mark that says what the guest did.
 #[derive(Clone, Debug)]
@@ -18,7 +28,7 @@ pub fn excerpt(text: &str) -> Vec<Event> {
     let mut events = Vec::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let mut fields = line.split(',');
-        let mut field = || fields.next().unwrap_or_else(|| panic!("bad row: {line}"));
+        let mut field = || fields.next().expect("a row has four fields");
         at_us += field().parse::<u64>().expect("time") * 1000;
         let event = match field() {
             "#" => Event::Mark(at_us, field().to_owned()),
@@ -69,6 +79,10 @@ pub struct Figures {
     /// Pages fetched on demand.
     pub demand_pages: u64,
     pub candidates: u64,
+    /// Time that reads waited.
+    pub wait_us: u64,
+    /// Time that they would have waited without any prefetch.
+    pub plain_wait_us: u64,
     /// Pages proposed and used, by expert.
     pub by_expert: [(u64, u64); 8],
     /// Pages proposed and used, and the sum of their probabilities, by tenth of probability.
@@ -101,6 +115,8 @@ impl std::ops::AddAssign<&Figures> for Figures {
         self.used_pages += other.used_pages;
         self.demand_pages += other.demand_pages;
         self.candidates += other.candidates;
+        self.wait_us += other.wait_us;
+        self.plain_wait_us += other.plain_wait_us;
         for (mine, others) in self.by_expert.iter_mut().zip(other.by_expert) {
             *mine = (mine.0 + others.0, mine.1 + others.1);
         }
@@ -114,7 +130,13 @@ impl std::ops::AddAssign<&Figures> for Figures {
 #[derive(Debug)]
 pub struct Replay {
     pub threshold: f32,
-    resident: HashSet<u64>,
+    /// Page → when it is there.
+    resident: HashMap<u64, u64>,
+    /// When the store is done with demand reads, with prefetches, and with demand reads if there were no prefetch.
+    demand_free_us: u64,
+    prefetch_free_us: u64,
+    plain_free_us: u64,
+    plain: HashSet<u64>,
     /// Page → expert and tenth of probability.
     unused: HashMap<u64, (usize, usize)>,
     out: Vec<Candidate>,
@@ -122,7 +144,16 @@ pub struct Replay {
 
 impl Replay {
     pub fn new(threshold: f32) -> Self {
-        Self { threshold, resident: HashSet::new(), unused: HashMap::new(), out: Vec::new() }
+        Self {
+            threshold,
+            resident: HashMap::new(),
+            demand_free_us: 0,
+            prefetch_free_us: 0,
+            plain_free_us: 0,
+            plain: HashSet::new(),
+            unused: HashMap::new(),
+            out: Vec::new(),
+        }
     }
 
     /// Drains the predictor into the cache.
@@ -130,8 +161,13 @@ impl Replay {
         predictor.predict(at_us, &mut self.out);
         for candidate in self.out.drain(..).filter(|candidate| candidate.probability >= self.threshold) {
             figures.candidates += 1;
-            for page in candidate.first..candidate.first + u64::from(candidate.pages) {
-                if self.resident.insert(page) {
+            let pages = candidate.first..candidate.first + u64::from(candidate.pages);
+            let missing = pages.clone().filter(|page| !self.resident.contains_key(page)).count() as u64;
+            let begin_us = at_us.max(self.demand_free_us).max(self.prefetch_free_us);
+            self.prefetch_free_us = begin_us + missing * 4096 / BYTES_PER_US;
+            for page in pages {
+                if let Entry::Vacant(vacant) = self.resident.entry(page) {
+                    vacant.insert(self.prefetch_free_us + LATENCY_US);
                     figures.proposed_pages += 1;
                     let tenth = ((candidate.probability * 10.0) as usize).min(9);
                     self.unused.insert(page, (candidate.expert.index(), tenth));
@@ -147,13 +183,19 @@ impl Replay {
     pub fn step(&mut self, predictor: &mut AccessPredictor, access: &Access, figures: &mut Figures) {
         let pages = access.first..access.first + u64::from(access.pages);
         if access.op == Op::Read {
-            let missing = pages.clone().filter(|page| !self.resident.contains(page)).count() as u64;
+            let missing = pages.clone().filter(|page| !self.resident.contains_key(page)).count() as u64;
             let mut used = 0;
             for (expert, tenth) in pages.clone().filter_map(|page| self.unused.remove(&page)) {
                 used += 1;
                 figures.by_expert[expert].1 += 1;
                 figures.by_probability[tenth].1 += 1;
             }
+            let ready_us = pages.clone().filter_map(|page| self.resident.get(&page)).copied().max().unwrap_or(0);
+            let fetched_us = fetch(&mut self.demand_free_us, access.at_us, missing);
+            figures.wait_us += ready_us.max(fetched_us).saturating_sub(access.at_us);
+            let plain_missing = pages.clone().filter(|page| !self.plain.contains(page)).count() as u64;
+            let plain_us = fetch(&mut self.plain_free_us, access.at_us, plain_missing);
+            figures.plain_wait_us += plain_us.saturating_sub(access.at_us);
             figures.reads += 1;
             figures.served += u64::from(missing == 0);
             figures.predicted += u64::from(missing == 0 && used > 0);
@@ -162,10 +204,22 @@ impl Replay {
             figures.demand_pages += missing;
             figures.used_pages += used;
         }
-        self.resident.extend(pages);
+        for page in pages {
+            self.resident.entry(page).or_insert(access.at_us);
+            self.plain.insert(page);
+        }
         predictor.observe(access);
         self.drain(predictor, access.at_us, figures);
     }
+}
+
+/// When a demand read of `missing` pages is answered.
+fn fetch(free_us: &mut u64, at_us: u64, missing: u64) -> u64 {
+    if missing == 0 {
+        return at_us;
+    }
+    *free_us = at_us.max(*free_us) + missing * 4096 / BYTES_PER_US;
+    *free_us + LATENCY_US
 }
 
 /// The same events, `by_us` later.

@@ -214,9 +214,9 @@ impl Connection {
             return before;
         }
         let owners: Vec<(u64, usize)> = pieces.iter().map(|piece| (piece.cookie, piece.payload.len())).collect();
-        let headers = pieces.into_iter().flat_map(|piece| {
-            std::iter::once(IoBuf::Bytes(piece.header.to_vec())).chain(piece.payload)
-        });
+        let headers = pieces
+            .into_iter()
+            .flat_map(|piece| std::iter::once(IoBuf::Bytes(piece.header.to_vec())).chain(piece.payload));
         let list: Vec<IoBuf> = headers.collect();
         let (result, list) = match before {
             Ok(()) => self.client.shard.send_all(&self.fd, list).await,

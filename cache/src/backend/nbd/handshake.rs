@@ -185,7 +185,8 @@ impl Negotiation {
             wire::REP_ERR_POLICY => StoreError::Denied { store },
             wire::REP_ERR_TLS_REQD => self.unsupported("its server requires TLS, which is not supported"),
             _ => {
-                let said: String = String::from_utf8_lossy(data).chars().filter(|c| !c.is_control()).take(200).collect();
+                let said: String =
+                    String::from_utf8_lossy(data).chars().filter(|c| !c.is_control()).take(200).collect();
                 let reason = format!("the server refused the export (error {}): {said}", kind & !wire::REP_ERROR_BIT);
                 StoreError::Disconnected { store, reason }
             }
@@ -201,7 +202,9 @@ impl Negotiation {
     ) -> Result<ExportInfo, StoreError> {
         let (min, max) = match blocks {
             None => (1, DEFAULT_MAX_PAYLOAD_BYTES),
-            Some((Some(min), Some(_), Some(max))) if min.is_power_of_two() && min <= 1 << 16 && max >= min => (min, max),
+            Some((Some(min), Some(_), Some(max))) if min.is_power_of_two() && min <= 1 << 16 && max >= min => {
+                (min, max)
+            }
             Some(_) => return Err(self.protocol("impossible block sizes")),
         };
         let min = min.max(SECTOR);

@@ -1,0 +1,54 @@
+# make run     a real guest booted straight and through prestaged, and a table of what that changed
+# make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
+#
+# Both install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
+#   STORE=PATH|NBD-URI   make run: slow storage of your own in place of nbdkit with 5 ms a read
+#   PRESTAGE_CACHE       where the guest image is kept, default ~/.cache/prestage
+
+SHELL := bash
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+# libvirtd's namespaces and the guest's files need root; cargo itself runs as the user
+ifneq ($(shell id -u),0)
+SUDO := sudo --preserve-env
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
+endif
+
+.PHONY: help setup build image run test check deny advisories
+
+help:
+	@sed -n '/^$$/q;s/^# \?//p' Makefile
+
+setup:
+	@scripts/setup.sh
+
+# The programs, optimised, in target/release.
+build: setup
+	cargo build --locked --release --bins
+
+# The Debian guest, built once.
+image: setup
+	@$(SUDO) scripts/guest-image.sh
+
+run: build image
+	@$(SUDO) $(TARGET)/release/bench boots --out target/run.json $(if $(STORE),--store '$(STORE)')
+
+check: setup
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+deny: setup
+	@scripts/deny.sh
+
+# Needs the network: the database of known vulnerabilities.
+advisories:
+	@scripts/deny.sh advisories
+
+# End-to-end tests find the programs beside themselves. The runner's summary stays the last thing on the screen.
+test: check deny image
+	cargo build --locked --workspace --bins
+	if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --locked --workspace --no-fail-fast; \
+	else \
+	  cargo test --locked --workspace --no-fail-fast; \
+	fi

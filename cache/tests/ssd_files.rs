@@ -1,0 +1,686 @@
+//! The SSD tier on real files and devices: what it keeps, what it drops, what it refuses to touch.
+
+use prestage_cache::ssd::{Clock, Found, Outcome, SsdError, SsdOptions, SsdState, SsdStorage, SsdTier, Stamp};
+use prestage_cache::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
+use proptest::prelude::*;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+const SUPERBLOCKS: [u64; 2] = [0, 64 << 10];
+const TABLE: u64 = 128 << 10;
+const META: u64 = 4 << 20;
+const DATA: u64 = META + (256 << 10);
+
+fn slab_bytes(slots: u64) -> u64 {
+    DATA + slots * BLOCK_BYTES as u64
+}
+
+fn sparse() -> SsdOptions {
+    SsdOptions { preallocate: false, ..SsdOptions::default() }
+}
+
+fn stamp(mtime_ns: i64) -> Option<Stamp> {
+    Some(Stamp { size_bytes: 1 << 30, mtime_ns, ctime_ns: 5, inode: 6, device: 7 })
+}
+
+/// 64 KiB that start at a multiple of 4096 in memory.
+struct Buf(Vec<u8>, usize);
+
+impl Buf {
+    fn new() -> Buf {
+        let bytes = vec![0; BLOCK_BYTES + PAGE_BYTES];
+        let start = bytes.as_ptr().align_offset(PAGE_BYTES);
+        Buf(bytes, start)
+    }
+    fn get(&mut self) -> &mut [u8] {
+        &mut self.0[self.1..self.1 + BLOCK_BYTES]
+    }
+}
+
+/// What page `p` of block `b` holds.
+fn page(block: u64, page: u64) -> Vec<u8> {
+    let word = (block * 1000 + page + 1).to_le_bytes();
+    word.iter().copied().cycle().take(PAGE_BYTES).collect()
+}
+
+fn data(tier: &SsdTier) -> File {
+    tier.data_fd().try_clone_to_owned().unwrap().into()
+}
+
+fn insert(tier: &SsdTier, s: SsdStorage, block: u64, mask: PageMask) {
+    let mut buf = Buf::new();
+    (0..16).filter(|p| mask.has(*p)).for_each(|p| {
+        buf.get()[p as usize * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&page(block, p));
+    });
+    let write = tier.begin_insert(s, BlockIndex(block), mask).unwrap();
+    assert_eq!(write.block(), BlockIndex(block));
+    let file = data(tier);
+    for (first, count) in mask.runs() {
+        let (at, len) = (first as usize * PAGE_BYTES, count as usize * PAGE_BYTES);
+        file.write_all_at(&buf.get()[at..at + len], write.offset() + at as u64).unwrap();
+    }
+    let checksum = write.checksum(buf.get());
+    assert!(tier.finish_insert(write, checksum, true));
+}
+
+/// Reads a block, verifies it and returns the pages served.
+fn read(tier: &SsdTier, s: SsdStorage, block: u64) -> PageMask {
+    let Some(read) = tier.begin_read(s, BlockIndex(block)) else { return PageMask::NONE };
+    let mut buf = Buf::new();
+    data(tier).read_exact_at(buf.get(), read.offset()).unwrap();
+    let good = read.verify(buf.get());
+    let mask = tier.end_read(read, if good { Outcome::Good } else { Outcome::BadChecksum });
+    for p in (0..16).filter(|p| mask.has(*p)) {
+        assert_eq!(buf.get()[p as usize * PAGE_BYTES..][..PAGE_BYTES], page(block, p), "page {p} of block {block}");
+    }
+    mask
+}
+
+struct Place {
+    dir: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Place {
+    fn new() -> Place {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("slab");
+        Place { dir, path }
+    }
+    /// Ten blocks of one storage, closed.
+    fn filled() -> Place {
+        let place = Place::new();
+        let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+        let s = tier.storage("file:/a", stamp(1)).unwrap();
+        (0..10).for_each(|block| insert(&tier, s, block, PageMask(1 << block | 0x8000)));
+        tier.close().unwrap();
+        place
+    }
+    fn poke(&self, at: u64, change: impl Fn(u8) -> u8) {
+        let file = OpenOptions::new().read(true).write(true).open(&self.path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[change(byte[0])], at).unwrap();
+    }
+}
+
+#[test]
+fn a_clean_restart_keeps_exactly_the_valid_pages() {
+    let place = Place::new();
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(8)).unwrap();
+    assert_eq!((report.found, report.slots, report.preallocated), (Found::Created, 8, true));
+    assert!(std::fs::metadata(&place.path).unwrap().blocks() * 512 >= slab_bytes(8));
+    assert_eq!(std::fs::metadata(&place.path).unwrap().mode() & 0o777, 0o600, "it holds what guests read");
+    let a = tier.storage("file:/a", stamp(1)).unwrap();
+    let b = tier.storage("nbd:unix:/b:export", None).unwrap();
+    insert(&tier, a, 0, PageMask::ALL);
+    insert(&tier, a, 1 << 40, PageMask(0b1001));
+    insert(&tier, b, 0, PageMask::ALL);
+    insert(&tier, b, 7, PageMask(0b10));
+    tier.invalidate(a, 3, 2);
+    tier.invalidate(b, 7 * 16, 16);
+    insert(&tier, a, 9, PageMask(1));
+    insert(&tier, a, 9, PageMask(0b11));
+    let cut = tier.begin_insert(a, BlockIndex(5), PageMask::ALL).unwrap();
+    tier.close().unwrap();
+    assert_eq!(tier.stats().state, SsdState::Closed);
+    assert!(!tier.finish_insert(cut, 0, true), "too late to be on record");
+    drop(tier);
+
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(8)).unwrap();
+    assert_eq!((report.found, report.kept_slots, report.kept_pages), (Found::Clean, 4, 14 + 2 + 16 + 2));
+    assert_eq!((report.damaged_records, report.resized_from_slots, report.slots_beyond_end), (0, None, 0));
+    let b = tier.storage("nbd:unix:/b:export", None).unwrap();
+    let a = tier.storage("file:/a", stamp(1)).unwrap();
+    assert_eq!(read(&tier, a, 0), PageMask::ALL.minus(PageMask::run(3, 2)));
+    assert_eq!(read(&tier, a, 1 << 40), PageMask(0b1001));
+    assert_eq!(read(&tier, a, 9), PageMask(0b11));
+    assert_eq!(read(&tier, b, 0), PageMask::ALL);
+    assert_eq!(read(&tier, b, 7), PageMask::NONE);
+    assert_eq!(read(&tier, a, 5), PageMask::NONE);
+    assert_eq!(tier.stats().bad_checksums, 0);
+}
+
+#[test]
+fn after_an_unclean_stop_the_tier_is_empty() {
+    let place = Place::filled();
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!(report.kept_slots, 10);
+    drop(tier);
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots), (Found::Unclean, 0));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    assert!((0..10).all(|block| tier.lookup(s, BlockIndex(block)).is_empty()));
+    insert(&tier, s, 3, PageMask::ALL);
+    tier.close().unwrap();
+    drop(tier);
+    let (_, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots), (Found::Clean, 1));
+}
+
+#[test]
+fn a_store_that_changed_unwatched_loses_its_slots_and_only_those() {
+    let place = Place::filled();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let b = tier.storage("file:/b", None).unwrap();
+    insert(&tier, b, 0, PageMask::ALL);
+    // A changed mtime, and a store that has lost its stamp.
+    for other in [stamp(2), None] {
+        let a = tier.storage("file:/a", other).unwrap();
+        assert!(tier.lookup(a, BlockIndex(0)).is_empty());
+        insert(&tier, a, 0, PageMask::ALL);
+        assert_eq!(tier.storage("file:/a", stamp(9)).unwrap(), a, "while it is in use its stamp may move");
+        assert_eq!(read(&tier, a, 0), PageMask::ALL);
+        tier.release_storage(a, stamp(9));
+        tier.release_storage(a, other);
+    }
+    assert_eq!(tier.stats().dropped_changed_store, 10 + 1);
+    assert_eq!(read(&tier, b, 0), PageMask::ALL);
+    let a = tier.storage("file:/a", None).unwrap();
+    assert_eq!(read(&tier, a, 0), PageMask::ALL, "None is as it was");
+    tier.set_stamp(a, stamp(3));
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let a = tier.storage("file:/a", stamp(3)).unwrap();
+    assert_eq!(read(&tier, a, 0), PageMask::ALL);
+}
+
+#[test]
+fn either_superblock_alone_is_enough_and_without_both_the_slab_is_made_anew() {
+    for damaged in [&SUPERBLOCKS[..1], &SUPERBLOCKS[1..], &SUPERBLOCKS[..]] {
+        for at in [3, 17, 25, 70, 4000] {
+            let place = Place::filled();
+            damaged.iter().for_each(|copy| place.poke(copy + at, |b| b ^ 0x20));
+            let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+            if damaged.len() == 2 {
+                assert_eq!((report.found, report.kept_slots), (Found::Damaged, 0), "at {at}");
+                continue;
+            }
+            assert_eq!((report.found, report.kept_slots), (Found::Clean, 10), "at {at}");
+            let s = tier.storage("file:/a", stamp(1)).unwrap();
+            (0..10).for_each(|block| assert_eq!(read(&tier, s, block), PageMask(1 << block | 0x8000)));
+        }
+    }
+}
+
+#[test]
+fn a_damaged_record_loses_its_slot_and_a_damaged_entry_its_storage() {
+    let place = Place::filled();
+    place.poke(META + 3 * 64 + 9, |b| b ^ 1);
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots, report.damaged_records), (Found::Clean, 9, 1));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    assert_eq!((read(&tier, s, 3), read(&tier, s, 4)), (PageMask::NONE, PageMask(0x8010)));
+    tier.close().unwrap();
+    drop(tier);
+    place.poke(TABLE + 70, |b| b ^ 1);
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots, report.damaged_records), (Found::Clean, 0, 1 + 9));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    assert_eq!(read(&tier, s, 4), PageMask::NONE);
+}
+
+#[test]
+fn data_that_rotted_is_never_served_and_its_slot_dropped() {
+    let place = Place::filled();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    let at = tier.begin_read(s, BlockIndex(2)).unwrap().offset() + 2 * PAGE_BYTES as u64 + 100;
+    place.poke(at, |b| b ^ 1);
+    assert_eq!(read(&tier, s, 2), PageMask::NONE);
+    assert!(tier.begin_read(s, BlockIndex(2)).is_none());
+    assert_eq!((tier.stats().bad_checksums, tier.stats().used_slots), (1, 9));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever bytes of the metadata are hit: no panic, no page that was not there, and no page served with wrong data.
+    #[test]
+    fn a_corrupted_slab_opens_or_is_refused_and_serves_nothing_wrong(
+        hits in prop::collection::vec((0..7usize, 0..1024u64, any::<u8>()), 1..12),
+        size in prop_oneof![2 => Just(None), 1 => (0..slab_bytes(80)).prop_map(Some)],
+    ) {
+        let place = corpus();
+        let region = [0, 64 << 10, TABLE, META, META, DATA, 4096];
+        hits.iter().for_each(|(r, at, value)| place.poke(region[*r] + at, |_| *value));
+        if let Some(size) = size {
+            OpenOptions::new().write(true).open(&place.path).unwrap().set_len(size).unwrap();
+        }
+        if let Ok((tier, _)) = SsdTier::open_with(&place.path, slab_bytes(80), sparse()) {
+            let s = tier.storage("file:/a", stamp(1)).unwrap();
+            for block in 0..10 {
+                prop_assert!(PageMask(1 << block | 0x8000).contains(read(&tier, s, block)));
+            }
+            insert(&tier, s, 50, PageMask::ALL);
+            tier.close().unwrap();
+            drop(tier);
+            let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(80), sparse()).unwrap();
+            let s = tier.storage("file:/a", stamp(1)).unwrap();
+            prop_assert_eq!(read(&tier, s, 50), PageMask::ALL);
+        }
+    }
+}
+
+/// A copy of a filled slab, in memory where there is a place for it.
+fn corpus() -> Place {
+    use std::sync::OnceLock;
+    static FILLED: OnceLock<Vec<u8>> = OnceLock::new();
+    let bytes = FILLED.get_or_init(|| std::fs::read(&Place::filled().path).unwrap());
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let path = dir.path().join("slab");
+    std::fs::write(&path, bytes).unwrap();
+    Place { dir, path }
+}
+
+#[test]
+fn a_slab_cut_short_keeps_what_is_whole() {
+    let place = Place::filled();
+    let file = OpenOptions::new().write(true).open(&place.path).unwrap();
+    file.set_len(slab_bytes(4) + 1000).unwrap();
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots, report.slots_beyond_end), (Found::Clean, 4, 6));
+    assert_eq!(std::fs::metadata(&place.path).unwrap().len(), slab_bytes(80));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    (0..4).for_each(|block| assert_eq!(read(&tier, s, block), PageMask(1 << block | 0x8000)));
+}
+
+#[test]
+fn a_slab_grows_and_shrinks_in_place() {
+    let place = Place::filled();
+    // Across the border of a group of 4096 slots.
+    let grown = DATA + 4096 * BLOCK_BYTES as u64 + (256 << 10) + 10 * BLOCK_BYTES as u64;
+    let (tier, report) = SsdTier::open_with(&place.path, grown, sparse()).unwrap();
+    assert_eq!((report.slots, report.resized_from_slots, report.kept_slots), (4106, Some(80), 10));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    (10..4106).for_each(|block| {
+        let write = tier.begin_insert(s, BlockIndex(block), PageMask(1)).unwrap();
+        assert!(tier.finish_insert(write, 0, true));
+    });
+    assert_eq!((tier.stats().evictions, tier.stats().used_slots), (0, 4106));
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, report) = SsdTier::open_with(&place.path, grown, sparse()).unwrap();
+    assert_eq!((report.resized_from_slots, report.kept_slots), (None, 4106));
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(5)).unwrap();
+    assert_eq!((report.resized_from_slots, report.kept_slots, report.slots_beyond_end), (Some(4106), 5, 4101));
+    assert_eq!(std::fs::metadata(&place.path).unwrap().len(), slab_bytes(5));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    (0..5).for_each(|block| assert_eq!(read(&tier, s, block), PageMask(1 << block | 0x8000)));
+}
+
+#[test]
+fn another_version_is_refused_and_left_alone() {
+    let place = Place::filled();
+    for copy in SUPERBLOCKS {
+        place.poke(copy + 16, |_| 2);
+        // Its layout is its own.
+        place.poke(copy + 300, |_| 7);
+    }
+    let before = std::fs::read(&place.path).unwrap();
+    let error = SsdTier::open(&place.path, slab_bytes(80)).unwrap_err();
+    assert!(matches!(error, SsdError::OtherVersion { found: 2, supported: 1, .. }), "{error}");
+    assert!(error.to_string().contains("rm "), "{error}");
+    assert_eq!(std::fs::read(&place.path).unwrap(), before);
+}
+
+#[test]
+fn what_is_not_ours_is_refused_and_left_alone() {
+    let place = Place::new();
+    let mut big = vec![0; 8 << 20];
+    big[7 << 20] = 1;
+    let mut md_over_us = std::fs::read(&Place::filled().path).unwrap();
+    md_over_us[4096..4100].copy_from_slice(b"\xfc\x4e\x2b\xa9");
+    let mut fs_over_us = std::fs::read(&Place::filled().path).unwrap();
+    fs_over_us[..4096].fill(0);
+    fs_over_us[1080..1082].copy_from_slice(b"\x53\xef");
+    let qcow2 = [b"QFI\xfb".to_vec(), vec![0; 100_000]].concat();
+    for (bytes, name) in [
+        (b"precious".to_vec(), "unknown data"),
+        (qcow2, "qcow2"),
+        (big, "leading zeros"),
+        (md_over_us, "md array"),
+        (fs_over_us, "ext2/3/4"),
+    ] {
+        std::fs::write(&place.path, &bytes).unwrap();
+        let error = SsdTier::open(&place.path, slab_bytes(80)).unwrap_err();
+        assert!(matches!(error, SsdError::Foreign { .. }) && error.to_string().contains(name), "{error}");
+        assert!(std::fs::read(&place.path).unwrap() == bytes, "{name}: changed");
+    }
+    let error = SsdTier::open(place.dir.path(), slab_bytes(80)).unwrap_err();
+    assert!(matches!(error, SsdError::WrongFileType { .. }), "{error}");
+    let error = SsdTier::open(Path::new("/dev/null"), slab_bytes(80)).unwrap_err();
+    assert!(matches!(error, SsdError::WrongFileType { .. }), "{error}");
+    let error = SsdTier::open(Path::new("/dev/prestage-no-such-disk"), slab_bytes(80)).unwrap_err();
+    assert!(matches!(error, SsdError::Io { .. }) && !Path::new("/dev/prestage-no-such-disk").exists(), "{error}");
+}
+
+#[test]
+fn an_empty_or_sparse_file_made_beforehand_is_taken() {
+    for len in [0, 5000, slab_bytes(80), slab_bytes(500)] {
+        let place = Place::new();
+        File::create(&place.path).unwrap().set_len(len).unwrap();
+        let (_, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+        assert_eq!(report.found, Found::Created, "{len}");
+        assert_eq!(std::fs::metadata(&place.path).unwrap().len(), slab_bytes(80));
+    }
+}
+
+#[test]
+fn a_size_without_room_for_a_slot_is_refused_and_leaves_no_file() {
+    let place = Place::new();
+    for size in [0, 1, slab_bytes(1) - 1, u64::MAX] {
+        let error = SsdTier::open(&place.path, size).unwrap_err();
+        assert!(matches!(error, SsdError::SizeOutOfRange { .. }), "{error}");
+        assert!(!place.path.exists());
+    }
+    assert_eq!(SsdTier::open(&place.path, slab_bytes(1)).unwrap().1.slots, 1);
+}
+
+#[test]
+fn a_slab_in_use_is_refused_to_a_second_daemon() {
+    let place = Place::filled();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    let reading = tier.begin_read(s, BlockIndex(0)).unwrap();
+    let in_use = || matches!(SsdTier::open(&place.path, slab_bytes(80)), Err(SsdError::InUse { .. }));
+    assert!(in_use());
+    tier.close().unwrap();
+    drop(tier);
+    assert!(in_use(), "I/O under way may still write there");
+    drop(reading);
+    assert_eq!(SsdTier::open(&place.path, slab_bytes(80)).unwrap().1.kept_slots, 10);
+}
+
+#[test]
+fn an_empty_tier_of_a_tebibyte_takes_next_to_no_memory_and_disk() {
+    let place = Place::new();
+    for found in [Found::Created, Found::Clean] {
+        let (tier, report) = SsdTier::open_with(&place.path, 1 << 40, sparse()).unwrap();
+        assert_eq!(report.found, found);
+        assert!(report.slots > (1 << 24) * 998 / 1000, "{}", report.slots);
+        assert!(tier.stats().index_bytes < 64 << 10);
+        tier.close().unwrap();
+    }
+    assert!(std::fs::metadata(&place.path).unwrap().blocks() * 512 < 1 << 20);
+}
+
+#[test]
+fn an_identity_is_one_to_448_bytes_and_the_table_turns_over() {
+    let place = Place::new();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(8)).unwrap();
+    for len in [0, 449] {
+        let error = tier.storage(&"x".repeat(len), None).unwrap_err();
+        assert!(matches!(error, SsdError::IdentityLength { .. }), "{error}");
+    }
+    let handles: Vec<_> = (0..4096).map(|i| tier.storage(&format!("{i:0448}"), None).unwrap()).collect();
+    let error = tier.storage("one more", None).unwrap_err();
+    assert!(matches!(error, SsdError::TooManyStorages { .. }), "{error}");
+    insert(&tier, handles[7], 1, PageMask::ALL);
+    insert(&tier, handles[8], 1, PageMask::ALL);
+    let pending = tier.begin_insert(handles[7], BlockIndex(2), PageMask::ALL).unwrap();
+    tier.release_storage(handles[7], None);
+    assert_eq!(tier.storage(&format!("{:0448}", 7), None).unwrap(), handles[7], "known until its place is needed");
+    tier.release_storage(handles[7], None);
+    let new = tier.storage("one more", None).unwrap();
+    assert!(!tier.finish_insert(pending, 0, true), "of the storage before");
+    for s in [new, handles[7]] {
+        assert!(tier.lookup(s, BlockIndex(1)).is_empty(), "nothing of the storage before, and nothing for its handle");
+    }
+    assert!(tier.begin_insert(handles[7], BlockIndex(1), PageMask::ALL).is_none());
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(8)).unwrap();
+    let s = tier.storage(&format!("{:0448}", 8), None).unwrap();
+    assert_eq!(read(&tier, s, 1), PageMask::ALL);
+    assert!(tier.storage("one more", None).is_ok(), "storages without slots do not fill the table for ever");
+}
+
+#[test]
+fn a_write_after_closing_is_not_forgotten() {
+    let place = Place::filled();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    tier.close().unwrap();
+    tier.invalidate(s, 100 * 16, 16);
+    let clean = place.dir.path().join("clean");
+    std::fs::copy(&place.path, &clean).unwrap();
+    assert_eq!(SsdTier::open(&clean, slab_bytes(80)).unwrap().1.kept_slots, 10, "nothing of it was here");
+    tier.invalidate(s, 0, 1);
+    let crashed = place.dir.path().join("crashed");
+    std::fs::copy(&place.path, &crashed).unwrap();
+    assert_eq!(SsdTier::open(&crashed, slab_bytes(80)).unwrap().1.found, Found::Unclean);
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    assert_eq!((read(&tier, s, 0), read(&tier, s, 1)), (PageMask(0x8000), PageMask(0x8002)));
+}
+
+#[test]
+fn a_failing_device_is_bypassed_for_a_while_but_invalidation_goes_on() {
+    let place = Place::new();
+    let seconds = Arc::new(AtomicU64::new(0));
+    let now = seconds.clone();
+    let clock: Clock = Arc::new(move || Duration::from_secs(now.load(Ordering::Relaxed)));
+    let options = SsdOptions { clock, ..SsdOptions::default() };
+    let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(20), options).unwrap();
+    let s = tier.storage("file:/a", None).unwrap();
+    (0..10).for_each(|block| insert(&tier, s, block, PageMask::ALL));
+    for block in 0..5 {
+        assert_eq!(tier.stats().state, SsdState::Ok);
+        let read = tier.begin_read(s, BlockIndex(block)).unwrap();
+        assert_eq!(tier.end_read(read, Outcome::IoError), PageMask::NONE);
+    }
+    let stats = tier.stats();
+    assert!(matches!(stats.state, SsdState::Degraded { .. }), "{:?}", stats.state);
+    assert_eq!((stats.io_errors, stats.retired_slots, stats.used_slots), (5, 5, 5));
+    assert!(tier.lookup(s, BlockIndex(7)).is_empty());
+    assert!(tier.begin_read(s, BlockIndex(7)).is_none());
+    assert!(tier.begin_insert(s, BlockIndex(70), PageMask::ALL).is_none());
+    tier.invalidate(s, 7 * 16, 1);
+
+    seconds.store(5, Ordering::Relaxed);
+    assert_eq!(tier.lookup(s, BlockIndex(7)), PageMask::ALL.minus(PageMask(1)));
+    assert!(matches!(tier.stats().state, SsdState::Retrying { .. }));
+    assert_eq!(read(&tier, s, 7), PageMask::ALL.minus(PageMask(1)));
+    assert_eq!(tier.stats().state, SsdState::Ok);
+    assert!(matches!(tier.begin_insert(s, BlockIndex(70), PageMask::ALL), Some(write) if write.slot() >= 10));
+}
+
+/// Short ranges go block by block, long ones slot by slot, both in steps: the same pages go either way.
+#[test]
+fn a_discard_of_any_length_takes_exactly_its_pages() {
+    let place = Place::new();
+    let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(5000) + (256 << 10), sparse()).unwrap();
+    let [a, b] = ["file:/a", "file:/b"].map(|name| tier.storage(name, None).unwrap());
+    let fill = |s, blocks: std::ops::Range<u64>| {
+        for block in blocks {
+            if let Some(write) = tier.begin_insert(s, BlockIndex(block), PageMask::ALL) {
+                assert!(tier.finish_insert(write, 0, true));
+            }
+        }
+    };
+    fill(b, 0..100);
+    // Blocks and slots in different orders.
+    (0..7).for_each(|i| (0..700).for_each(|j| fill(a, j * 7 + i..j * 7 + i + 1)));
+    assert_eq!((tier.stats().used_slots, tier.stats().evictions), (5000, 0));
+    for (first, pages) in [(5, 16 * 2500), (7, 0), (16 * 10 + 3, 4), (16 * 2100 + 3, 1 << 40), (16 * 300 + 1, u64::MAX)] {
+        fill(a, 0..4900);
+        tier.invalidate(a, first, pages);
+        for block in 0..4900u64 {
+            let gone = (0..16).filter(|p| (first..first.saturating_add(pages)).contains(&(block * 16 + p)));
+            let gone = gone.fold(PageMask::NONE, |mask, p| mask | PageMask::run(p, 1));
+            assert_eq!(tier.lookup(a, BlockIndex(block)), PageMask::ALL.minus(gone), "{block} after {first}, {pages}");
+        }
+    }
+    assert_eq!(tier.stats().evictions, 0);
+    fill(a, 0..4900);
+    tier.drop_storage(a);
+    assert!((0..4900).all(|block| tier.lookup(a, BlockIndex(block)).is_empty()));
+    assert!((0..100).all(|block| tier.lookup(b, BlockIndex(block)) == PageMask::ALL));
+    assert_eq!(tier.stats().used_slots, 100);
+}
+
+/// Storages have a thread each, and the tier is shared: whatever the interleaving, nobody reads another's data or old data.
+#[test]
+fn threads_with_a_storage_each_never_see_wrong_data() {
+    let place = Place::new();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(24)).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let tier = tier.clone();
+            scope.spawn(move || {
+                let s = tier.storage(&format!("file:/{thread}"), None).unwrap();
+                let mut random = thread + 1;
+                let mut versions = [0u32; 12];
+                for _ in 0..20_000 {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let block = (random >> 33) % 12;
+                    let version = thread as u32 * 1_000_000 + versions[block as usize];
+                    match (random >> 50) % 4 {
+                        0 => {
+                            tier.invalidate(s, block * 16, 16);
+                            assert!(tier.lookup(s, BlockIndex(block)).is_empty());
+                            versions[block as usize] += 1;
+                        }
+                        1 => {
+                            if let Some(write) = tier.begin_insert(s, BlockIndex(block), PageMask::ALL) {
+                                assert!(tier.finish_insert(write, version, true));
+                            }
+                        }
+                        _ => {
+                            if let Some(read) = tier.begin_read(s, BlockIndex(block)) {
+                                assert_eq!(read.checksum(), version);
+                                assert_eq!(tier.end_read(read, Outcome::Good), PageMask::ALL);
+                            }
+                        }
+                    }
+                }
+            });
+        }
+    });
+    assert!(tier.stats().evictions > 0, "48 blocks in 24 slots");
+}
+
+/// Runs a program; `None`, said aloud, where that is not permitted or not installed.
+fn run(program: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(args).output();
+    match output {
+        Ok(output) if output.status.success() => Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
+        Ok(output) => {
+            eprintln!("NOT TESTED: {program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+            None
+        }
+        Err(error) => {
+            eprintln!("NOT TESTED: {program}: {error}");
+            None
+        }
+    }
+}
+
+/// A program to run when a test is over, whichever way.
+struct Finally(&'static str, Vec<String>);
+
+impl Drop for Finally {
+    fn drop(&mut self) {
+        let _ = Command::new(self.0).args(&self.1).status();
+    }
+}
+
+#[test]
+fn a_full_file_system_is_said_at_once_and_a_slab_that_cannot_be_closed_stays_dirty() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = dir.path().to_str().unwrap().to_owned();
+    if run("mount", &["-t", "tmpfs", "-o", "size=6m", "tmpfs", &mount]).is_none() {
+        return;
+    }
+    let _unmount = Finally("umount", vec![mount]);
+    let path = dir.path().join("slab");
+    let error = SsdTier::open(&path, slab_bytes(80)).unwrap_err();
+    let SsdError::NoSpace { needed_bytes, free_bytes, .. } = error else { panic!("{error}") };
+    assert_eq!(needed_bytes, slab_bytes(80));
+    assert!(free_bytes <= 6 << 20);
+    assert!(!path.exists(), "nothing is left behind");
+    File::create(&path).unwrap();
+    assert!(matches!(SsdTier::open(&path, slab_bytes(80)), Err(SsdError::NoSpace { .. })));
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "as it was found");
+    // It fits.
+    assert_eq!(SsdTier::open(&path, slab_bytes(16)).unwrap().1.found, Found::Created);
+    std::fs::remove_file(&path).unwrap();
+
+    let (tier, _) = SsdTier::open_with(&path, slab_bytes(80), sparse()).unwrap();
+    let s = tier.storage("file:/a", None).unwrap();
+    (0..70).for_each(|block| {
+        let write = tier.begin_insert(s, BlockIndex(block), PageMask::ALL).unwrap();
+        assert!(tier.finish_insert(write, 1, true));
+    });
+    let filler = File::create(dir.path().join("filler")).unwrap();
+    let page = [1; PAGE_BYTES];
+    let mut at = 0;
+    while filler.write_all_at(&page, at).is_ok() {
+        at += PAGE_BYTES as u64;
+    }
+    let error = tier.close().unwrap_err();
+    assert!(matches!(error, SsdError::Io { .. }), "{error}");
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    std::fs::copy(&path, copy.path()).unwrap();
+    assert_eq!(SsdTier::open_with(copy.path(), slab_bytes(80), sparse()).unwrap().1.found, Found::Unclean);
+    filler.set_len(0).unwrap();
+    tier.close().unwrap();
+    drop(tier);
+    assert_eq!(SsdTier::open_with(&path, slab_bytes(80), sparse()).unwrap().1.kept_slots, 70);
+}
+
+#[test]
+fn a_block_device_is_used_whole_and_refused_when_it_holds_something_or_is_mounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let Some(device) = run("losetup", &["--find", "--show", image.to_str().unwrap()]) else { return };
+    let _detach = Finally("losetup", vec!["--detach".to_owned(), device.clone()]);
+    let path = PathBuf::from(&device);
+    let error = SsdTier::open(&path, 65 << 20).unwrap_err();
+    assert!(matches!(error, SsdError::NoSpace { free_bytes: 0x400_0000, .. }), "{error}");
+
+    let (tier, report) = SsdTier::open(&path, 0).unwrap();
+    assert!(report.block_device && report.found == Found::Created);
+    assert_eq!(report.slots, ((64 << 20) - DATA) / BLOCK_BYTES as u64);
+    let s = tier.storage("file:/a", None).unwrap();
+    (0..10).for_each(|block| insert(&tier, s, block, PageMask::ALL));
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, report) = SsdTier::open(&path, 32 << 20).unwrap();
+    assert_eq!((report.found, report.kept_slots), (Found::Clean, 10));
+    let s = tier.storage("file:/a", None).unwrap();
+    (0..10).for_each(|block| assert_eq!(read(&tier, s, block), PageMask::ALL));
+    drop(tier);
+
+    // The advice of the error messages, and a file system over what was a slab.
+    let erase = |count: &str| run("dd", &["if=/dev/zero", &format!("of={device}"), "bs=1M", count, "conv=fsync"]);
+    erase("count=4").unwrap();
+    assert_eq!(SsdTier::open(&path, 0).unwrap().1.found, Found::Created);
+    if run("mkfs.ext4", &["-q", "-F", &device]).is_none() {
+        return;
+    }
+    let before = std::fs::read(&image).unwrap();
+    let error = SsdTier::open(&path, 0).unwrap_err();
+    assert!(matches!(error, SsdError::Foreign { .. }) && error.to_string().contains("ext2/3/4"), "{error}");
+    assert!(std::fs::read(&image).unwrap() == before, "changed");
+    let mount = dir.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let mount = mount.to_str().unwrap().to_owned();
+    if run("mount", &[&device, &mount]).is_some() {
+        let _unmount = Finally("umount", vec![mount]);
+        let error = SsdTier::open(&path, 0).unwrap_err();
+        assert!(matches!(error, SsdError::InUse { .. }), "{error}");
+    }
+}
