@@ -97,7 +97,8 @@ struct Opened {
 
 #[derive(Default)]
 struct Registry {
-    by_identity: FxHashMap<String, Opened>,
+    /// `None`: being opened or closed at this moment.
+    by_identity: FxHashMap<String, Option<Opened>>,
     ids: FxHashMap<String, StorageId>,
 }
 
@@ -109,8 +110,6 @@ struct Inner {
     shared: Arc<Shared>,
     shards: Vec<ShardHandle>,
     registry: Mutex<Registry>,
-    /// Opening and closing storages is rare and must not interleave.
-    changes: Mutex<()>,
 }
 
 impl Cache {
@@ -146,7 +145,7 @@ impl Cache {
                 }
             });
         }
-        let inner = Inner { shared, shards, registry: Mutex::default(), changes: Mutex::new(()) };
+        let inner = Inner { shared, shards, registry: Mutex::default() };
         Ok(Cache(Arc::new(inner)))
     }
 
@@ -155,53 +154,72 @@ impl Cache {
     /// # Errors
     /// See [`OpenError`].
     pub fn open(&self, spec: &StoreSpec, options: StoreOptions) -> Result<StorageHandle, OpenError> {
-        let _one_at_a_time = self.0.changes.lock();
         let identity = identity(spec);
-        if let Some(opened) = self.0.registry.lock().by_identity.get_mut(&identity) {
-            if opened.read_only && options.read_only {
-                opened.users += 1;
-                return Ok(opened.handle.clone());
-            }
-            return Err(OpenError::InUse { identity });
-        }
+        let read_only = options.read_only;
         let (id, shard) = {
             let mut registry = self.0.registry.lock();
+            match registry.by_identity.get_mut(&identity) {
+                Some(Some(opened)) if opened.read_only && read_only => {
+                    opened.users += 1;
+                    return Ok(opened.handle.clone());
+                }
+                Some(_) => return Err(OpenError::InUse { identity }),
+                // Taken before the store is asked: a store that hangs must hold up nobody but who wants it.
+                None => registry.by_identity.insert(identity.clone(), None),
+            };
             let next = StorageId(registry.ids.len() as u32);
             let id = *registry.ids.entry(identity.clone()).or_insert(next);
             (id, self.0.shards[id.0 as usize % self.0.shards.len()].clone())
         };
+        let opened = self.open_on(id, shard, spec, options, &identity);
+        let mut registry = self.0.registry.lock();
+        match opened {
+            Ok(handle) => {
+                registry.by_identity.insert(identity, Some(Opened { handle: handle.clone(), read_only, users: 1 }));
+                Ok(handle)
+            }
+            Err(error) => {
+                registry.by_identity.remove(&identity);
+                Err(error)
+            }
+        }
+    }
+
+    fn open_on(
+        &self,
+        id: StorageId,
+        shard: ShardHandle,
+        spec: &StoreSpec,
+        options: StoreOptions,
+        identity: &str,
+    ) -> Result<StorageHandle, OpenError> {
         let counters = Arc::new(StorageCounters::default());
-        let read_only = options.read_only;
-        let (shared, spec, stored, name) = (Arc::clone(&self.0.shared), spec.clone(), Arc::clone(&counters), identity.clone());
+        let (shared, spec, stored) = (Arc::clone(&self.0.shared), spec.clone(), Arc::clone(&counters));
+        let name = identity.to_owned();
         let (info, ssd) = shard.call(move |shard| start(shard, shared, id, spec, options, stored, name)).wait()??;
         let pages = PageRange::covering(0, info.size_bytes).count;
-        let handle = StorageHandle(Arc::new(HandleInner {
+        Ok(StorageHandle(Arc::new(HandleInner {
             id,
-            identity: identity.clone(),
+            identity: identity.to_owned(),
             info: Mutex::new(info),
             pages: std::sync::atomic::AtomicU64::new(pages),
             shard,
             counters,
             ssd,
             pump: AtomicBool::new(false),
-        }));
-        let opened = Opened { handle: handle.clone(), read_only, users: 1 };
-        self.0.registry.lock().by_identity.insert(identity, opened);
-        Ok(handle)
+        })))
     }
 
     /// Gives a storage back; the last one who does closes the store. Guest requests on it must have ended. With
     /// `drain`, what waits for the SSD tier is written first, for at most that long. Returns whether this was the last.
     pub fn close(&self, handle: &StorageHandle, drain: Duration) -> bool {
-        let _one_at_a_time = self.0.changes.lock();
-        {
-            let mut registry = self.0.registry.lock();
-            let Some(opened) = registry.by_identity.get_mut(handle.identity()) else { return false };
-            opened.users -= 1;
-            if opened.users > 0 {
+        match self.0.registry.lock().by_identity.get_mut(handle.identity()) {
+            Some(Some(opened)) if opened.users > 1 => {
+                opened.users -= 1;
                 return false;
             }
-            registry.by_identity.remove(handle.identity());
+            Some(entry @ Some(_)) => *entry = None,
+            _ => return false,
         }
         let id = handle.id();
         let done = handle.0.shard.call(move |_| async move {
@@ -213,6 +231,7 @@ impl Cache {
         if done.wait().is_err() {
             tracing::warn!(store = handle.identity(), "the store's shard stopped before the store was closed");
         }
+        self.0.registry.lock().by_identity.remove(handle.identity());
         true
     }
 

@@ -72,6 +72,7 @@ impl Control for Handle {
                     ));
                 }
                 (DiskOrigin::Attach, Some(vm), Some(target)) if !force => {
+                    let vm = self.0.machine_names.lock().get(vm).unwrap_or(vm).clone();
                     return in_use(format!(
                         "disk `{name}` serves {target} of machine {vm}; `prestagectl vm detach {vm} {target}` gives it back"
                     ));
@@ -176,15 +177,11 @@ pub(super) async fn add_disk(daemon: &Shared, definition: Definition) -> Result<
         added_unix_ms: unix_ms(),
     };
     let (shared, name) = (daemon.clone(), definition.name.clone());
-    blocking(move || -> Result<(), DiskError> {
-        let config = shared.config.lock().clone();
-        shared.disks.add(&config, &shared.cache, &shared.learner, definition, false)
-    })
-    .await??;
+    blocking(move || -> Result<(), DiskError> { shared.disks.add(&shared.host(), definition) }).await??;
     if let Err(error) = daemon.store.add_disk(row).await {
         // Served but forgotten at the next restart would be a trap: all or nothing.
         let (shared, name) = (daemon.clone(), name);
-        blocking(move || shared.disks.remove(&shared.cache, &shared.learner, &name)).await?;
+        blocking(move || shared.disks.remove(&shared.host(), &name)).await?;
         return Err(store_error(&error));
     }
     Ok(())
@@ -197,7 +194,7 @@ pub(super) async fn remove_disk(daemon: &Shared, name: &str) -> Result<(), ApiEr
         Err(error) => return Err(store_error(&error)),
     }
     let (shared, name) = (daemon.clone(), name.to_owned());
-    blocking(move || shared.disks.remove(&shared.cache, &shared.learner, &name)).await?;
+    blocking(move || shared.disks.remove(&shared.host(), &name)).await?;
     Ok(())
 }
 

@@ -53,6 +53,29 @@ pub(super) struct Served {
 pub(super) struct Entry {
     pub(super) definition: Definition,
     pub(super) state: Result<Arc<Served>, String>,
+    /// Somebody is opening it.
+    opening: bool,
+}
+
+impl Entry {
+    /// Keeps why the disk is not served; whether that is news.
+    fn tell(&mut self, reason: &str) -> bool {
+        match &mut self.state {
+            Err(known) if known != reason => {
+                *known = reason.to_owned();
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What opening and closing disks needs.
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) config: Config,
+    pub(super) cache: Cache,
+    pub(super) learner: LearnerHandle,
 }
 
 /// Why a disk could not be offered.
@@ -91,8 +114,6 @@ impl From<DiskError> for ApiError {
 #[derive(Debug)]
 pub(super) struct Disks {
     entries: Mutex<BTreeMap<String, Entry>>,
-    /// Disks come and go one at a time.
-    changes: Mutex<()>,
     next_id: AtomicU32,
     /// Counters of disks that are gone.
     retired: Mutex<Counters>,
@@ -102,7 +123,6 @@ impl Disks {
     pub(super) fn new() -> Disks {
         Disks {
             entries: Mutex::default(),
-            changes: Mutex::new(()),
             next_id: AtomicU32::new(0),
             retired: Mutex::default(),
         }
@@ -127,75 +147,96 @@ impl Disks {
         self.entries.lock().values().filter(|entry| of(entry)).map(|entry| entry.definition.name.clone()).collect()
     }
 
-    /// Opens and exports a disk. Blocks. With `keep`, a disk that cannot be opened now is kept and tried again.
-    pub(super) fn add(
-        &self,
-        config: &Config,
-        cache: &Cache,
-        learner: &LearnerHandle,
-        definition: Definition,
-        keep: bool,
-    ) -> Result<(), DiskError> {
-        let _one_at_a_time = self.changes.lock();
-        {
-            let entries = self.entries.lock();
-            if entries.contains_key(&definition.name) {
-                return Err(DiskError::NameTaken(definition.name));
+    /// Opens and exports a disk. Blocks.
+    pub(super) fn add(&self, host: &Host, definition: Definition) -> Result<(), DiskError> {
+        let name = definition.name.clone();
+        self.expect(definition)?;
+        match self.open_expected(host, &name) {
+            Some(Err(error)) => {
+                self.entries.lock().remove(&name);
+                Err(error)
             }
-            if let Some(other) = entries.values().find(|entry| entry.definition.socket == definition.socket) {
-                let disk = other.definition.name.clone();
-                return Err(DiskError::SocketTaken { socket: definition.socket, disk });
-            }
-        }
-        let state = self.open(config, cache, learner, &definition);
-        match &state {
-            Ok(_) => tracing::info!(
-                disk = definition.name,
-                store = definition.store,
-                socket = %definition.socket.display(),
-                "disk served"
-            ),
-            Err(error) if keep => {
-                tracing::warn!(disk = definition.name, %error, "disk not served yet; it is tried again");
-            }
-            Err(_) => {}
-        }
-        if keep || state.is_ok() {
-            let state = state.as_ref().map(Arc::clone).map_err(ToString::to_string);
-            self.entries.lock().insert(definition.name.clone(), Entry { definition, state });
-        }
-        state.map(drop).or_else(|error| if keep { Ok(()) } else { Err(error) })
-    }
-
-    /// Tries disks that could not be opened once more. Blocks.
-    pub(super) fn retry(&self, config: &Config, cache: &Cache, learner: &LearnerHandle) {
-        let _one_at_a_time = self.changes.lock();
-        for entry in self.list().into_iter().filter(|entry| entry.state.is_err()) {
-            let state = self.open(config, cache, learner, &entry.definition);
-            match &state {
-                Ok(_) => tracing::info!(disk = entry.definition.name, "disk served at last"),
-                Err(error) => tracing::debug!(disk = entry.definition.name, %error, "disk still not served"),
-            }
-            if let Some(kept) = self.entries.lock().get_mut(&entry.definition.name) {
-                kept.state = state.map_err(|error| error.to_string());
-            }
+            _ => Ok(()),
         }
     }
 
-    fn open(
-        &self,
-        config: &Config,
-        cache: &Cache,
-        learner: &LearnerHandle,
-        definition: &Definition,
-    ) -> Result<Arc<Served>, DiskError> {
-        let options = export_options(config)?;
+    /// Puts a disk on the list that [`Disks::open_missing`] is to open.
+    pub(super) fn expect(&self, definition: Definition) -> Result<(), DiskError> {
+        let mut entries = self.entries.lock();
+        if entries.contains_key(&definition.name) {
+            return Err(DiskError::NameTaken(definition.name));
+        }
+        if let Some(other) = entries.values().find(|entry| entry.definition.socket == definition.socket) {
+            let disk = other.definition.name.clone();
+            return Err(DiskError::SocketTaken { socket: definition.socket, disk });
+        }
+        let entry = Entry { state: Err("being opened".to_owned()), opening: false, definition };
+        entries.insert(entry.definition.name.clone(), entry);
+        Ok(())
+    }
+
+    /// Opens every disk that is on the list and not served, all at once: a store that hangs holds up its own disk only.
+    /// Blocks until all have answered.
+    pub(super) fn open_missing(&self, host: &Host) {
+        let missing: Vec<String> = self.list().into_iter().filter(|e| e.state.is_err()).map(|e| e.definition.name).collect();
+        std::thread::scope(|scope| {
+            for name in &missing {
+                scope.spawn(move || {
+                    if let Some(Err(error)) = self.open_expected(host, name) {
+                        // Every few seconds the same: loud once, then quiet.
+                        if self.entries.lock().get_mut(name).is_some_and(|entry| entry.tell(&error.to_string())) {
+                            tracing::warn!(disk = name, %error, "disk not served; it is tried again");
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    /// `None` if there is no such disk, or somebody else is opening it.
+    fn open_expected(&self, host: &Host, name: &str) -> Option<Result<(), DiskError>> {
+        let definition = {
+            let mut entries = self.entries.lock();
+            let entry = entries.get_mut(name).filter(|entry| !entry.opening && entry.state.is_err())?;
+            entry.opening = true;
+            entry.definition.clone()
+        };
+        let opened = self.open(host, &definition);
+        let mut entries = self.entries.lock();
+        let entry = entries.get_mut(name);
+        match (opened, entry) {
+            (Ok(served), Some(entry)) => {
+                tracing::info!(
+                    disk = name,
+                    store = definition.store,
+                    socket = %definition.socket.display(),
+                    "disk served"
+                );
+                entry.opening = false;
+                entry.state = Ok(served);
+                Some(Ok(()))
+            }
+            (Ok(served), None) => {
+                drop(entries);
+                self.end(host, &served);
+                None
+            }
+            (Err(error), Some(entry)) => {
+                entry.opening = false;
+                Some(Err(error))
+            }
+            (Err(_), None) => None,
+        }
+    }
+
+    fn open(&self, host: &Host, definition: &Definition) -> Result<Arc<Served>, DiskError> {
+        let options = export_options(&host.config)?;
         let spec: StoreSpec = definition.store.parse()?;
-        let storage = cache.open(&spec, store_options(config, definition.read_only))?;
-        match self.export(config, learner, definition, &storage, &options) {
+        let storage = host.cache.open(&spec, store_options(&host.config, definition.read_only))?;
+        match self.export(host, definition, &storage, &options) {
             Ok(served) => Ok(served),
             Err(error) => {
-                cache.close(&storage, Duration::ZERO);
+                host.cache.close(&storage, Duration::ZERO);
                 Err(error.into())
             }
         }
@@ -203,12 +244,12 @@ impl Disks {
 
     fn export(
         &self,
-        config: &Config,
-        learner: &LearnerHandle,
+        host: &Host,
         definition: &Definition,
         storage: &StorageHandle,
         options: &ExportOptions,
     ) -> Result<Arc<Served>, ExportError> {
+        let Host { config, learner, .. } = host;
         let info = storage.info();
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let counters = Arc::new(DiskCounters::default());
@@ -240,34 +281,42 @@ impl Disks {
 
     /// Ends a disk's export, waits for its requests and closes its storage if no other disk uses it. Blocks. Returns
     /// what it was.
-    pub(super) fn remove(&self, cache: &Cache, learner: &LearnerHandle, name: &str) -> Option<Definition> {
-        let _one_at_a_time = self.changes.lock();
+    pub(super) fn remove(&self, host: &Host, name: &str) -> Option<Definition> {
         let entry = self.entries.lock().remove(name)?;
         if let Ok(served) = &entry.state {
-            let export = served.export.lock().take();
-            if let Some(export) = export {
-                export.stop();
-            }
-            self.retired.lock().add(&super::report::counters(cache, served));
-            learner.remove_disk(served.id);
-            if cache.close(&served.storage, DRAIN) {
-                learner.remove_storage_blocking(served.storage.id());
-            }
+            self.end(host, served);
         }
         tracing::info!(disk = name, "disk no longer served");
         Some(entry.definition)
     }
 
+    fn end(&self, host: &Host, served: &Served) {
+        let export = served.export.lock().take();
+        if let Some(export) = export {
+            export.stop();
+        }
+        self.retired.lock().add(&super::report::counters(&host.cache, served));
+        host.learner.remove_disk(served.id);
+        if host.cache.close(&served.storage, DRAIN) {
+            host.learner.remove_storage_blocking(served.storage.id());
+        }
+    }
+
     /// [`Disks::remove`] for all.
-    pub(super) fn remove_all(&self, cache: &Cache, learner: &LearnerHandle) {
+    pub(super) fn remove_all(&self, host: &Host) {
         let names: Vec<_> = self.entries.lock().keys().cloned().collect();
         for name in names {
-            self.remove(cache, learner, &name);
+            self.remove(host, &name);
         }
     }
 }
 
 impl Daemon {
+    /// What opening and closing disks needs, with the configuration of this moment.
+    pub(super) fn host(&self) -> Host {
+        Host { config: self.config.lock().clone(), cache: self.cache.clone(), learner: self.learner.clone() }
+    }
+
     /// A definition with the defaults of this host.
     pub(super) fn define(&self, name: &str, store: &str, origin: DiskOrigin) -> Definition {
         Definition {

@@ -1,7 +1,7 @@
 //! libvirt: machines, attaching and detaching their disks, and letting go of disks that nobody needs any more.
 
 use super::Shared;
-use super::control::{add_disk, blocking, remove_disk};
+use super::control::{add_disk, remove_disk};
 use super::disks::{DiskError, Entry};
 use prestage_integration::api::types::{
     AttachRequest, Attached, Detached, DiskOrigin, TakesEffect, Vm, VmDisk, VmList, validate_name,
@@ -74,6 +74,7 @@ fn describe(daemon: &Shared, vm: &libvirt::Vm) -> Vm {
 
 pub(super) async fn list(daemon: &Shared) -> Result<VmList, ApiError> {
     let vms = hypervisor(daemon)?.list().await.map_err(|error| api_error(&error))?;
+    remember(daemon, &vms);
     let mut vms: Vec<Vm> = vms.iter().map(|vm| describe(daemon, vm)).collect();
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(VmList { vms })
@@ -109,6 +110,7 @@ pub(super) async fn attach(
         queues: Some(u16::try_from(queues).unwrap_or(u16::MAX)),
         ..AttachOptions::default()
     };
+    remember(daemon, std::slice::from_ref(&machine));
     let mut definition = daemon.define(&name, "", DiskOrigin::Attach);
     let socket = definition.socket.clone();
     // The plan says what to serve, and finds what stands against it before anything is opened.
@@ -172,6 +174,12 @@ pub(super) async fn detach(daemon: &Shared, vm: &str, target: &str) -> Result<De
     })
 }
 
+/// Keeps the machines' names: disks are kept by UUID, which no operator wants to read.
+fn remember(daemon: &Shared, vms: &[libvirt::Vm]) {
+    let mut names = daemon.machine_names.lock();
+    names.extend(vms.iter().map(|vm| (vm.id.uuid.to_string(), vm.id.name.clone())));
+}
+
 /// Follows libvirt's events for as long as the daemon runs.
 pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
     let mut events = hypervisor.events();
@@ -184,7 +192,7 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
                 }
             }
             Ok(HypervisorEvent::Resync(vms)) => {
-                tracing::info!(machines = vms.len(), "connected to libvirt");
+                remember(&daemon, &vms);
                 release(&daemon, &hypervisor).await;
             }
             Ok(HypervisorEvent::Disconnected { reason }) => {
@@ -231,7 +239,7 @@ fn needed(vms: &[libvirt::Vm], socket: &Path) -> bool {
     attached.filter(|attached| attached.socket == socket).any(|attached| attached.in_use || attached.next_start)
 }
 
-/// Brings disks that the configuration declares into line with it: new ones are served, missing ones let go.
+/// Brings disks that the configuration declares into line with it: new ones are expected, missing ones let go.
 pub(super) async fn follow_config(daemon: &Shared) -> Result<(), ApiError> {
     let config = daemon.config.lock().clone();
     let present: Vec<_> =
@@ -245,20 +253,17 @@ pub(super) async fn follow_config(daemon: &Shared) -> Result<(), ApiError> {
             remove_disk(daemon, &definition.name).await?;
         }
     }
-    let (shared, missing) = (daemon.clone(), config.disks.clone());
-    blocking(move || {
-        for disk in missing {
-            let mut definition = shared.define(&disk.name, &disk.store, DiskOrigin::Config);
-            definition.read_only = disk.read_only;
-            definition.vm = disk.vm;
-            if let Some(socket) = disk.socket {
-                definition.socket = socket;
-            }
-            match shared.disks.add(&config, &shared.cache, &shared.learner, definition, true) {
-                Ok(()) | Err(DiskError::NameTaken(_)) => {}
-                Err(error) => tracing::error!(%error, "disk of the configuration not served"),
-            }
+    for disk in config.disks {
+        let mut definition = daemon.define(&disk.name, &disk.store, DiskOrigin::Config);
+        definition.read_only = disk.read_only;
+        definition.vm = disk.vm;
+        if let Some(socket) = disk.socket {
+            definition.socket = socket;
         }
-    })
-    .await
+        match daemon.disks.expect(definition) {
+            Ok(()) | Err(DiskError::NameTaken(_)) => {}
+            Err(error) => tracing::error!(%error, "disk of the configuration not served"),
+        }
+    }
+    Ok(())
 }

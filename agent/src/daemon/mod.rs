@@ -38,6 +38,8 @@ struct Daemon {
     started_unix_ms: u64,
     /// Why there is no SSD tier although one is configured.
     ssd_trouble: Option<String>,
+    /// Names of machines by UUID, as far as libvirt has told.
+    machine_names: Mutex<HashMap<String, String>>,
     /// Counters by disk that are in the database already.
     outcomes: Mutex<HashMap<String, Counters>>,
 }

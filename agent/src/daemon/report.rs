@@ -83,7 +83,7 @@ impl Daemon {
             origin: entry.definition.origin,
             read_only: entry.definition.read_only,
             socket: entry.definition.socket.display().to_string(),
-            vm: entry.definition.vm.clone(),
+            vm: entry.definition.vm.as_ref().map(|vm| self.machine_names.lock().get(vm).unwrap_or(vm).clone()),
             target: entry.definition.target.clone(),
             state: disk_state(entry),
             counters: served.map(|served| counters(&self.cache, served)).unwrap_or_default(),

@@ -91,6 +91,9 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         group: config.api.group.clone(),
     })?;
     let (daemon, learner) = start(config)?;
+    if let Err(error) = expect_disks(&daemon).await {
+        tracing::error!(%error, "disks not restored");
+    }
     let stop = Arc::new(Notify::new());
     let mut tasks = Vec::new();
     let closing = Arc::clone(&stop);
@@ -100,9 +103,8 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         Limits::default(),
         async move { closing.notified().await },
     ));
-    if let Err(error) = serve_disks(&daemon).await {
-        tracing::error!(%error, "disks not restored");
-    }
+    // Ready means that guests can be served: whoever waits for this daemon waits for its disks.
+    open_missing(&daemon).await;
     if let Some(hypervisor) = daemon.hypervisor.clone() {
         tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
     }
@@ -141,7 +143,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
 
 fn shut_down(daemon: &Daemon, learner: std::thread::JoinHandle<()>) {
     add_outcomes(daemon);
-    daemon.disks.remove_all(&daemon.cache, &daemon.learner);
+    daemon.disks.remove_all(&daemon.host());
     daemon.learner.stop();
     if learner.join().is_err() {
         tracing::error!("learner panicked");
@@ -216,6 +218,7 @@ fn start(config: Config) -> Result<(Shared, std::thread::JoinHandle<()>), RunErr
         started: Instant::now(),
         started_unix_ms: unix_ms(),
         ssd_trouble,
+        machine_names: Mutex::default(),
         outcomes: Mutex::default(),
     };
     Ok((Arc::new(daemon), thread))
@@ -243,46 +246,43 @@ fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
     }
 }
 
-/// Serves the disks of the configuration and those added before the last stop.
-async fn serve_disks(daemon: &Shared) -> Result<(), api::ApiError> {
+/// Lists the disks of the configuration and those added before the last stop.
+async fn expect_disks(daemon: &Shared) -> Result<(), api::ApiError> {
     machines::follow_config(daemon).await?;
     let shared = daemon.clone();
-    control::blocking(move || {
-        let rows = shared.store.disks().map_err(|error| control::store_error(&error))?;
-        let config = shared.config.lock().clone();
-        for row in rows {
-            let attached = row.vm.is_some() && row.target.is_some();
-            let definition = Definition {
-                socket: row.socket.map_or_else(|| config.disk_socket(&row.name), PathBuf::from),
-                name: row.name,
-                store: row.store,
-                read_only: row.read_only,
-                origin: if attached { DiskOrigin::Attach } else { DiskOrigin::Api },
-                vm: row.vm,
-                target: row.target,
-                serial: row.serial,
-            };
-            if let Err(error) = shared.disks.add(&config, &shared.cache, &shared.learner, definition, true) {
-                tracing::error!(%error, "disk not served");
-            }
+    let rows = control::blocking(move || shared.store.disks()).await?.map_err(|error| control::store_error(&error))?;
+    for row in rows {
+        let attached = row.vm.is_some() && row.target.is_some();
+        let definition = Definition {
+            socket: row.socket.map_or_else(|| daemon.config.lock().disk_socket(&row.name), PathBuf::from),
+            name: row.name,
+            store: row.store,
+            read_only: row.read_only,
+            origin: if attached { DiskOrigin::Attach } else { DiskOrigin::Api },
+            vm: row.vm,
+            target: row.target,
+            serial: row.serial,
+        };
+        if let Err(error) = daemon.disks.expect(definition) {
+            tracing::error!(%error, "disk not served");
         }
-        Ok(())
-    })
-    .await?
+    }
+    Ok(())
+}
+
+async fn open_missing(daemon: &Shared) {
+    let shared = daemon.clone();
+    if let Err(error) = control::blocking(move || shared.disks.open_missing(&shared.host())).await {
+        tracing::error!(%error, "disks not opened");
+    }
 }
 
 async fn keep_trying(daemon: Shared) {
     loop {
         tokio::time::sleep(RETRY).await;
-        if daemon.disks.list().iter().all(|entry| entry.state.is_ok()) {
-            continue;
+        if daemon.disks.list().iter().any(|entry| entry.state.is_err()) {
+            open_missing(&daemon).await;
         }
-        let shared = daemon.clone();
-        let _ = control::blocking(move || {
-            let config = shared.config.lock().clone();
-            shared.disks.retry(&config, &shared.cache, &shared.learner);
-        })
-        .await;
     }
 }
 
@@ -348,5 +348,6 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
     if let Err(error) = machines::follow_config(daemon).await {
         tracing::error!(%error, "disks of the configuration not brought into line");
     }
+    open_missing(daemon).await;
     tracing::info!(changes = changes.len(), "configuration reloaded");
 }

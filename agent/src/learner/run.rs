@@ -227,6 +227,8 @@ impl Learner {
             tracing::warn!(storage = handle.identity(), %error, "saved profile cannot be read; learning anew");
             None
         });
+        // The profile's number, which the operator names it by, is there before the first save.
+        drop(self.store.add_storage(handle.identity()));
         let model = Model::new(handle, saved.as_ref().map(|(_, bytes)| bytes.as_slice()), self.ram_bytes());
         self.models.insert(model.handle.id(), model);
         self.gauges();
