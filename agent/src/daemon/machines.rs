@@ -183,6 +183,11 @@ fn remember(daemon: &Shared, vms: &[libvirt::Vm]) {
 /// Follows libvirt's events for as long as the daemon runs.
 pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
     let mut events = hypervisor.events();
+    // The connection may have been made before this began to listen.
+    if let Ok(vms) = hypervisor.list().await {
+        remember(&daemon, &vms);
+        release(&daemon, &hypervisor).await;
+    }
     loop {
         match events.recv().await {
             Ok(HypervisorEvent::Vm(event)) => {
