@@ -332,6 +332,10 @@ impl Shard {
     }
 
     /// Adds 1 to an eventfd's counter. Goes out with the loop's next submission, without a system call of its own.
+    ///
+    /// Meant for non-blocking eventfds, which is what QEMU hands over. The kernel gives a blocking one to a worker thread
+    /// (60 µs instead of 5 µs there and back, measured on Linux 6.18): whoever may hold the counter at its maximum must
+    /// not be able to stop this shard.
     pub fn notify_eventfd(&self, fd: &Rc<OwnedFd>) {
         self.inner.submit(Frame::new(Rc::clone(fd), Op::WriteCounter), State::Detached);
     }
