@@ -115,18 +115,33 @@ fn make_store(path: &Path) {
 }
 
 fn run(engine: EngineMode, ram_bytes: u64, with_ssd: bool) {
-    const OWNERS: u64 = 5;
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let store = folder.path().join("store");
     make_store(&store);
-    let ssd = folder.path().join("ssd");
+    let spec = store.display().to_string();
+    run_on(&spec, &store, folder.path(), engine, ram_bytes, with_ssd, 700);
+}
+
+/// `spec` names the store, `store` is the file behind it.
+fn run_on(
+    spec: &str,
+    store: &Path,
+    folder: &Path,
+    engine: EngineMode,
+    ram_bytes: u64,
+    with_ssd: bool,
+    steps: u64,
+) {
+    const OWNERS: u64 = 5;
+    let ssd = folder.join("ssd");
     let cache = cache(ram_bytes, with_ssd.then_some(ssd.as_path()), engine);
-    let storage = open(&cache, &store);
+    let spec: StoreSpec = spec.parse().unwrap();
+    let storage = cache.open(&spec, Default::default()).unwrap();
     let counters = Arc::new(DiskCounters::default());
     let (id, guest) = (storage.id(), Arc::clone(&counters));
     let call = storage.shard().call(move |shard| async move {
         let disk = Disk::new(local(id).unwrap(), 1, guest);
-        let owners: Vec<_> = (0..OWNERS).map(|me| shard.spawn(owner(disk.clone(), me, OWNERS, 700))).collect();
+        let owners: Vec<_> = (0..OWNERS).map(|me| shard.spawn(owner(disk.clone(), me, OWNERS, steps))).collect();
         let mut models = Vec::new();
         for owner in owners {
             models.extend(owner.await.expect("an owner's check failed"));
@@ -154,7 +169,7 @@ fn run(engine: EngineMode, ram_bytes: u64, with_ssd: bool) {
     cache.close(&storage, Duration::from_secs(20));
     cache.shutdown();
     // Write-through: whatever was acknowledged is in the file itself.
-    let file = std::fs::File::open(&store).unwrap();
+    let file = std::fs::File::open(store).unwrap();
     for (sector, version) in models {
         let mut found = [0; SECTOR as usize];
         file.read_exact_at(&mut found, sector * SECTOR).unwrap();
@@ -166,6 +181,40 @@ fn run(engine: EngineMode, ram_bytes: u64, with_ssd: bool) {
 #[test]
 fn neighbours_in_one_page_never_see_each_other_lose_a_write() {
     run(EngineMode::IoUring, 1 << 20, false);
+}
+
+/// Writes that reach the store 3 ms after they were sent, and reads that take no time: fills run under writes.
+#[test]
+fn nor_when_fills_run_under_writes() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = folder.path().join("store");
+    make_store(&store);
+    // Socket paths are short; the target folder's may not be.
+    let sockets = tempfile::tempdir().unwrap();
+    let socket = sockets.path().join("s");
+    let mut server = std::process::Command::new("nbdkit")
+        .args(["--foreground", "--threads", "16", "--filter", "delay", "-U"])
+        .arg(&socket)
+        .arg("file")
+        .arg(&store)
+        .arg("delay-write=3ms")
+        .spawn()
+        .expect("nbdkit is needed: run scripts/setup.sh");
+    for _ in 0..1000 {
+        if socket.exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let spec = format!("nbd+unix:///?socket={}", socket.display());
+    let result = std::panic::catch_unwind(|| {
+        run_on(&spec, &store, folder.path(), EngineMode::Auto, 1 << 20, false, 150);
+    });
+    server.kill().unwrap();
+    server.wait().unwrap();
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
 }
 
 #[test]

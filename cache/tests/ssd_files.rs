@@ -500,7 +500,7 @@ fn a_failing_device_is_bypassed_for_a_while_but_invalidation_goes_on() {
 #[test]
 fn a_discard_of_any_length_takes_exactly_its_pages() {
     let place = Place::new();
-    let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(5000) + (256 << 10), sparse()).unwrap();
+    let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(5100) + (256 << 10), sparse()).unwrap();
     let [a, b] = ["file:/a", "file:/b"].map(|name| tier.storage(name, None).unwrap());
     let fill = |s, blocks: std::ops::Range<u64>| {
         for block in blocks {
@@ -513,7 +513,8 @@ fn a_discard_of_any_length_takes_exactly_its_pages() {
     // Blocks and slots in different orders.
     (0..7).for_each(|i| (0..700).for_each(|j| fill(a, j * 7 + i..j * 7 + i + 1)));
     assert_eq!((tier.stats().used_slots, tier.stats().evictions), (5000, 0));
-    for (first, pages) in [(5, 16 * 2500), (7, 0), (16 * 10 + 3, 4), (16 * 2100 + 3, 1 << 40), (16 * 300 + 1, u64::MAX)] {
+    for (first, pages) in [(5, 16 * 2500), (7, 0), (16 * 10 + 3, 4), (16 * 2100 + 3, 1 << 40), (16 * 300 + 1, u64::MAX)]
+    {
         fill(a, 0..4900);
         tier.invalidate(a, first, pages);
         for block in 0..4900u64 {

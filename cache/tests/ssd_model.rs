@@ -179,7 +179,8 @@ impl World {
         let Some(guard) = guard else { return };
         if free == 0 {
             assert_eq!(self.tier.stats().evictions, evictions + 1);
-            let victim = *self.live.iter().find(|(_, l)| l.slot == guard.slot()).expect("the victim's slot is reused").0;
+            let victim =
+                *self.live.iter().find(|(_, l)| l.slot == guard.slot()).expect("the victim's slot is reused").0;
             assert_eq!(self.live[&victim].readers, 0, "a slot being read is not reused");
             self.live.remove(&victim);
         } else {

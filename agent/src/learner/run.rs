@@ -84,6 +84,10 @@ impl Learner {
                 continue;
             }
             let idle = now.saturating_sub(self.last_access) > IDLE_AFTER;
+            if idle {
+                // The window of a learned set moves on with time, not with accesses alone.
+                self.models.values_mut().for_each(|model| model.stirred = true);
+            }
             let pause = if idle { IDLE_PAUSE } else { ACTIVE_PAUSE };
             let pause = decide_at.map_or(pause, |at| pause.min(at.saturating_sub(now)));
             self.cache.accesses().wait(pause, idle);

@@ -137,6 +137,13 @@ impl Disk {
     }
 }
 
+/// A read of the store: contiguous there, in one or more slots.
+struct Run {
+    range: PageRange,
+    slots: Vec<(u32, PageMask)>,
+    bufs: Vec<IoBuf>,
+}
+
 /// Pages to bring into one slot.
 struct Fill {
     slot: u32,
@@ -232,7 +239,7 @@ impl Storage {
         work: impl Iterator<Item = (&BlockPlan, Vec<ArenaBuf>)>,
         source: &mut Source,
     ) -> Result<(), StoreError> {
-        let mut runs: Vec<(PageRange, Vec<(u32, PageMask)>, Vec<IoBuf>)> = Vec::new();
+        let mut runs: Vec<Run> = Vec::new();
         let mut loads = Vec::new();
         for (plan, bufs) in work {
             let Some(slot) = plan.slot.filter(|_| !plan.fill.is_empty()) else { continue };
@@ -246,12 +253,12 @@ impl Storage {
                 let range = PageRange { first: plan.block.0 * PAGES_PER_BLOCK + first, count };
                 match runs.last_mut() {
                     // What is contiguous on the store is one request, across blocks.
-                    Some((last, slots, list)) if last.end() == range.first => {
-                        last.count += count;
-                        slots.push((slot, mask));
-                        list.push(buf.into());
+                    Some(last) if last.range.end() == range.first => {
+                        last.range.count += count;
+                        last.slots.push((slot, mask));
+                        last.bufs.push(buf.into());
                     }
-                    _ => runs.push((range, vec![(slot, mask)], vec![buf.into()])),
+                    _ => runs.push(Run { range, slots: vec![(slot, mask)], bufs: vec![buf.into()] }),
                 }
             }
         }
@@ -259,7 +266,7 @@ impl Storage {
             *source = (*source).max(Source::Store);
         }
         let from_ssd = join_all(loads.into_iter().map(|(fill, bufs)| self.load(fill, bufs)));
-        let from_store = join_all(runs.into_iter().map(|(range, slots, bufs)| self.fill_from_store(range, slots, bufs)));
+        let from_store = join_all(runs.into_iter().map(|run| self.fill_from_store(run)));
         let (loaded, stored) = futures_util::future::join(from_ssd, from_store).await;
         for way in loaded {
             *source = (*source).max(way?);
@@ -269,9 +276,7 @@ impl Storage {
 
     async fn fill_from_store(
         self: &Rc<Self>,
-        range: PageRange,
-        slots: Vec<(u32, PageMask)>,
-        bufs: Vec<IoBuf>,
+        Run { range, slots, bufs }: Run,
     ) -> Result<(), StoreError> {
         let begun = Instant::now();
         let result = self.read_store(range, bufs).await;
@@ -348,7 +353,7 @@ impl Storage {
         let fills = bufs.into_iter().map(|buf| {
             let (first, count) = buf.mask().runs().next().unwrap_or_default();
             let range = PageRange { first: block.0 * PAGES_PER_BLOCK + first, count };
-            self.fill_from_store(range, vec![(slot, buf.mask())], vec![buf.into()])
+            self.fill_from_store(Run { range, slots: vec![(slot, buf.mask())], bufs: vec![buf.into()] })
         });
         join_all(fills).await.into_iter().collect::<Result<(), _>>()?;
         Ok(Source::Store)

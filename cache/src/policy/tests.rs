@@ -330,7 +330,9 @@ impl Model {
                     }
                 });
             }
-            Op::Push { first, count } => self.core.push_prefetch(DISK, &[request(first, count)]),
+            Op::Push { first, count } => {
+                self.core.push_prefetch(DISK, &[request(first, count)]);
+            }
             Op::Prefetch => {
                 if let PrefetchStep::Io(io) = self.core.next_prefetch(DISK, now, |_| PageMask::NONE) {
                     let mut page = io.first;

@@ -170,7 +170,11 @@ impl Device {
                     // What it did allocate goes back.
                     let _ = self.file.set_len(found.len());
                     let full = matches!(e, Errno::ENOSPC | Errno::EDQUOT);
-                    return Err(if full { no_space(free_bytes.unwrap_or(0)) } else { self.error("allocate", e.into()) });
+                    return Err(if full {
+                        no_space(free_bytes.unwrap_or(0))
+                    } else {
+                        self.error("allocate", e.into())
+                    });
                 }
             }
         }

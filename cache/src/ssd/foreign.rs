@@ -79,6 +79,7 @@ pub(super) fn require_gaps(device: &Device) -> Result<(), SsdError> {
 
 /// What the start of a file or device looks like.
 pub(super) fn name_of(start: &[u8]) -> &'static str {
-    let mut known = AT_START.iter().filter(|(at, signature, _)| start.get(*at..).is_some_and(|s| s.starts_with(signature)));
+    let mut known =
+        AT_START.iter().filter(|(at, signature, _)| start.get(*at..).is_some_and(|s| s.starts_with(signature)));
     known.next().map_or("unknown data", |(_, _, name)| name)
 }

@@ -46,7 +46,8 @@ impl SlotRead {
     /// Whether the pages of [`SlotRead::written_mask`] are what was written. `block_bytes`: 64 KiB, page `p` at
     /// `p * 4096`; other lengths never match.
     pub fn verify(&self, block_bytes: &[u8]) -> bool {
-        block_bytes.len() == BLOCK_BYTES && checksum(self.ticket.key, self.ticket.written, block_bytes) == self.checksum()
+        block_bytes.len() == BLOCK_BYTES
+            && checksum(self.ticket.key, self.ticket.written, block_bytes) == self.checksum()
     }
 }
 

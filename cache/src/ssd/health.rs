@@ -40,14 +40,7 @@ pub(super) struct Health {
 
 impl Health {
     pub(super) fn new() -> Health {
-        Health {
-            phase: Phase::Ok,
-            failures_in_a_row: 0,
-            successes_in_a_row: 0,
-            level: 0,
-            last_log: None,
-            unlogged: 0,
-        }
+        Health { phase: Phase::Ok, failures_in_a_row: 0, successes_in_a_row: 0, level: 0, last_log: None, unlogged: 0 }
     }
 
     pub(super) fn phase(&self) -> &Phase {

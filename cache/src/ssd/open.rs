@@ -1,10 +1,10 @@
 //! Opening and closing: from the slab to the index and back. Blocking I/O.
 
 use super::device::{AlignedBuf, Device};
+use super::foreign;
 use super::format::{
     self, Copy, ENTRY_BYTES, GROUP_SLOTS, RECORD_BYTES, SECTOR_BYTES, SlotRecord, Superblock, TABLE_OFFSET, TableEntry,
 };
-use super::foreign;
 use super::index::Index;
 use super::{Found, OpenReport, SsdError};
 use std::hash::{BuildHasher, RandomState};

@@ -94,7 +94,7 @@ impl Slots {
             return None;
         }
         let number = self.len;
-        if number as usize % SEGMENT_SLOTS == 0 {
+        if (number as usize).is_multiple_of(SEGMENT_SLOTS) {
             let size = SEGMENT_SLOTS.min((self.limit - number) as usize);
             self.segments.push(Vec::with_capacity(size));
         }

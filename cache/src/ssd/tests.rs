@@ -111,7 +111,7 @@ fn a_record_or_entry_with_any_bit_flipped_or_in_the_wrong_place_is_damaged() {
 #[test]
 fn a_checksum_depends_on_the_pages_of_the_mask_and_on_where_they_belong() {
     let mut block = vec![0u8; BLOCK_BYTES];
-    block.iter_mut().enumerate().for_each(|(i, b)| *b = (i * 31 >> 7) as u8);
+    block.iter_mut().enumerate().for_each(|(i, b)| *b = ((i * 31) >> 7) as u8);
     let mask = PageMask(0b1000_0000_0010_0011);
     let sum = format::data_checksum(1, 2, mask, &block);
     for other in [
@@ -216,7 +216,8 @@ fn after_crash(log: &[Op]) -> Vec<Vec<(u64, Vec<u8>)>> {
     let mut states = Vec::new();
     let mut durable = Vec::new();
     for epoch in log.split(|op| matches!(op, Op::Sync)) {
-        let writes: Vec<_> = epoch.iter().filter_map(|op| if let Op::Write(at, b) = op { Some((*at, b)) } else { None }).collect();
+        let writes: Vec<_> =
+            epoch.iter().filter_map(|op| if let Op::Write(at, b) = op { Some((*at, b)) } else { None }).collect();
         assert!(writes.len() <= 8, "more writes between two syncs than can be tried");
         for choice in 0..3u32.pow(writes.len() as u32) {
             let mut state = durable.clone();

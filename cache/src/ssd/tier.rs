@@ -74,11 +74,7 @@ impl SsdTier {
     }
 
     /// [`SsdTier::open`] with options.
-    pub fn open_with(
-        path: &Path,
-        size_bytes: u64,
-        options: SsdOptions,
-    ) -> Result<(SsdTier, OpenReport), SsdError> {
+    pub fn open_with(path: &Path, size_bytes: u64, options: SsdOptions) -> Result<(SsdTier, OpenReport), SsdError> {
         let device = Device::open(path, options.direct)?;
         let opened = open::open(&device, size_bytes, options.preallocate).inspect_err(|_| device.discard())?;
         let state = State {

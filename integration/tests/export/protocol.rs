@@ -5,7 +5,9 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use prestage_integration::export::DiskConfig;
 
@@ -54,6 +56,29 @@ fn requests_are_answered_and_the_ring_tells_where_it_stopped() {
     guest.start_ring(&mut front, 2);
     assert_eq!(guest.wait_answered(1), [(2, 0)]);
     assert_eq!(served.disk.seen().resumed, 1, "the second start goes on");
+}
+
+#[test]
+fn a_new_call_descriptor_is_told_of_answers_that_the_old_one_may_have_swallowed() {
+    let served = served();
+    let mut front = FrontEnd::connect(&served.path());
+    let mut guest = Guest::new();
+    guest.start(&mut front);
+    guest.submit(0, 0, 1);
+    guest.wait_answered(1);
+    guest.call = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    front.set(code::SET_VRING_CALL, &words(&[0]), &[fd(&guest.call)]).unwrap();
+    wait_readable(&guest.call);
+    guest.submit(1, 0, 2);
+    assert_eq!(guest.wait_answered(1), [(1, 0)], "and of every later one");
+    // Without one the guest polls.
+    front.set(code::SET_VRING_CALL, &words(&[0x100]), &[]).unwrap();
+    guest.submit(2, 0, 3);
+    let began = Instant::now();
+    while guest.used_index() != 3 {
+        assert!(began.elapsed() < LIMIT, "not answered");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
