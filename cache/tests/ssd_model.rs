@@ -3,12 +3,13 @@
 //!
 //! The model keeps the current version of every page of every store, and what was written to every slot. What the tier
 //! hands out must always be the current version.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
 
 use prestage_cache::ssd::{Clock, Found, Outcome, SlotRead, SlotWrite, SsdOptions, SsdStorage, SsdTier, Stamp};
 use prestage_cache::types::{BlockIndex, PageMask};
 use proptest::prelude::*;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -106,7 +107,7 @@ fn slab_bytes(slots: u64) -> u64 {
     (4 << 20) + (256 << 10) + slots * 65536
 }
 
-fn open(path: &PathBuf, slots: u64) -> (SsdTier, Found) {
+fn open(path: &Path, slots: u64) -> (SsdTier, Found) {
     // Each look at the clock is an hour later: a back-off is always over.
     let ticks = AtomicU64::new(0);
     let clock: Clock = Arc::new(move || Duration::from_secs(3600 * ticks.fetch_add(1, Ordering::Relaxed)));

@@ -161,6 +161,11 @@ impl Guest {
         &self.name
     }
 
+    /// The domain's persistent definition as libvirt has it.
+    pub fn xml(&self) -> Result<String> {
+        self.libvirt.virsh(&["dumpxml", "--inactive", &self.name])
+    }
+
     /// Starts the domain.
     pub fn start(&self) -> Result<Run<'_>> {
         let started = Instant::now();

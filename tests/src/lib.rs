@@ -11,6 +11,7 @@
 //! - [`report`]: the lines the guest prints
 //! - [`guest`]: a domain, from its XML to its last line
 //! - [`daemon`]: `prestaged` and `prestagectl`
+//! - [`rig`]: all of these together, as a test uses them
 
 pub mod accelerator;
 pub mod clean;
@@ -21,4 +22,5 @@ pub mod libvirt;
 pub mod paths;
 pub mod process;
 pub mod report;
+pub mod rig;
 pub mod store;

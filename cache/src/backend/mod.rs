@@ -62,8 +62,8 @@ pub type Transfer = LocalBoxFuture<(Result<(), StoreError>, Vec<IoBuf>)>;
 
 /// A store. Requests may overlap in time and complete in any order; callers that need an order wait in between.
 ///
-/// Offsets and lengths are in bytes and multiples of 512. Dropping a returned future does not undo a write: it may
-/// or may not happen, as with a power failure.
+/// Offsets and lengths are in bytes and multiples of 512. Dropping the future of a write does not undo it: it may happen
+/// or not, and it may happen after requests that are made later. So whoever writes waits for the end, whatever it is.
 pub trait Backend: fmt::Debug {
     fn info(&self) -> StoreInfo;
 

@@ -30,7 +30,7 @@ fn superblock() -> Superblock {
 
 #[test]
 fn regions_and_slots_do_not_overlap_and_sizes_round_down() {
-    assert!(format::INTENT_OFFSET + (1 << 20) <= format::GROUPS_OFFSET);
+    const { assert!(format::INTENT_OFFSET + (1 << 20) <= format::GROUPS_OFFSET) };
     let mut end = format::group_meta_offset(0) + format::GROUP_META_BYTES;
     for slot in 0..3 * format::GROUP_SLOTS {
         if slot > 0 && slot % format::GROUP_SLOTS == 0 {
