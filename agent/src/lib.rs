@@ -3,7 +3,7 @@
 pub mod cli;
 pub mod client;
 pub mod config;
-pub mod store;
 pub mod daemon;
 pub mod learner;
 pub mod serve;
+pub mod store;

@@ -63,7 +63,9 @@ impl Arena {
                     let pages = len.div_ceil(two_mib);
                     return Err(io::Error::new(
                         error.kind(),
-                        format!("{pages} huge pages of 2 MiB are not free: {error}; raise vm.nr_hugepages or set cache.huge_pages = \"try\""),
+                        format!(
+                            "{pages} huge pages of 2 MiB are not free: {error}; raise vm.nr_hugepages or set cache.huge_pages = \"try\""
+                        ),
                     ));
                 }
                 Err(_) => {}

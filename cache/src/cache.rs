@@ -41,7 +41,9 @@ pub struct CacheConfig {
 /// Why a storage could not be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    #[error("{identity} is open for writing already; two disks on one store would corrupt it. Make both read-only, or remove the other disk first")]
+    #[error(
+        "{identity} is open for writing already; two disks on one store would corrupt it. Make both read-only, or remove the other disk first"
+    )]
     InUse { identity: String },
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -468,6 +470,9 @@ impl StorageHandle {
 
 impl fmt::Debug for StorageHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StorageHandle").field("id", &self.0.id).field("identity", &self.0.identity).finish_non_exhaustive()
+        f.debug_struct("StorageHandle")
+            .field("id", &self.0.id)
+            .field("identity", &self.0.identity)
+            .finish_non_exhaustive()
     }
 }

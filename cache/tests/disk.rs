@@ -123,15 +123,7 @@ fn run(engine: EngineMode, ram_bytes: u64, with_ssd: bool) {
 }
 
 /// `spec` names the store, `store` is the file behind it.
-fn run_on(
-    spec: &str,
-    store: &Path,
-    folder: &Path,
-    engine: EngineMode,
-    ram_bytes: u64,
-    with_ssd: bool,
-    steps: u64,
-) {
+fn run_on(spec: &str, store: &Path, folder: &Path, engine: EngineMode, ram_bytes: u64, with_ssd: bool, steps: u64) {
     const OWNERS: u64 = 5;
     let ssd = folder.join("ssd");
     let cache = cache(ram_bytes, with_ssd.then_some(ssd.as_path()), engine);
@@ -292,12 +284,8 @@ fn prefetched_pages_are_hits_and_counted_as_used() {
     let cache = cache(64 << 20, None, EngineMode::Auto);
     let storage = open(&cache, &store);
     let pages = SECTORS / 8;
-    let all = PrefetchRequest {
-        range: PageRange { first: 0, count: pages },
-        due: Duration::ZERO,
-        probability: 1.0,
-        tag: 3,
-    };
+    let all =
+        PrefetchRequest { range: PageRange { first: 0, count: pages }, due: Duration::ZERO, probability: 1.0, tag: 3 };
     cache.prefetch(&storage, &[all]);
     while cache.prefetch_counters(storage.id()).completed < pages {
         std::thread::sleep(Duration::from_millis(1));

@@ -71,6 +71,7 @@ fn watch_signals() {
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             INTERRUPTED.store(true, Ordering::SeqCst);
+            eprintln!("\ninterrupted, cleaning up");
             loop {
                 // taken out first: an undo drops guards of its own
                 let newest = left().pop_last();

@@ -56,7 +56,7 @@ impl Control for Handle {
             if let Some(socket) = request.socket {
                 definition.socket = socket.into();
             }
-            add_disk(&self.0, definition).await?;
+            add_disk(&self.0, definition, Opening::Now).await?;
             Ok(self.0.disk_report(&self.0.disks.get(&request.name)?))
         })
     }
@@ -79,8 +79,10 @@ impl Control for Handle {
                 }
                 _ => {}
             }
-            let connected =
-                entry.state.as_ref().is_ok_and(|s| s.export.lock().as_ref().is_some_and(|export| export.is_connected()));
+            let connected = entry
+                .state
+                .as_ref()
+                .is_ok_and(|s| s.export.lock().as_ref().is_some_and(|export| export.is_connected()));
             if connected && !force {
                 return in_use(format!(
                     "a hypervisor is connected to disk `{name}`; stop the machine first, or remove it with --force and \
@@ -164,8 +166,17 @@ impl Control for Handle {
     }
 }
 
+/// When a new disk's store is to be opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Opening {
+    /// At once; if that fails there is no disk.
+    Now,
+    /// When it can be; until then the disk is on the list with the reason.
+    WhenFree,
+}
+
 /// Opens and exports a disk and remembers it over restarts.
-pub(super) async fn add_disk(daemon: &Shared, definition: Definition) -> Result<(), ApiError> {
+pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: Opening) -> Result<(), ApiError> {
     let row = DiskRow {
         name: definition.name.clone(),
         store: definition.store.clone(),
@@ -177,7 +188,13 @@ pub(super) async fn add_disk(daemon: &Shared, definition: Definition) -> Result<
         added_unix_ms: unix_ms(),
     };
     let (shared, name) = (daemon.clone(), definition.name.clone());
-    blocking(move || -> Result<(), DiskError> { shared.disks.add(&shared.host(), definition) }).await??;
+    blocking(move || -> Result<(), DiskError> {
+        match opening {
+            Opening::Now => shared.disks.add(&shared.host(), definition),
+            Opening::WhenFree => shared.disks.expect(definition),
+        }
+    })
+    .await??;
     if let Err(error) = daemon.store.add_disk(row).await {
         // Served but forgotten at the next restart would be a trap: all or nothing.
         let (shared, name) = (daemon.clone(), name);

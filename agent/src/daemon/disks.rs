@@ -121,11 +121,7 @@ pub(super) struct Disks {
 
 impl Disks {
     pub(super) fn new() -> Disks {
-        Disks {
-            entries: Mutex::default(),
-            next_id: AtomicU32::new(0),
-            retired: Mutex::default(),
-        }
+        Disks { entries: Mutex::default(), next_id: AtomicU32::new(0), retired: Mutex::default() }
     }
 
     pub(super) fn list(&self) -> Vec<Entry> {
@@ -134,7 +130,8 @@ impl Disks {
 
     pub(super) fn get(&self, name: &str) -> Result<Entry, ApiError> {
         let entry = self.entries.lock().get(name).cloned();
-        entry.ok_or_else(|| ApiError::not_found(format!("there is no disk `{name}`; `prestagectl disk list` shows all")))
+        entry
+            .ok_or_else(|| ApiError::not_found(format!("there is no disk `{name}`; `prestagectl disk list` shows all")))
     }
 
     pub(super) fn retired(&self) -> Counters {
@@ -178,7 +175,8 @@ impl Disks {
     /// Opens every disk that is on the list and not served, all at once: a store that hangs holds up its own disk only.
     /// Blocks until all have answered.
     pub(super) fn open_missing(&self, host: &Host) {
-        let missing: Vec<String> = self.list().into_iter().filter(|e| e.state.is_err()).map(|e| e.definition.name).collect();
+        let missing: Vec<String> =
+            self.list().into_iter().filter(|e| e.state.is_err()).map(|e| e.definition.name).collect();
         std::thread::scope(|scope| {
             for name in &missing {
                 scope.spawn(move || {

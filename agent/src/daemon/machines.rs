@@ -1,7 +1,7 @@
 //! libvirt: machines, attaching and detaching their disks, and letting go of disks that nobody needs any more.
 
 use super::Shared;
-use super::control::{add_disk, remove_disk};
+use super::control::{Opening, add_disk, remove_disk};
 use super::disks::{DiskError, Entry};
 use prestage_integration::api::types::{
     AttachRequest, Attached, Detached, DiskOrigin, TakesEffect, Vm, VmDisk, VmList, validate_name,
@@ -121,10 +121,15 @@ pub(super) async fn attach(
     definition.vm = Some(machine.id.uuid.to_string());
     definition.target = Some(target.to_owned());
     let store = definition.store.clone();
-    add_disk(daemon, definition).await?;
+    // A running machine has its disk open itself, and locked; ours is opened as soon as it lets go.
+    let opening = if machine.is_running() { Opening::WhenFree } else { Opening::Now };
+    add_disk(daemon, definition, opening).await?;
     match hypervisor.attach(vm, target, &socket, &options).await {
         Ok(attached) => {
             let mut notes = attached.plan.remarks;
+            if machine.is_running() {
+                notes.push(format!("the machine is running: disk `{name}` is opened when it stops"));
+            }
             if attached.plan.shared_memory_added {
                 notes.push("shared memory backing was added to the machine's definition".to_owned());
             }
@@ -193,6 +198,8 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
             Ok(HypervisorEvent::Vm(event)) => {
                 tracing::debug!(vm = event.vm.name, kind = ?event.kind, "machine event");
                 if matches!(event.kind, VmEventKind::Stopped(_) | VmEventKind::Undefined) {
+                    // Disks attached while the machine ran can be opened now, and should be before its next start.
+                    super::run::open_missing(&daemon).await;
                     release(&daemon, &hypervisor).await;
                 }
             }

@@ -185,7 +185,11 @@ impl Daemon {
             uri: state.uri.clone(),
             connected: state.connected,
             reconnects: state.reconnects,
-            error: if state.connected { None } else { state.last_error.clone().or(Some("not connected yet".to_owned())) },
+            error: if state.connected {
+                None
+            } else {
+                state.last_error.clone().or(Some("not connected yet".to_owned()))
+            },
         }
     }
 

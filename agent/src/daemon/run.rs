@@ -97,12 +97,10 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     let stop = Arc::new(Notify::new());
     let mut tasks = Vec::new();
     let closing = Arc::clone(&stop);
-    let server = tokio::spawn(api::serve(
-        listener,
-        Arc::new(control::Handle(daemon.clone())),
-        Limits::default(),
-        async move { closing.notified().await },
-    ));
+    let server =
+        tokio::spawn(api::serve(listener, Arc::new(control::Handle(daemon.clone())), Limits::default(), async move {
+            closing.notified().await
+        }));
     // Ready means that guests can be served: whoever waits for this daemon waits for its disks.
     open_missing(&daemon).await;
     if let Some(hypervisor) = daemon.hypervisor.clone() {
@@ -270,7 +268,8 @@ async fn expect_disks(daemon: &Shared) -> Result<(), api::ApiError> {
     Ok(())
 }
 
-async fn open_missing(daemon: &Shared) {
+/// Opens every disk on the list that is not served.
+pub(super) async fn open_missing(daemon: &Shared) {
     let shared = daemon.clone();
     if let Err(error) = control::blocking(move || shared.disks.open_missing(&shared.host())).await {
         tracing::error!(%error, "disks not opened");

@@ -34,12 +34,8 @@ impl HistoryBuffer {
 
     /// A disk's accesses are kept under these names from now on.
     pub(super) fn name(&mut self, disk: u32, storage: &str, vm: &str) {
-        let gathered = Gathered {
-            storage: storage.to_owned(),
-            vm: vm.to_owned(),
-            since: Duration::ZERO,
-            records: Vec::new(),
-        };
+        let gathered =
+            Gathered { storage: storage.to_owned(), vm: vm.to_owned(), since: Duration::ZERO, records: Vec::new() };
         self.by_disk.insert(disk, gathered);
     }
 

@@ -76,9 +76,19 @@ enum Message {
     AddStorage(StorageHandle),
     /// Answers when the profile is saved.
     RemoveStorage(StorageId, oneshot::Sender<()>),
-    AddDisk { disk: u32, storage: StorageId, vm: String },
-    RemoveDisk { disk: u32 },
-    Event { disk: u32, event: DiskEvent, at: Duration },
+    AddDisk {
+        disk: u32,
+        storage: StorageId,
+        vm: String,
+    },
+    RemoveDisk {
+        disk: u32,
+    },
+    Event {
+        disk: u32,
+        event: DiskEvent,
+        at: Duration,
+    },
     Save(oneshot::Sender<Result<SavedProfiles, String>>),
     Profiles(oneshot::Sender<Vec<HeldProfile>>),
     /// Forgets what is held of a storage.

@@ -170,9 +170,10 @@ impl Storage {
             }
             let done = {
                 let core = self.shared.core();
-                plans.iter().all(|plan| core.valid(self.id, plan.block).is_some_and(|(slot, valid)| {
-                    Some(slot) == plan.slot && valid.contains(plan.wanted)
-                }))
+                plans.iter().all(|plan| {
+                    core.valid(self.id, plan.block)
+                        .is_some_and(|(slot, valid)| Some(slot) == plan.slot && valid.contains(plan.wanted))
+                })
             };
             if done {
                 return Ok((ReadData { offset, len, held: Held::Slots(pins) }, source));
@@ -274,10 +275,7 @@ impl Storage {
         stored.into_iter().collect()
     }
 
-    async fn fill_from_store(
-        self: &Rc<Self>,
-        Run { range, slots, bufs }: Run,
-    ) -> Result<(), StoreError> {
+    async fn fill_from_store(self: &Rc<Self>, Run { range, slots, bufs }: Run) -> Result<(), StoreError> {
         let begun = Instant::now();
         let result = self.read_store(range, bufs).await;
         let ok = result.is_ok();

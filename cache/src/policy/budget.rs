@@ -123,8 +123,11 @@ impl Budget {
         self.note_base(now, latency);
         let us = latency.as_secs_f64() * 1e6;
         // An eighth, as in TCP's smoothed round trip (RFC 6298).
-        self.smoothed_demand_us =
-            if self.smoothed_demand_us == 0.0 { us } else { self.smoothed_demand_us + (us - self.smoothed_demand_us) / 8.0 };
+        self.smoothed_demand_us = if self.smoothed_demand_us == 0.0 {
+            us
+        } else {
+            self.smoothed_demand_us + (us - self.smoothed_demand_us) / 8.0
+        };
         let base = self.base[0].min(self.base[1]);
         if self.in_flight > 0 && self.smoothed_demand_us > base * CROWDED + SLACK_US && now >= self.crowded_until {
             self.window = (self.window / 2).max(MIN_WINDOW);

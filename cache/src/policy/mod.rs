@@ -359,11 +359,7 @@ impl Core {
 
     fn free_if_empty(&mut self, slot: u32) {
         let entry = &self.entries[slot as usize];
-        if entry.place != Place::Free
-            && entry.valid.is_empty()
-            && entry.filling.is_empty()
-            && !self.guard.busy(slot)
-        {
+        if entry.place != Place::Free && entry.valid.is_empty() && entry.filling.is_empty() && !self.guard.busy(slot) {
             self.release(slot);
         }
     }
