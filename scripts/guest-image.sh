@@ -63,7 +63,7 @@ free_mib=$(df --output=avail -m "$cache" | tail -n 1 | tr -d ' ')
   die "$cache has $free_mib MiB free and $need_mib are needed: free some, or set PRESTAGE_CACHE to another folder"
 mirror=${PRESTAGE_MIRROR:-$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null |
   grep -v -e security -e snapshot | head -n 1 | tr -d ' ' || true)}
-mirror=${mirror:-http://deb.debian.org/debian}
+[ -n "$mirror" ] || die "no Debian mirror found in /etc/apt: name one with PRESTAGE_MIRROR=http://HOST/debian"
 
 # leftovers of a build that was killed; the lock says that none runs
 rm -rf "$cache"/.guest-build.*

@@ -234,6 +234,13 @@ impl Device {
     }
 }
 
+impl Drop for Device {
+    /// A child that was forked and has not got to its exec shares the lock: closing alone would leave it locked so long.
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+    }
+}
+
 /// A device node that is missing must not become a file in the memory of devtmpfs.
 fn may_create(path: &Path) -> bool {
     !path.starts_with("/dev") || path.starts_with("/dev/shm")

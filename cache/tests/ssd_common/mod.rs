@@ -8,48 +8,48 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-pub const SUPERBLOCKS: [u64; 2] = [0, 64 << 10];
-pub const TABLE: u64 = 128 << 10;
-pub const META: u64 = 4 << 20;
-pub const DATA: u64 = META + (256 << 10);
+pub(crate) const SUPERBLOCKS: [u64; 2] = [0, 64 << 10];
+pub(crate) const TABLE: u64 = 128 << 10;
+pub(crate) const META: u64 = 4 << 20;
+pub(crate) const DATA: u64 = META + (256 << 10);
 
-pub fn slab_bytes(slots: u64) -> u64 {
+pub(crate) fn slab_bytes(slots: u64) -> u64 {
     DATA + slots * BLOCK_BYTES as u64
 }
 
-pub fn sparse() -> SsdOptions {
+pub(crate) fn sparse() -> SsdOptions {
     SsdOptions { preallocate: false, ..SsdOptions::default() }
 }
 
-pub fn stamp(mtime_ns: i64) -> Option<Stamp> {
+pub(crate) fn stamp(mtime_ns: i64) -> Option<Stamp> {
     Some(Stamp { size_bytes: 1 << 30, mtime_ns, ctime_ns: 5, inode: 6, device: 7 })
 }
 
 /// 64 KiB that start at a multiple of 4096 in memory.
-pub struct Buf(Vec<u8>, usize);
+pub(crate) struct Buf(Vec<u8>, usize);
 
 impl Buf {
-    pub fn new() -> Buf {
+    pub(crate) fn new() -> Buf {
         let bytes = vec![0; BLOCK_BYTES + PAGE_BYTES];
         let start = bytes.as_ptr().align_offset(PAGE_BYTES);
         Buf(bytes, start)
     }
-    pub fn get(&mut self) -> &mut [u8] {
+    pub(crate) fn get(&mut self) -> &mut [u8] {
         &mut self.0[self.1..self.1 + BLOCK_BYTES]
     }
 }
 
 /// What page `p` of block `b` holds.
-pub fn page(block: u64, page: u64) -> Vec<u8> {
+pub(crate) fn page(block: u64, page: u64) -> Vec<u8> {
     let word = (block * 1000 + page + 1).to_le_bytes();
     word.iter().copied().cycle().take(PAGE_BYTES).collect()
 }
 
-pub fn data(tier: &SsdTier) -> File {
+pub(crate) fn data(tier: &SsdTier) -> File {
     tier.data_fd().try_clone_to_owned().unwrap().into()
 }
 
-pub fn insert(tier: &SsdTier, s: SsdStorage, block: u64, mask: PageMask) {
+pub(crate) fn insert(tier: &SsdTier, s: SsdStorage, block: u64, mask: PageMask) {
     let mut buf = Buf::new();
     (0..16).filter(|p| mask.has(*p)).for_each(|p| {
         buf.get()[p as usize * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&page(block, p));
@@ -66,7 +66,7 @@ pub fn insert(tier: &SsdTier, s: SsdStorage, block: u64, mask: PageMask) {
 }
 
 /// Reads a block, verifies it and returns the pages served.
-pub fn read(tier: &SsdTier, s: SsdStorage, block: u64) -> PageMask {
+pub(crate) fn read(tier: &SsdTier, s: SsdStorage, block: u64) -> PageMask {
     let Some(read) = tier.begin_read(s, BlockIndex(block)) else { return PageMask::NONE };
     let mut buf = Buf::new();
     data(tier).read_exact_at(buf.get(), read.offset()).unwrap();
@@ -78,19 +78,19 @@ pub fn read(tier: &SsdTier, s: SsdStorage, block: u64) -> PageMask {
     mask
 }
 
-pub struct Place {
-    pub dir: tempfile::TempDir,
-    pub path: PathBuf,
+pub(crate) struct Place {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) path: PathBuf,
 }
 
 impl Place {
-    pub fn new() -> Place {
+    pub(crate) fn new() -> Place {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("slab");
         Place { dir, path }
     }
     /// Ten blocks of one storage, closed.
-    pub fn filled() -> Place {
+    pub(crate) fn filled() -> Place {
         let place = Place::new();
         let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
         let s = tier.storage("file:/a", stamp(1)).unwrap();
@@ -98,7 +98,7 @@ impl Place {
         tier.close().unwrap();
         place
     }
-    pub fn poke(&self, at: u64, change: impl Fn(u8) -> u8) {
+    pub(crate) fn poke(&self, at: u64, change: impl Fn(u8) -> u8) {
         let file = OpenOptions::new().read(true).write(true).open(&self.path).unwrap();
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
