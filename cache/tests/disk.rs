@@ -4,6 +4,7 @@
 //! Several guests' worth of tasks run at once. Each owns some sectors, dealt out in runs of three, so that pages and
 //! blocks are always shared between owners: one task's write runs beside its neighbours' reads, fills, prefetches and
 //! writes of the same page. A task knows what its own sectors must hold.
+#![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 
 use prestage_cache::backend::StoreSpec;
 use prestage_cache::counters::DiskCounters;

@@ -93,6 +93,13 @@ fn a_store_that_changed_unwatched_loses_its_slots_and_only_those() {
     let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
     let a = tier.storage("file:/a", stamp(3)).unwrap();
     assert_eq!(read(&tier, a, 0), PageMask::ALL);
+    // A second user vouches for nothing: who changed it, a guest or somebody else, is not known.
+    assert_eq!(tier.storage("file:/a", stamp(4)).unwrap(), a);
+    tier.close().unwrap();
+    drop(tier);
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let a = tier.storage("file:/a", stamp(4)).unwrap();
+    assert_eq!(read(&tier, a, 0), PageMask::NONE);
 }
 
 #[test]

@@ -239,7 +239,10 @@ fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
         }
         Err(error) => {
             tracing::error!(%error, "no SSD tier: guests are served from RAM and store");
-            (None, Some(error.to_string()))
+            (
+                None,
+                Some(format!("{error}; it is set by cache.ssd_path and cache.ssd_size and opened at the next start")),
+            )
         }
     }
 }

@@ -205,6 +205,16 @@ fn no_slot_is_taken_from_a_reader() {
     holds.release(first.slot.unwrap());
 }
 
+/// A fill under way.
+struct Filling {
+    slot: u32,
+    mask: PageMask,
+    /// Versions of the block's pages when the store was read.
+    seen: Vec<u32>,
+    /// Pages of the prefetch that ends with this fill.
+    group: Option<u64>,
+}
+
 /// What the model knows of the store and of I/O under way.
 struct Model {
     core: Core,
@@ -213,7 +223,7 @@ struct Model {
     store: Vec<u32>,
     /// Version held by each slot's page.
     memory: HashMap<(u32, u64), u32>,
-    fills: Vec<(u32, BlockIndex, PageMask, Vec<u32>, Option<u64>)>,
+    fills: Vec<Filling>,
     writes: Vec<(WriteId, PageRange)>,
     now: u64,
 }
@@ -260,7 +270,7 @@ impl Model {
         self.holds.hold(slot);
         // The store is read at some moment between start and end: the start is the oldest content it can be.
         let seen = (0..16).map(|p| self.store[(block.0 * 16 + p) as usize]).collect();
-        self.fills.push((slot, block, mask, seen, group));
+        self.fills.push(Filling { slot, mask, seen, group });
     }
 
     fn step(&mut self, op: &Op) -> Result<(), TestCaseError> {
@@ -296,7 +306,7 @@ impl Model {
                 if self.fills.is_empty() {
                     return Ok(());
                 }
-                let (slot, block, mask, seen, group) = self.fills.swap_remove(which % self.fills.len());
+                let Filling { slot, mask, seen, group } = self.fills.swap_remove(which % self.fills.len());
                 if !fails {
                     for page in (0..16).filter(|p| mask.has(*p)) {
                         self.memory.insert((slot, page), seen[page as usize]);
@@ -307,7 +317,6 @@ impl Model {
                 if let Some(pages) = group {
                     self.core.finish_prefetch(DISK, pages, !fails, now, at(5));
                 }
-                let _ = block;
             }
             Op::BeginWrite { first, count } => {
                 let id = self.core.begin_write(DISK, first * 4096, count * 4096).unwrap();

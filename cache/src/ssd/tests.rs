@@ -347,7 +347,9 @@ fn closing_on_a_failing_device_leaves_the_slab_dirty_and_can_be_tried_again() {
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 0, 5);
     device.fail_writes.store(true, std::sync::atomic::Ordering::Relaxed);
+    let generation = opened.superblock.generation;
     assert!(open::checkpoint(&device, &mut opened.superblock, &opened.index).is_err());
+    assert!(opened.superblock.generation > generation, "records of this try are not mistaken for the next one's");
     let crashed = slab.copy("crashed");
     assert_eq!(open(&crashed).1.report.found, Found::Unclean);
     device.fail_writes.store(false, std::sync::atomic::Ordering::Relaxed);

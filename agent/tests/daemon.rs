@@ -1,0 +1,288 @@
+//! The real `prestaged`, started on wrong input and asked by the real `prestagectl`: what it says, what it keeps, and how
+//! it ends. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 daemon not reachable.
+#![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+struct Host {
+    folder: tempfile::TempDir,
+    daemon: Option<Child>,
+}
+
+impl Host {
+    fn new() -> Host {
+        // Socket paths are short; the target folder's may not be.
+        Host { folder: tempfile::tempdir().unwrap(), daemon: None }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn config(&self, extra: &str) -> PathBuf {
+        let file = self.path("prestaged.toml");
+        let (state, run) = (self.path("state"), self.path("run"));
+        let text = format!(
+            "[daemon]\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n[libvirt]\nenabled = false\n[cache]\nram_size = \"16MiB\"\n{extra}",
+            state.display(),
+            run.display()
+        );
+        std::fs::write(&file, text).unwrap();
+        file
+    }
+
+    fn start(&mut self, extra: &str) {
+        let config = self.config(extra);
+        let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_prestaged"));
+        self.daemon = Some(command.arg("--config").arg(config).stderr(log).spawn().unwrap());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // The API answers before the disks of the last run are open.
+        let ready = || {
+            let list = self.ctl(&["disk", "list"]);
+            list.status.code() == Some(0) && !String::from_utf8_lossy(&list.stdout).contains("being opened")
+        };
+        while !ready() {
+            assert!(Instant::now() < deadline, "prestaged does not start:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn stop(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(daemon.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert!(daemon.wait().unwrap().success(), "{}", self.log());
+        assert!(!self.log().contains("panicked"), "{}", self.log());
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    fn ctl(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_prestagectl"));
+        command.arg("--socket").arg(self.path("run/prestaged.sock")).args(words);
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// The command fails with this code and says each of these.
+    fn refuses(&self, words: &[&str], code: i32, says: &[&str]) {
+        let output = self.ctl(words);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {text}");
+        for part in says {
+            assert!(text.contains(part), "{words:?} should say {part:?}, says {text}");
+        }
+    }
+
+    fn does(&self, words: &[&str]) -> String {
+        let output = self.ctl(words);
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn store(&self, name: &str, bytes: u64) -> String {
+        let path = self.path(name);
+        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        path.display().to_string()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
+#[test]
+fn an_unknown_key_is_refused_with_file_line_and_key() {
+    let host = Host::new();
+    let config = host.config("ram_szie = \"1GiB\"\n");
+    let output = Command::new(env!("CARGO_BIN_EXE_prestaged")).arg("--config").arg(&config).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains(&format!("{}:8: unknown key `cache.ram_szie`", config.display())), "{text}");
+    assert!(text.contains("did you mean `ram_size`"), "{text}");
+    host.refuses(&["status"], 3, &["cannot reach prestaged", "is prestaged running?"]);
+    host.refuses(&["no-such-command"], 2, &["Usage"]);
+}
+
+#[test]
+fn stores_and_sockets_that_cannot_be_used_are_refused_and_leave_nothing() {
+    let mut host = Host::new();
+    host.start("");
+    let good = host.store("good", 1 << 20);
+    let missing = host.path("missing").display().to_string();
+    let (odd, empty) = (host.store("odd", 1000), host.store("empty", 0));
+    host.refuses(&["disk", "add", "d", &missing], 1, &["does not exist", "check the path"]);
+    host.refuses(&["disk", "add", "d", &odd], 1, &["1000 bytes", "multiple of 512"]);
+    host.refuses(&["disk", "add", "d", &empty], 1, &["0 bytes"]);
+    host.refuses(&["disk", "add", "d", "ftp://x/y"], 2, &["does not name a store", "nbd://host:port/export"]);
+    std::fs::write(host.path("qcow"), [b"QFI\xfb".as_slice(), &[0; 65532]].concat()).unwrap();
+    let qcow = host.path("qcow").display().to_string();
+    host.refuses(&["disk", "add", "d", &qcow], 1, &["qcow2", "qemu-nbd"]);
+    let taken = std::os::unix::net::UnixListener::bind(host.path("taken")).unwrap();
+    let socket = host.path("taken").display().to_string();
+    host.refuses(&["disk", "add", "d", &good, "--export-socket", &socket], 1, &["in use by a running server"]);
+    drop(taken);
+    assert!(host.does(&["disk", "list"]).contains("no disks"));
+    host.does(&["disk", "add", "d", &good]);
+    host.refuses(&["disk", "add", "d", &good], 1, &["disk `d` already"]);
+    host.refuses(&["disk", "add", "e", &good], 1, &["open for writing already"]);
+    host.stop();
+}
+
+#[test]
+fn a_disk_whose_store_is_gone_after_a_restart_says_so_and_comes_back_with_it() {
+    let mut host = Host::new();
+    host.start("");
+    let store = host.store("store", 1 << 20);
+    host.does(&["disk", "add", "d", &store]);
+    host.stop();
+    std::fs::rename(&store, host.path("away")).unwrap();
+    host.start("");
+    let list = host.does(&["disk", "list"]);
+    assert!(list.contains("does not exist"), "{list}");
+    assert!(host.does(&["status"]).contains("degraded"));
+    std::fs::rename(host.path("away"), &store).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while host.does(&["disk", "list"]).contains("does not exist") {
+        assert!(Instant::now() < deadline, "the disk is not tried again:\n{}", host.log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(host.path("run/vm/d.sock").exists());
+    host.stop();
+}
+
+#[test]
+fn a_second_daemon_on_the_same_socket_is_refused_and_the_first_serves_on() {
+    let mut host = Host::new();
+    host.start("");
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_prestaged")).arg("--config").arg(host.path("prestaged.toml")).output();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("belongs to a running server"));
+    host.does(&["status"]);
+    host.stop();
+}
+
+#[test]
+fn a_cache_disk_without_room_costs_the_tier_and_nothing_else() {
+    let mut host = Host::new();
+    let mount = host.path("small");
+    std::fs::create_dir(&mount).unwrap();
+    let mounted = Mount::tmpfs(&mount);
+    if mounted.is_none() {
+        println!(
+            "SKIPPED in part: mounting a tmpfs is not permitted; the cache disk is a file that cannot be made instead"
+        );
+        std::fs::write(host.path("file"), "").unwrap();
+    }
+    let ssd = if mounted.is_some() { mount.join("ssd") } else { host.path("file").join("ssd") };
+    host.start(&format!("ssd_path = \"{}\"\nssd_size = \"64MiB\"\n", ssd.display()));
+    let store = host.store("store", 1 << 20);
+    host.does(&["disk", "add", "d", &store]);
+    let status = host.does(&["status"]);
+    assert!(status.contains("ssd tier") && status.contains("degraded"), "{status}");
+    if mounted.is_some() {
+        assert!(status.contains("ssd_size"), "the operator must be told what to lower: {status}");
+    }
+    host.stop();
+}
+
+/// A tmpfs of 1 MiB for as long as this lives.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &Path) -> Option<Mount> {
+        let mut command = Command::new("mount");
+        let status = command.args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(at).stderr(Stdio::null()).status();
+        status.is_ok_and(|status| status.success()).then(|| Mount(at.to_owned()))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// The database's bytes of the one profile, for a test to spoil.
+fn edit_profile(host: &Host, edit: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let database = rusqlite::Connection::open(host.path("state/prestage.db")).unwrap();
+    let mut bytes: Vec<u8> = database.query_row("SELECT data FROM profiles", [], |row| row.get(0)).unwrap();
+    edit(&mut bytes);
+    database.execute("UPDATE profiles SET data = ?", [&bytes]).unwrap();
+    bytes
+}
+
+fn profile_bytes(host: &Host) -> Option<Vec<u8>> {
+    let database = rusqlite::Connection::open(host.path("state/prestage.db")).unwrap();
+    database.query_row("SELECT data FROM profiles", [], |row| row.get(0)).ok()
+}
+
+#[test]
+fn a_profile_of_another_version_is_kept_until_it_is_removed() {
+    let mut host = Host::new();
+    let store = host.store("store", 1 << 20);
+    host.start("");
+    host.does(&["disk", "add", "d", &store]);
+    learn(&host);
+    host.does(&["profile", "save"]);
+    host.stop();
+    // The version follows the magic of eight bytes.
+    let spoilt = edit_profile(&host, |bytes| bytes[8] = 99);
+    host.start("");
+    let shown = host.does(&["profile", "show", "d"]);
+    assert!(shown.contains("version 99") && shown.contains("profile remove"), "{shown}");
+    learn(&host);
+    host.does(&["profile", "save"]);
+    assert_eq!(profile_bytes(&host).as_ref(), Some(&spoilt), "what cannot be read must not be overwritten unasked");
+    host.does(&["profile", "remove", "d"]);
+    assert_eq!(profile_bytes(&host), None);
+    learn(&host);
+    host.does(&["profile", "save"]);
+    host.stop();
+    host.start("");
+    let shown = host.does(&["profile", "show", "d"]);
+    assert!(shown.contains("ok") && !shown.contains("version 99"), "{shown}");
+    host.stop();
+}
+
+/// Connects to the disk's socket and goes away again, as a machine that starts and fails: a boot, if a short one.
+fn learn(host: &Host) {
+    let stream = std::os::unix::net::UnixStream::connect(host.path("run/vm/d.sock")).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    drop(stream);
+    std::thread::sleep(Duration::from_millis(200));
+}
+
+#[test]
+fn a_configuration_that_is_wrong_at_reload_changes_nothing() {
+    let mut host = Host::new();
+    let store = host.store("store", 1 << 20);
+    host.start(&format!("[[disk]]\nname = \"d\"\nstore = \"{store}\"\n"));
+    assert!(host.does(&["disk", "list"]).contains('d'));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(host.daemon.as_ref().unwrap().id()).unwrap());
+    let reload = |text: &str, expect: &str| {
+        host.config(text);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !host.log().contains(expect) {
+            assert!(Instant::now() < deadline, "no {expect:?} in the log:\n{}", host.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    reload("nonsense = 1\n", "unknown key `cache.nonsense`");
+    assert!(host.does(&["--json", "disk", "list"]).contains("\"d\""));
+    reload("", "configuration reloaded");
+    assert!(host.does(&["disk", "list"]).contains("no disks"));
+    host.stop();
+}
