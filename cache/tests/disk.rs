@@ -278,6 +278,37 @@ fn what_was_read_once_comes_from_ram_then_from_ssd_after_a_restart() {
 }
 
 #[test]
+fn a_block_that_grows_page_by_page_keeps_its_earlier_pages_on_the_ssd() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (store, ssd) = (folder.path().join("store"), folder.path().join("ssd"));
+    make_store(&store);
+    // One page of each block a life of the daemon, so that RAM never holds more than that one; all
+    // blocks fit, or some would leave before they are written.
+    for page in 0..4 {
+        let cache = cache(2 << 20, Some(&ssd), EngineMode::Auto);
+        let storage = open(&cache, &store);
+        let id = storage.id();
+        let reading = storage.shard().call(move |_| async move {
+            let disk = Disk::new(local(id).unwrap(), 1, Arc::default());
+            for block in 0..20 {
+                read(&disk, block * 65536 + page * 4096, 4096).await;
+            }
+        });
+        reading.wait().unwrap();
+        cache.close(&storage, Duration::from_secs(20));
+        assert_eq!(cache.ssd_stats().unwrap().valid_pages, 20 * (page + 1));
+        cache.shutdown();
+    }
+    let cache = cache(1 << 20, Some(&ssd), EngineMode::Auto);
+    let storage = open(&cache, &store);
+    let (_, _, from_store) = read_all(&cache, &storage);
+    assert_eq!(from_store, SECTORS / 8 - 80);
+    assert_eq!(cache.ssd_stats().unwrap().bad_checksums, 0);
+    cache.close(&storage, Duration::ZERO);
+    cache.shutdown();
+}
+
+#[test]
 fn prefetched_pages_are_hits_and_counted_as_used() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let store = folder.path().join("store");

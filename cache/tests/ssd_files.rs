@@ -152,7 +152,8 @@ fn data_that_rotted_is_never_served_and_its_slot_dropped() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever bytes of the metadata are hit: no panic, no page that was not there, and no page served with wrong data.
+    /// Whatever bytes of the metadata are hit: no panic, no page that was not there, and no page served with wrong
+    /// data.
     #[test]
     fn a_corrupted_slab_opens_or_is_refused_and_serves_nothing_wrong(
         hits in prop::collection::vec((0..7usize, 0..1024u64, any::<u8>()), 1..12),
@@ -346,7 +347,8 @@ fn a_discard_of_any_length_takes_exactly_its_pages() {
     assert_eq!(tier.stats().used_slots, 100);
 }
 
-/// Storages have a thread each, and the tier is shared: whatever the interleaving, nobody reads another's data or old data.
+/// Storages have a thread each, and the tier is shared: whatever the interleaving, nobody reads another's data or old
+/// data.
 #[test]
 fn threads_with_a_storage_each_never_see_wrong_data() {
     let place = Place::new();

@@ -1,5 +1,5 @@
-//! The SSD tier against a slow and obvious model, on random operations: inserts and reads that stay open while others come,
-//! invalidations in between, failures, changed stores, reopening with the same or another size.
+//! The SSD tier against a slow and obvious model, on random operations: inserts and reads that stay open while others
+//! come, invalidations in between, failures, changed stores, reopening with the same or another size.
 //!
 //! The model keeps the current version of every page of every store, and what was written to every slot. What the tier
 //! hands out must always be the current version.

@@ -43,12 +43,22 @@ impl Storage {
     /// Writes one block that has waited since before `before`; false if there is none.
     async fn destage_one(&self, before: Duration) -> bool {
         let (Some((fd, storage)), Some(tier)) = (&self.ssd, self.shared.ssd()) else { return false };
-        let Some((block, version, mask, copy)) = self.copy_next(before) else { return false };
-        let Some(write) = tier.begin_insert(*storage, block, mask) else { return true };
-        // A write between copy and registration would have been missed by the tier: look at the version again.
-        if !self.shared.core().finish_destage(self.id, block, version, PageMask::NONE) {
-            tier.finish_insert(write, 0, false);
+        let Some((block, version, mask, mut copy)) = self.copy_next(before) else { return false };
+        let held = tier.lookup(*storage, block);
+        if held.contains(mask) {
+            self.shared.core().finish_destage(self.id, block, version, held);
             return true;
+        }
+        // The new slot takes the old one's place, so it takes along what only the old one has.
+        let old = held.minus(mask);
+        // Registered before anything can come between: a write from here on aborts the insertion.
+        let Some(write) = tier.begin_insert(*storage, block, mask | old) else { return true };
+        if !old.is_empty() {
+            match self.read_ssd(block).await {
+                Some((buffer, held)) if held.contains(old) => copy_pages(&buffer, &mut copy, old),
+                // Overwritten, evicted or damaged meanwhile; the block is written when it is next used.
+                _ => return true,
+            }
         }
         let (checksum, offset) = (write.checksum(&copy), write.offset());
         let (result, _) = self.shard.write_all_at(fd, vec![IoBuf::Heap(copy)], offset, false).await;
@@ -59,7 +69,7 @@ impl Storage {
             add(&self.counters.ssd_write_errors, 1);
         }
         if tier.finish_insert(write, checksum, ok) {
-            self.shared.core().finish_destage(self.id, block, version, mask);
+            self.shared.core().finish_destage(self.id, block, version, mask | old);
         }
         true
     }
@@ -72,10 +82,19 @@ impl Storage {
         drop(core);
         // Zeroed: what another guest left in a recycled buffer must not reach the disk.
         let mut copy = AlignedBuf::zeroed(BLOCK_BYTES);
+        // Run by run: the slot's other pages may be being filled.
         for (first, count) in mask.runs() {
             let (at, len) = (first as usize * PAGE_BYTES, count as usize * PAGE_BYTES);
             copy[at..at + len].copy_from_slice(pinned.bytes(at, len));
         }
         Some((block, version, mask, copy))
+    }
+}
+
+/// Copies pages of one block to the same places of another.
+fn copy_pages(from: &[u8], to: &mut [u8], pages: PageMask) {
+    for (first, count) in pages.runs() {
+        let range = first as usize * PAGE_BYTES..(first + count) as usize * PAGE_BYTES;
+        to[range.clone()].copy_from_slice(&from[range]);
     }
 }

@@ -358,7 +358,7 @@ impl Storage {
     }
 
     /// A block as the SSD tier holds it, checked.
-    async fn read_ssd(&self, block: BlockIndex) -> Option<(AlignedBuf, PageMask)> {
+    pub(super) async fn read_ssd(&self, block: BlockIndex) -> Option<(AlignedBuf, PageMask)> {
         let (fd, storage) = self.ssd.as_ref()?;
         let tier = self.shared.ssd()?;
         let read = tier.begin_read(*storage, block)?;

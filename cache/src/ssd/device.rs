@@ -204,7 +204,8 @@ impl Device {
         Ok(done)
     }
 
-    /// Reads whole sectors; those that cannot be read are filled with ones, which no structure of the format passes for.
+    /// Reads whole sectors; those that cannot be read are filled with ones, which no structure of the format passes
+    /// for.
     pub(super) fn read_what_can_be(&self, offset: u64, buf: &mut [u8]) {
         if self.read(offset, buf).is_ok() {
             return;
@@ -235,7 +236,8 @@ impl Device {
 }
 
 impl Drop for Device {
-    /// A child that was forked and has not got to its exec shares the lock: closing alone would leave it locked so long.
+    /// A child that was forked and has not got to its exec shares the lock: closing alone would leave it locked so
+    /// long.
     fn drop(&mut self) {
         let _ = self.file.unlock();
     }

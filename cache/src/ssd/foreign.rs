@@ -62,8 +62,8 @@ pub(super) fn require_blank(device: &Device, len: u64) -> Result<(), SsdError> {
     Ok(())
 }
 
-/// `Ok` if the gaps around the superblocks are as they were left: other formats put their own superblocks there, and not
-/// all of them erase ours.
+/// `Ok` if the gaps around the superblocks are as they were left: other formats put their own superblocks there, and
+/// not all of them erase ours.
 pub(super) fn require_gaps(device: &Device) -> Result<(), SsdError> {
     let mut buf = AlignedBuf::zeroed(format::TABLE_OFFSET as usize);
     device.read_what_can_be(0, buf.get_mut());

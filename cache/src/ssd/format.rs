@@ -18,9 +18,10 @@
 //! The last group has its whole metadata area and as many data slots as fit. Groups rather than one metadata region for
 //! the slab let it grow and shrink in place: slot `n` lies at the same offset whatever the slab's size.
 //!
-//! All integers are little-endian. Reserved bytes are zero. Every structure has a CRC-32C (Castagnoli, RFC 3720 B.4) over
-//! all its bytes with the CRC field as zero; those of table entries and slot records are seeded with the slab's random
-//! identity and their own position, so that leftovers of an earlier slab and misdirected writes are not taken for records.
+//! All integers are little-endian. Reserved bytes are zero. Every structure has a CRC-32C (Castagnoli, RFC 3720 B.4)
+//! over all its bytes with the CRC field as zero; those of table entries and slot records are seeded with the slab's
+//! random identity and their own position, so that leftovers of an earlier slab and misdirected writes are not taken
+//! for records.
 //!
 //! ```text
 //! superblock (4096)                    table entry (512)               slot record (64)
@@ -47,19 +48,21 @@
 //! An all-zero table entry or slot record is a free one. Records at or beyond `used end` and entries at or beyond
 //! `table end` are never read.
 //!
-//! **Order of writes.** Opening: superblock A with the clean flag off, sync, B the same, sync; only then is the slab used.
-//! Closing: records and table of a new checkpoint (its number is the generation of the superblock that will name it),
-//! sync (this also flushes the data slots), superblock A with the clean flag on, sync, B the same, sync. The valid copy
-//! with the higher generation counts. Whatever a crash cuts off, either the newest superblock says clean, and then every
-//! record and all data it names were synced before, or it says dirty and everything is dropped. A record whose checkpoint
-//! is below the superblock's is one that a device promised to write and did not: its slot is dropped.
+//! **Order of writes.** Opening: superblock A with the clean flag off, sync, B the same, sync; only then is the slab
+//! used. Closing: records and table of a new checkpoint (its number is the generation of the superblock that will
+//! name it), sync (this also flushes the data slots), superblock A with the clean flag on, sync, B the same, sync.
+//! The valid copy with the higher generation counts. Whatever a crash cuts off, either the newest superblock says
+//! clean, and then every record and all data it names were synced before, or it says dirty and everything is dropped.
+//! A record whose checkpoint is below the superblock's is one that a device promised to write and did not: its slot
+//! is dropped.
 //!
-//! **Room for crash safety, same version.** A program of version 1 that finds a dirty slab drops it, so a later one may
-//! keep records and the bitmap up to date while the slab is dirty: (1) `used end` is raised before a slot beyond it is
-//! used; (2) a slot's data is written and synced, then its record with `sequence` from a counter (of two records of one
-//! block the higher counts) and the current `checkpoint`; (3) before the first guest write to a 64 MiB region of a store,
-//! bit `crc32c(storage index u16, region u64) mod 2^23` of the bitmap is set and synced; bits are cleared by a checkpoint.
-//! Recovery then drops the slots whose region's bit is set, and the data's CRC finds slots that were being overwritten.
+//! **Room for crash safety, same version.** A program of version 1 that finds a dirty slab drops it, so a later one
+//! may keep records and the bitmap up to date while the slab is dirty: (1) `used end` is raised before a slot beyond
+//! it is used; (2) a slot's data is written and synced, then its record with `sequence` from a counter (of two
+//! records of one block the higher counts) and the current `checkpoint`; (3) before the first guest write to a 64 MiB
+//! region of a store, bit `crc32c(storage index u16, region u64) mod 2^23` of the bitmap is set and synced; bits are
+//! cleared by a checkpoint. Recovery then drops the slots whose region's bit is set, and the data's CRC finds slots
+//! that were being overwritten.
 
 use super::Stamp;
 use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageMask};
@@ -221,8 +224,8 @@ impl Superblock {
         as_ours.copy_from_slice(sector);
         put(&mut as_ours, 0, MAGIC);
         put(&mut as_ours, 16, VERSION.to_le_bytes());
-        // Another version may well have its CRC elsewhere, so its number is believed without one, unless it is the number
-        // itself that rotted.
+        // Another version may well have its CRC elsewhere, so its number is believed without one, unless it is the
+        // number itself that rotted.
         let rotted = version == VERSION || crc_without(0, &as_ours, 20) == get_u32(sector, 20);
         if rotted { Copy::Damaged } else { Copy::OtherVersion(version) }
     }
@@ -370,8 +373,8 @@ impl SlotRecord {
     }
 }
 
-/// CRC-32C of a slot's data: of (storage index, block, mask), so that the right bytes in the wrong slot do not pass, then
-/// of the pages of `mask` in ascending order.
+/// CRC-32C of a slot's data: of (storage index, block, mask), so that the right bytes in the wrong slot do not pass,
+/// then of the pages of `mask` in ascending order.
 ///
 /// `block_bytes`: 64 KiB with page `p` at `p * 4096`.
 pub(super) fn data_checksum(storage: u16, block: u64, mask: PageMask, block_bytes: &[u8]) -> u32 {

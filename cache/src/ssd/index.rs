@@ -1,11 +1,11 @@
 //! The index: which block is in which slot, which slot comes next. Sans-I/O.
 //!
-//! - 24 bytes a slot up to the highest one ever used ([`super::slots`]) plus a hash table of slot numbers (5 bytes a bucket,
-//!   at most 11.4 a block): the key is stored once, in the slot. The table is in 256 parts, so that one insert never
-//!   rehashes more than a 256th.
-//! - Replacement is the clock algorithm (F. J. Corbató, "A paging experiment with the Multics system", 1968): FIFO by slot
-//!   number with one second chance for slots read since the hand passed. Going round by slot number has the device
-//!   overwritten in address order, which keeps its write amplification low.
+//! - 24 bytes a slot up to the highest one ever used ([`super::slots`]) plus a hash table of slot numbers (5 bytes a
+//!   bucket, at most 11.4 a block): the key is stored once, in the slot. The table is in 256 parts, so that one
+//!   insert never rehashes more than a 256th.
+//! - Replacement is the clock algorithm (F. J. Corbató, "A paging experiment with the Multics system", 1968): FIFO by
+//!   slot number with one second chance for slots read since the hand passed. Going round by slot number has the
+//!   device overwritten in address order, which keeps its write amplification low.
 //! - A block has at most one live slot and at most one pending one. A slot's data never changes while it is live: a new
 //!   copy goes to a pending slot, and the live one leaves when the pending one has been written.
 
@@ -17,7 +17,8 @@ use hashbrown::HashTable;
 use std::hash::{BuildHasher, RandomState};
 
 const PARTS: usize = 256;
-/// So many slots the hand looks at before it takes a slot that was read since it passed: bounds the time under the lock.
+/// So many slots the hand looks at before it takes a slot that was read since it passed: bounds the time under the
+/// lock.
 const LONGEST_SWEEP: u32 = 1024;
 
 /// Storage index in the upper 16 bits, block in the lower 48.
@@ -71,8 +72,8 @@ pub(super) struct Index {
     pub(super) counters: Counters,
 }
 
-/// Murmur3's 64-bit finalizer (A. Appleby, public domain) over the key and a random seed: a guest chooses the blocks, and
-/// must not be able to choose collisions.
+/// Murmur3's 64-bit finalizer (A. Appleby, public domain) over the key and a random seed: a guest chooses the blocks,
+/// and must not be able to choose collisions.
 fn mix(seed: u64, key: Key) -> u64 {
     let mut x = key.0 ^ seed;
     x = (x ^ (x >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
@@ -184,8 +185,8 @@ impl Index {
         }
     }
 
-    /// Reserves a slot for pages of a block: a free one, else a new one, else that of a victim. `None`: the block has all
-    /// these pages, or is being written already, or every slot looked at is in use.
+    /// Reserves a slot for pages of a block: a free one, else a new one, else that of a victim. `None`: the block has
+    /// all these pages, or is being written already, or every slot looked at is in use.
     pub(super) fn begin_insert(&mut self, key: Key, mask: PageMask) -> Option<(u32, u32)> {
         let hash = mix(self.seed, key);
         if mask.is_empty() || self.lookup(key).contains(mask) || find(&self.pending, &self.slots, hash, key).is_some() {
@@ -284,8 +285,8 @@ impl Index {
         }
     }
 
-    /// Looks at up to `count` slots from `from` on and invalidates the pages `which` names for their keys. Returns where
-    /// to go on, if not at the end, and how many live slots went.
+    /// Looks at up to `count` slots from `from` on and invalidates the pages `which` names for their keys. Returns
+    /// where to go on, if not at the end, and how many live slots went.
     pub(super) fn sweep(
         &mut self,
         from: u32,

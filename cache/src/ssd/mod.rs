@@ -8,9 +8,9 @@
 //! - `health`: when a failing device is bypassed, and when it is tried again; sans-I/O
 //! - `open`, `device`, `foreign`: opening, closing, and refusing to overwrite what is not ours; blocking I/O
 //!
-//! The tier does the I/O of its metadata, when it is opened and closed, and nothing else: slots are read and written by
-//! the engine, through [`SsdTier::data_fd`], between `begin_…` and `end_read` or `finish_insert`. It survives a clean stop;
-//! after any other it starts empty.
+//! The tier does the I/O of its metadata, when it is opened and closed, and nothing else: slots are read and written
+//! by the engine, through [`SsdTier::data_fd`], between `begin_…` and `end_read` or `finish_insert`. It survives a
+//! clean stop; after any other it starts empty.
 //!
 //! It holds copies only, and promises never to serve one that is older than the store: a guest's write or discard calls
 //! [`SsdTier::invalidate`] before it goes to the store; what was read from a store before a write must not be inserted
@@ -38,8 +38,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What tells whether a store changed while nobody watched it: two stamps that differ mean it did. Zero stands for what a
-/// kind of store does not know.
+/// What tells whether a store changed while nobody watched it: two stamps that differ mean it did. Zero stands for
+/// what a kind of store does not know.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Stamp {
     pub size_bytes: u64,

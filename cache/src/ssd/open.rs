@@ -109,7 +109,8 @@ fn existing(device: &Device, len: u64) -> Result<Existing, SsdError> {
     }
     let valid = copies.iter().filter_map(|c| if let Copy::Valid(sb) = c { Some(sb) } else { None });
     let newest = valid.max_by_key(|sb| sb.generation).cloned();
-    // Everything else that uses a disk writes to its start: with something foreign there the second copy does not count.
+    // Everything else that uses a disk writes to its start: with something foreign there the second copy does not
+    // count.
     if copies.first() == Some(&Copy::Foreign) {
         foreign::require_blank(device, len)?;
     }

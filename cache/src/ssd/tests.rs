@@ -210,8 +210,8 @@ fn contents(index: &Index) -> Vec<(u64, PageMask)> {
     all.filter(|(_, mask)| !mask.is_empty()).collect()
 }
 
-/// Every state that a crash may leave on disk: all writes up to some sync, and any part of those after it, each whole or
-/// cut short.
+/// Every state that a crash may leave on disk: all writes up to some sync, and any part of those after it, each whole
+/// or cut short.
 fn after_crash(log: &[Op]) -> Vec<Vec<(u64, Vec<u8>)>> {
     let mut states = Vec::new();
     let mut durable = Vec::new();

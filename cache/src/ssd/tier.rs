@@ -1,7 +1,7 @@
 //! The tier as the engine uses it: the index behind one mutex.
 //!
-//! No I/O is done under the mutex but by opening and closing. Work that grows with the slab (dropping a storage, a discard
-//! of a whole disk) gives the mutex up between chunks.
+//! No I/O is done under the mutex but by opening and closing. Work that grows with the slab (dropping a storage, a
+//! discard of a whole disk) gives the mutex up between chunks.
 
 use super::device::Device;
 use super::format::{MAX_BLOCK, Superblock};
@@ -64,9 +64,9 @@ impl fmt::Debug for Shared {
 }
 
 impl SsdTier {
-    /// Opens the slab at `path`, a regular file or a block device, or makes it. `size_bytes` is the length of the whole slab
-    /// with its metadata (0.1 %); for a block device 0 means all of it. A slab of another size grows or shrinks in place
-    /// and keeps the slots that fit. From here on it is dirty on disk until [`SsdTier::close`].
+    /// Opens the slab at `path`, a regular file or a block device, or makes it. `size_bytes` is the length of the
+    /// whole slab with its metadata (0.1 %); for a block device 0 means all of it. A slab of another size grows or
+    /// shrinks in place and keeps the slots that fit. From here on it is dirty on disk until [`SsdTier::close`].
     ///
     /// Blocking I/O: reads 64 bytes for every slot up to the highest one in use.
     pub fn open(path: &Path, size_bytes: u64) -> Result<(SsdTier, OpenReport), SsdError> {
@@ -91,15 +91,16 @@ impl SsdTier {
         Ok((SsdTier { shared: Arc::new(shared) }, opened.report))
     }
 
-    /// Where slots are read and written, at [`SlotRead::offset`] and [`SlotWrite::offset`]. If the report said `direct`,
-    /// with buffers aligned to 4096 bytes.
+    /// Where slots are read and written, at [`SlotRead::offset`] and [`SlotWrite::offset`]. If the report said
+    /// `direct`, with buffers aligned to 4096 bytes.
     pub fn data_fd(&self) -> BorrowedFd<'_> {
         self.shared.device.file.as_fd()
     }
 
-    /// Registers a storage. `identity` is 1 to 448 bytes and names it across restarts. If nobody uses it yet and `stamp`
-    /// differs from the one kept (also: one of them is `None`), what the tier holds of it is dropped. `None` twice counts
-    /// as unchanged: of a store that has no stamp, whoever cannot vouch for it calls [`SsdTier::drop_storage`].
+    /// Registers a storage. `identity` is 1 to 448 bytes and names it across restarts. If nobody uses it yet and
+    /// `stamp` differs from the one kept (also: one of them is `None`), what the tier holds of it is dropped. `None`
+    /// twice counts as unchanged: of a store that has no stamp, whoever cannot vouch for it calls
+    /// [`SsdTier::drop_storage`].
     pub fn storage(&self, identity: &str, stamp: Option<Stamp>) -> Result<SsdStorage, SsdError> {
         loop {
             let mut state = self.shared.state.lock();
@@ -129,8 +130,8 @@ impl SsdTier {
         }
     }
 
-    /// Undoes one [`SsdTier::storage`]. What the tier holds of the storage is kept; after its last user `stamp`, as of now,
-    /// tells whether it may be used again.
+    /// Undoes one [`SsdTier::storage`]. What the tier holds of the storage is kept; after its last user `stamp`, as
+    /// of now, tells whether it may be used again.
     pub fn release_storage(&self, s: SsdStorage, stamp: Option<Stamp>) {
         let mut state = self.shared.state.lock();
         state.index.storages.set_stamp(s, stamp);
@@ -156,34 +157,34 @@ impl SsdTier {
         Some(SlotRead { shared: self.shared.clone(), ticket, ended: false })
     }
 
-    /// Ends a read. Returns the pages that are valid now: those of [`SlotRead::mask`] less what was invalidated meanwhile,
-    /// and none unless the outcome is good.
+    /// Ends a read. Returns the pages that are valid now: those of [`SlotRead::mask`] less what was invalidated
+    /// meanwhile, and none unless the outcome is good.
     pub fn end_read(&self, mut read: SlotRead, outcome: Outcome) -> PageMask {
         read.ended = true;
         read.shared.end_read(&read.ticket, outcome)
     }
 
-    /// Begins to write pages of a block to a slot: a free one, or that of a victim (FIFO with one second chance; slots being
-    /// read are passed over). The block's present slot, if any, serves until the new one is complete and then leaves, so
-    /// `mask` should have its pages too. `None` if the tier has all of `mask` or is writing the block already, if nothing
-    /// can be replaced, or if the tier is degraded or closed.
+    /// Begins to write pages of a block to a slot: a free one, or that of a victim (FIFO with one second chance;
+    /// slots being read are passed over). The block's present slot, if any, serves until the new one is complete and
+    /// then leaves, so `mask` should have its pages too. `None` if the tier has all of `mask` or is writing the block
+    /// already, if nothing can be replaced, or if the tier is degraded or closed.
     pub fn begin_insert(&self, s: SsdStorage, block: BlockIndex, mask: PageMask) -> Option<SlotWrite> {
         let key = Key::new(s.index, block)?;
         let (slot, _generation) = self.shared.usable(s)?.index.begin_insert(key, mask)?;
         Some(SlotWrite { shared: self.shared.clone(), slot, key, mask, ended: false })
     }
 
-    /// Ends a write whose I/O is complete; `checksum` is that of [`SlotWrite::checksum`]. With `ok` the block becomes visible,
-    /// unless pages of it were invalidated meanwhile. Without, the I/O failed: the slot's place is not used again until the
-    /// slab is opened the next time. (A write given up for other reasons is dropped instead.) Returns whether the block is
-    /// visible.
+    /// Ends a write whose I/O is complete; `checksum` is that of [`SlotWrite::checksum`]. With `ok` the block becomes
+    /// visible, unless pages of it were invalidated meanwhile. Without, the I/O failed: the slot's place is not used
+    /// again until the slab is opened the next time. (A write given up for other reasons is dropped instead.) Returns
+    /// whether the block is visible.
     pub fn finish_insert(&self, mut write: SlotWrite, checksum: u32, ok: bool) -> bool {
         write.ended = true;
         write.shared.finish_insert(write.slot, checksum, ok)
     }
 
-    /// A guest writes or discards pages: when this returns nothing of them is served any more, and no insert begun before
-    /// it that has any of them will become visible.
+    /// A guest writes or discards pages: when this returns nothing of them is served any more, and no insert begun
+    /// before it that has any of them will become visible.
     pub fn invalidate(&self, s: SsdStorage, first_page: u64, pages: u64) {
         self.shared.invalidate(s, PageRange { first: first_page, count: pages });
     }
@@ -193,8 +194,8 @@ impl SsdTier {
         self.shared.note_failure(what, |state| state.io_errors += 1);
     }
 
-    /// Drops what the tier holds of a storage. Goes through the whole index (0.3 s for each million slots dropped): not for an event
-    /// loop.
+    /// Drops what the tier holds of a storage. Goes through the whole index (0.3 s for each million slots dropped):
+    /// not for an event loop.
     pub fn drop_storage(&self, s: SsdStorage) {
         if self.shared.state.lock().index.storages.is_current(s) {
             self.shared.sweep(|key| all_if(key.storage() == s.index));
@@ -206,10 +207,10 @@ impl SsdTier {
         self.shared.sweep(|_| PageMask::ALL);
     }
 
-    /// Writes the index to the slab and marks it clean; from here on the tier finds nothing and takes nothing. To be called
-    /// when guest I/O has ended: a write to a store after it still is not forgotten (the slab is marked dirty again), but
-    /// at the price of all that it holds. If it fails the slab is dirty, unless all that failed was its very last
-    /// write; closing may be tried again.
+    /// Writes the index to the slab and marks it clean; from here on the tier finds nothing and takes nothing. To be
+    /// called when guest I/O has ended: a write to a store after it still is not forgotten (the slab is marked dirty
+    /// again), but at the price of all that it holds. If it fails the slab is dirty, unless all that failed was its
+    /// very last write; closing may be tried again.
     ///
     /// Blocking I/O: writes 64 bytes for every slot up to the highest one in use.
     pub fn close(&self) -> Result<(), SsdError> {
@@ -338,8 +339,8 @@ impl Shared {
         dropped
     }
 
-    /// Changes the index. If that takes anything away that the slab, closed already, has on record, the slab is dirty again
-    /// before this returns.
+    /// Changes the index. If that takes anything away that the slab, closed already, has on record, the slab is dirty
+    /// again before this returns.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state.lock();
         let before = state.index.counters.valid_pages;
