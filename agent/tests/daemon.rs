@@ -161,6 +161,29 @@ fn a_disk_whose_store_is_gone_after_a_restart_says_so_and_comes_back_with_it() {
 }
 
 #[test]
+fn a_store_that_grows_is_offered_anew_and_one_that_shrinks_is_reported() {
+    let mut host = Host::new();
+    host.start("");
+    let store = host.store("store", 1 << 20);
+    host.does(&["disk", "add", "d", &store]);
+    let wait_for = |words: &[&str], expect: &str| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !host.does(words).contains(expect) {
+            assert!(Instant::now() < deadline, "no {expect:?} in {}:\n{}", host.does(words), host.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    wait_for(&["--json", "disk", "show", "d"], "1048576");
+    host.store("store", 3 << 20);
+    wait_for(&["--json", "disk", "show", "d"], "3145728");
+    host.store("store", 1 << 20);
+    wait_for(&["status"], "has shrunk from 3145728 to 1048576 bytes");
+    host.store("store", 3 << 20);
+    wait_for(&["status"], "health:     ok");
+    host.stop();
+}
+
+#[test]
 fn a_second_daemon_on_the_same_socket_is_refused_and_the_first_serves_on() {
     let mut host = Host::new();
     host.start("");

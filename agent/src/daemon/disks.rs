@@ -18,7 +18,7 @@ use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOption
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How long blocks on their way to the SSD tier may hold up the removal of a disk.
@@ -46,6 +46,10 @@ pub(super) struct Served {
     pub(super) counters: Arc<DiskCounters>,
     pub(super) runner: Arc<DiskRunner>,
     pub(super) export: Mutex<Option<Export>>,
+    /// What the guest was told.
+    capacity_bytes: AtomicU64,
+    /// Why the store's size could not be had when it was last asked for; empty if it could.
+    pub(super) size_trouble: Mutex<String>,
 }
 
 /// A disk and whether it works.
@@ -274,7 +278,54 @@ impl Disks {
             learner.remove_disk(id);
         }
         let export = Mutex::new(Some(export?));
-        Ok(Arc::new(Served { id, storage: storage.clone(), counters, runner, export }))
+        let capacity_bytes = AtomicU64::new(info.size_bytes);
+        Ok(Arc::new(Served {
+            id,
+            storage: storage.clone(),
+            counters,
+            runner,
+            export,
+            capacity_bytes,
+            size_trouble: Mutex::default(),
+        }))
+    }
+
+    /// Asks stores for their size and tells the guests of those that have grown. Blocks. Asking an NBD server takes a new
+    /// connection, so that is only done when somebody wants it (`ask_servers`).
+    pub(super) fn refresh_sizes(&self, host: &Host, ask_servers: bool) {
+        for entry in self.list() {
+            let Ok(served) = &entry.state else { continue };
+            if !ask_servers && !served.storage.identity().starts_with("file:") {
+                continue;
+            }
+            let name = &entry.definition.name;
+            match served.storage.refresh_size() {
+                Ok(size) => {
+                    served.size_trouble.lock().clear();
+                    let before = served.capacity_bytes.swap(size, Ordering::Relaxed);
+                    if before == size {
+                        continue;
+                    }
+                    // The learner takes note of the new end.
+                    host.learner.add_storage(served.storage.clone());
+                    let told = served.export.lock().as_ref().map(|export| export.resize(size));
+                    match told {
+                        Some(Ok(told)) => tracing::info!(disk = name, before, size, told, "disk has a new size"),
+                        Some(Err(error)) => tracing::error!(disk = name, %error, "new size not offered"),
+                        None => {}
+                    }
+                }
+                Err(error) => {
+                    // Every few seconds the same: loud once, and in `status` for as long as it lasts.
+                    let text = error.to_string();
+                    let mut told = served.size_trouble.lock();
+                    if *told != text {
+                        tracing::warn!(disk = name, %error, "the store's size");
+                        *told = text;
+                    }
+                }
+            }
+        }
     }
 
     /// Ends a disk's export, waits for its requests and closes its storage if no other disk uses it. Blocks. Returns

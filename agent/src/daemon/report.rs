@@ -54,7 +54,8 @@ fn disk_state(entry: &Entry) -> DiskState {
     let store = entry.definition.store.clone();
     match &entry.state {
         Ok(served) => {
-            let trouble = served.storage.trouble();
+            let size = Some(served.size_trouble.lock().clone()).filter(|trouble| !trouble.is_empty());
+            let trouble = served.storage.trouble().or(size);
             DiskState {
                 connected: served.export.lock().as_ref().is_some_and(|export| export.is_connected()),
                 queues: served.runner.rings(),

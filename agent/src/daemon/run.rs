@@ -279,12 +279,20 @@ pub(super) async fn open_missing(daemon: &Shared) {
     }
 }
 
+async fn refresh_sizes(daemon: &Shared, ask_servers: bool) {
+    let shared = daemon.clone();
+    if let Err(error) = control::blocking(move || shared.disks.refresh_sizes(&shared.host(), ask_servers)).await {
+        tracing::error!(%error, "sizes of the stores not asked for");
+    }
+}
+
 async fn keep_trying(daemon: Shared) {
     loop {
         tokio::time::sleep(RETRY).await;
         if daemon.disks.list().iter().any(|entry| entry.state.is_err()) {
             open_missing(&daemon).await;
         }
+        refresh_sizes(&daemon, false).await;
     }
 }
 
@@ -313,7 +321,10 @@ fn add_outcomes(daemon: &Daemon) {
 /// Reads the configuration anew and applies what can be applied without a restart. A configuration with errors changes
 /// nothing.
 async fn reload(daemon: &Shared, options: &Options, set_log: &SetLog) {
-    let _ = sd_notify::notify(&[NotifyState::Reloading]);
+    // Type=notify-reload tells this reload from an older one by the time.
+    let now = NotifyState::monotonic_usec_now().ok();
+    let reloading: Vec<_> = [NotifyState::Reloading].into_iter().chain(now).collect();
+    let _ = sd_notify::notify(&reloading);
     match Config::load(&options.config, &options.overrides) {
         Err(error) => {
             for line in error.to_string().lines() {
@@ -351,5 +362,6 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         tracing::error!(%error, "disks of the configuration not brought into line");
     }
     open_missing(daemon).await;
+    refresh_sizes(daemon, true).await;
     tracing::info!(changes = changes.len(), "configuration reloaded");
 }

@@ -140,7 +140,7 @@ impl LearnerHandle {
     pub fn accesses(&self) -> u64 {
         self.0.counters.accesses.load(Ordering::Relaxed)
     }
-    /// A storage was opened: its saved profile is loaded.
+    /// A storage was opened: its saved profile is loaded. Of one that is known, the size is taken note of.
     pub fn add_storage(&self, storage: StorageHandle) {
         self.send(Message::AddStorage(storage));
     }

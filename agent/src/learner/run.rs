@@ -224,7 +224,8 @@ impl Learner {
     }
 
     fn add_storage(&mut self, handle: StorageHandle) {
-        if self.models.contains_key(&handle.id()) {
+        if let Some(model) = self.models.get_mut(&handle.id()) {
+            model.predictor.resize(handle.pages());
             return;
         }
         let saved = self.store.profile(handle.identity()).unwrap_or_else(|error| {
