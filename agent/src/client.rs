@@ -38,6 +38,9 @@ fn hint(kind: io::ErrorKind) -> &'static str {
     }
 }
 
+/// Longest wait for the answer to a question. Those about machines wait for libvirt, which has 30 s.
+const QUESTION: Duration = Duration::from_secs(40);
+
 /// Calls the daemon.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -71,7 +74,9 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<T, ClientError> {
-        let (status, bytes) = match tokio::time::timeout(self.timeout, self.exchange(method, path, body)).await {
+        // Questions are answered from memory; orders may have to wait for a store or libvirt.
+        let limit = if method == Method::GET { self.timeout.min(QUESTION) } else { self.timeout };
+        let (status, bytes) = match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
             Ok(answer) => answer?,
             Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
         };

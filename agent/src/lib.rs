@@ -1,4 +1,8 @@
-//! agent
+//! The host agent `prestaged` and its admin CLI `prestagectl`.
+//!
+//! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
+//! - [`config`]: the configuration; [`store`]: the database
+//! - [`cli`], [`client`]: `prestagectl`
 
 pub mod cli;
 pub mod client;

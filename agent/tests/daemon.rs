@@ -287,6 +287,77 @@ fn learn(host: &Host) {
     std::thread::sleep(Duration::from_millis(200));
 }
 
+/// Four read-only disks on one image, as clones of a golden image are.
+#[test]
+fn read_only_disks_of_one_image_start_side_by_side() {
+    let mut host = Host::new();
+    let store = host.store("golden", 1 << 20);
+    let disks: String =
+        (0..4).map(|i| format!("[[disk]]\nname = \"clone{i}\"\nstore = \"{store}\"\nread_only = true\n")).collect();
+    host.start(&disks);
+    let list = host.does(&["disk", "list"]);
+    assert_eq!(list.matches(" ok").count(), 4, "{list}\n{}", host.log());
+    host.stop();
+}
+
+#[test]
+fn a_reload_does_not_change_the_disk_of_a_running_machine() {
+    let mut host = Host::new();
+    let (first, second) = (host.store("first", 1 << 20), host.store("second", 1 << 20));
+    let declare = |store: &str| format!("[[disk]]\nname = \"d\"\nstore = \"{store}\"\n");
+    host.start(&declare(&first));
+    let machine = std::os::unix::net::UnixStream::connect(host.path("run/vm/d.sock")).unwrap();
+    let wait_for = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            assert!(Instant::now() < deadline, "{what}:\n{}", host.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let list = || host.does(&["disk", "list"]);
+    wait_for("the machine is not seen", &|| {
+        host.does(&["--json", "disk", "show", "d"]).contains("\"connected\": true")
+    });
+    host.config(&declare(&second));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(host.daemon.as_ref().unwrap().id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    wait_for("no reload", &|| host.log().contains("configuration reloaded"));
+    assert!(host.log().contains("changes when its machine stops"), "{}", host.log());
+    assert!(list().contains("/first"), "{}", list());
+    drop(machine);
+    wait_for("the change is not made up for", &|| list().contains("/second") && list().contains(" ok"));
+    host.stop();
+}
+
+#[test]
+fn warming_a_huge_range_holds_nobody_up() {
+    let mut host = Host::new();
+    host.start("");
+    // As large as the test's file system allows; sparse.
+    let path = host.path("huge");
+    let file = std::fs::File::create(&path).unwrap();
+    let size = (20..=62).rev().map(|bits| 1u64 << bits).find(|size| file.set_len(*size).is_ok()).unwrap();
+    host.does(&["disk", "add", "huge", &path.display().to_string()]);
+    host.does(&["cache", "warm", "huge", "--ranges", &format!("0+{size}")]);
+    host.does(&["status"]);
+    host.does(&["disk", "remove", "huge"]);
+    host.stop();
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_refused() {
+    let mut host = Host::new();
+    host.start("");
+    let (config, run) = (host.path("prestaged.toml"), host.path("elsewhere"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_prestaged"));
+    command.arg("--config").arg(config).arg("--set").arg(format!("daemon.run_dir=\"{}\"", run.display()));
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("daemon.state_dir"), "{text}");
+    host.stop();
+}
+
 #[test]
 fn a_configuration_that_is_wrong_at_reload_changes_nothing() {
     let mut host = Host::new();

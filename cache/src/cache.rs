@@ -13,7 +13,7 @@ use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, Shard
 use crate::policy::{Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest};
 use crate::ssd::{SsdStats, SsdStorage, SsdTier};
 use crate::types::{BLOCK_BYTES, PageRange, StorageId};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -112,6 +112,8 @@ struct Inner {
     shared: Arc<Shared>,
     shards: Vec<ShardHandle>,
     registry: Mutex<Registry>,
+    /// A storage has been opened or closed.
+    settled: Condvar,
 }
 
 impl Cache {
@@ -147,7 +149,7 @@ impl Cache {
                 }
             });
         }
-        let inner = Inner { shared, shards, registry: Mutex::default() };
+        let inner = Inner { shared, shards, registry: Mutex::default(), settled: Condvar::new() };
         Ok(Cache(Arc::new(inner)))
     }
 
@@ -160,6 +162,10 @@ impl Cache {
         let read_only = options.read_only;
         let (id, shard) = {
             let mut registry = self.0.registry.lock();
+            // Read-only disks of one image start side by side: the first opens it, the others join.
+            while matches!(registry.by_identity.get(&identity), Some(None)) {
+                self.0.settled.wait(&mut registry);
+            }
             match registry.by_identity.get_mut(&identity) {
                 Some(Some(opened)) if opened.read_only && read_only => {
                     opened.users += 1;
@@ -175,6 +181,7 @@ impl Cache {
         };
         let opened = self.open_on(id, shard, spec, options, &identity);
         let mut registry = self.0.registry.lock();
+        self.0.settled.notify_all();
         match opened {
             Ok(handle) => {
                 registry.by_identity.insert(identity, Some(Opened { handle: handle.clone(), read_only, users: 1 }));
@@ -234,6 +241,7 @@ impl Cache {
             tracing::warn!(store = handle.identity(), "the store's shard stopped before the store was closed");
         }
         self.0.registry.lock().by_identity.remove(handle.identity());
+        self.0.settled.notify_all();
         true
     }
 

@@ -119,7 +119,7 @@ impl PageRange {
         self.first.saturating_add(self.count)
     }
     pub fn bytes(self) -> u64 {
-        self.count * PAGE_BYTES as u64
+        self.count.saturating_mul(PAGE_BYTES as u64)
     }
     pub fn overlaps(self, other: PageRange) -> bool {
         self.first < other.end() && other.first < self.end()

@@ -244,6 +244,46 @@ fn a_file_that_shrinks_is_an_error_and_never_made_up_data() {
 }
 
 #[test]
+fn a_file_that_shrinks_is_never_made_larger_by_a_guest() {
+    const WAS: u64 = 1 << 20;
+    const NOW: u64 = 512 << 10;
+    let folder = folder();
+    for (mode, direct) in MODES.into_iter().flat_map(|mode| [(mode, true), (mode, false)]) {
+        let path = disk(folder.path(), &format!("{mode:?}{direct}"), WAS);
+        on(mode, move |shard| async move {
+            let options = StoreOptions { direct, ..StoreOptions::default() };
+            let store = open(&shard, &name(&path), &options).await.unwrap();
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            file.set_len(NOW).unwrap();
+            // Beyond the end, across it, at it, before it; whole units and single sectors.
+            for (offset, len) in [(WAS - 4096, 4096), (NOW - 4096, 8192), (NOW, 512), (WAS - 512, 512), (0, 4096)] {
+                let failures = [
+                    write(&store, offset, &vec![5; len], false).await,
+                    store.write_zeroes(offset, len as u64, false).await,
+                    store.write_zeroes(offset, len as u64, true).await,
+                ];
+                for failure in failures {
+                    let error = failure.unwrap_err();
+                    assert!(matches!(error, StoreError::Shrunk { was_bytes: WAS, now_bytes: NOW, .. }), "{error}");
+                }
+                assert_eq!(file.metadata().unwrap().len(), NOW, "{len} bytes at {offset} made the file grow");
+            }
+            assert!(matches!(store.discard(NOW, 64 << 10).await, Err(StoreError::Shrunk { .. })));
+            assert!(matches!(read(&store, NOW, 4096).await, Err(StoreError::Shrunk { .. })));
+            assert!(read(&store, 0, NOW as usize).await.unwrap().iter().all(|b| *b == 0), "a refused write was made");
+            file.set_len(WAS).unwrap();
+            write(&store, WAS - 512, &[5; 512], false).await.unwrap();
+            // A size that was asked for is what counts from then on.
+            file.set_len(2 * WAS).unwrap();
+            assert_eq!(store.refresh_size().await.unwrap(), 2 * WAS);
+            file.set_len(WAS).unwrap();
+            let error = write(&store, 0, &[5; 512], false).await.unwrap_err();
+            assert!(matches!(error, StoreError::Shrunk { was_bytes: 0x20_0000, now_bytes: WAS, .. }), "{error}");
+        });
+    }
+}
+
+#[test]
 fn a_file_that_grows_is_larger_after_a_refresh() {
     let folder = folder();
     let path = disk(folder.path(), "d", 8192);

@@ -321,6 +321,55 @@ fn an_export_that_comes_back_smaller_is_refused_and_a_larger_one_is_taken() {
 }
 
 #[test]
+fn an_export_that_was_more_for_a_while_may_become_what_it_was() {
+    let blocks = ["--filter=blocksize-policy", "memory", "2M", "blocksize-minimum=512"];
+    let cases: [(&[&str], &[&str], bool); 3] = [
+        (&["memory", "2M"], &["memory", "4M"], false),
+        (&["--readonly", "memory", "2M"], &["memory", "2M"], true),
+        (&blocks, &["memory", "2M"], false),
+    ];
+    for (usual, more, read_only) in cases {
+        let folder = folder();
+        let path = folder.path().to_owned();
+        let start = move |args: &[&str]| Server::nbdkit(&path, args);
+        let (usual, more) = (usual.iter(), more.iter());
+        let [usual, more] = [usual, more].map(|args| args.map(|arg| (*arg).to_owned()).collect::<Vec<_>>());
+        on(EngineMode::Auto, move |shard| async move {
+            let start = |args: &[String]| start(&args.iter().map(String::as_str).collect::<Vec<_>>());
+            let mut server = start(&usual);
+            let options = StoreOptions { read_only, ..StoreOptions::default() };
+            let store = open(&shard, &server.uri(), &options).await.unwrap();
+            let told = store.info().size_bytes;
+            for args in [&more, &usual, &more, &usual] {
+                server.kill();
+                server = start(args);
+                read(&store, 0, 4096).await.unwrap_or_else(|error| panic!("{args:?}: {error}"));
+                assert_eq!(store.info().size_bytes, told, "nobody asked for a new size");
+                assert!(matches!(read(&store, told, 4096).await, Err(StoreError::OutOfRange { .. })));
+            }
+            store.close().await;
+        });
+    }
+}
+
+#[test]
+fn an_export_that_was_asked_for_its_size_is_held_to_it() {
+    let folder = folder();
+    let path = folder.path().to_owned();
+    on(EngineMode::Auto, move |shard| async move {
+        let mut server = Server::nbdkit(&path, &["memory", "2M"]);
+        let store = open(&shard, &server.uri(), &StoreOptions::default()).await.unwrap();
+        server.kill();
+        let mut server = Server::nbdkit(&path, &["memory", "4M"]);
+        assert_eq!(store.refresh_size().await.unwrap(), 4 << 20);
+        server.kill();
+        let _server = Server::nbdkit(&path, &["memory", "2M"]);
+        let error = read(&store, 0, 4096).await.unwrap_err();
+        assert!(matches!(error, StoreError::Shrunk { was_bytes: 0x40_0000, now_bytes: 0x20_0000, .. }), "{error}");
+    });
+}
+
+#[test]
 fn a_read_only_export_can_only_be_read() {
     let folder = folder();
     let server = Server::nbdkit(folder.path(), &["--readonly", "memory", "1M"]);

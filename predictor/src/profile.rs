@@ -34,7 +34,8 @@ const HEADER_BYTES: usize = 24;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ProfileError {
     #[error(
-        "not a prestage profile: it does not begin with PSTGPROF; check the path, or remove the file to learn anew"
+        "not a prestage profile: it does not begin with PSTGPROF; remove it with \
+         \"prestagectl profile remove NAME\" to learn anew"
     )]
     NotAProfile,
     #[error(

@@ -5,6 +5,7 @@ use prestage_agent::config::{Config, DEFAULT_PATH};
 use prestage_agent::daemon::{self, Options};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt, reload};
 
@@ -54,7 +55,12 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let options = Options { config: arguments.config, overrides: arguments.overrides };
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(daemon::run(options, config, set_log)),
+        Ok(runtime) => {
+            let result = runtime.block_on(daemon::run(options, config, set_log));
+            // Threads that still wait for a store or a socket that does not answer end with the process.
+            runtime.shutdown_timeout(Duration::from_secs(2));
+            result
+        }
         Err(error) => Err(error.into()),
     };
     match result {

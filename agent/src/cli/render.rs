@@ -54,7 +54,7 @@ pub(super) fn status(status: &Status) -> String {
     fields.add("health", health(status.health));
     fields.add("engine", format!("{}, {}", status.engine.mode, count(status.engine.shards.into(), "shard", "shards")));
     let disks = &status.disks;
-    fields.add("disks", format!("{} served, {} connected, {} degraded", disks.total, disks.connected, disks.degraded));
+    fields.add("disks", format!("{} in all, {} connected, {} degraded", disks.total, disks.connected, disks.degraded));
     let libvirt = &status.libvirt;
     fields.add(
         "libvirt",

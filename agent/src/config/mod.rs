@@ -24,7 +24,6 @@ use prestage_integration::api::types::validate_name;
 use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, parse_override};
 use settings::SECTIONS;
 pub use settings::{Api, Cache, Daemon, ExportSettings, Learner, Libvirt, Prefetch, Sections, StoreSettings};
-use value::Setting;
 pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
 
 /// Where the daemon looks unless told otherwise.
@@ -41,6 +40,22 @@ pub struct StaticDisk {
     pub socket: Option<PathBuf>,
     /// Name of the machine that uses it, when there is only one: its starts are then learned as boots.
     pub vm: Option<String>,
+}
+
+impl fmt::Display for StaticDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.store)?;
+        if self.read_only {
+            f.write_str(", read-only")?;
+        }
+        if let Some(socket) = &self.socket {
+            write!(f, ", socket {}", socket.display())?;
+        }
+        match &self.vm {
+            Some(vm) => write!(f, ", machine {vm}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The whole configuration, checked.
@@ -253,8 +268,8 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
             changes.push(Change {
                 key: format!("disk.{name}"),
                 needs_restart: false,
-                old: before.and_then(|disk| disk.store.show()),
-                new: after.and_then(|disk| disk.store.show()),
+                old: before.map(|disk| disk.to_string()),
+                new: after.map(|disk| disk.to_string()),
             });
         }
     }

@@ -29,6 +29,7 @@ pub(super) fn store_error(error: &StoreError) -> ApiError {
     let code = match error {
         StoreError::Full { .. } => ErrorCode::NoSpace,
         StoreError::NotFound { .. } => ErrorCode::NotFound,
+        StoreError::AlreadyExists { .. } => ErrorCode::AlreadyExists,
         _ => ErrorCode::Unavailable,
     };
     ApiError::new(code, error.to_string())
@@ -79,11 +80,7 @@ impl Control for Handle {
                 }
                 _ => {}
             }
-            let connected = entry
-                .state
-                .as_ref()
-                .is_ok_and(|s| s.export.lock().as_ref().is_some_and(|export| export.is_connected()));
-            if connected && !force {
+            if entry.is_connected() && !force {
                 return in_use(format!(
                     "a hypervisor is connected to disk `{name}`; stop the machine first, or remove it with --force and \
                      let the guest wait for its disk"
@@ -177,6 +174,7 @@ pub(super) enum Opening {
 
 /// Opens and exports a disk and remembers it over restarts.
 pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: Opening) -> Result<(), ApiError> {
+    let _reserved = daemon.disks.reserve(&definition.name)?;
     let row = DiskRow {
         name: definition.name.clone(),
         store: definition.store.clone(),
@@ -206,6 +204,7 @@ pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: O
 
 /// Ends a disk and forgets it.
 pub(super) async fn remove_disk(daemon: &Shared, name: &str) -> Result<(), ApiError> {
+    let _reserved = daemon.disks.reserve(name)?;
     match daemon.store.remove_disk(name).await {
         Ok(()) | Err(StoreError::NotFound { .. }) => {}
         Err(error) => return Err(store_error(&error)),
@@ -249,14 +248,14 @@ async fn warm(daemon: &Shared, request: WarmRequest) -> Result<Warmed, ApiError>
             )));
         }
         let pages = PageRange::covering(range.offset_bytes, range.length_bytes);
-        asked += pages.bytes();
+        asked = pages.bytes().saturating_add(asked);
         cached += PageRange { count: daemon.cache.resident_pages(storage.id(), pages), ..pages }.bytes();
         let due = daemon.cache.now();
         requests.push(PrefetchRequest { range: pages, due, probability: 1.0, tag: TAG_OPERATOR });
     }
     let refused = PageRange { first: 0, count: daemon.cache.prefetch(&storage, &requests) }.bytes();
     Ok(Warmed {
-        queued_bytes: asked.saturating_sub(cached + refused),
+        queued_bytes: asked.saturating_sub(cached.saturating_add(refused)),
         already_cached_bytes: cached,
         refused_bytes: refused,
     })

@@ -15,11 +15,11 @@ use prestage_cache::{Cache, OpenError, StorageHandle};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{ApiError, Counters, ErrorCode};
 use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, SERIAL_MAX_BYTES};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long blocks on their way to the SSD tier may hold up the removal of a disk.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -59,9 +59,17 @@ pub(super) struct Entry {
     pub(super) state: Result<Arc<Served>, String>,
     /// Somebody is opening it.
     opening: bool,
+    /// Changed in the configuration; the change waits for its machine to stop.
+    deferred: bool,
 }
 
 impl Entry {
+    /// A hypervisor is connected to its socket.
+    pub(super) fn is_connected(&self) -> bool {
+        let connected = |served: &Arc<Served>| served.export.lock().as_ref().is_some_and(Export::is_connected);
+        self.state.as_ref().is_ok_and(connected)
+    }
+
     /// Keeps why the disk is not served; whether that is news.
     fn tell(&mut self, reason: &str) -> bool {
         match &mut self.state {
@@ -87,6 +95,8 @@ pub(super) struct Host {
 pub(super) enum DiskError {
     #[error("there is a disk `{0}` already; choose another name or remove it first")]
     NameTaken(String),
+    #[error("disk `{0}` is being added or removed at this moment; try again when that is done")]
+    Busy(String),
     #[error("socket {} belongs to disk `{disk}`; choose another", socket.display())]
     SocketTaken { socket: PathBuf, disk: String },
     #[error(transparent)]
@@ -105,6 +115,7 @@ impl From<DiskError> for ApiError {
             DiskError::NameTaken(_) | DiskError::SocketTaken { .. } | DiskError::Open(OpenError::InUse { .. }) => {
                 ErrorCode::AlreadyExists
             }
+            DiskError::Busy(_) => ErrorCode::InUse,
             DiskError::Export(ExportError::InUse { .. }) => ErrorCode::AlreadyExists,
             DiskError::Spec(_) | DiskError::Export(ExportError::PathTooLong { .. }) => ErrorCode::InvalidRequest,
             DiskError::Open(_) => ErrorCode::StoreFailed,
@@ -118,6 +129,8 @@ impl From<DiskError> for ApiError {
 #[derive(Debug)]
 pub(super) struct Disks {
     entries: Mutex<BTreeMap<String, Entry>>,
+    /// Names under change.
+    busy: Mutex<BTreeSet<String>>,
     next_id: AtomicU32,
     /// Counters of disks that are gone.
     retired: Mutex<Counters>,
@@ -125,7 +138,12 @@ pub(super) struct Disks {
 
 impl Disks {
     pub(super) fn new() -> Disks {
-        Disks { entries: Mutex::default(), next_id: AtomicU32::new(0), retired: Mutex::default() }
+        Disks {
+            entries: Mutex::default(),
+            busy: Mutex::default(),
+            next_id: AtomicU32::new(0),
+            retired: Mutex::default(),
+        }
     }
 
     pub(super) fn list(&self) -> Vec<Entry> {
@@ -157,8 +175,22 @@ impl Disks {
                 self.entries.lock().remove(&name);
                 Err(error)
             }
-            _ => Ok(()),
+            Some(Ok(())) => Ok(()),
+            None => Err(DiskError::Busy(name)),
         }
+    }
+
+    /// Marks a disk whose change waits; false if it was marked before.
+    pub(super) fn defer(&self, name: &str) -> bool {
+        self.entries.lock().get_mut(name).is_some_and(|entry| !std::mem::replace(&mut entry.deferred, true))
+    }
+
+    /// Takes a name for a change of its disk that consists of several steps.
+    pub(super) fn reserve(&self, name: &str) -> Result<Reserved<'_>, DiskError> {
+        if !self.busy.lock().insert(name.to_owned()) {
+            return Err(DiskError::Busy(name.to_owned()));
+        }
+        Ok(Reserved { disks: self, name: name.to_owned() })
     }
 
     /// Puts a disk on the list that [`Disks::open_missing`] is to open.
@@ -171,7 +203,7 @@ impl Disks {
             let disk = other.definition.name.clone();
             return Err(DiskError::SocketTaken { socket: definition.socket, disk });
         }
-        let entry = Entry { state: Err("being opened".to_owned()), opening: false, definition };
+        let entry = Entry { state: Err("being opened".to_owned()), opening: false, deferred: false, definition };
         entries.insert(entry.definition.name.clone(), entry);
         Ok(())
     }
@@ -351,12 +383,33 @@ impl Disks {
         }
     }
 
-    /// [`Disks::remove`] for all.
-    pub(super) fn remove_all(&self, host: &Host) {
-        let names: Vec<_> = self.entries.lock().keys().cloned().collect();
-        for name in names {
-            self.remove(host, &name);
+    /// Ends all disks side by side, waiting until `deadline`. What has not ended by then is left as a crash would leave it:
+    /// the hypervisors have the requests that were not answered and give them to the next daemon. Returns how many.
+    pub(super) fn remove_all(daemon: &Arc<Daemon>, deadline: Instant) -> usize {
+        let names: Vec<_> = daemon.disks.entries.lock().keys().cloned().collect();
+        let (done, ended) = std::sync::mpsc::channel();
+        for name in &names {
+            let (daemon, name, done) = (Arc::clone(daemon), name.clone(), done.clone());
+            std::thread::spawn(move || {
+                daemon.disks.remove(&daemon.host(), &name);
+                let _ = done.send(());
+            });
         }
+        let waited = || ended.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok();
+        names.len() - (0..names.len()).take_while(|_| waited()).count()
+    }
+}
+
+/// A name taken for a change; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Reserved<'a> {
+    disks: &'a Disks,
+    name: String,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.disks.busy.lock().remove(&self.name);
     }
 }
 

@@ -251,27 +251,41 @@ fn needed(vms: &[libvirt::Vm], socket: &Path) -> bool {
     attached.filter(|attached| attached.socket == socket).any(|attached| attached.in_use || attached.next_start)
 }
 
-/// Brings disks that the configuration declares into line with it: new ones are expected, missing ones let go.
+/// Brings disks that the configuration declares into line with it: new ones are expected, missing ones let go. A disk that a
+/// hypervisor is connected to stays as it is until the machine stops: its guest must not find other bytes, or none, under
+/// its feet.
 pub(super) async fn follow_config(daemon: &Shared) -> Result<(), ApiError> {
-    let config = daemon.config.lock().clone();
-    let present: Vec<_> =
-        daemon.disks.list().into_iter().filter(|entry| entry.definition.origin == DiskOrigin::Config).collect();
-    for entry in &present {
-        let definition = &entry.definition;
-        let same = config.disks.iter().any(|disk| {
-            disk.name == definition.name && disk.store == definition.store && disk.read_only == definition.read_only
-        });
-        if !same {
-            remove_disk(daemon, &definition.name).await?;
+    let disks = daemon.config.lock().disks.clone();
+    let wanted: Vec<_> = disks
+        .into_iter()
+        .map(|disk| {
+            let mut definition = daemon.define(&disk.name, &disk.store, DiskOrigin::Config);
+            definition.read_only = disk.read_only;
+            definition.vm = disk.vm;
+            if let Some(socket) = disk.socket {
+                definition.socket = socket;
+            }
+            definition
+        })
+        .collect();
+    let present = daemon.disks.list().into_iter().filter(|entry| entry.definition.origin == DiskOrigin::Config);
+    for entry in present {
+        if wanted.contains(&entry.definition) {
+            continue;
         }
+        let name = &entry.definition.name;
+        if entry.is_connected() {
+            if daemon.disks.defer(name) {
+                tracing::warn!(
+                    disk = name,
+                    "changed in the configuration while in use: it changes when its machine stops"
+                );
+            }
+            continue;
+        }
+        remove_disk(daemon, name).await?;
     }
-    for disk in config.disks {
-        let mut definition = daemon.define(&disk.name, &disk.store, DiskOrigin::Config);
-        definition.read_only = disk.read_only;
-        definition.vm = disk.vm;
-        if let Some(socket) = disk.socket {
-            definition.socket = socket;
-        }
+    for definition in wanted {
         match daemon.disks.expect(definition) {
             Ok(()) | Err(DiskError::NameTaken(_)) => {}
             Err(error) => tracing::error!(%error, "disk of the configuration not served"),

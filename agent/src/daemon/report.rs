@@ -57,7 +57,7 @@ fn disk_state(entry: &Entry) -> DiskState {
             let size = Some(served.size_trouble.lock().clone()).filter(|trouble| !trouble.is_empty());
             let trouble = served.storage.trouble().or(size);
             DiskState {
-                connected: served.export.lock().as_ref().is_some_and(|export| export.is_connected()),
+                connected: entry.is_connected(),
                 queues: served.runner.rings(),
                 capacity_bytes: served.storage.info().size_bytes,
                 store,
@@ -136,6 +136,12 @@ impl Daemon {
             trouble("database", reason);
         }
         let learned = self.learner.counters();
+        let refused = learned.refused.load(Ordering::Relaxed);
+        if refused > 0 {
+            let detail =
+                format!("{refused} saved profiles cannot be read; `prestagectl profile list` shows which and why");
+            trouble("profiles", &detail);
+        }
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),

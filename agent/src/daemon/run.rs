@@ -10,6 +10,7 @@ use crate::config::{Change, Config, ConfigError, Engine, HugePages, RateLimit, d
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::store::{Store, StoreError};
+use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
 use prestage_cache::policy::{BudgetConfig, CoreConfig};
@@ -31,6 +32,8 @@ use tokio::sync::Notify;
 const RETRY: Duration = Duration::from_secs(5);
 /// How often outcomes are added to their hour in the database.
 const OUTCOMES: Duration = Duration::from_secs(60);
+/// How long disks may take to end: below the service manager's patience (TimeoutStopSec=120), with time for the rest.
+const DISKS_CLOSE: Duration = Duration::from_secs(80);
 /// How long the database may take over its last writes.
 const DATABASE_CLOSE: Duration = Duration::from_secs(10);
 
@@ -52,6 +55,8 @@ pub enum RunError {
     Config(#[from] ConfigError),
     #[error("cannot make folder {}: {source}", path.display())]
     Folder { path: PathBuf, source: std::io::Error },
+    #[error("{} belongs to a running prestaged; stop it or set another daemon.state_dir", path.display())]
+    StateInUse { path: PathBuf },
     #[error(transparent)]
     Api(#[from] ServeError),
     #[error(transparent)]
@@ -90,6 +95,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         mode: config.api.mode.0,
         group: config.api.group.clone(),
     })?;
+    let _state = lock_state(&config.daemon.state_dir)?;
     let (daemon, learner) = start(config)?;
     if let Err(error) = expect_disks(&daemon).await {
         tracing::error!(%error, "disks not restored");
@@ -139,9 +145,15 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     Ok(())
 }
 
-fn shut_down(daemon: &Daemon, learner: std::thread::JoinHandle<()>) {
+fn shut_down(daemon: &Shared, learner: std::thread::JoinHandle<()>) {
     add_outcomes(daemon);
-    daemon.disks.remove_all(&daemon.host());
+    let left = Disks::remove_all(daemon, Instant::now() + DISKS_CLOSE);
+    if left > 0 {
+        tracing::warn!(
+            left,
+            "disks did not end in time: their stores do not answer; their guests wait for the next start"
+        );
+    }
     daemon.learner.stop();
     if learner.join().is_err() {
         tracing::error!("learner panicked");
@@ -151,6 +163,13 @@ fn shut_down(daemon: &Daemon, learner: std::thread::JoinHandle<()>) {
         tracing::warn!("the database did not take everything in time");
     }
     tracing::info!("stopped");
+}
+
+/// Two daemons on one database would undo each other's changes.
+fn lock_state(folder: &Path) -> Result<Flock<std::fs::File>, RunError> {
+    let path = folder.join("lock");
+    let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| RunError::StateInUse { path: folder.to_owned() })
 }
 
 /// Many disks need many descriptors; the soft limit of 1024 is for programs that use select(2).
@@ -293,6 +312,10 @@ async fn keep_trying(daemon: Shared) {
             open_missing(&daemon).await;
         }
         refresh_sizes(&daemon, false).await;
+        // Changes that waited for a machine to stop.
+        if let Err(error) = machines::follow_config(&daemon).await {
+            tracing::debug!(%error, "disks of the configuration not brought into line");
+        }
     }
 }
 

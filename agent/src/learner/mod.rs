@@ -54,6 +54,8 @@ pub struct LearnerCounters {
     pub predictions: AtomicU64,
     pub profiles: AtomicU64,
     pub memory_bytes: AtomicU64,
+    /// Saved profiles that could not be read.
+    pub refused: AtomicU64,
 }
 
 /// A profile that is held, in numbers.

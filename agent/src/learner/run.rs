@@ -201,6 +201,7 @@ impl Learner {
                 for model in self.models.values_mut().filter(|model| model.handle.identity() == storage) {
                     model.forget(ram);
                 }
+                self.gauges();
                 let _ = reply.send(());
             }
             Message::Emptied(storage) => {
@@ -272,6 +273,8 @@ impl Learner {
 
     fn gauges(&self) {
         self.counters.profiles.store(self.models.len() as u64, Ordering::Relaxed);
+        let refused = self.models.values().filter(|model| model.refused.is_some()).count();
+        self.counters.refused.store(refused as u64, Ordering::Relaxed);
         let bytes: usize = self.models.values().map(|model| model.predictor.memory_bytes()).sum();
         self.counters.memory_bytes.store(bytes as u64, Ordering::Relaxed);
     }

@@ -60,7 +60,7 @@ prestaged:  9.9.9 on hv1, pid 4711
 up:         1 h 2 min
 health:     DEGRADED
 engine:     io_uring, 1 shard
-disks:      2 served, 1 connected, 1 degraded
+disks:      2 in all, 1 connected, 1 degraded
 libvirt:    qemu:///system, NOT CONNECTED: libvirtd does not answer; see `systemctl status libvirtd`
 learner:    ok, 12345 accesses learned, 0 dropped, 1 profile, 2.0 MiB, prefetch on
 database:   ok, 3.0 MiB at /var/lib/prestage/prestage.db, 0 writes waiting, 0 lost

@@ -1,7 +1,9 @@
-//! Opening and measuring a file or block device. Everything here may block and runs off the shard's thread.
+//! Opening and measuring a file or block device. Everything here but [`size_now`] may block and runs off the
+//! shard's thread.
 //!
 //! - [`Opened`] and [`open`]: descriptors, size, alignment, lock
 //! - [`measure`]: size and stamp again
+//! - [`size_now`]: a regular file's size, at once
 //! - [`discard`] by `BLKDISCARD`
 //!
 //! Leaf module: `statx` and `ioctl` are called here.
@@ -110,6 +112,20 @@ pub(super) fn measure(store: &str, mut file: &File) -> Result<Stamp, StoreError>
         // A device node can be made anew on another file system: the device it stands for is what counts.
         device: if meta.file_type().is_block_device() { meta.rdev() } else { meta.dev() },
     })
+}
+
+/// A regular file's size in bytes as the kernel knows it. Does not block: a file system on a network is not asked
+/// (`AT_STATX_DONT_SYNC`, statx(2)), so that what another host does to the file is seen only some seconds later.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn size_now(fd: &OwnedFd) -> io::Result<u64> {
+    // SAFETY: `statx` is a plain C structure for which all zeroes are valid.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: the path is an empty C string, the descriptor is open, and `stat` is large enough.
+    let result = unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_SIZE, &raw mut stat) };
+    if result == 0 { Ok(stat.stx_size) } else { Err(io::Error::last_os_error()) }
 }
 
 fn refuse_formats(store: &str, file: &File) -> Result<(), StoreError> {

@@ -7,6 +7,10 @@
 //! widened to whole units through a buffer here. They do *not* take the page cache instead: a dirty cached page that is
 //! written back later would undo a direct write to its other sectors. A widened write reads its first and last unit
 //! before, so it runs alone ([`Gate`]).
+//!
+//! A file that somebody truncates while it is served stays an error until it has its size again: reads of the missing part
+//! fail, and so does every change, since a write beyond the end would make the file grow around a hole that reads as
+//! zeroes. A truncation in the instant between the look at the size and the write goes unseen.
 
 use super::device::{self, Opened};
 use super::error::StoreError;
@@ -118,6 +122,20 @@ impl Inner {
         }
     }
 
+    /// Refuses to change a file that has become smaller. A block device cannot be made larger by a write.
+    fn refuse_shrunk(&self, files: &Files) -> Result<(), StoreError> {
+        if self.is_block {
+            return Ok(());
+        }
+        let now_bytes = device::size_now(&files.buffered).map_err(|error| self.failed("stat", &error))?;
+        match self.size() {
+            was_bytes if now_bytes < was_bytes => {
+                Err(StoreError::Shrunk { store: self.identity.clone(), was_bytes, now_bytes })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn is_aligned(&self, offset: u64, list: &[IoBuf]) -> bool {
         if !self.direct {
             return true;
@@ -198,6 +216,9 @@ impl Inner {
         };
         if self.is_aligned(offset, &list) {
             let _shared = self.gate.shared().await;
+            if let Err(error) = self.refuse_shrunk(&files) {
+                return (Err(error), list);
+            }
             let (result, list) = self.shard.write_all_at(&files.data, list, offset, fua).await;
             return (result.map_err(|error| self.failed("write", &error)), list);
         }
@@ -226,6 +247,7 @@ impl Inner {
             result?;
             bounce = back;
         }
+        self.refuse_shrunk(files)?;
         let Some(target) = bounce.first_mut() else { return Ok(()) };
         bufs::copy_out(list, 0, &mut target.as_mut_slice()[skip..skip + len]);
         // A file's last unit may be incomplete. Writing all of it would make the file grow, which the guest must not
@@ -262,6 +284,7 @@ impl Inner {
         if !self.can_discard.get() || start >= end {
             return Ok(());
         }
+        self.refuse_shrunk(&files)?;
         let result = if self.is_block {
             let fd = files.buffered.try_clone().map_err(|error| self.failed("discard", &error))?;
             self.shard.blocking(move || device::discard(&fd, start, end - start)).await.and_then(|result| result)
@@ -298,6 +321,8 @@ impl Inner {
                 continue;
             }
             let _shared = self.gate.shared().await;
+            // It would not grow, but what was zeroed would not be there.
+            self.refuse_shrunk(&files)?;
             match self.shard.fallocate(&files.buffered, mode, start, end - start).await {
                 Ok(()) => return Ok(()),
                 Err(error) if unsupported(&error) => works.set(false),
@@ -313,6 +338,7 @@ impl Inner {
             let list = vec![IoBuf::from(AlignedBuf::zeroed(step))];
             if self.is_aligned(offset, &list) {
                 let _shared = self.gate.shared().await;
+                self.refuse_shrunk(files)?;
                 let (result, _) = self.shard.write_all_at(&files.data, list, offset, false).await;
                 result.map_err(|error| self.failed("write zeroes", &error))?;
             } else {

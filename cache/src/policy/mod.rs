@@ -295,15 +295,23 @@ impl Core {
         }
     }
 
-    /// Pages of `range` that the RAM tier holds.
+    /// Pages of `range` that the RAM tier holds. Looks at no more slots than there are, however long the range.
     pub fn resident_pages(&self, storage: StorageId, range: PageRange) -> u64 {
-        range
-            .blocks()
-            .filter_map(|(block, mask)| {
+        if range.count / crate::types::PAGES_PER_BLOCK < u64::from(self.config.slots) {
+            let blocks = range.blocks().filter_map(|(block, mask)| {
                 let slot = self.find(Key { storage, block })?;
                 Some((self.entries[slot as usize].valid & mask).count())
-            })
-            .sum()
+            });
+            return blocks.sum();
+        }
+        let ours = self.entries.iter().filter(|entry| entry.place != Place::Free && entry.key.storage == storage);
+        ours.map(|entry| {
+            let first = entry.key.block.0 * crate::types::PAGES_PER_BLOCK;
+            (first..first + crate::types::PAGES_PER_BLOCK)
+                .filter(|page| (range.first..range.end()).contains(page) && entry.valid.has(page - first))
+                .count() as u64
+        })
+        .sum()
     }
 
     /// Empties the RAM tier of one storage's blocks, or of all, and its prefetch queue with it. Blocks that are being

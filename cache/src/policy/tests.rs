@@ -192,6 +192,17 @@ fn a_block_used_twice_survives_a_scan() {
 }
 
 #[test]
+fn counting_what_is_resident_does_not_depend_on_the_way_it_is_counted() {
+    let (mut core, _) = core(8);
+    fill_block(&mut core, 1, PageMask::run(3, 5), at(0));
+    fill_block(&mut core, 4, PageMask::ALL, at(0));
+    for (first, count) in [(0u64, 40u64), (20, 60), (0, PAGES), (70, PAGES - 70), (0, u64::MAX)] {
+        let by_page = (first..PAGES.min(first.saturating_add(count))).map(|p| core.resident_pages(DISK, range(p, 1)));
+        assert_eq!(core.resident_pages(DISK, range(first, count)), by_page.sum::<u64>(), "{first} + {count}");
+    }
+}
+
+#[test]
 fn no_slot_is_taken_from_a_reader() {
     let (mut core, holds) = core(2);
     let first = core.plan_read(DISK, BlockIndex(0), PageMask::ALL, at(0));

@@ -7,7 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
+use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +22,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
+
+use crate::probe::{Listener, probe};
 
 use super::{Control, Limits, router};
 
@@ -120,15 +122,10 @@ pub fn bind(options: &SocketOptions) -> Result<ApiListener, ServeError> {
         Err(error) => return Err(io_error("look at", path)(error)),
         Ok(meta) if !meta.file_type().is_socket() => return Err(ServeError::NotASocket { path: path.clone() }),
         // Something other than prestaged may listen there, which knows nothing of the lock.
-        Ok(_) => match StdStream::connect(path) {
-            Ok(_) => return Err(ServeError::InUse { path: path.clone() }),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                info!(path = %path.display(), "replacing the socket that a stopped daemon left");
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(ServeError::InUse { path: path.clone() });
-            }
-            Err(error) => return Err(io_error("probe", path)(error)),
+        Ok(_) => match probe(path).map_err(io_error("probe", path))? {
+            Listener::Live => return Err(ServeError::InUse { path: path.clone() }),
+            Listener::Gone => info!(path = %path.display(), "replacing the socket that a stopped daemon left"),
+            Listener::NoPath => {}
         },
     }
 

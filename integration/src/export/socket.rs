@@ -2,6 +2,7 @@
 //!
 //! One more module with `unsafe`: descriptors out of control messages, and FIONREAD.
 
+use crate::probe::{Listener, probe};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -72,16 +73,13 @@ fn clear_stale(path: &Path) -> Result<(), ExportError> {
         Ok(meta) if !meta.file_type().is_socket() => return Err(ExportError::NotASocket { path: path.into() }),
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+    match probe(path).map_err(bind_error)? {
+        Listener::Gone => {
             tracing::info!(socket = %path.display(), "socket of an earlier server replaced");
             std::fs::remove_file(path).map_err(bind_error)
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        // A full backlog is a live server too.
-        Ok(_) => Err(ExportError::InUse { path: path.into() }),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(ExportError::InUse { path: path.into() }),
-        Err(error) => Err(bind_error(error)),
+        Listener::NoPath => Ok(()),
+        Listener::Live => Err(ExportError::InUse { path: path.into() }),
     }
 }
 

@@ -78,8 +78,6 @@ pub(super) struct NbdBackend {
 #[derive(Debug)]
 struct Inner {
     client: Rc<Client>,
-    /// The size that requests are held to; follows the export's in [`Backend::refresh_size`].
-    size_bytes: Cell<u64>,
     read_only: bool,
     min_block: u64,
     gate: Rc<Gate>,
@@ -110,7 +108,6 @@ impl NbdBackend {
         tasks.push(shard.spawn(expire(Rc::clone(&client))));
         let inner = Inner {
             client,
-            size_bytes: Cell::new(info.size_bytes),
             read_only: options.read_only,
             min_block: u64::from(info.min_block_bytes),
             gate: Rc::default(),
@@ -217,7 +214,7 @@ impl Inner {
     }
 
     fn begin(&self, writes: bool, offset: u64, len: u64) -> Result<UnderWay, StoreError> {
-        let size = self.size_bytes.get();
+        let size = self.client.size_told();
         if writes && self.read_only {
             return Err(StoreError::ReadOnly { store: self.store() });
         }
@@ -257,7 +254,7 @@ impl Inner {
             Ok(under_way) => under_way,
             Err(error) => return (Err(error), list),
         };
-        let present = usize::try_from(self.size_bytes.get().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        let present = usize::try_from(self.client.size_told().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
         let result = if self.is_aligned(offset, present as u64) {
             let (result, back) = self.transfer(Command::Read, 0, offset, list, present).await;
             list = back;
@@ -398,9 +395,7 @@ impl Inner {
         if renewed.is_err() {
             return Err(StoreError::Timeout { store: self.store() });
         }
-        let now = self.client.export.get().size_bytes;
-        self.size_bytes.set(now);
-        Ok(now)
+        Ok(self.client.tell_size())
     }
 }
 
@@ -409,7 +404,7 @@ impl Backend for NbdBackend {
         let export = self.inner.client.export.get();
         StoreInfo {
             identity: self.inner.store(),
-            size_bytes: self.inner.size_bytes.get(),
+            size_bytes: self.inner.client.size_told(),
             read_only: self.inner.read_only,
             min_io_bytes: self.inner.min_block as u32,
             max_io_bytes: export.max_payload_bytes,

@@ -53,6 +53,10 @@ pub(super) struct Client {
     pub(super) live: Cell<usize>,
     /// As of the last negotiation.
     pub(super) export: Cell<ExportInfo>,
+    /// What users of the store have been told, which every negotiation must live up to: as of the opening, with the size
+    /// of the last [`super::Backend::refresh_size`]. Requests are held to this size. A new connection changes none of it,
+    /// or an export that is larger or laxer for a while could not come back as what it was.
+    pub(super) told: Cell<ExportInfo>,
     /// Requests are refused with this until a negotiation finds the export in order again.
     pub(super) broken: RefCell<Option<StoreError>>,
     pub(super) last_loss: RefCell<Option<StoreError>>,
@@ -73,6 +77,7 @@ impl Client {
             state: Notify::new(),
             live: Cell::new(0),
             export: Cell::new(export),
+            told: Cell::new(export),
             broken: RefCell::default(),
             last_loss: RefCell::default(),
             closing: Cell::new(false),
@@ -196,9 +201,21 @@ impl Client {
         StoreError::Disconnected { store: self.store(), reason }
     }
 
+    /// The size that users of the store know, in bytes.
+    pub(super) fn size_told(&self) -> u64 {
+        self.told.get().size_bytes
+    }
+
+    /// Tells the size of the last negotiation from now on, and returns it. Since [`Client::adopt`], it has not shrunk.
+    pub(super) fn tell_size(&self) -> u64 {
+        let size_bytes = self.export.get().size_bytes;
+        self.told.set(ExportInfo { size_bytes, ..self.told.get() });
+        size_bytes
+    }
+
     /// Takes the result of a negotiation, or says what is wrong with the export now.
     pub(super) fn adopt(&self, now: ExportInfo) -> Result<(), StoreError> {
-        let was = self.export.get();
+        let was = self.told.get();
         let wrong = if now.size_bytes < was.size_bytes {
             Some(StoreError::Shrunk { store: self.store(), was_bytes: was.size_bytes, now_bytes: now.size_bytes })
         } else if now.has(wire::EXPORT_READ_ONLY) && !was.has(wire::EXPORT_READ_ONLY) {
