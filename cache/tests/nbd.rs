@@ -359,6 +359,7 @@ fn an_export_that_was_asked_for_its_size_is_held_to_it() {
     on(EngineMode::Auto, move |shard| async move {
         let mut server = Server::nbdkit(&path, &["memory", "2M"]);
         let store = open(&shard, &server.uri(), &StoreOptions::default()).await.unwrap();
+        read(&store, 0, 4096).await.unwrap();
         server.kill();
         let mut server = Server::nbdkit(&path, &["memory", "4M"]);
         assert_eq!(store.refresh_size().await.unwrap(), 4 << 20);

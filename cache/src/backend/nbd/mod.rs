@@ -22,7 +22,7 @@ use super::{Backend, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
 use crate::engine::{AlignedBuf, IoBuf, JoinHandle, LocalBoxFuture, Shard, bufs};
 use handshake::Target;
 use queue::{Client, Outcome};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
