@@ -322,7 +322,7 @@ fn an_export_that_comes_back_smaller_is_refused_and_a_larger_one_is_taken() {
 
 #[test]
 fn an_export_that_was_more_for_a_while_may_become_what_it_was() {
-    let blocks = ["--filter=blocksize-policy", "memory", "2M", "blocksize-minimum=512"];
+    let blocks = ["--filter=blocksize-policy", "memory", "2M", "blocksize-minimum=4096"];
     let cases: [(&[&str], &[&str], bool); 3] = [
         (&["memory", "2M"], &["memory", "4M"], false),
         (&["--readonly", "memory", "2M"], &["memory", "2M"], true),
