@@ -38,6 +38,17 @@ pub struct CacheConfig {
     pub policy: CoreConfig,
 }
 
+/// How to close a storage.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Closing {
+    /// What waits for the SSD tier is written first, for at most this long.
+    pub drain: Duration,
+    /// The store leaves prestage's hands and others may write to it, as after a detach; as opposed to a restart. What the
+    /// SSD tier holds of a store without a version of its own (NBD, block devices) is dropped then: nobody could tell
+    /// whether it is still true.
+    pub parted: bool,
+}
+
 /// Why a storage could not be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -219,9 +230,9 @@ impl Cache {
         })))
     }
 
-    /// Gives a storage back; the last one who does closes the store. Guest requests on it must have ended. With
-    /// `drain`, what waits for the SSD tier is written first, for at most that long. Returns whether this was the last.
-    pub fn close(&self, handle: &StorageHandle, drain: Duration) -> bool {
+    /// Gives a storage back; the last one who does closes the store. Guest requests on it must have ended.
+    /// Returns whether this was the last.
+    pub fn close(&self, handle: &StorageHandle, closing: Closing) -> bool {
         match self.0.registry.lock().by_identity.get_mut(handle.identity()) {
             Some(Some(opened)) if opened.users > 1 => {
                 opened.users -= 1;
@@ -233,8 +244,8 @@ impl Cache {
         let id = handle.id();
         let done = handle.0.shard.call(move |_| async move {
             if let Some(storage) = local(id) {
-                storage.drain_destage(Instant::now() + drain).await;
-                storage.close().await;
+                storage.drain_destage(Instant::now() + closing.drain).await;
+                storage.close(closing.parted).await;
             }
         });
         if done.wait().is_err() {

@@ -21,4 +21,4 @@ pub mod policy;
 pub mod ssd;
 pub mod types;
 
-pub use cache::{Cache, CacheConfig, OpenError, StorageHandle};
+pub use cache::{Cache, CacheConfig, Closing, OpenError, StorageHandle};

@@ -13,7 +13,7 @@ use prestage_cache::engine::{AlignedBuf, EngineMode};
 use prestage_cache::policy::{CoreConfig, PrefetchRequest};
 use prestage_cache::ssd::SsdTier;
 use prestage_cache::types::PageRange;
-use prestage_cache::{Cache, CacheConfig, StorageHandle, arena::HugePages};
+use prestage_cache::{Cache, CacheConfig, Closing, StorageHandle, arena::HugePages};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,6 +28,10 @@ fn cache(ram_bytes: u64, ssd: Option<&Path>, engine: EngineMode) -> Cache {
     let config =
         CacheConfig { ram_bytes, huge_pages: HugePages::No, shards: 1, engine, policy: CoreConfig::with_slots(0) };
     Cache::new(config, ssd).unwrap()
+}
+
+fn closing(parted: bool) -> Closing {
+    Closing { drain: Duration::from_secs(20), parted }
 }
 
 fn open(cache: &Cache, path: &Path) -> StorageHandle {
@@ -159,7 +163,7 @@ fn run_on(spec: &str, store: &Path, folder: &Path, engine: EngineMode, ram_bytes
     assert_eq!((stats.read_errors, stats.write_errors), (0, 0));
     let prefetch = cache.prefetch_counters(storage.id());
     assert!(prefetch.issued > 0 && stats.served_store > 0, "{prefetch:?} {stats:?}");
-    cache.close(&storage, Duration::from_secs(20));
+    cache.close(&storage, closing(false));
     cache.shutdown();
     // Write-through: whatever was acknowledged is in the file itself.
     let file = std::fs::File::open(store).unwrap();
@@ -182,32 +186,69 @@ fn nor_when_fills_run_under_writes() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let store = folder.path().join("store");
     make_store(&store);
-    // Socket paths are short; the target folder's may not be.
-    let sockets = tempfile::tempdir().unwrap();
-    let socket = sockets.path().join("s");
-    let mut server = std::process::Command::new("nbdkit")
-        .args(["--foreground", "--threads", "16", "--filter", "delay", "-U"])
-        .arg(&socket)
-        .arg("file")
-        .arg(&store)
-        .arg("delay-write=3ms")
-        .spawn()
-        .expect("nbdkit is needed: run scripts/setup.sh");
-    for _ in 0..1000 {
-        if socket.exists() {
-            break;
+    let server = Server::start(&store);
+    run_on(&server.spec, &store, folder.path(), EngineMode::Auto, 1 << 20, false, 150);
+}
+
+/// nbdkit on a file, writes delayed by 3 ms, for as long as this lives.
+struct Server {
+    process: std::process::Child,
+    spec: String,
+    _sockets: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(store: &Path) -> Server {
+        // Socket paths are short; the target folder's may not be.
+        let sockets = tempfile::tempdir().unwrap();
+        let socket = sockets.path().join("s");
+        let process = std::process::Command::new("nbdkit")
+            .args(["--foreground", "--threads", "16", "--filter", "delay", "-U"])
+            .arg(&socket)
+            .arg("file")
+            .arg(store)
+            .arg("delay-write=3ms")
+            .spawn()
+            .expect("nbdkit is needed: run scripts/setup.sh");
+        for _ in 0..1000 {
+            if socket.exists() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
-        std::thread::sleep(Duration::from_millis(10));
+        let spec = format!("nbd+unix:///?socket={}", socket.display());
+        Server { process, spec, _sockets: sockets }
     }
-    let spec = format!("nbd+unix:///?socket={}", socket.display());
-    let result = std::panic::catch_unwind(|| {
-        run_on(&spec, &store, folder.path(), EngineMode::Auto, 1 << 20, false, 150);
-    });
-    server.kill().unwrap();
-    server.wait().unwrap();
-    if let Err(panic) = result {
-        std::panic::resume_unwind(panic);
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
+}
+
+/// A machine is detached, writes to its NBD disk by itself, and is attached again: an export has no version to compare.
+#[test]
+fn a_store_that_was_out_of_our_hands_is_not_served_from_what_was_cached_before() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (store, ssd) = (folder.path().join("store"), folder.path().join("ssd"));
+    make_store(&store);
+    let server = Server::start(&store);
+    let spec: StoreSpec = server.spec.parse().unwrap();
+    let cache = cache(64 << 20, Some(&ssd), EngineMode::Auto);
+    let pages = SECTORS / 8;
+    let storage = cache.open(&spec, Default::default()).unwrap();
+    assert_eq!(read_all(&cache, &storage), (0, 0, pages));
+    cache.close(&storage, closing(false));
+    // Closed for a while and never out of our hands: kept.
+    let storage = cache.open(&spec, Default::default()).unwrap();
+    assert_eq!(read_all(&cache, &storage).2, 0);
+    cache.close(&storage, closing(true));
+    let storage = cache.open(&spec, Default::default()).unwrap();
+    assert_eq!(read_all(&cache, &storage), (0, 0, pages), "others may have written meanwhile");
+    cache.close(&storage, closing(false));
+    cache.shutdown();
 }
 
 #[test]
@@ -254,7 +295,7 @@ fn what_was_read_once_comes_from_ram_then_from_ssd_after_a_restart() {
         let storage = open(&cache, &store);
         assert_eq!(read_all(&cache, &storage), (0, 0, pages));
         assert_eq!(read_all(&cache, &storage), (pages, 0, 0));
-        cache.close(&storage, Duration::from_secs(20));
+        cache.close(&storage, closing(false));
         cache.shutdown();
     }
     {
@@ -264,7 +305,7 @@ fn what_was_read_once_comes_from_ram_then_from_ssd_after_a_restart() {
         assert_eq!(from_store, 0);
         // A slot is read whole: one read in sixteen goes to the tier.
         assert_eq!((ram, ssd), (pages - pages.div_ceil(16), pages.div_ceil(16)));
-        cache.close(&storage, Duration::from_secs(20));
+        cache.close(&storage, closing(false));
         cache.shutdown();
     }
     // A store that changed while nobody looked takes its slots along.
@@ -273,7 +314,7 @@ fn what_was_read_once_comes_from_ram_then_from_ssd_after_a_restart() {
     let storage = open(&cache, &store);
     assert_eq!(read_all(&cache, &storage), (0, 0, pages));
     assert!(cache.ssd_stats().unwrap().dropped_changed_store > 0);
-    cache.close(&storage, Duration::from_secs(20));
+    cache.close(&storage, closing(false));
     cache.shutdown();
 }
 
@@ -295,7 +336,7 @@ fn a_block_that_grows_page_by_page_keeps_its_earlier_pages_on_the_ssd() {
             }
         });
         reading.wait().unwrap();
-        cache.close(&storage, Duration::from_secs(20));
+        cache.close(&storage, closing(false));
         assert_eq!(cache.ssd_stats().unwrap().valid_pages, 20 * (page + 1));
         cache.shutdown();
     }
@@ -304,7 +345,7 @@ fn a_block_that_grows_page_by_page_keeps_its_earlier_pages_on_the_ssd() {
     let (_, _, from_store) = read_all(&cache, &storage);
     assert_eq!(from_store, SECTORS / 8 - 80);
     assert_eq!(cache.ssd_stats().unwrap().bad_checksums, 0);
-    cache.close(&storage, Duration::ZERO);
+    cache.close(&storage, closing(false));
     cache.shutdown();
 }
 
@@ -325,7 +366,7 @@ fn prefetched_pages_are_hits_and_counted_as_used() {
     assert_eq!(read_all(&cache, &storage), (pages, 0, 0));
     assert_eq!(cache.prefetch_counters(storage.id()).used, pages);
     assert_eq!(storage.stats().store_read_bytes, pages * 4096, "nothing is read twice");
-    cache.close(&storage, Duration::ZERO);
+    cache.close(&storage, closing(false));
     cache.shutdown();
 }
 
@@ -340,8 +381,8 @@ fn one_store_is_not_served_writable_twice() {
     let spec: StoreSpec = link.display().to_string().parse().unwrap();
     let error = cache.open(&spec, Default::default()).unwrap_err().to_string();
     assert!(error.contains("open for writing already"), "{error}");
-    assert!(cache.close(&first, Duration::ZERO));
+    assert!(cache.close(&first, closing(false)));
     let again = cache.open(&spec, Default::default()).unwrap();
-    cache.close(&again, Duration::ZERO);
+    cache.close(&again, closing(false));
     cache.shutdown();
 }

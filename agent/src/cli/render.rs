@@ -103,7 +103,8 @@ pub(super) fn status(status: &Status) -> String {
 
 fn store_state(state: &DiskState) -> String {
     match (state.store_state, &state.store_reason) {
-        (StoreState::Ok, _) => "ok".to_owned(),
+        (StoreState::Ok, None) => "ok".to_owned(),
+        (StoreState::Ok, Some(reason)) => reason.clone(),
         (StoreState::Degraded, None) => "DEGRADED".to_owned(),
         (StoreState::Degraded, Some(reason)) => format!("DEGRADED: {reason}"),
     }

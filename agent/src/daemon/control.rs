@@ -196,7 +196,7 @@ pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: O
     if let Err(error) = daemon.store.add_disk(row).await {
         // Served but forgotten at the next restart would be a trap: all or nothing.
         let (shared, name) = (daemon.clone(), name);
-        blocking(move || shared.disks.remove(&shared.host(), &name)).await?;
+        blocking(move || shared.disks.remove(&shared.host(), &name, true)).await?;
         return Err(store_error(&error));
     }
     Ok(())
@@ -210,7 +210,7 @@ pub(super) async fn remove_disk(daemon: &Shared, name: &str) -> Result<(), ApiEr
         Err(error) => return Err(store_error(&error)),
     }
     let (shared, name) = (daemon.clone(), name.to_owned());
-    blocking(move || shared.disks.remove(&shared.host(), &name)).await?;
+    blocking(move || shared.disks.remove(&shared.host(), &name, true)).await?;
     Ok(())
 }
 

@@ -9,9 +9,9 @@ use crate::learner::LearnerHandle;
 use crate::serve::DiskRunner;
 use nix::unistd::Group;
 use parking_lot::Mutex;
-use prestage_cache::backend::{NbdOptions, SpecError, StoreOptions, StoreSpec};
+use prestage_cache::backend::{NbdOptions, SpecError, StoreError, StoreOptions, StoreSpec};
 use prestage_cache::counters::DiskCounters;
-use prestage_cache::{Cache, OpenError, StorageHandle};
+use prestage_cache::{Cache, Closing, OpenError, StorageHandle};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{ApiError, Counters, ErrorCode};
 use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, SERIAL_MAX_BYTES};
@@ -61,6 +61,8 @@ pub(super) struct Entry {
     opening: bool,
     /// Changed in the configuration; the change waits for its machine to stop.
     deferred: bool,
+    /// Attached to a machine that still has the store open itself: nothing is wrong.
+    pub(super) waiting: bool,
 }
 
 impl Entry {
@@ -203,7 +205,13 @@ impl Disks {
             let disk = other.definition.name.clone();
             return Err(DiskError::SocketTaken { socket: definition.socket, disk });
         }
-        let entry = Entry { state: Err("being opened".to_owned()), opening: false, deferred: false, definition };
+        let entry = Entry {
+            state: Err("being opened".to_owned()),
+            opening: false,
+            deferred: false,
+            waiting: false,
+            definition,
+        };
         entries.insert(entry.definition.name.clone(), entry);
         Ok(())
     }
@@ -218,7 +226,17 @@ impl Disks {
                 scope.spawn(move || {
                     if let Some(Err(error)) = self.open_expected(host, name) {
                         // Every few seconds the same: loud once, then quiet.
-                        if self.entries.lock().get_mut(name).is_some_and(|entry| entry.tell(&error.to_string())) {
+                        let mut entries = self.entries.lock();
+                        let Some(entry) = entries.get_mut(name) else { return };
+                        let locked = matches!(&error, DiskError::Open(OpenError::Store(StoreError::Locked { .. })));
+                        entry.waiting = locked && entry.definition.origin == DiskOrigin::Attach;
+                        let news = entry.tell(&error.to_string());
+                        if news && entry.waiting {
+                            tracing::info!(
+                                disk = name,
+                                "waits until its machine stops, which has the store open itself"
+                            );
+                        } else if news {
                             tracing::warn!(disk = name, %error, "disk not served; it is tried again");
                         }
                     }
@@ -247,12 +265,13 @@ impl Disks {
                     "disk served"
                 );
                 entry.opening = false;
+                entry.waiting = false;
                 entry.state = Ok(served);
                 Some(Ok(()))
             }
             (Ok(served), None) => {
                 drop(entries);
-                self.end(host, &served);
+                self.end(host, &served, true);
                 None
             }
             (Err(error), Some(entry)) => {
@@ -270,7 +289,7 @@ impl Disks {
         match self.export(host, definition, &storage, &options) {
             Ok(served) => Ok(served),
             Err(error) => {
-                host.cache.close(&storage, Duration::ZERO);
+                host.cache.close(&storage, Closing { drain: Duration::ZERO, parted: false });
                 Err(error.into())
             }
         }
@@ -360,25 +379,25 @@ impl Disks {
         }
     }
 
-    /// Ends a disk's export, waits for its requests and closes its storage if no other disk uses it. Blocks. Returns
-    /// what it was.
-    pub(super) fn remove(&self, host: &Host, name: &str) -> Option<Definition> {
+    /// Ends a disk's export, waits for its requests and closes its storage if no other disk uses it. Blocks. With `parted`
+    /// the store leaves our hands, as opposed to a restart. Returns what it was.
+    pub(super) fn remove(&self, host: &Host, name: &str, parted: bool) -> Option<Definition> {
         let entry = self.entries.lock().remove(name)?;
         if let Ok(served) = &entry.state {
-            self.end(host, served);
+            self.end(host, served, parted);
         }
         tracing::info!(disk = name, "disk no longer served");
         Some(entry.definition)
     }
 
-    fn end(&self, host: &Host, served: &Served) {
+    fn end(&self, host: &Host, served: &Served, parted: bool) {
         let export = served.export.lock().take();
         if let Some(export) = export {
             export.stop();
         }
         self.retired.lock().add(&super::report::counters(&host.cache, served));
         host.learner.remove_disk(served.id);
-        if host.cache.close(&served.storage, DRAIN) {
+        if host.cache.close(&served.storage, Closing { drain: DRAIN, parted }) {
             host.learner.remove_storage_blocking(served.storage.id());
         }
     }
@@ -391,7 +410,7 @@ impl Disks {
         for name in &names {
             let (daemon, name, done) = (Arc::clone(daemon), name.clone(), done.clone());
             std::thread::spawn(move || {
-                daemon.disks.remove(&daemon.host(), &name);
+                daemon.disks.remove(&daemon.host(), &name, false);
                 let _ = done.send(());
             });
         }

@@ -65,6 +65,9 @@ fn disk_state(entry: &Entry) -> DiskState {
                 store_reason: trouble,
             }
         }
+        Err(_) if entry.waiting => {
+            DiskState { store, store_reason: Some("waits until its machine stops".to_owned()), ..DiskState::default() }
+        }
         Err(reason) => DiskState {
             store,
             store_state: StoreState::Degraded,
@@ -119,7 +122,7 @@ impl Daemon {
         for entry in &entries {
             let state = disk_state(entry);
             disks.connected += u32::from(state.connected);
-            if let Some(reason) = &state.store_reason {
+            if let (StoreState::Degraded, Some(reason)) = (state.store_state, &state.store_reason) {
                 disks.degraded += 1;
                 trouble(&format!("disk {}", entry.definition.name), reason);
             }

@@ -14,7 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
 use prestage_cache::policy::{BudgetConfig, CoreConfig};
-use prestage_cache::ssd::SsdTier;
+use prestage_cache::ssd::{Found, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
@@ -253,7 +253,14 @@ fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
     }
     match SsdTier::open(path, config.cache.ssd_size.0) {
         Ok((tier, report)) => {
-            tracing::info!(path = %path.display(), ?report, "SSD tier opened");
+            let (path, kept_bytes) = (path.display(), report.kept_pages * 4096);
+            match report.found {
+                Found::Created => tracing::info!(%path, slots = report.slots, "SSD tier made"),
+                Found::Clean => tracing::info!(%path, slots = report.slots, kept_bytes, "SSD tier kept"),
+                Found::Unclean => tracing::warn!(%path, "SSD tier starts empty: prestaged was not stopped cleanly"),
+                Found::Damaged => tracing::warn!(%path, "SSD tier starts empty: its file is damaged"),
+            }
+            tracing::debug!(?report, "SSD tier opened");
             (Some(tier), None)
         }
         Err(error) => {
@@ -386,5 +393,6 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
     }
     open_missing(daemon).await;
     refresh_sizes(daemon, true).await;
-    tracing::info!(changes = changes.len(), "configuration reloaded");
+    let needs_restart = changes.iter().filter(|change| change.needs_restart).count();
+    tracing::info!(applied = changes.len() - needs_restart, needs_restart, "configuration reloaded");
 }

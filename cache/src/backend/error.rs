@@ -11,9 +11,7 @@ pub enum StoreError {
     Denied { store: String },
     #[error("{store} is in use by another process{}; stop that process, or open the store read-only on both sides", if *.writer { " that writes to it" } else { "" })]
     Locked { store: String, writer: bool },
-    #[error(
-        "{store} is a {format} image; serve it with qemu-nbd or qemu-storage-daemon and give its nbd URI, or set force_raw if its raw bytes are meant"
-    )]
+    #[error("{store} is a {format} image; serve it with qemu-nbd or qemu-storage-daemon and give its nbd URI")]
     NotRaw { store: String, format: &'static str },
     #[error("{store} has a size of {size_bytes} bytes; a disk needs a positive multiple of 512")]
     BadSize { store: String, size_bytes: u64 },

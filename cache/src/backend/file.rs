@@ -387,7 +387,8 @@ impl Backend for FileBackend {
             can_fua: true,
             can_discard: inner.can_discard.get(),
             can_write_zeroes: !inner.read_only && (inner.can_punch.get() || inner.can_zero_range.get()),
-            version_stamp: Some(inner.stamp.get()),
+            // The times of a device node say nothing of the device's content.
+            version_stamp: (!inner.is_block).then(|| inner.stamp.get()),
         }
     }
 

@@ -53,7 +53,7 @@ pub struct StoreInfo {
     pub can_discard: bool,
     /// Whether zeroes can be written without sending them. [`Backend::write_zeroes`] works in any case.
     pub can_write_zeroes: bool,
-    /// `None` where the store has nothing to compare (NBD).
+    /// `None` where the store has nothing to compare (NBD, block devices).
     pub version_stamp: Option<Stamp>,
 }
 

@@ -113,14 +113,19 @@ impl Storage {
         Ok(size)
     }
 
-    /// Ends background work, lets go of the store and forgets what is cached in RAM. Guest requests must have ended.
-    pub(crate) async fn close(self: &Rc<Self>) {
+    /// Ends background work, lets go of the store and forgets what is cached in RAM. Guest requests must have ended. With
+    /// `parted` others may write to the store from now on: what the SSD tier holds of it is dropped, unless the store
+    /// has a version by which a change would be noticed.
+    pub(crate) async fn close(self: &Rc<Self>, parted: bool) {
         self.closing.set(true);
         self.shared.core().drop_storage(self.id);
         while self.prefetches.get() > 0 || self.destaging.get() || self.requests.get() > 0 {
             self.shard.sleep(std::time::Duration::from_millis(2)).await;
         }
         if let (Some((_, ssd)), Some(tier)) = (&self.ssd, self.shared.ssd()) {
+            if parted && self.backend.info().version_stamp.is_none() {
+                tier.drop_storage(*ssd);
+            }
             tier.release_storage(*ssd, self.stamp_now().await);
         }
         self.backend.close().await;

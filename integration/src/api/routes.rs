@@ -131,6 +131,10 @@ async fn around(limit: Duration, request: Request, next: Next) -> Response {
         let peer = peer.map_or_else(|| "unknown peer".to_owned(), |peer| peer.to_string());
         match &failure {
             None => info!(%method, path, status, elapsed_ms, peer, "change"),
+            // The client's own mistakes are told to the client; an operator acts on the daemon's failures.
+            Some(error) if status < 500 => {
+                info!(%method, path, status, elapsed_ms, peer, error = %error, "change refused")
+            }
             Some(error) => warn!(%method, path, status, elapsed_ms, peer, error = %error, "change refused"),
         }
     }

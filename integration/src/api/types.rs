@@ -184,7 +184,7 @@ pub struct DiskState {
     /// Where its bytes live, as given.
     pub store: String,
     pub store_state: StoreState,
-    /// Why the store is degraded.
+    /// Why the store is degraded, or what an `ok` one waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store_reason: Option<String>,
 }
