@@ -12,7 +12,7 @@ use crate::disk::{Storage, local};
 use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
 use crate::policy::{Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest};
 use crate::ssd::{SsdStats, SsdStorage, SsdTier};
-use crate::types::{BLOCK_BYTES, PageRange, StorageId};
+use crate::types::{BLOCK_BYTES, PAGES_PER_BLOCK, PageRange, StorageId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -34,7 +34,7 @@ pub struct CacheConfig {
     /// Event-loop threads; at least 1.
     pub shards: usize,
     pub engine: EngineMode,
-    /// Policy settings; `slots` and `destage` follow from the tiers.
+    /// Policy settings; `slots`, `block_pages`, `write_allocate` and `destage` follow from the tiers.
     pub policy: CoreConfig,
 }
 
@@ -138,7 +138,14 @@ impl Cache {
             .map_err(|_| io::Error::other("the RAM tier is limited to 256 TiB"))?
             .max(16);
         let arena = Arena::new(slots, config.huge_pages)?;
-        let policy = CoreConfig { slots, destage: ssd.is_some(), ..config.policy };
+        let policy = CoreConfig {
+            slots,
+            // The arena's and the SSD tier's geometry, and no page in RAM of which only a part is known.
+            block_pages: PAGES_PER_BLOCK,
+            write_allocate: false,
+            destage: ssd.is_some(),
+            ..config.policy
+        };
         let core = Core::new(policy, Arc::clone(&arena) as Arc<dyn crate::policy::SlotGuard>);
         let shared = Arc::new(Shared {
             arena,

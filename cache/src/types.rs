@@ -3,6 +3,7 @@
 //! - [`PAGE_BYTES`], [`BLOCK_BYTES`]: unit of validity and unit of allocation
 //! - [`StorageId`], [`BlockIndex`], [`PageMask`]: keys of the index
 //! - [`PageRange`]: a run of pages of one storage
+//! - [`fit_block_pages`]: sizes of a block other than the engine's
 
 use std::fmt;
 
@@ -14,11 +15,16 @@ pub const BLOCK_BYTES: usize = 65536;
 /// Pages in a block.
 pub const PAGES_PER_BLOCK: u64 = (BLOCK_BYTES / PAGE_BYTES) as u64;
 
+/// Pages in a block as a policy core can have them: the largest of 1, 2, 4, 8 and 16 that is not above `pages`; 1 for 0.
+pub fn fit_block_pages(pages: u64) -> u64 {
+    1 << pages.clamp(1, PAGES_PER_BLOCK).ilog2()
+}
+
 /// A backing file, device or export, as numbered by this process. Fifty disks on one golden image share one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct StorageId(pub u32);
 
-/// A 64 KiB block of a storage, counted from its start.
+/// A block of a storage, counted from its start; 64 KiB unless a policy core was set up with smaller ones.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct BlockIndex(pub u64);
 
@@ -126,15 +132,20 @@ impl PageRange {
     }
     /// The same pages, block by block.
     pub fn blocks(self) -> impl Iterator<Item = (BlockIndex, PageMask)> {
+        self.blocks_of(PAGES_PER_BLOCK)
+    }
+    /// The same pages, in blocks of `block_pages` pages, see [`fit_block_pages`].
+    pub fn blocks_of(self, block_pages: u64) -> impl Iterator<Item = (BlockIndex, PageMask)> {
+        let shift = fit_block_pages(block_pages).trailing_zeros();
         let mut at = self.first;
         let end = self.end();
         std::iter::from_fn(move || {
             if at >= end {
                 return None;
             }
-            let block = at / PAGES_PER_BLOCK;
-            let within = at % PAGES_PER_BLOCK;
-            let count = (PAGES_PER_BLOCK - within).min(end - at);
+            let block = at >> shift;
+            let within = at - (block << shift);
+            let count = ((1 << shift) - within).min(end - at);
             at += count;
             Some((BlockIndex(block), PageMask::run(within, count)))
         })
@@ -166,6 +177,17 @@ mod tests {
                 (BlockIndex(2), PageMask::run(0, 2))
             ]
         );
+        for block_pages in [1, 2, 4, 8, 16] {
+            let range = PageRange { first: 13, count: 41 };
+            let pages = range.blocks_of(block_pages).flat_map(|(block, mask)| {
+                assert!(PageMask::run(0, block_pages).contains(mask));
+                mask.runs()
+                    .flat_map(move |(first, count)| (first..first + count).map(move |p| block.0 * block_pages + p))
+                    .collect::<Vec<_>>()
+            });
+            assert!(pages.eq(13..54), "blocks of {block_pages} pages");
+        }
+        assert_eq!([0, 1, 3, 15, 16, 17, u64::MAX].map(fit_block_pages), [1, 1, 2, 8, 16, 16, 16]);
         assert_eq!(PageRange::covering(4095, 2), PageRange { first: 0, count: 2 });
         assert_eq!(PageRange::covering(4096, 0).count, 0);
     }

@@ -1,11 +1,15 @@
-//! Eviction: S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP '23) with a third queue in
-//! front, probation, for prefetched blocks that nobody has used.
+//! Eviction, as [`Eviction`] says.
+//!
+//! The engine's is S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP '23) with a third queue
+//! in front, probation, for prefetched blocks that nobody has used.
 //!
 //! - a block that demand brought in enters *small* (a tenth of the slots), or *main* if it is a ghost
 //! - leaving *small*: used again → *main*, else it becomes a ghost
 //! - leaving *main*: used since → once more around, else out
 //! - a prefetched block enters *probation*; its first use moves it to *small* as if it had just come in; unused it
 //!   leaves first, as soon as it has been there for `probation_age` or probation is over its share
+//!
+//! LRU is there to compare with: every block is in *main*, each use moves it to the head, and the tail leaves.
 
 use super::list::List;
 use super::{Core, Entry, Key, OutcomeKind, Place};
@@ -14,8 +18,19 @@ use std::time::Duration;
 
 /// A use counts up to this, as in the paper: two bits.
 const MAX_FREQUENCY: u8 = 3;
-/// Busy victims that are stepped over before the search gives up and the caller goes without a slot.
-const SEARCH: u32 = 64;
+/// Pages of busy victims that are stepped over before the search gives up and the caller goes without a slot.
+const SEARCH_PAGES: u64 = 1024;
+
+/// Which block leaves when room is needed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Eviction {
+    /// S3-FIFO (Yang et al., SOSP '23) with probation for prefetched blocks.
+    #[default]
+    S3Fifo,
+    /// The block that was not used for longest. A prefetched block counts as used when its load starts, and neither
+    /// [`CoreConfig::probation_share`](super::CoreConfig::probation_share) nor its age applies.
+    Lru,
+}
 
 /// Why a slot is wanted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,6 +71,11 @@ impl Core {
 
     /// Demand wants the block: off probation, or one more use if it read pages of it before.
     pub(super) fn touch(&mut self, slot: u32, again: bool) {
+        if self.config.eviction == Eviction::Lru {
+            self.unlink(slot);
+            self.link(slot, Place::Main);
+            return;
+        }
         let entry = &mut self.entries[slot as usize];
         if entry.place == Place::Probation {
             let key = entry.key;
@@ -100,22 +120,31 @@ impl Core {
         self.insertions += 1;
         let entries = &self.entries;
         self.table.insert_unique(key.hash64(), slot, |s| entries[*s as usize].key.hash64());
-        match purpose {
-            For::Demand => self.admit(slot, key),
-            For::Prefetch => self.link(slot, Place::Probation),
+        match (self.config.eviction, purpose) {
+            (Eviction::Lru, _) => self.link(slot, Place::Main),
+            (Eviction::S3Fifo, For::Demand) => self.admit(slot, key),
+            (Eviction::S3Fifo, For::Prefetch) => self.link(slot, Place::Probation),
         }
         Some(slot)
     }
 
+    /// Slots to look at.
+    fn search(&self) -> usize {
+        (SEARCH_PAGES / self.config.block_pages) as usize
+    }
+
     /// A free slot that nothing holds: a task may still be copying out of one that was just freed.
     fn pop_free(&mut self) -> Option<u32> {
-        let at = self.free.iter().rev().take(SEARCH as usize).position(|slot| !self.guard.busy(*slot))?;
+        let at = self.free.iter().rev().take(self.search()).position(|slot| !self.guard.busy(*slot))?;
         let index = self.free.len() - 1 - at;
         Some(self.free.swap_remove(index))
     }
 
     /// Frees one slot.
     fn evict(&mut self, purpose: For, now: Duration) -> Option<()> {
+        if self.config.eviction == Eviction::Lru {
+            return self.evict_tail(Place::Main).then_some(());
+        }
         let cap = (f64::from(self.config.slots) * self.config.probation_share) as u32;
         let now_ds = (now.as_millis() / 100) as u32;
         let age_ds = (self.config.probation_age.as_millis() / 100) as u32;
@@ -178,7 +207,7 @@ impl Core {
     /// The oldest slot of a queue that nothing holds.
     fn victim(&mut self, place: Place) -> Option<u32> {
         let mut slot = self.list(place)?.tail()?;
-        for _ in 0..SEARCH {
+        for _ in 0..self.search() {
             let entry = &self.entries[slot as usize];
             if entry.filling.is_empty() && !self.guard.busy(slot) {
                 return Some(slot);

@@ -3,7 +3,7 @@
 //! property tests on random schedules.
 //!
 //! - [`Core`]: the index and every decision about the RAM tier
-//! - [`eviction`](self): S3-FIFO with a probation place for prefetched blocks (`evict.rs`)
+//! - [`Eviction`]: S3-FIFO with a probation place for prefetched blocks, or plain LRU (`evict.rs`)
 //! - reads and fills (`read.rs`), writes (`write.rs`), prefetch (`prefetch.rs`)
 //! - [`PrefetchQueue`], [`Budget`]: what waits, and how much may be under way
 //!
@@ -24,12 +24,13 @@ mod write;
 mod tests;
 
 pub use budget::{Budget, BudgetConfig};
+pub use evict::Eviction;
 pub use prefetch::{Outcome, OutcomeKind, PrefetchIo, PrefetchStep};
 pub use queue::{MAX_REQUEST_PAGES, PrefetchQueue, PrefetchRequest};
 pub use read::BlockPlan;
 pub use write::{WriteEnd, WriteId};
 
-use crate::types::{BlockIndex, PageMask, PageRange, StorageId};
+use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId, fit_block_pages};
 use ghost::Ghost;
 use hashbrown::HashTable;
 use list::{Link, List};
@@ -57,6 +58,14 @@ impl SlotGuard for crate::arena::Arena {
 pub struct CoreConfig {
     /// Slots of the RAM tier.
     pub slots: u32,
+    /// Pages in a slot: 16 in the engine, whose arena and SSD tier have 64 KiB blocks. A driver without memory of its
+    /// own may choose another size, see [`fit_block_pages`].
+    pub block_pages: u64,
+    pub eviction: Eviction,
+    /// Whether a write is a use, as a read is, and brings every page that it touches into the tier. For replays only: a
+    /// page that was written in part counts as cached although nobody has read the rest of it, and the engine leaves
+    /// blocks that are not resident to the store.
+    pub write_allocate: bool,
     /// Share of the slots that prefetched and not yet used blocks may take.
     pub probation_share: f64,
     /// A prefetched block that nobody used for so long is the first to leave.
@@ -73,6 +82,9 @@ impl CoreConfig {
     pub fn with_slots(slots: u32) -> CoreConfig {
         CoreConfig {
             slots,
+            block_pages: PAGES_PER_BLOCK,
+            eviction: Eviction::S3Fifo,
+            write_allocate: false,
             // Half: a boot's set must fit before the guest asks, and what is in use must keep the other half.
             probation_share: 0.5,
             probation_age: Duration::from_secs(120),
@@ -167,6 +179,48 @@ pub struct Occupancy {
 }
 
 /// The index of the RAM tier and every decision about it.
+///
+/// A driver without real I/O settles each step as it takes it. A request first uses what is resident and only then makes
+/// room for what is not, or it might evict its own pages:
+///
+/// ```
+/// use prestage_cache::policy::{Core, CoreConfig, Eviction, SlotGuard};
+/// use prestage_cache::types::{PageRange, StorageId};
+/// use std::{sync::Arc, time::Duration};
+///
+/// /// Nothing is under way between two calls.
+/// struct Idle;
+/// impl SlotGuard for Idle {
+///     fn busy(&self, _: u32) -> bool {
+///         false
+///     }
+/// }
+///
+/// /// Reads pages; returns how many of them were cached.
+/// fn read(core: &mut Core, disk: StorageId, range: PageRange, now: Duration) -> u64 {
+///     let mut hits = 0;
+///     for resident in [true, false] {
+///         for (block, wanted) in range.blocks_of(core.block_pages()) {
+///             if core.valid(disk, block).is_some() != resident {
+///                 continue;
+///             }
+///             let plan = core.plan_read(disk, block, wanted, now);
+///             hits += plan.hit.count();
+///             if let Some(slot) = plan.slot {
+///                 core.finish_fill(slot, plan.fill, true);
+///             }
+///         }
+///     }
+///     hits
+/// }
+///
+/// let config = CoreConfig { block_pages: 1, eviction: Eviction::Lru, ..CoreConfig::with_slots(4) };
+/// let (mut core, disk) = (Core::new(config, Arc::new(Idle)), StorageId(0));
+/// core.add_storage(disk, 1 << 20);
+/// assert_eq!(read(&mut core, disk, PageRange { first: 10, count: 4 }, Duration::ZERO), 0);
+/// // Page 10 is the oldest and the tier is full: page 9 takes the place of another one.
+/// assert_eq!(read(&mut core, disk, PageRange { first: 9, count: 2 }, Duration::ZERO), 1);
+/// ```
 pub struct Core {
     config: CoreConfig,
     guard: Arc<dyn SlotGuard>,
@@ -188,6 +242,7 @@ pub struct Core {
 
 impl Core {
     pub fn new(config: CoreConfig, guard: Arc<dyn SlotGuard>) -> Core {
+        let config = CoreConfig { block_pages: fit_block_pages(config.block_pages), ..config };
         let blank = Entry {
             key: Key { storage: StorageId(u32::MAX), block: BlockIndex(u64::MAX) },
             version: 0,
@@ -222,6 +277,11 @@ impl Core {
             outcomes: Vec::new(),
             outcomes_dropped: 0,
         }
+    }
+
+    /// Pages in a slot, and in a block of every mask and [`BlockIndex`] of this core.
+    pub fn block_pages(&self) -> u64 {
+        self.config.block_pages
     }
 
     /// Makes a storage known, or takes note of its new size.
@@ -297,8 +357,9 @@ impl Core {
 
     /// Pages of `range` that the RAM tier holds. Looks at no more slots than there are, however long the range.
     pub fn resident_pages(&self, storage: StorageId, range: PageRange) -> u64 {
-        if range.count / crate::types::PAGES_PER_BLOCK < u64::from(self.config.slots) {
-            let blocks = range.blocks().filter_map(|(block, mask)| {
+        let block_pages = self.config.block_pages;
+        if range.count / block_pages < u64::from(self.config.slots) {
+            let blocks = range.blocks_of(block_pages).filter_map(|(block, mask)| {
                 let slot = self.find(Key { storage, block })?;
                 Some((self.entries[slot as usize].valid & mask).count())
             });
@@ -306,8 +367,8 @@ impl Core {
         }
         let ours = self.entries.iter().filter(|entry| entry.place != Place::Free && entry.key.storage == storage);
         ours.map(|entry| {
-            let first = entry.key.block.0 * crate::types::PAGES_PER_BLOCK;
-            (first..first + crate::types::PAGES_PER_BLOCK)
+            let first = entry.key.block.0 * block_pages;
+            (first..first + block_pages)
                 .filter(|page| (range.first..range.end()).contains(page) && entry.valid.has(page - first))
                 .count() as u64
         })

@@ -2,7 +2,7 @@
 
 use super::evict::For;
 use super::{Core, Key, PrefetchRequest};
-use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId};
+use crate::types::{BlockIndex, PageMask, PageRange, StorageId};
 use std::time::Duration;
 
 /// Outcomes kept for the learner; beyond it they are counted and dropped.
@@ -91,9 +91,10 @@ impl Core {
                 return PrefetchStep::Wait;
             }
             let Some(parts) = state.queue.pop() else { return PrefetchStep::Idle };
+            let block_pages = self.config.block_pages;
             let mut pieces = parts.iter().flat_map(|(range, tag)| {
                 let (range, tag) = (*range, *tag);
-                range.blocks().map(move |(block, mask)| (block, mask, tag))
+                range.blocks_of(block_pages).map(move |(block, mask)| (block, mask, tag))
             });
             let mut io: Option<PrefetchIo> = None;
             let mut left = None;
@@ -106,7 +107,7 @@ impl Core {
                     want = want.minus(entry.valid | entry.filling);
                 }
                 for (first, count) in want.runs() {
-                    let page = block.0 * PAGES_PER_BLOCK + first;
+                    let page = block.0 * block_pages + first;
                     if io.as_ref().is_some_and(|io| io.first + io.pages != page) {
                         left = Some((block, want, first, tag));
                         break;
@@ -139,7 +140,7 @@ impl Core {
             let mut put_back = |block: BlockIndex, mask: PageMask, tag: u8| {
                 for (first, count) in mask.runs() {
                     back.push(PrefetchRequest {
-                        range: PageRange { first: block.0 * PAGES_PER_BLOCK + first, count },
+                        range: PageRange { first: block.0 * block_pages + first, count },
                         due: Duration::ZERO,
                         probability: 0.0,
                         tag,
@@ -147,7 +148,7 @@ impl Core {
                 }
             };
             if let Some((block, want, first, tag)) = left {
-                put_back(block, want & PageMask::run(first, PAGES_PER_BLOCK - first), tag);
+                put_back(block, want & PageMask::run(first, block_pages - first), tag);
             }
             for (block, mask, tag) in pieces {
                 put_back(block, mask, tag);
@@ -188,12 +189,13 @@ impl Core {
 
     /// Demand reads these pages now: they need not be prefetched any more.
     pub(super) fn overtaken(&mut self, storage: StorageId, block: BlockIndex, mask: PageMask) {
+        let block_pages = self.config.block_pages;
         let Some(state) = self.storage(storage) else { return };
         if state.queue.is_empty() {
             return;
         }
         for (first, count) in mask.runs() {
-            let range = PageRange { first: block.0 * PAGES_PER_BLOCK + first, count };
+            let range = PageRange { first: block.0 * block_pages + first, count };
             state.counters.cancelled += state.queue.remove(range);
         }
     }

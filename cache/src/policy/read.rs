@@ -32,11 +32,11 @@ impl Core {
         now: Duration,
         mut pin: impl FnMut(BlockIndex, u32),
     ) -> bool {
-        let all = range.blocks().all(|(block, mask)| {
+        let all = range.blocks_of(self.config.block_pages).all(|(block, mask)| {
             self.find(Key { storage, block }).is_some_and(|slot| self.entries[slot as usize].valid.contains(mask))
         });
         if all {
-            for (block, mask) in range.blocks() {
+            for (block, mask) in range.blocks_of(self.config.block_pages) {
                 if let Some(slot) = self.find(Key { storage, block }) {
                     self.demand(slot, mask, now);
                     pin(block, slot);
@@ -47,7 +47,7 @@ impl Core {
     }
 
     /// Demand wants these pages of a resident block: counts the use, settles prefetches.
-    fn demand(&mut self, slot: u32, mask: PageMask, now: Duration) {
+    pub(super) fn demand(&mut self, slot: u32, mask: PageMask, now: Duration) {
         let entry = &mut self.entries[slot as usize];
         let used = entry.unused & mask;
         // A use is a *second* read of a page: going through a block page by page is one use, not sixteen.
@@ -65,6 +65,9 @@ impl Core {
 
     /// Plans a read of pages of one block. Pages in `fill` are claimed for the caller; the slot must be pinned before
     /// the lock is released.
+    ///
+    /// A request for several blocks plans those that have a slot ([`Core::valid`]) before those that need one, or pins
+    /// them first: a slot for one block may be another's that is planned later.
     pub fn plan_read(&mut self, storage: StorageId, block: BlockIndex, wanted: PageMask, now: Duration) -> BlockPlan {
         let key = Key { storage, block };
         self.overtaken(storage, block, wanted);

@@ -6,6 +6,8 @@ use proptest::prelude::*;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
+mod replay;
+
 /// Pins and claims as a test sees them.
 #[derive(Default)]
 struct Holds(Mutex<HashMap<u32, u32>>);
@@ -32,10 +34,15 @@ impl SlotGuard for Holds {
 
 const DISK: StorageId = StorageId(0);
 const PAGES: u64 = 40 * PAGES_PER_BLOCK;
+const EVICTIONS: [Eviction; 2] = [Eviction::S3Fifo, Eviction::Lru];
 
 fn core(slots: u32) -> (Core, Arc<Holds>) {
+    core_of(CoreConfig::with_slots(slots))
+}
+
+fn core_of(config: CoreConfig) -> (Core, Arc<Holds>) {
     let holds = Arc::new(Holds::default());
-    let mut core = Core::new(CoreConfig::with_slots(slots), holds.clone());
+    let mut core = Core::new(config, holds.clone());
     core.add_storage(DISK, PAGES);
     (core, holds)
 }
@@ -264,8 +271,8 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 impl Model {
-    fn new(slots: u32) -> Model {
-        let (core, holds) = core(slots);
+    fn new(config: CoreConfig) -> Model {
+        let (core, holds) = core_of(config);
         Model {
             core,
             holds,
@@ -280,32 +287,34 @@ impl Model {
     fn start_fill(&mut self, slot: u32, block: BlockIndex, mask: PageMask, group: Option<u64>) {
         self.holds.hold(slot);
         // The store is read at some moment between start and end: the start is the oldest content it can be.
-        let seen = (0..16).map(|p| self.store[(block.0 * 16 + p) as usize]).collect();
+        let first = (block.0 * self.core.block_pages()) as usize;
+        let seen = self.store[first..first + self.core.block_pages() as usize].to_vec();
         self.fills.push(Filling { slot, mask, seen, group });
     }
 
     fn step(&mut self, op: &Op) -> Result<(), TestCaseError> {
         self.now += 10;
         let now = at(self.now);
+        let block_pages = self.core.block_pages();
         match *op {
             Op::Read { first, count } => {
                 let wanted = range(first, count);
                 let mut pinned = Vec::new();
                 if self.core.read_hit(DISK, wanted, at(0), |block, slot| pinned.push((block, slot))) {
-                    for (block, mask) in wanted.blocks() {
+                    for (block, mask) in wanted.blocks_of(block_pages) {
                         let slot = pinned.iter().find(|(b, _)| *b == block).unwrap().1;
-                        for page in (0..16).filter(|p| mask.has(*p)) {
+                        for page in (0..block_pages).filter(|p| mask.has(*p)) {
                             self.check(slot, block, page)?;
                         }
                     }
                     return Ok(());
                 }
-                for (block, mask) in wanted.blocks() {
+                for (block, mask) in wanted.blocks_of(block_pages) {
                     let plan = self.core.plan_read(DISK, block, mask, now);
                     let Some(slot) = plan.slot else { continue };
                     prop_assert_eq!(plan.hit | plan.wait | plan.fill, mask);
                     prop_assert!((plan.hit & plan.wait).is_empty() && (plan.fill & (plan.hit | plan.wait)).is_empty());
-                    for page in (0..16).filter(|p| plan.hit.has(*p)) {
+                    for page in (0..block_pages).filter(|p| plan.hit.has(*p)) {
                         self.check(slot, block, page)?;
                     }
                     if !plan.fill.is_empty() {
@@ -319,7 +328,7 @@ impl Model {
                 }
                 let Filling { slot, mask, seen, group } = self.fills.swap_remove(which % self.fills.len());
                 if !fails {
-                    for page in (0..16).filter(|p| mask.has(*p)) {
+                    for page in (0..block_pages).filter(|p| mask.has(*p)) {
                         self.memory.insert((slot, page), seen[page as usize]);
                     }
                 }
@@ -345,8 +354,8 @@ impl Model {
                 let (store, memory) = (&self.store, &mut self.memory);
                 let end = if fails { WriteEnd::Changed } else { WriteEnd::Written };
                 self.core.end_write(DISK, id, end, now, |block, slot, mask| {
-                    for page in (0..16).filter(|p| mask.has(*p)) {
-                        memory.insert((slot, page), store[(block.0 * 16 + page) as usize]);
+                    for page in (0..block_pages).filter(|p| mask.has(*p)) {
+                        memory.insert((slot, page), store[(block.0 * block_pages + page) as usize]);
                     }
                 });
             }
@@ -357,9 +366,9 @@ impl Model {
                 if let PrefetchStep::Io(io) = self.core.next_prefetch(DISK, now, |_| PageMask::NONE) {
                     let mut page = io.first;
                     for (i, (slot, first, count)) in io.parts.iter().enumerate() {
-                        prop_assert_eq!(page % 16, *first);
+                        prop_assert_eq!(page % block_pages, *first);
                         let group = (i == 0).then_some(io.pages);
-                        self.start_fill(*slot, BlockIndex(page / 16), PageMask::run(*first, *count), group);
+                        self.start_fill(*slot, BlockIndex(page / block_pages), PageMask::run(*first, *count), group);
                         page += count;
                     }
                     prop_assert_eq!(page, io.first + io.pages);
@@ -372,7 +381,7 @@ impl Model {
 
     /// A page that the core calls valid holds what the store holds, unless a write to it is in flight.
     fn check(&self, slot: u32, block: BlockIndex, page: u64) -> Result<(), TestCaseError> {
-        let global = block.0 * 16 + page;
+        let global = block.0 * self.core.block_pages() + page;
         let held = self.memory.get(&(slot, page)).copied();
         if !self.writes.iter().any(|(_, w)| w.overlaps(range(global, 1))) {
             prop_assert_eq!(held, Some(self.store[global as usize]), "stale page {}", global);
@@ -381,17 +390,27 @@ impl Model {
     }
 }
 
+/// Any geometry and eviction on the same number of pages: 2 to 23 blocks of 16.
+fn config() -> impl Strategy<Value = CoreConfig> {
+    let (geometry, eviction) = (prop::sample::select(vec![1u64, 4, 16]), prop::sample::select(EVICTIONS.to_vec()));
+    (geometry, eviction, any::<bool>(), 2u32..24).prop_map(|(block_pages, eviction, write_allocate, blocks)| {
+        let slots = blocks * (16 / block_pages) as u32;
+        CoreConfig { block_pages, eviction, write_allocate, ..CoreConfig::with_slots(slots) }
+    })
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(600))]
 
     #[test]
-    fn a_valid_page_is_never_stale_and_the_books_balance(ops in prop::collection::vec(op(), 1..400), slots in 2u32..24) {
-        let mut model = Model::new(slots);
+    fn a_valid_page_is_never_stale_and_the_books_balance(ops in prop::collection::vec(op(), 1..400), config in config()) {
+        let mut model = Model::new(config);
         for op in &ops {
             model.step(op)?;
             let o = model.core.occupancy();
             prop_assert_eq!(o.used_slots, o.probation_slots + o.small_slots + o.main_slots);
-            let valid: u64 = (0..PAGES / 16)
+            prop_assert!(config.eviction == Eviction::S3Fifo || o.used_slots == o.main_slots);
+            let valid: u64 = (0..PAGES / config.block_pages)
                 .filter_map(|b| model.core.valid(DISK, BlockIndex(b)))
                 .map(|(_, mask)| mask.count())
                 .sum();

@@ -4,6 +4,7 @@
 //! see either. When it ends, pages it covers wholly become valid and pages it covers in part are patched. Two writes
 //! that overlap while both are in flight reach the store in an order that nobody knows, so both invalidate.
 
+use super::evict::For;
 use super::{Core, Key};
 use crate::types::{BlockIndex, PAGE_BYTES, PageMask, PageRange, StorageId};
 use std::time::Duration;
@@ -44,7 +45,7 @@ impl Core {
             }
         }
         let id = state.writes.insert(InFlight { offset, len, conflict });
-        for (block, mask) in range.blocks() {
+        for (block, mask) in range.blocks_of(self.config.block_pages) {
             if let Some(slot) = self.find(Key { storage, block }) {
                 let entry = &mut self.entries[slot as usize];
                 entry.version = entry.version.wrapping_add(1);
@@ -56,7 +57,9 @@ impl Core {
     }
 
     /// The write ended. With [`WriteEnd::Written`], `update` gets `(block, slot, pages)` for each resident block: the
-    /// caller copies the written bytes that fall into those pages before it lets go of the lock.
+    /// caller copies the written bytes that fall into those pages before it lets go of the lock. With
+    /// [`CoreConfig::write_allocate`](super::CoreConfig::write_allocate) all of the write's blocks are resident then, as
+    /// far as slots can be had.
     pub fn end_write(
         &mut self,
         storage: StorageId,
@@ -68,13 +71,20 @@ impl Core {
         let Some(state) = self.storages.get_mut(storage.0 as usize).and_then(Option::as_mut) else { return };
         let Some(write) = state.writes.try_remove(id.0) else { return };
         let range = PageRange::covering(write.offset, write.len);
-        for (block, mask) in range.blocks() {
+        let block_pages = self.config.block_pages;
+        let written = end == WriteEnd::Written && !write.conflict;
+        for (block, mask) in range.blocks_of(block_pages) {
             let Some(slot) = self.find(Key { storage, block }) else { continue };
-            if end == WriteEnd::Changed || write.conflict {
+            if !written {
                 self.invalidate(slot, mask);
                 continue;
             }
-            let whole = whole_pages(write.offset, write.len, block) & mask;
+            let whole = if self.config.write_allocate {
+                self.demand(slot, mask, now);
+                mask
+            } else {
+                whole_pages(write.offset, write.len, block, block_pages) & mask
+            };
             let entry = &mut self.entries[slot as usize];
             entry.version = entry.version.wrapping_add(1);
             // Pages being filled belong to the filler, whose bytes are cancelled; they stay invalid.
@@ -90,27 +100,52 @@ impl Core {
                 self.queue_destage(slot, now);
             }
         }
+        if written && self.config.write_allocate {
+            self.allocate_written(storage, range, now, update);
+        }
+    }
+
+    /// Makes the rest of a write resident, once what is resident of it has been used: as for reads, see [`Core`].
+    fn allocate_written(
+        &mut self,
+        storage: StorageId,
+        range: PageRange,
+        now: Duration,
+        mut update: impl FnMut(BlockIndex, u32, PageMask),
+    ) {
+        for (block, mask) in range.blocks_of(self.config.block_pages) {
+            let key = Key { storage, block };
+            if self.find(key).is_some() {
+                continue;
+            }
+            let Some(slot) = self.allocate(key, For::Demand, now) else { continue };
+            self.entries[slot as usize].valid = mask;
+            self.valid_pages += mask.count();
+            update(block, slot, mask);
+            self.queue_destage(slot, now);
+        }
     }
 
     pub(super) fn pages_under_write(&self, storage: StorageId, block: BlockIndex) -> PageMask {
         let Some(state) = self.storages.get(storage.0 as usize).and_then(Option::as_ref) else {
             return PageMask::NONE;
         };
-        let first = block.0 * crate::types::PAGES_PER_BLOCK;
+        let block_pages = self.config.block_pages;
+        let first = block.0 * block_pages;
         state.writes.iter().fold(PageMask::NONE, |mask, (_, write)| {
             let range = PageRange::covering(write.offset, write.len);
             let from = range.first.max(first);
-            let to = range.end().min(first + crate::types::PAGES_PER_BLOCK);
+            let to = range.end().min(first + block_pages);
             if from < to { mask | PageMask::run(from - first, to - from) } else { mask }
         })
     }
 }
 
 /// Pages of `block` that bytes `offset..offset + len` cover from first to last byte.
-fn whole_pages(offset: u64, len: u64, block: BlockIndex) -> PageMask {
+fn whole_pages(offset: u64, len: u64, block: BlockIndex, block_pages: u64) -> PageMask {
     let page = PAGE_BYTES as u64;
-    let base = block.0 * crate::types::PAGES_PER_BLOCK;
+    let base = block.0 * block_pages;
     let first = offset.div_ceil(page).max(base);
-    let end = (offset.saturating_add(len) / page).min(base + crate::types::PAGES_PER_BLOCK);
+    let end = (offset.saturating_add(len) / page).min(base + block_pages);
     if first < end { PageMask::run(first - base, end - first) } else { PageMask::NONE }
 }
