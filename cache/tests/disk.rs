@@ -371,6 +371,28 @@ fn prefetched_pages_are_hits_and_counted_as_used() {
 }
 
 #[test]
+fn a_read_does_not_evict_a_block_that_it_wants_itself() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = folder.path().join("store");
+    make_store(&store);
+    // 16 slots: blocks 1 to 16 fill them, and block 1 is the next to leave.
+    let cache = cache(1 << 20, None, EngineMode::Auto);
+    let storage = open(&cache, &store);
+    let id = storage.id();
+    let reading = storage.shard().call(move |_| async move {
+        let disk = Disk::new(local(id).unwrap(), 1, Arc::default());
+        for block in 1..17 {
+            read(&disk, block * 65536, 65536).await;
+        }
+        read(&disk, 0, 2 * 65536).await;
+    });
+    reading.wait().unwrap();
+    assert_eq!(storage.stats().store_read_bytes, 17 * 65536, "each block is read once");
+    cache.close(&storage, closing(false));
+    cache.shutdown();
+}
+
+#[test]
 fn one_store_is_not_served_writable_twice() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (store, link) = (folder.path().join("store"), folder.path().join("link"));

@@ -198,6 +198,9 @@ impl Storage {
     fn plan(&self, range: PageRange) -> Option<(Vec<BlockPlan>, Vec<Pinned>, Vec<Vec<ArenaBuf>>)> {
         let now = self.shared.now();
         let mut core = self.shared.core();
+        // Held first: room for a block that is missing must not be made of one that this read wants next.
+        let resident: Vec<_> =
+            range.blocks().filter_map(|(block, _)| self.shared.arena().pin(core.valid(self.id, block)?.0)).collect();
         let (mut plans, mut pins, mut claims) = (Vec::new(), Vec::new(), Vec::new());
         for (block, mask) in range.blocks() {
             let plan = core.plan_read(self.id, block, mask, now);
@@ -217,6 +220,7 @@ impl Storage {
                     // Claims first: the core frees only what nothing holds.
                     drop(claims);
                     drop(pins);
+                    drop(resident);
                     let planned = plans.iter().chain(std::iter::once(&plan));
                     for (slot, fill) in planned.filter_map(|plan| Some((plan.slot?, plan.fill))) {
                         core.finish_fill(slot, fill, false);
