@@ -15,9 +15,13 @@ pub const BLOCK_BYTES: usize = 65536;
 /// Pages in a block.
 pub const PAGES_PER_BLOCK: u64 = (BLOCK_BYTES / PAGE_BYTES) as u64;
 
-/// Pages in a block as a policy core can have them: the largest of 1, 2, 4, 8 and 16 that is not above `pages`; 1 for 0.
+/// Pages in a block as a policy core can have them: the largest of 1, 2, 4, 8 and 16 that divides `pages`.
 pub fn fit_block_pages(pages: u64) -> u64 {
-    1 << pages.clamp(1, PAGES_PER_BLOCK).ilog2()
+    1 << block_shift(pages)
+}
+
+fn block_shift(pages: u64) -> u32 {
+    pages.trailing_zeros().min(PAGES_PER_BLOCK.trailing_zeros())
 }
 
 /// A backing file, device or export, as numbered by this process. Fifty disks on one golden image share one.
@@ -136,7 +140,8 @@ impl PageRange {
     }
     /// The same pages, in blocks of `block_pages` pages, see [`fit_block_pages`].
     pub fn blocks_of(self, block_pages: u64) -> impl Iterator<Item = (BlockIndex, PageMask)> {
-        let shift = fit_block_pages(block_pages).trailing_zeros();
+        let shift = block_shift(block_pages);
+        let last = (1u64 << shift) - 1;
         let mut at = self.first;
         let end = self.end();
         std::iter::from_fn(move || {
@@ -144,10 +149,11 @@ impl PageRange {
                 return None;
             }
             let block = at >> shift;
-            let within = at - (block << shift);
-            let count = ((1 << shift) - within).min(end - at);
+            let within = at & last;
+            let count = (last + 1 - within).min(end - at);
             at += count;
-            Some((BlockIndex(block), PageMask::run(within, count)))
+            // As `run`, which need not cut anything off here.
+            Some((BlockIndex(block), PageMask((((1u32 << count) - 1) << within) as u16)))
         })
     }
 }
@@ -187,7 +193,7 @@ mod tests {
             });
             assert!(pages.eq(13..54), "blocks of {block_pages} pages");
         }
-        assert_eq!([0, 1, 3, 15, 16, 17, u64::MAX].map(fit_block_pages), [1, 1, 2, 8, 16, 16, 16]);
+        assert_eq!([0, 1, 2, 4, 8, 12, 16, 17, 32, u64::MAX].map(fit_block_pages), [16, 1, 2, 4, 8, 4, 16, 1, 16, 1]);
         assert_eq!(PageRange::covering(4095, 2), PageRange { first: 0, count: 2 });
         assert_eq!(PageRange::covering(4096, 0).count, 0);
     }

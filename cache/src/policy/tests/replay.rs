@@ -50,7 +50,7 @@ fn a_slot_of_one_page_holds_one_page() {
     assert_eq!(read(&mut core, range(33, 2)), 1);
     assert_eq!(resident(&core), [31, 32, 33, 34]);
     let odd = core_of(CoreConfig { block_pages: 12, ..CoreConfig::with_slots(4) }).0;
-    assert_eq!(odd.block_pages(), 8);
+    assert_eq!(odd.block_pages(), 4);
 }
 
 #[test]
