@@ -13,10 +13,12 @@
 //! | `markov` | expert: contexts over blocks, deltas and skipped accesses |
 //! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
 //! | `burst` | expert: first-touch sets of unnamed activity, recognised by their first blocks |
+//! | `experts` | sets of experts |
 //! | `odds`, `pageset`, `wire` | calibration counts, page masks, byte encoding |
 
 pub mod access;
 mod burst;
+mod experts;
 mod ledger;
 mod markov;
 mod odds;
@@ -30,5 +32,6 @@ mod streams;
 mod wire;
 
 pub use access::{Access, BLOCK_PAGES, Candidate, Expert, Op, Outcome, PAGE_BYTES, Phase};
+pub use experts::ExpertSet;
 pub use predictor::{AccessConfig, AccessPredictor, AccessStats};
 pub use profile::{PhaseSummary, ProfileError, ProfileSummary};

@@ -11,6 +11,7 @@ mod vm;
 
 use crate::access::{Access, Candidate, Expert, MAX_PAGES, Op, Outcome, Phase};
 use crate::burst::{BurstLimits, BurstSets};
+use crate::experts::ExpertSet;
 use crate::ledger::Ledger;
 use crate::markov::MarkovTable;
 use crate::odds::{Calibration, Class};
@@ -66,6 +67,8 @@ pub struct AccessConfig {
     pub markov_contexts: usize,
     /// 64 KiB blocks whose recent touches and proposals are remembered, 48 bytes each. Default 16384 (768 KiB).
     pub recent_blocks: usize,
+    /// Experts that may propose; the others learn and keep silent. Default all.
+    pub experts: ExpertSet,
 }
 
 impl Default for AccessConfig {
@@ -84,6 +87,7 @@ impl Default for AccessConfig {
             bursts: 64,
             markov_contexts: 16_384,
             recent_blocks: 16_384,
+            experts: ExpertSet::ALL,
         }
     }
 }
@@ -268,6 +272,8 @@ impl AccessPredictor {
             }
             None => self.bursts.read(&mut vm.burst, first, pages, at_us) && vm.burst.is_trusted(),
         };
+        let set = if vm.phase.is_some() { Expert::Phase } else { Expert::Burst };
+        let known = known && self.config.experts.contains(set);
 
         let mut proposals = std::mem::take(&mut self.proposals);
         proposals.clear();
@@ -302,6 +308,9 @@ impl AccessPredictor {
     }
 
     fn raise_rest_of_block(&mut self, block: u64, request_pages: u32) {
+        if !self.config.experts.contains(Expert::Spatial) {
+            return;
+        }
         if let Some(rest) = self.ledger.rest_of_block(block, request_pages, &mut self.calibration)
             && rest.probability >= self.config.min_probability
         {
@@ -311,6 +320,9 @@ impl AccessPredictor {
 
     /// Raises a proposal. It is noted for calibration however unlikely, and handed out if likely enough.
     fn raise(&mut self, proposal: &Proposal) {
+        if !self.config.experts.contains(proposal.expert) {
+            return;
+        }
         let probability = self.calibration.probability(proposal.class, proposal.prior);
         let Some(pages) = self.clip(proposal.first, proposal.pages) else { return };
         for (block, mask) in block_masks(proposal.first, pages) {
@@ -361,11 +373,15 @@ impl AccessPredictor {
     fn propose_from_sets(&mut self, at_us: u64) {
         let (ledger, calibration, pending) = (&mut self.ledger, &mut self.calibration, &mut self.pending);
         let (floor, size_pages) = (self.config.min_probability, self.config.size_pages);
+        let experts = self.config.experts;
         for vm in self.vms.values_mut() {
             let (expert, repeat_s, phase) = match &mut vm.phase {
                 Some(active) => (Expert::Phase, PHASE_REPEAT_S, active.replay.as_mut()),
                 None => (Expert::Burst, u32::MAX, None),
             };
+            if !experts.contains(expert) {
+                continue;
+            }
             for replay in phase.into_iter().chain(vm.burst.replays()) {
                 replay.propose(at_us, floor, |extent, probability, due_us| {
                     let Some(left) = size_pages.checked_sub(extent.first) else { return };

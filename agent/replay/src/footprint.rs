@@ -135,7 +135,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_set_of_pages_is_the_oracle(
-            requests in prop::collection::vec((any::<bool>(), 0u64..400_000_000, 0u32..80_000_000, 0u8..8), 1..40),
+            requests in prop::collection::vec((any::<bool>(), 0u64..400_000_000, 0u32..3_000_000, 0u8..8), 1..60),
         ) {
             let requests: Vec<Request> = requests.into_iter().map(|(read, offset, len, kind)| Request {
                 at_us: 0,

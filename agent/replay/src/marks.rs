@@ -85,3 +85,26 @@ pub fn program_id(name: &str) -> u64 {
     name.hash(&mut hasher);
     hasher.finish()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_boots_until_it_is_done() {
+        let marks = parse("m", "70 boot-done\n# programs\n\n80 start py\n90 end py\n100 off\n").unwrap();
+        let start = |at_us, name: &str, phase| Mark { at_us, kind: MarkKind::Start { name: name.to_owned(), phase } };
+        let end = |at_us| Mark { at_us, kind: MarkKind::End };
+        let py = Phase::Program(program_id("py"));
+        assert_eq!(marks, [start(0, "boot", Phase::Boot), end(70), start(80, "py", py), end(90), end(100)]);
+        assert_ne!(program_id("py"), program_id("www"));
+    }
+
+    #[test]
+    fn what_is_no_mark_is_named() {
+        for row in ["80 start", "x boot-done", "80 begin py", "80 end py now", "60 off", "80"] {
+            let error = parse("m", &format!("70 boot-done\n{row}\n")).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("m:2: `{row}` is no mark: expected")), "{error}");
+        }
+    }
+}

@@ -4,7 +4,7 @@ use crate::marks::{Mark, MarkKind};
 use crate::prefetcher::{Outcome, Prefetcher, Wish};
 use crate::trace::{Request, TraceError};
 use prestage_cache::types::PageRange;
-use prestage_predictor::{Access, AccessConfig, AccessPredictor, Candidate, Expert, PAGE_BYTES};
+use prestage_predictor::{Access, AccessConfig, AccessPredictor, Candidate, Expert, ExpertSet, PAGE_BYTES};
 
 /// The guest of a trace.
 const VM: u64 = 1;
@@ -14,6 +14,10 @@ const PAUSE_US: u64 = 3_600_000_000;
 /// Which of the predictor's experts propose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PolicyKind {
+    /// Streams.
+    Readahead,
+    /// Contexts of blocks and distances.
+    Markov,
     /// All.
     Prestage,
 }
@@ -23,7 +27,17 @@ impl PolicyKind {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Readahead => "readahead",
+            Self::Markov => "markov",
             Self::Prestage => "prestage",
+        }
+    }
+
+    const fn experts(self) -> ExpertSet {
+        match self {
+            Self::Readahead => ExpertSet::of(&[Expert::Sequential, Expert::Backward, Expert::Stride]),
+            Self::Markov => ExpertSet::of(&[Expert::Markov, Expert::Delta]),
+            Self::Prestage => ExpertSet::ALL,
         }
     }
 }
@@ -49,6 +63,7 @@ impl Predictive {
             min_probability: defaults.min_probability.min(threshold),
             // As in the daemon: a window that exceeds half of the tier would wait in the queue instead.
             phase_window_bytes: defaults.phase_window_bytes.min(capacity_pages * PAGE_BYTES / 2),
+            experts: kind.experts(),
             ..defaults
         };
         Self { kind, predictor: AccessPredictor::new(config), threshold, shift_us: 0, candidates: Vec::new() }

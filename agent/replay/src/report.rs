@@ -88,7 +88,8 @@ pub struct PhaseReport {
     pub precision: f64,
 }
 
-/// 0 for nothing of nothing.
-pub(crate) fn ratio(part: u64, whole: u64) -> f64 {
+/// `part` of `whole`; 0 for nothing of nothing.
+#[must_use]
+pub fn ratio(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
