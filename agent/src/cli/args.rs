@@ -48,6 +48,9 @@ pub enum Command {
     /// What was learned of each storage
     #[command(subcommand)]
     Profile(ProfileCommand),
+    /// Recorded block traces
+    #[command(subcommand)]
+    Trace(super::trace::TraceCommand),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),

@@ -3,6 +3,7 @@
 //! - `args.rs`: commands and options
 //! - `render.rs`, `table.rs`: text for people
 //! - `stat.rs`: `cache stat`
+//! - `trace.rs`, `trace/`: `trace replay`, which needs no daemon
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
@@ -10,6 +11,7 @@ mod args;
 mod render;
 mod stat;
 mod table;
+mod trace;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -39,6 +41,9 @@ enum Failure {
     Client(#[from] ClientError),
     #[error("{0}")]
     Failed(String),
+    /// Options that are right one by one and not together.
+    #[error("{0}")]
+    Usage(String),
     #[error("cannot write the answer: {0}")]
     Output(#[from] io::Error),
 }
@@ -47,6 +52,7 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Client(ClientError::Unreachable { .. }) => 3,
+            Self::Usage(_) => 2,
             _ => 1,
         }
     }
@@ -128,6 +134,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Vm(command) => vm(command, &client, json, out).await,
         Command::Cache(command) => cache(command, &client, json, out).await,
         Command::Profile(command) => profile(command, &client, json, out).await,
+        Command::Trace(command) => trace::run(command, json, out).await,
         Command::Config(ConfigCommand::Check { file }) => config_check(&file, json, out),
         Command::Config(ConfigCommand::Default) => Ok(out.write_all(Config::default_toml().as_bytes())?),
         Command::Version => version(&client, json, out).await,
