@@ -42,7 +42,7 @@ const IDLE_FOR: u64 = 150;
 const DEMAND_WAITING: usize = 1 << 16;
 /// Pages that wait in the queue with their probability; beyond it those probabilities are forgotten, which costs nothing
 /// but their part in the calibration error.
-const QUEUED_PAGES: usize = 1 << 20;
+const QUEUED_PAGES: usize = 1 << 19;
 const STORAGE: StorageId = StorageId(0);
 
 /// What to replay on.

@@ -18,6 +18,8 @@ pub enum PolicyKind {
     Readahead,
     /// Contexts of blocks and distances.
     Markov,
+    /// First-touch sets of phases and bursts.
+    Sets,
     /// All.
     Prestage,
 }
@@ -29,6 +31,7 @@ impl PolicyKind {
         match self {
             Self::Readahead => "readahead",
             Self::Markov => "markov",
+            Self::Sets => "sets",
             Self::Prestage => "prestage",
         }
     }
@@ -37,6 +40,7 @@ impl PolicyKind {
         match self {
             Self::Readahead => ExpertSet::of(&[Expert::Sequential, Expert::Backward, Expert::Stride]),
             Self::Markov => ExpertSet::of(&[Expert::Markov, Expert::Delta]),
+            Self::Sets => ExpertSet::of(&[Expert::Phase, Expert::Burst]),
             Self::Prestage => ExpertSet::ALL,
         }
     }

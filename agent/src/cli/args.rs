@@ -48,9 +48,9 @@ pub enum Command {
     /// What was learned of each storage
     #[command(subcommand)]
     Profile(ProfileCommand),
-    /// Recorded block traces
+    /// Recorded requests
     #[command(subcommand)]
-    Trace(super::trace::TraceCommand),
+    Trace(TraceCommand),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -199,6 +199,13 @@ pub enum ProfileCommand {
     Remove { id: String },
     /// Write what was learned to the database now
     Save,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TraceCommand {
+    /// Run the cache policy and the predictor on recorded traces
+    #[command(long_about = super::replay::ABOUT)]
+    Replay(Box<super::replay::ReplayArgs>),
 }
 
 #[derive(Debug, Subcommand)]

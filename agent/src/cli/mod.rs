@@ -3,15 +3,15 @@
 //! - `args.rs`: commands and options
 //! - `render.rs`, `table.rs`: text for people
 //! - `stat.rs`: `cache stat`
-//! - `trace.rs`, `trace/`: `trace replay`, which needs no daemon
+//! - `replay.rs`, `replay/`: `trace replay`, which needs no daemon
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
 mod args;
 mod render;
+mod replay;
 mod stat;
 mod table;
-mod trace;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -27,7 +27,7 @@ use prestage_integration::api::types::{
 use serde::Serialize;
 use serde_json::json;
 
-use args::{CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, VmCommand};
+use args::{CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, TraceCommand, VmCommand};
 pub use args::{Cli, DEFAULT_SOCKET};
 use stat::StatArgs;
 
@@ -134,7 +134,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Vm(command) => vm(command, &client, json, out).await,
         Command::Cache(command) => cache(command, &client, json, out).await,
         Command::Profile(command) => profile(command, &client, json, out).await,
-        Command::Trace(command) => trace::run(command, json, out).await,
+        Command::Trace(TraceCommand::Replay(args)) => replay::run(*args, json, out).await,
         Command::Config(ConfigCommand::Check { file }) => config_check(&file, json, out),
         Command::Config(ConfigCommand::Default) => Ok(out.write_all(Config::default_toml().as_bytes())?),
         Command::Version => version(&client, json, out).await,

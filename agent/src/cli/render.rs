@@ -34,7 +34,7 @@ fn dash(text: Option<&str>) -> String {
     text.unwrap_or("-").to_owned()
 }
 
-fn count(number: u64, one: &str, many: &str) -> String {
+pub(super) fn count(number: u64, one: &str, many: &str) -> String {
     if number == 1 { format!("1 {one}") } else { format!("{number} {many}") }
 }
 

@@ -4,7 +4,7 @@
 //! [`BYTES_PER_US`]: demand reads queue behind demand reads, prefetches behind both, and a page still under way is
 //! waited for. The guest's requests come at the recorded times.
 
-#![allow(unreachable_pub, dead_code, reason = "shared by a test and an example")]
+#![allow(unreachable_pub, dead_code, reason = "part of a test")]
 
 use prestage_predictor::{Access, AccessPredictor, Candidate, Op};
 use std::collections::hash_map::Entry;
@@ -41,25 +41,6 @@ pub fn excerpt(text: &str) -> Vec<Event> {
         events.push(event);
     }
     events
-}
-
-/// Reads a full trace (`ts_us,op,offset,len` in bytes, with a header), and its marks (`us mark`) if there are any.
-pub fn trace(text: &str, marks: &str) -> Vec<Event> {
-    let rows = text.lines().skip(1).filter_map(|line| {
-        let fields: Vec<&str> = line.split(',').collect();
-        let (at_us, offset, len): (u64, u64, u64) =
-            (fields[0].parse().ok()?, fields[2].parse().ok()?, fields[3].parse().ok()?);
-        let (first, last) = (offset / 4096, (offset + len.checked_sub(1)?) / 4096);
-        let op = if fields[1] == "R" { Op::Read } else { Op::Write };
-        Some((at_us, Event::Access(Access { at_us, vm: 1, op, first, pages: (last - first + 1) as u32 })))
-    });
-    let marks = marks.lines().filter_map(|line| {
-        let (at_us, mark) = line.split_once(' ')?;
-        Some((at_us.parse().ok()?, Event::Mark(at_us.parse().ok()?, mark.to_owned())))
-    });
-    let mut events: Vec<(u64, Event)> = rows.chain(marks).collect();
-    events.sort_by_key(|(at_us, _)| *at_us);
-    events.into_iter().map(|(_, event)| event).collect()
 }
 
 /// What a replay found.

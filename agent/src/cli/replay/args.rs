@@ -1,26 +1,29 @@
-//! Options of `trace`.
+//! Options of `trace replay`.
 
 use crate::config::units::parse_bytes;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use prestage_cache::policy::Eviction;
 use prestage_predictor::PAGE_BYTES;
 use prestage_replay::trace::{BlktraceAction, ReadOptions, TraceFormat};
 use prestage_replay::{CacheSize, DeviceConfig, PolicyKind};
 use std::path::{Path, PathBuf};
 
-#[derive(Debug, Subcommand)]
-pub enum TraceCommand {
-    /// Run the cache policy and the predictor on recorded traces
-    #[command(
-        long_about = "Runs the policy core and the predictor that prestaged runs on recorded block traces, with a \
-        virtual clock and a model of the store, and counts what would have been hit. Needs no daemon.\n\n\
-        A trace is CSV (ts_us,op,offset,len; bytes; op R, W or D), a binary vscsi trace, what blkparse prints, or the log \
-        of nbdkit's log filter, each plain or compressed with gzip or zstd. A read hits if all its pages are cached, or on \
-        their way, when it comes.\n\n\
-        With --json a line of JSON for each trace."
-    )]
-    Replay(Box<ReplayArgs>),
-}
+pub(in crate::cli) const ABOUT: &str = "Runs the policy core and the predictor that prestaged runs on recorded block \
+traces, with a virtual clock and a model of the store, and counts what would have been hit. Needs no daemon.
+
+A trace is CSV (ts_us,op,offset,len; bytes; op R, W or D), a binary vscsi trace, what blkparse prints, or the log of \
+nbdkit's log filter, each plain or compressed with gzip or zstd. A read hits if all its pages are cached, or on their \
+way, when it comes.
+
+  HIT % PAGE %   of the reads, and of their pages
+  COVER %        of the pages that had to come from the store, those that were read ahead in time or late
+  PREC %         of the pages read ahead, those that were used
+  LATE %         of those, the ones that a read had to wait for
+  DEMAND AHEAD   read from the store because a read missed, and ahead
+  UNUSED         read ahead, and gone before anybody used it
+  ECE            expected calibration error of the probabilities, 0 is best
+
+With --json a line of JSON for each trace.";
 
 #[derive(Debug, Args)]
 pub struct ReplayArgs {

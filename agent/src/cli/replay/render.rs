@@ -2,6 +2,7 @@
 
 use super::Replayed;
 use super::args::ReplayArgs;
+use crate::cli::render::count;
 use crate::cli::table::{Align, Table};
 use crate::config::units::human_bytes;
 use prestage_predictor::PAGE_BYTES;
@@ -22,12 +23,15 @@ pub(super) fn reports(args: &ReplayArgs, replayed: &[Replayed]) -> String {
         text.push_str(&phases(report));
     }
     for Replayed { report, skipped_rows, clamped_rows } in replayed {
+        let name = short(&report.trace, NAME_WIDTH);
         if *skipped_rows > 0 {
-            text.push_str(&format!("\n{}: {skipped_rows} bad rows left out\n", short(&report.trace, 40)));
+            text.push_str(&format!("\n{name}: {} left out\n", count(*skipped_rows, "bad row", "bad rows")));
         }
         if *clamped_rows > 0 {
-            let name = short(&report.trace, 40);
-            text.push_str(&format!("\n{name}: {clamped_rows} requests earlier than the one before, put beside it\n"));
+            let requests = count(*clamped_rows, "request", "requests");
+            text.push_str(&format!(
+                "\n{name}: {requests} out of order in time, taken as simultaneous\nwith the one before\n"
+            ));
         }
     }
     text
@@ -79,7 +83,7 @@ fn costs(replayed: &[Replayed]) -> String {
         ("ECE", Align::Right),
     ];
     if timed {
-        columns.extend([("MEAN US", Align::Right), ("P50 US", Align::Right), ("P99 US", Align::Right)]);
+        columns.extend([("MEAN US", Align::Right), ("P99 US", Align::Right)]);
     }
     if measured {
         columns.push(("NS/REQ", Align::Right));
@@ -95,7 +99,7 @@ fn costs(replayed: &[Replayed]) -> String {
             report.ece.map_or("-".to_owned(), |ece| format!("{ece:.3}")),
         ];
         if let Some(latency) = report.read_latency_us {
-            row.extend([latency.mean, latency.p50, latency.p99].map(|us| format!("{us:.0}")));
+            row.extend([latency.mean, latency.p99].map(|us| format!("{us:.0}")));
         }
         row.extend(report.cost.predictor_ns_per_access.map(|ns| format!("{ns:.0}")));
         table.row(row);

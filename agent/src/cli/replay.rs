@@ -8,10 +8,10 @@ mod args;
 mod progress;
 mod render;
 
-pub(super) use args::TraceCommand;
+pub(super) use args::{ABOUT, ReplayArgs};
 
 use super::{Failure, print_json_line};
-use args::{Input, PolicyArg, ReplayArgs};
+use args::{Input, PolicyArg};
 use prestage_replay::{
     Footprint, Interrupted, Mark, Nothing, Predictive, Prefetcher, ReplayConfig, ReplayError, Report, TraceReader,
     marks, replay,
@@ -29,10 +29,9 @@ struct Replayed {
     clamped_rows: u64,
 }
 
-pub(super) async fn run(command: TraceCommand, json: bool, out: &mut impl Write) -> Result<(), Failure> {
-    let TraceCommand::Replay(args) = command;
+pub(super) async fn run(args: ReplayArgs, json: bool, out: &mut impl Write) -> Result<(), Failure> {
     args.check().map_err(Failure::Usage)?;
-    let args = Arc::new(*args);
+    let args = Arc::new(args);
     let stop = Arc::new(AtomicBool::new(false));
     let mut replayed = Vec::new();
     let mut failed = None;

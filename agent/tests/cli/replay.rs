@@ -1,0 +1,93 @@
+//! `trace replay`, which needs no daemon.
+
+use super::{Outcome, fails, run};
+use serde_json::Value;
+use std::path::Path;
+
+/// Nobody listens there.
+const NO_DAEMON: &str = "/nonexistent/prestaged.sock";
+const HEAD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/replay/tests/testdata/vm_boot1_head.csv.gz");
+
+fn replay(arguments: &[&str]) -> Outcome {
+    run(Path::new(NO_DAEMON), &[&["trace", "replay"], arguments].concat())
+}
+
+fn refused(arguments: &[&str], code: i32, expected: &str) {
+    fails(Path::new(NO_DAEMON), &[&["trace", "replay"], arguments].concat(), code, expected);
+}
+
+#[test]
+fn a_table_fits_a_terminal_and_names_what_was_mended() {
+    let outcome = replay(&[HEAD, "--cache", "20%", "--policy", "none", "--eviction", "lru"]);
+    assert_eq!((outcome.code, outcome.err.as_str()), (0, ""));
+    assert_eq!(
+        outcome.out,
+        "\
+policy none, lru, 4.0 KiB blocks, store: none, all at once
+
+TRACE                  CACHE  READS  HIT %  PAGE %  COVER %  PREC %  LATE %
+vm_boot1_head.csv.gz  23 MiB   2506    2.2     0.9        -       -       -
+
+TRACE                  DEMAND  AHEAD  UNUSED  ECE
+vm_boot1_head.csv.gz  113 MiB    0 B     0 B    -
+
+vm_boot1_head.csv.gz: 2 requests out of order in time, taken as simultaneous
+with the one before
+"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let marks = folder.path().join("marks");
+    std::fs::write(&marks, "167071382 boot-done\n169029014 start py\n").unwrap();
+    let (marks, train) = (marks.to_str().unwrap(), format!("{HEAD},{}", marks.display()));
+    let outcome = replay(&[
+        HEAD,
+        "--cache",
+        "64MiB",
+        "--block",
+        "64K",
+        "--train",
+        &train,
+        "--programs",
+        marks,
+        "--latency-us",
+        "5000",
+        "--cost",
+    ]);
+    assert_eq!((outcome.code, outcome.err.as_str()), (0, ""));
+    assert!(outcome.out.contains("from mark to mark:\nPHASE ") && outcome.out.contains("\nboot "), "{}", outcome.out);
+    assert!(outcome.out.lines().all(|line| line.chars().count() <= 80), "{}", outcome.out);
+}
+
+#[test]
+fn json_is_a_line_for_each_trace() {
+    let outcome = replay(&[HEAD, HEAD, "--cache", "0.05", "--policy", "markov", "--latency-us", "1000", "--json"]);
+    assert_eq!((outcome.code, outcome.err.as_str()), (0, ""));
+    let lines: Vec<Value> = outcome.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    assert_eq!(lines[0], lines[1]);
+    assert_eq!(lines[0]["policy"], "markov");
+    assert_eq!(lines[0]["capacity_pages"], 1469);
+    assert!(lines[0]["read_latency_us"]["p99"].is_f64() && lines[0].get("phases").is_none(), "{}", lines[0]);
+}
+
+#[test]
+fn wrong_usage_and_bad_traces_say_what_to_do() {
+    refused(&[HEAD], 2, "--cache <SIZE>");
+    refused(&[HEAD, "--cache", "0"], 2, "`0` is neither a share");
+    refused(&[HEAD, "--cache", "5%", "--block", "5K"], 2, "4K, 8K, 16K, 32K or 64K");
+    refused(&[HEAD, "--cache", "5%", "--threshold", "2"], 2, "a probability, 0 to 1");
+    refused(&[HEAD, HEAD, "--cache", "5%", "--programs", "m"], 2, "replay the traces one by one");
+    refused(&[HEAD, "--cache", "5%", "--mbps", "100"], 2, "--latency-us <N>");
+    refused(&[HEAD, "--cache", "5%", "--policy", "lstm"], 2, "prestagectl model train");
+    refused(&["/nonexistent.csv", "--cache", "5%"], 1, "/nonexistent.csv: No such file");
+    let folder = tempfile::tempdir().unwrap();
+    let bad = folder.path().join("bad.csv");
+    std::fs::write(&bad, "ts_us,op,offset,len\n1,R,0,4096\n2,R,zero,4096\n").unwrap();
+    let bad = bad.to_str().unwrap();
+    refused(&[bad, "--cache", "5%"], 1, "bad.csv:3: bad CSV row `2,R,zero,4096`: expected ts_us,op,offset,len");
+    let outcome = replay(&[bad, "--cache", "5%", "--skip-bad", "1"]);
+    assert!(outcome.code == 0 && outcome.out.ends_with("bad.csv: 1 bad row left out\n"), "{}", outcome.out);
+    // What came before the bad trace is told.
+    let outcome = replay(&[HEAD, bad, "--cache", "5%"]);
+    assert!(outcome.code == 1 && outcome.out.contains("vm_boot1_head.csv.gz"), "{}", outcome.out);
+}
