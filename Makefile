@@ -1,8 +1,10 @@
 # make run     a real guest booted straight and through prestaged, and a table of what that changed
+# make bench-predict  recorded traces through the predictor and every peer, and what the figures say
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
 #
-# Both install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
+# They install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
 #   STORE=PATH|NBD-URI   make run: slow storage of your own in place of nbdkit with 5 ms a read
+#   TRACES=DIR           make bench-predict: traces of your own in place of benches/traces
 #   PRESTAGE_CACHE       where the guest image is kept, default ~/.cache/prestage
 
 SHELL := bash
@@ -14,7 +16,7 @@ SUDO := sudo --preserve-env
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help setup build image run test check deny advisories
+.PHONY: help setup build image run bench-predict test check deny advisories
 
 help:
 	@sed -n '/^$$/q;s/^# \?//p' Makefile
@@ -32,6 +34,12 @@ image: setup
 
 run: build image
 	@$(SUDO) $(TARGET)/release/bench boots --out target/run.json $(if $(STORE),--store '$(STORE)')
+
+# Figures as JSON and a curve a trace go below the build's folder.
+bench-predict: setup
+	cargo build --locked --release -p prestage-benches
+	$(TARGET)/release/bench predict --libcachesim --json $(TARGET)/predict/run.json --svg $(TARGET)/predict \
+	  $(if $(TRACES),--traces '$(TRACES)')
 
 check: setup
 	cargo fmt --all --check

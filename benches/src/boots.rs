@@ -22,7 +22,7 @@ use prestage_tests::store::{Nbd, NbdOptions, Store};
 
 use crate::host::Host;
 use crate::progress::Progress;
-use crate::record::{Boot, BootName, Run, Sample};
+use crate::record::{Boot, BootName, Run, Sample, write_json};
 use crate::table;
 
 /// Name of the disk in prestaged.
@@ -153,7 +153,7 @@ impl Bench {
             total.read_wait_s
         ));
         record.boots.push(boot);
-        record.write(out)
+        write_json(record, out)
     }
 
     fn measure(&self, name: BootName, disk: GuestDisk, daemon: Option<&Prestaged>) -> Result<Boot> {

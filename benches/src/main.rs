@@ -1,23 +1,30 @@
-//! Measures Prestage with real guests, beside what it is to be better than.
+//! Measures Prestage with real guests and on recorded traces, beside what it is to be better than.
 //!
 //! - [`boots`]: `bench boots`, a guest booted straight, unlearned, learned and warm
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
+//! - [`adversary`]: traces made to be foreseen wrongly
+//! - [`predict`]: `bench predict`, recorded traces through the predictor beside every [peer](peers)
 //! - [`progress`]: what is shown meanwhile
+//! - [`trace`]: recorded traces in memory
 //! - [`table`]: what is printed at the end
 
+mod adversary;
 mod boots;
 mod host;
+mod peers;
+mod predict;
 mod progress;
 mod record;
 mod table;
+mod trace;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "bench", about = "Measures Prestage with real guests")]
+#[command(name = "bench", about = "Measures Prestage beside what it is to be better than")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -27,11 +34,16 @@ struct Cli {
 enum Command {
     /// Boot a guest straight from a slow store, then through prestaged: unlearned, learned, warm
     Boots(boots::Options),
+    /// Replay recorded traces through the predictor and every peer: hits, precision, latency, cost
+    Predict(predict::Options),
 }
 
 fn main() -> ExitCode {
-    let Command::Boots(options) = Cli::parse().command;
-    match boots::run(&options) {
+    let result = match Cli::parse().command {
+        Command::Boots(options) => boots::run(&options),
+        Command::Predict(options) => predict::run(&options),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // what fails because Ctrl-C takes its ground away is no news

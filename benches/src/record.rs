@@ -22,20 +22,20 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Writes the file anew after each boot, by renaming, so that an interrupted run leaves what it has measured.
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self)?;
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        }
-        let half = path.with_extension("json.tmp");
-        std::fs::write(&half, text + "\n").with_context(|| format!("cannot write {}", half.display()))?;
-        std::fs::rename(&half, path).with_context(|| format!("cannot write {}", path.display()))
-    }
-
     pub(crate) fn boot(&self, name: BootName) -> Option<&Boot> {
         self.boots.iter().find(|boot| boot.name == name)
     }
+}
+
+/// Writes a run's file anew, by renaming, so that an interrupted run leaves what it had measured before.
+pub(crate) fn write_json(run: &impl Serialize, path: &Path) -> Result<()> {
+    let text = serde_json::to_string_pretty(run)?;
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    let half = path.with_extension("json.tmp");
+    std::fs::write(&half, text + "\n").with_context(|| format!("cannot write {}", half.display()))?;
+    std::fs::rename(&half, path).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The four ways to boot.

@@ -1,0 +1,197 @@
+//! This project's policies on a trace: the production policy core and predictor in the replay driver.
+
+use anyhow::{Context, Result};
+use prestage_cache::policy::Eviction;
+use prestage_predictor::{Op, PAGE_BYTES};
+use prestage_replay::{DeviceConfig, Mark, Nothing, PolicyKind, Predictive, Prefetcher, ReplayConfig, Report};
+
+use super::row::{By, Row};
+use crate::peers::{Latency, MEGABYTES_PER_S};
+use crate::trace::{Request, Trace};
+
+/// What the daemon acts on if nobody sets `prefetch.threshold`.
+pub(super) const DEFAULT_THRESHOLD: f64 = 0.5;
+
+/// The policies, by what they may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Policy {
+    /// The policy core's eviction alone.
+    None,
+    /// Streams.
+    Readahead,
+    /// Markov contexts.
+    Markov,
+    /// First-touch sets of phases and bursts.
+    Sets,
+    /// Candidates ranked by the LSTM alone.
+    Lstm,
+    /// Everything but the LSTM.
+    WithoutLstm,
+    /// Everything.
+    Prestage,
+}
+
+impl Policy {
+    pub(super) const EVERY: [Self; 7] =
+        [Self::None, Self::Readahead, Self::Markov, Self::Sets, Self::Lstm, Self::WithoutLstm, Self::Prestage];
+    /// Those of the tables.
+    pub(super) const ALL: [Self; 5] = [Self::None, Self::Readahead, Self::Markov, Self::Lstm, Self::Prestage];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Readahead => "readahead",
+            Self::Markov => "markov",
+            Self::Sets => "sets",
+            Self::Lstm => "lstm",
+            Self::WithoutLstm => "all but lstm",
+            Self::Prestage => "prestage",
+        }
+    }
+
+    /// Why it cannot run, where it cannot.
+    pub(super) fn missing(self) -> Option<&'static str> {
+        match self {
+            Self::None | Self::Prestage => None,
+            Self::Readahead | Self::Markov | Self::Sets | Self::WithoutLstm => {
+                Some("the predictor's experts cannot be chosen yet")
+            }
+            Self::Lstm => Some("no model; prestagectl model train makes one"),
+        }
+    }
+}
+
+/// A replay: what runs, on how much.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Setup<'a> {
+    pub(super) policy: Policy,
+    /// Cache in pages.
+    pub(super) capacity: usize,
+    /// Of the store; `None`: untimed.
+    pub(super) latency_us: Option<f64>,
+    /// Least probability that is acted on.
+    pub(super) threshold: f64,
+    /// Observed before, with its marks; then the cache is empty and the trace starts with its own marks.
+    pub(super) trained_on: Option<&'a Trace>,
+    /// Time the predictor.
+    pub(super) cost: bool,
+}
+
+impl Setup<'_> {
+    /// Defaults, untimed and untrained.
+    pub(super) fn new(policy: Policy, capacity: usize) -> Self {
+        Self { policy, capacity, latency_us: None, threshold: DEFAULT_THRESHOLD, trained_on: None, cost: false }
+    }
+
+    /// The production predictor, trained as asked for; for [`Policy::None`] one that never speaks.
+    pub(super) fn prefetcher(&self) -> Result<Box<dyn Prefetcher>> {
+        if self.policy == Policy::None {
+            return Ok(Box::new(Nothing));
+        }
+        let mut predictive = Predictive::new(PolicyKind::Prestage, self.threshold as f32, self.capacity as u64);
+        if let Some(trace) = self.trained_on {
+            predictive.train(requests(trace.requests.iter().copied()), &trace.marks, |_| true)?;
+        }
+        Ok(Box::new(predictive))
+    }
+
+    /// Runs `prefetcher` over requests that end before `end_page`.
+    pub(super) fn run(
+        &self,
+        requests: impl IntoIterator<Item = Result<prestage_replay::Request, prestage_replay::TraceError>>,
+        end_page: u64,
+        marks: &[Mark],
+        prefetcher: &mut dyn Prefetcher,
+    ) -> Result<Report> {
+        let config = ReplayConfig {
+            trace: String::new(),
+            cache: 0.0,
+            threshold: Some(self.threshold),
+            capacity_pages: self.capacity as u64,
+            end_page,
+            block_pages: 1,
+            eviction: Eviction::S3Fifo,
+            device: self.latency_us.map(|latency_us| DeviceConfig { latency_us, mbps: MEGABYTES_PER_S }),
+            marks: marks.to_vec(),
+            cost: self.cost,
+        };
+        prestage_replay::replay(&config, requests, prefetcher, |_| true).context("replay")
+    }
+}
+
+/// The requests as the replay driver takes them: whole pages, times that never run backwards.
+pub(super) fn requests(
+    requests: impl IntoIterator<Item = Request>,
+) -> impl Iterator<Item = Result<prestage_replay::Request, prestage_replay::TraceError>> {
+    let mut latest_us = 0;
+    requests.into_iter().map(move |request| {
+        latest_us = request.at_us.max(latest_us);
+        Ok(prestage_replay::Request {
+            at_us: latest_us,
+            op: if request.read { Op::Read } else { Op::Write },
+            offset: request.first * PAGE_BYTES,
+            len: u32::try_from(request.pages() * PAGE_BYTES).unwrap_or(u32::MAX),
+        })
+    })
+}
+
+/// Runs a policy over a trace; `None` where it needs what there is not (see [`Policy::missing`]).
+pub(super) fn replay(trace: &Trace, setup: &Setup) -> Result<Option<Report>> {
+    if setup.policy.missing().is_some() {
+        return Ok(None);
+    }
+    let marks = if setup.trained_on.is_some() { trace.marks.as_slice() } else { &[] };
+    let mut prefetcher = setup.prefetcher()?;
+    let report = setup.run(requests(trace.requests.iter().copied()), trace.last_page + 1, marks, prefetcher.as_mut());
+    report.with_context(|| trace.name.clone()).map(Some)
+}
+
+/// How well the next access was foretold.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub(super) struct Foretold {
+    /// Mean of −log2 of the probability given to the block that was read next.
+    pub(super) bits_per_access: f64,
+    /// Share of the accesses whose block was the first guess.
+    pub(super) top1: f64,
+}
+
+/// What the setup's predictor foretells of each access of a trace; `None`: it names candidates, and no probability for
+/// every block that may come.
+pub(super) fn foretell(_trace: &Trace, _setup: &Setup) -> Option<Foretold> {
+    None
+}
+
+impl Row {
+    /// A row of a replay with a cache of `share` of the trace's pages.
+    pub(super) fn ours(trace: &Trace, share: f64, setup: &Setup, report: &Report) -> Self {
+        let count = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+        let latency = report.read_latency_us.map(|times| Latency { mean: times.mean, p50: times.p50, p99: times.p99 });
+        Self {
+            trace: trace.name.clone(),
+            policy: setup.policy.name().to_owned(),
+            by: By::Prestage,
+            cache: share,
+            capacity_pages: count(report.capacity_pages),
+            requests: count(report.requests),
+            reads: report.reads,
+            read_hits: report.read_hits,
+            read_hit_ratio: report.read_hit_ratio,
+            page_hit_ratio: report.page_hit_ratio,
+            demand_pages: report.demand_pages,
+            prefetched_pages: report.prefetched_pages,
+            useful_pages: report.useful_pages,
+            late_pages: report.late_pages,
+            evicted_unused: report.evicted_unused,
+            precision: report.precision,
+            read_latency_us: latency,
+            latency_us: setup.latency_us,
+            threshold: (setup.policy != Policy::None).then_some(setup.threshold),
+            coverage: report.coverage,
+            timeliness: latency.filter(|_| report.useful_pages > 0).map(|_| report.timeliness),
+            store_pages: report.cost.store_pages,
+            ece: report.ece,
+            brier: report.brier,
+            ns_per_access: report.cost.predictor_ns_per_access,
+        }
+    }
+}
