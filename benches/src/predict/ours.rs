@@ -49,15 +49,22 @@ impl Policy {
         }
     }
 
+    /// What proposes in it; `Err` says why it cannot run, `None` that nothing does.
+    fn kind(self) -> Result<Option<PolicyKind>, &'static str> {
+        match self {
+            Self::None => Ok(None),
+            Self::Readahead => Ok(Some(PolicyKind::Readahead)),
+            Self::Markov => Ok(Some(PolicyKind::Markov)),
+            Self::Sets => Ok(Some(PolicyKind::Sets)),
+            Self::Lstm => Err("no model; prestagectl model train makes one"),
+            Self::WithoutLstm => Err("the predictor has no LSTM to leave out"),
+            Self::Prestage => Ok(Some(PolicyKind::Prestage)),
+        }
+    }
+
     /// Why it cannot run, where it cannot.
     pub(super) fn missing(self) -> Option<&'static str> {
-        match self {
-            Self::None | Self::Prestage => None,
-            Self::Readahead | Self::Markov | Self::Sets | Self::WithoutLstm => {
-                Some("the predictor's experts cannot be chosen yet")
-            }
-            Self::Lstm => Some("no model; prestagectl model train makes one"),
-        }
+        self.kind().err()
     }
 }
 
@@ -85,10 +92,8 @@ impl Setup<'_> {
 
     /// The production predictor, trained as asked for; for [`Policy::None`] one that never speaks.
     pub(super) fn prefetcher(&self) -> Result<Box<dyn Prefetcher>> {
-        if self.policy == Policy::None {
-            return Ok(Box::new(Nothing));
-        }
-        let mut predictive = Predictive::new(PolicyKind::Prestage, self.threshold as f32, self.capacity as u64);
+        let Some(kind) = self.policy.kind().map_err(anyhow::Error::msg)? else { return Ok(Box::new(Nothing)) };
+        let mut predictive = Predictive::new(kind, self.threshold as f32, self.capacity as u64);
         if let Some(trace) = self.trained_on {
             predictive.train(requests(trace.requests.iter().copied()), &trace.marks, |_| true)?;
         }
