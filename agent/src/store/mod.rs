@@ -3,7 +3,8 @@
 //! - `schema.rs`: tables and migrations
 //! - `writer.rs`: the one thread that writes, and the bounded queue before it
 //! - `records.rs`: what goes in and comes out, by table
-//! - `segment.rs`: accesses as compressed columns
+//! - `history/`: accesses: ingest, retention, and the questions they answer
+//! - `segment/`: accesses as compressed columns
 //!
 //! Guests never wait for this: writes are queued, a full queue or a full disk loses history and says so in [`Store::condition`], and the
 //! data path does not know the database exists. Reads use a connection of their own, which writers do not block. Reads and
@@ -11,6 +12,7 @@
 //!
 //! What a crash leaves: commits are synced (`synchronous = FULL`) and atomic, so each queued write is there whole or not at all, in order.
 
+mod history;
 mod records;
 mod schema;
 pub mod segment;
@@ -27,7 +29,11 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-pub use records::{Accesses, DiskRow, History, OutcomeRow, ProfileRow, Retention, SegmentRow};
+pub use history::{
+    Accesses, BLOCK_PAGES, Extent, HistoryStatus, HotBlock, HotHour, Near, NearLimit, Retention, RunReads, RunRow,
+    RunsOf, SegmentRow,
+};
+pub use records::{DiskRow, OutcomeRow, ProfileRow};
 pub use writer::Pending;
 use writer::Writer;
 
@@ -121,6 +127,9 @@ pub struct Store {
 struct Inner {
     path: PathBuf,
     reader: Mutex<Connection>,
+    /// Idle connections for questions about history, which may take longer than others can wait for.
+    history: Mutex<Vec<Connection>>,
+    busy_timeout: Duration,
     writer: Writer,
 }
 
@@ -170,7 +179,14 @@ impl Store {
                 .map_err(failed)?;
         reader.busy_timeout(options.busy_timeout).map_err(failed)?;
         let writer = Writer::start(connection, path.to_owned(), options)?;
-        Ok(Self { inner: Arc::new(Inner { path: path.to_owned(), reader: Mutex::new(reader), writer }) })
+        let inner = Inner {
+            path: path.to_owned(),
+            reader: Mutex::new(reader),
+            history: Mutex::default(),
+            busy_timeout: options.busy_timeout,
+            writer,
+        };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// How the database fares.

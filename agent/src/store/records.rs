@@ -1,11 +1,8 @@
-//! What goes into the database and comes out, by table: profiles, accesses, outcomes, disks, retention.
-
-use std::time::Duration;
+//! What goes into the database and comes out, by table: profiles, outcomes, disks. Accesses are in `history/`.
 
 use prestage_integration::api::Counters;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 
-use super::segment::{self, AccessRecord};
 use super::writer::Pending;
 use super::{Store, StoreError};
 
@@ -19,33 +16,6 @@ pub struct ProfileRow {
     pub saved_unix_ms: u64,
     /// Runs it was learned from.
     pub runs: u64,
-    pub size_bytes: u64,
-}
-
-/// Accesses of one stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Accesses {
-    /// Identity of the storage.
-    pub storage: String,
-    /// Machine, or empty.
-    pub vm: String,
-    /// Program or phase, such as `boot`, or empty.
-    pub program: String,
-    /// 1 to 65,536 of them.
-    pub records: Vec<AccessRecord>,
-}
-
-/// One segment of history, without its accesses.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SegmentRow {
-    pub id: i64,
-    pub storage: String,
-    pub vm: String,
-    pub program: String,
-    /// Earliest and latest access, Unix µs.
-    pub from_us: u64,
-    pub to_us: u64,
-    pub accesses: u64,
     pub size_bytes: u64,
 }
 
@@ -75,34 +45,16 @@ pub struct DiskRow {
     pub added_unix_ms: u64,
 }
 
-/// How much history to keep.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Retention {
-    pub age: Duration,
-    /// Of segments as stored.
-    pub bytes: u64,
-}
-
-/// How much history there is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct History {
-    pub segments: u64,
-    pub size_bytes: u64,
-}
-
-/// Outcomes are kept for a year and a month whatever the history's age: a few thousand rows a disk, to compare with last year's.
-const OUTCOME_HOURS: u64 = 24 * 400;
-
 /// SQLite's integers are signed; nothing counted here gets near the end of them.
-fn int(value: u64) -> i64 {
+pub(super) fn int(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
+pub(super) fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
     Ok(u64::try_from(row.get::<_, i64>(column)?).unwrap_or(0))
 }
 
-fn storage_id(connection: &Connection, identity: &str) -> rusqlite::Result<i64> {
+pub(super) fn storage_id(connection: &Connection, identity: &str) -> rusqlite::Result<i64> {
     let known =
         connection.prepare("SELECT id FROM storages WHERE identity = ?")?.query_row([identity], |row| row.get(0));
     match known.optional()? {
@@ -167,66 +119,6 @@ impl Store {
                 _ => Ok(()),
             }
         })
-    }
-
-    /// Adds a segment of history; encoded on the writer's thread. Errors: `Segment` unless there are 1 to 65,536 accesses within range.
-    pub fn append_accesses(&self, accesses: Accesses) -> Pending {
-        let size = (accesses.records.len() * size_of::<AccessRecord>()) as u64;
-        let mut encoded: Option<Vec<u8>> = None;
-        self.inner.writer.submit(size, false, move |connection| {
-            let Accesses { storage, vm, program, records } = &accesses;
-            let data = match &encoded {
-                Some(data) => data,
-                None => encoded.insert(segment::encode(records).map_err(StoreError::from)?),
-            };
-            let (from_us, to_us) =
-                records.iter().fold((u64::MAX, 0), |(from, to), access| (from.min(access.at_us), to.max(access.at_us)));
-            let id = storage_id(connection, storage)?;
-            let mut statement = connection.prepare(
-                "INSERT INTO segments (storage_id, vm, program, from_us, to_us, accesses, size_bytes, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            )?;
-            statement.execute(params![id, vm, program, int(from_us), int(to_us), int(records.len() as u64), int(data.len() as u64), data])?;
-            Ok(())
-        })
-    }
-
-    /// Segments of a storage (and machine, when given) that touch `from_us..=to_us`, in time order.
-    pub fn segments(
-        &self,
-        storage: &str,
-        vm: Option<&str>,
-        from_us: u64,
-        to_us: u64,
-    ) -> Result<Vec<SegmentRow>, StoreError> {
-        self.read("read history from", |connection| {
-            let sql = "SELECT segments.id, identity, vm, program, from_us, to_us, accesses, size_bytes FROM segments
-                JOIN storages ON storages.id = storage_id
-                WHERE identity = ?1 AND (?2 IS NULL OR vm = ?2) AND from_us <= ?4 AND to_us >= ?3 ORDER BY from_us, segments.id";
-            let row = |row: &Row<'_>| {
-                Ok(SegmentRow {
-                    id: row.get(0)?,
-                    storage: row.get(1)?,
-                    vm: row.get(2)?,
-                    program: row.get(3)?,
-                    from_us: unsigned(row, 4)?,
-                    to_us: unsigned(row, 5)?,
-                    accesses: unsigned(row, 6)?,
-                    size_bytes: unsigned(row, 7)?,
-                })
-            };
-            connection.prepare(sql)?.query_map(params![storage, vm, int(from_us), int(to_us)], row)?.collect()
-        })
-    }
-
-    /// Accesses of a segment. Errors: `NotFound` (retention may have taken it), `Segment` when damaged.
-    pub fn segment(&self, id: i64) -> Result<Vec<AccessRecord>, StoreError> {
-        let data: Option<Vec<u8>> = self.read("read history from", |connection| {
-            connection.prepare("SELECT data FROM segments WHERE id = ?")?.query_row([id], |row| row.get(0)).optional()
-        })?;
-        match data {
-            Some(data) => Ok(segment::decode(&data)?),
-            None => Err(StoreError::NotFound { what: "segment", name: id.to_string() }),
-        }
     }
 
     /// Adds counters to a disk's hour.
@@ -321,33 +213,6 @@ impl Store {
                 })
             };
             connection.prepare(sql)?.query_map([], row)?.collect()
-        })
-    }
-
-    /// Removes history older than `retention.age` and, oldest first, what exceeds `retention.bytes`; gives the space back.
-    pub fn retain(&self, retention: Retention, now_unix_ms: u64) -> Pending {
-        let age_us = u64::try_from(retention.age.as_micros()).unwrap_or(u64::MAX);
-        let oldest_us = now_unix_ms.saturating_mul(1000).saturating_sub(age_us);
-        let oldest_hour = (now_unix_ms / 3_600_000).saturating_sub(OUTCOME_HOURS);
-        self.inner.writer.submit(0, true, move |connection| {
-            connection.execute("DELETE FROM outcomes WHERE hour < ?", [int(oldest_hour)])?;
-            connection.execute("DELETE FROM segments WHERE to_us < ?", [int(oldest_us)])?;
-            // Sums from the newest on; what is beyond the limit goes.
-            connection.execute(
-                "DELETE FROM segments WHERE id IN (SELECT id FROM (
-                    SELECT id, sum(size_bytes) OVER (ORDER BY to_us DESC, id DESC) AS newer FROM segments) WHERE newer > ?)",
-                [int(retention.bytes)],
-            )?;
-            Ok(())
-        })
-    }
-
-    /// History kept: segments and their bytes.
-    pub fn history(&self) -> Result<History, StoreError> {
-        self.read("read history from", |connection| {
-            connection.query_row("SELECT count(*), ifnull(sum(size_bytes), 0) FROM segments", [], |row| {
-                Ok(History { segments: unsigned(row, 0)?, size_bytes: unsigned(row, 1)? })
-            })
         })
     }
 }

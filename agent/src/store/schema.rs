@@ -12,7 +12,7 @@ use super::{StoreError, refused};
 /// "PRST", so that another program's database is not taken for ours.
 pub(super) const APPLICATION_ID: i64 = 0x5052_5354;
 
-const MIGRATIONS: &[&str] = &[V1];
+const MIGRATIONS: &[&str] = &[V1, V2];
 
 /// Version this program writes.
 pub(super) const VERSION: i64 = MIGRATIONS.len() as i64;
@@ -69,6 +69,54 @@ CREATE TABLE disks (
     serial TEXT,
     added_unix_ms INTEGER NOT NULL
 ) WITHOUT ROWID;
+";
+
+/// History that is asked: runs, an index by block, roll-ups by hour. Segments of before are taken into it by the writer, one by one.
+const V2: &str = "
+-- Executions of a phase: a boot, or a program. Open while it runs.
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY,
+    storage_id INTEGER NOT NULL REFERENCES storages(id),
+    vm TEXT NOT NULL,
+    program TEXT NOT NULL,
+    started_us INTEGER NOT NULL,
+    ended_us INTEGER
+);
+CREATE INDEX runs_by_storage ON runs(storage_id, started_us);
+CREATE INDEX runs_by_program ON runs(storage_id, program, started_us);
+CREATE INDEX runs_by_vm ON runs(vm, started_us);
+-- Segments whose touches are in the index: in which group, and when each of their chunks was (history/index.rs, history/ingest.rs).
+CREATE TABLE chunks (
+    segment_id INTEGER PRIMARY KEY,
+    group_id INTEGER NOT NULL REFERENCES groups(id),
+    times BLOB NOT NULL
+);
+CREATE INDEX chunks_by_group ON chunks(group_id);
+-- Which segments read a block: rows of about a thousand touches (history/index.rs), in groups of one segment or of many.
+CREATE TABLE groups (
+    id INTEGER PRIMARY KEY,
+    storage_id INTEGER NOT NULL REFERENCES storages(id),
+    segments INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL
+);
+CREATE INDEX groups_by_storage ON groups(storage_id, segments);
+CREATE TABLE touches (
+    group_id INTEGER NOT NULL,
+    first_block INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (group_id, first_block)
+) WITHOUT ROWID;
+-- Hottest blocks of an hour since the Unix epoch (history/hours.rs).
+CREATE TABLE hours (
+    storage_id INTEGER NOT NULL REFERENCES storages(id),
+    hour INTEGER NOT NULL,
+    reads INTEGER NOT NULL,
+    error INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (storage_id, hour)
+) WITHOUT ROWID;
+DROP INDEX segments_by_age;
+CREATE INDEX segments_by_age ON segments(to_us, size_bytes, accesses);
 ";
 
 /// Brings the database to [`VERSION`]. Errors: `Newer`, `Foreign`, `Damaged`, or what SQLite says.

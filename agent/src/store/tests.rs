@@ -202,20 +202,23 @@ fn retention_takes_the_oldest_and_gives_the_space_back() {
     }
     let old_hour = MS / 3_600_000 - 24 * 500;
     store.add_outcome(old_hour, "d", Counters::default()).wait().unwrap();
-    let before = store.history().unwrap();
+    let before = store.history(MS * 1000).unwrap();
     assert_eq!(before.segments, 40);
     let keep = Retention { age: Duration::from_secs(3600 * 30), bytes: u64::MAX };
     store.retain(keep, MS).wait().unwrap();
     // The thirtieth began 30 h ago and ended a little later.
-    assert_eq!(store.history().unwrap().segments, 30);
+    assert_eq!(store.history(MS * 1000).unwrap().segments, 30);
     assert!(store.outcomes(None, 0, u64::MAX).unwrap().is_empty());
-    let newest = store.segments("s", None, now_us - 5 * hour_us, u64::MAX).unwrap();
-    let bytes = newest.iter().map(|row| row.size_bytes).sum();
+    let all = store.segments("s", None, 0, u64::MAX).unwrap();
+    let bytes = store.history(now_us).unwrap().size_bytes() / 6;
     store.retain(Retention { bytes, ..keep }, MS).wait().unwrap();
-    assert_eq!(store.segments("s", None, 0, u64::MAX).unwrap(), newest);
+    let newest = store.segments("s", None, 0, u64::MAX).unwrap();
+    assert_eq!(newest, all[all.len() - newest.len()..]);
+    assert!((3..=5).contains(&newest.len()), "{} of 30", newest.len());
+    assert!(store.history(now_us).unwrap().size_bytes() <= bytes);
     assert!(store.close(LONG));
     let size = std::fs::metadata(&path).unwrap().len();
-    assert!(size < before.size_bytes / 2, "{size} bytes on disk for {bytes} of history, {} before", before.size_bytes);
+    assert!(size < before.data_bytes / 2, "{size} bytes on disk for {bytes} of history, {} before", before.data_bytes);
 }
 
 #[test]
@@ -227,9 +230,9 @@ fn other_files_are_refused_with_what_to_do() {
     raw.pragma_update(None, "user_version", 99).unwrap();
     drop(raw);
     let error = Store::open(&path).unwrap_err();
-    assert_eq!(error, StoreError::Newer { path: path.clone(), found: 99, known: 1 });
+    assert_eq!(error, StoreError::Newer { path: path.clone(), found: 99, known: 2 });
     assert!(
-        error.to_string().contains("is of version 99, this prestaged knows up to 1; install the newer prestaged"),
+        error.to_string().contains("is of version 99, this prestaged knows up to 2; install the newer prestaged"),
         "{error}"
     );
 
@@ -317,11 +320,10 @@ fn kill_9_in_mid_write_loses_nothing_acknowledged() {
         assert!(row.runs + 1 >= acknowledged);
         assert_eq!(data, vec![row.runs as u8; 20_000 + row.runs as usize % 5000]);
         let segments = store.segments("s", None, 0, u64::MAX).unwrap();
-        assert!(segments.len() as u64 >= already + acknowledged);
-        for row in &segments {
-            assert_eq!(store.segment(row.id).unwrap().len(), 3000);
-        }
-        already = segments.len() as u64;
+        let accesses: usize = segments.iter().map(|row| store.segment(row.id).unwrap().len()).sum();
+        assert_eq!(accesses % 3000, 0);
+        assert!(accesses as u64 / 3000 >= already + acknowledged);
+        already = accesses as u64 / 3000;
         assert!(store.close(LONG));
     }
 }

@@ -18,6 +18,7 @@ use rusqlite::Connection;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::history::upgrade;
 use super::{StoreError, StoreOptions, refused};
 
 /// Writes of one transaction: what one sync of the disk is shared by.
@@ -193,8 +194,18 @@ struct Thread {
 impl Thread {
     fn run(mut self, jobs: &Receiver<Message>) {
         let mut open = true;
+        // Segments of the version before up to this one are in the index; `None`: all are.
+        let mut upgraded = Some(0);
         while open {
-            let Ok(Message::Job(first)) = jobs.recv() else { break };
+            let first = match (jobs.try_recv(), upgraded) {
+                (Err(TryRecvError::Empty), Some(after)) => {
+                    upgraded = self.upgrade(after);
+                    continue;
+                }
+                (Err(TryRecvError::Empty), None) => jobs.recv().ok(),
+                (first, _) => first.ok(),
+            };
+            let Some(Message::Job(first)) = first else { break };
             let mut batch = vec![first];
             while batch.len() < BATCH {
                 match jobs.try_recv() {
@@ -211,6 +222,23 @@ impl Thread {
         // Leaves one file behind, not three, and says so early if the disk is full.
         if let Err(error) = self.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
             warn!(path = %self.path.display(), %error, "the database's log could not be folded in; that happens at the next start");
+        }
+    }
+
+    /// Takes one segment of the version before into the index, while nobody waits. Returns where to go on.
+    fn upgrade(&mut self, after: i64) -> Option<i64> {
+        let mut step = || -> Result<Option<i64>, WorkError> {
+            let transaction = self.connection.transaction()?;
+            let next = upgrade(&transaction, after)?;
+            transaction.commit()?;
+            Ok(next)
+        };
+        match step() {
+            Ok(next) => next,
+            Err(error) => {
+                warn!(path = %self.path.display(), ?error, "history of the version before is not indexed; that goes on at the next start");
+                None
+            }
         }
     }
 
