@@ -216,6 +216,12 @@ impl AccessPredictor {
         }
     }
 
+    /// The phase that a VM is in, and since when.
+    #[must_use]
+    pub fn running_phase(&self, vm: u64) -> Option<(Phase, u64)> {
+        self.vms.get(&vm)?.running_phase()
+    }
+
     /// A VM is gone: its phase or burst is learned, its state dropped.
     pub fn vm_forget(&mut self, vm: u64) {
         self.phase_end(vm, 0);

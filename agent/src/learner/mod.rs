@@ -4,9 +4,9 @@
 //! - [`LearnerHandle`]: messages to the thread, from anywhere
 //! - `run.rs`: the thread's loop
 //! - `model.rs`: one storage's predictor and the life of its disks (which start is a boot)
-//! - `history.rs`: accesses on their way to the database
+//! - [`history`]: accesses and runs on their way to the database
 
-mod history;
+pub mod history;
 mod model;
 pub(crate) mod run;
 

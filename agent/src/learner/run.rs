@@ -49,6 +49,7 @@ impl Learner {
         counters: Arc<LearnerCounters>,
     ) -> Learner {
         let now = cache.now();
+        drop(store.cut_runs());
         Learner {
             history: HistoryBuffer::new(now),
             cache,
@@ -77,6 +78,7 @@ impl Learner {
             let taken = self.observe();
             let now = self.cache.now();
             let decide_at = self.models.values_mut().filter_map(|model| model.decide(now)).min();
+            self.runs(now);
             self.outcomes();
             self.predict(now);
             self.housekeeping(now);
@@ -112,6 +114,18 @@ impl Learner {
         }
         self.counters.accesses.fetch_add(taken as u64, Ordering::Relaxed);
         taken
+    }
+
+    /// Keeps which phase each disk's machine is in.
+    fn runs(&mut self, now: Duration) {
+        if !self.settings.history {
+            return;
+        }
+        for (disk, storage) in &self.disks {
+            let phase = self.models.get(storage).and_then(|model| model.predictor.running_phase(u64::from(*disk)));
+            let phase = phase.map(|(phase, since_us)| (phase, Duration::from_micros(since_us)));
+            self.history.phase(*disk, phase, now, &self.store);
+        }
     }
 
     /// Tells the predictors what became of their proposals.
@@ -172,7 +186,7 @@ impl Learner {
                 self.disks.insert(disk, storage);
             }
             Message::RemoveDisk { disk } => {
-                self.history.remove(disk, &self.store);
+                self.history.remove(disk, self.cache.now(), &self.store);
                 if let Some(model) = self.disks.remove(&disk).and_then(|id| self.models.get_mut(&id)) {
                     model.remove_disk(disk);
                 }

@@ -30,8 +30,8 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 pub use history::{
-    Accesses, BLOCK_PAGES, Extent, HistoryStatus, HotBlock, HotHour, Near, NearLimit, Retention, RunReads, RunRow,
-    RunsOf, SegmentRow,
+    Accesses, BLOCK_PAGES, Extent, HistoryStatus, HotBlock, HotHour, NEAR_LIMIT, Near, NearLimit, Retention, RunReads,
+    RunRow, RunsOf, SegmentRow,
 };
 pub use records::{DiskRow, OutcomeRow, ProfileRow};
 pub use writer::Pending;

@@ -92,7 +92,7 @@ CREATE TABLE chunks (
     times BLOB NOT NULL
 );
 CREATE INDEX chunks_by_group ON chunks(group_id);
--- Which segments read a block: rows of about a thousand touches (history/index.rs), in groups of one segment or of many.
+-- Which segments read a block: rows of some 500 touches (history/index.rs), in groups of one segment or of many.
 CREATE TABLE groups (
     id INTEGER PRIMARY KEY,
     storage_id INTEGER NOT NULL REFERENCES storages(id),

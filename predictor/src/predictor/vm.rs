@@ -45,6 +45,10 @@ impl Vm {
         })
     }
 
+    pub(super) fn running_phase(&self) -> Option<(Phase, u64)> {
+        self.phase.as_ref().map(|active| (active.phase, active.recording.start_us()))
+    }
+
     pub(super) fn memory_bytes(&self) -> usize {
         let phase = self.phase.as_ref().map_or(0, |active| {
             active.recording.memory_bytes() + active.replay.as_ref().map_or(0, Replay::memory_bytes)

@@ -2,7 +2,7 @@
 //!
 //! A *touch* says that a segment read a block: in which of its chunks and how often. Touches of a new segment are a group of their own;
 //! 64 such groups of a storage are merged into one, so that a block of 100 million accesses is looked up in some 90 places rather than
-//! 1,500, and each touch is written twice at most. A group is cut into rows of about a thousand touches, ordered by block.
+//! 1,500, and each touch is written twice at most. A group is cut into rows of 512 touches or a few more, ordered by block.
 //!
 //! A row is one zstd frame with a checksum, before it the lengths of its four columns of LEB128 numbers (segment.rs), each as LEB128:
 //! - block: difference to the touch before; the row's first block stands in its key
@@ -25,8 +25,8 @@ pub const BLOCK_PAGES: u64 = 16;
 /// Blocks of one read that are indexed and counted, from its first on (4 MiB): guests choose the length, and no read that a program
 /// waits for is longer.
 const READ_BLOCKS_MAX: u64 = 64;
-/// Touches of a row: half a kilobyte as a rule, and some 10 µs to decode.
-const ROW_TOUCHES: usize = 1024;
+/// Touches of a row: some 400 bytes, of which several fit a page of the database; beyond 1,000 a row would take a further page alone.
+const ROW_TOUCHES: usize = 512;
 /// Groups of one segment that are merged into one.
 pub(super) const MERGE_GROUPS: usize = 64;
 const LEVEL: i32 = 9;
@@ -120,7 +120,7 @@ impl RowDecoder {
         let mut ends = [0usize; 4];
         let mut total = 0usize;
         for end in &mut ends {
-            // A row ends at the first block beyond a thousand touches, and a block has one a segment: some thousands of ten bytes.
+            // A row ends at the first block beyond 512 touches, and a block has one a segment: some thousands of ten bytes.
             let length = usize::try_from(get(bytes, &mut at)?).ok().filter(|length| *length < 1 << 20);
             total += length.ok_or(SegmentError::Damaged("length of a column"))?;
             *end = total;

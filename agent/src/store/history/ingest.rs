@@ -1,8 +1,9 @@
 //! Accesses in; retention; segments of the version before.
 //!
 //! A disk's accesses come a segment at a time: 65,536 of them, or what a minute brought. Small segments are joined with the one before of
-//! the same stream while that is not more than twice as large, the sum fits a segment, and all lie within an hour: a row of a few hundred
-//! accesses wastes half a page of the database and an entry in each index. So an access is encoded again as often as its segment doubles.
+//! the same stream while that is at most half as large again, the sum fits a segment, and all lie within an hour: a row of a few hundred
+//! accesses wastes half a page of the database and an entry in each index. So a stream has a few small segments, and an access is encoded
+//! again only when its segment grows by two thirds.
 //!
 //! Retention removes whole segments. Runs, roll-ups and index rows go when no access of their time is left.
 
@@ -153,7 +154,7 @@ fn append(connection: &Connection, accesses: &Accesses) -> Result<(), WorkError>
             break;
         }
         let Some(tail) = tail(connection, storage, accesses, span(records))? else { break };
-        if tail.accesses + records.len() > SEGMENT_ACCESSES_MAX || tail.accesses > 2 * records.len() {
+        if tail.accesses + records.len() > SEGMENT_ACCESSES_MAX || 2 * tail.accesses > 3 * records.len() {
             break;
         }
         let Some(bytes) = data(connection, tail.segment)? else { break };

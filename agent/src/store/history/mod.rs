@@ -19,17 +19,18 @@ mod tests;
 
 use std::time::Duration;
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::blob::Blob;
+use rusqlite::{Connection, MAIN_DB, OpenFlags, OptionalExtension, Row, params};
 
 use super::records::{int, unsigned};
-use super::segment::{AccessRecord, Decoder};
+use super::segment::{AccessRecord, Decoder, Layout, SegmentError};
 use super::writer::WorkError;
 use super::{Store, StoreError, refused};
 
 pub use hot::{HotBlock, HotHour};
 pub use index::BLOCK_PAGES;
 pub(super) use ingest::upgrade;
-pub use near::{Near, NearLimit};
+pub use near::{NEAR_LIMIT, Near, NearLimit};
 pub use runs::{Extent, RunReads, RunRow, RunsOf};
 
 /// Connections for questions that are kept open between them.
@@ -219,4 +220,32 @@ fn data(connection: &Connection, segment: i64) -> rusqlite::Result<Option<Vec<u8
 
 fn decoder() -> Result<Decoder, StoreError> {
     Ok(Decoder::new()?)
+}
+
+/// A segment of which single chunks are read: its other pages are not touched.
+struct Chunks<'a> {
+    blob: Blob<'a>,
+    layout: Layout,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Chunks<'a> {
+    fn open(connection: &'a Connection, segment: i64) -> Result<Self, WorkError> {
+        let blob = connection.blob_open(MAIN_DB, "segments", "data", segment, true)?;
+        let mut head = vec![0; Layout::HEAD_BYTES_MAX.min(blob.len())];
+        blob.read_at_exact(&mut head, 0)?;
+        Ok(Self { layout: Layout::new(&head).map_err(StoreError::from)?, blob, buffer: Vec::new() })
+    }
+
+    /// Adds a chunk's accesses to `records`.
+    fn read(&mut self, index: usize, decoder: &mut Decoder, records: &mut Vec<AccessRecord>) -> Result<(), WorkError> {
+        let place = self.layout.chunk(index).map_err(StoreError::from)?;
+        // As long as the blob at most: a length that was never written cannot ask for more.
+        if place.bytes.end > self.blob.len() {
+            return Err(StoreError::from(SegmentError::Damaged("cut short")).into());
+        }
+        self.buffer.resize(place.bytes.len(), 0);
+        self.blob.read_at_exact(&mut self.buffer, place.bytes.start)?;
+        Ok(decoder.chunk(&self.buffer, place.accesses, records).map_err(StoreError::from)?)
+    }
 }

@@ -11,9 +11,9 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::index::{self, blocks_read};
 use super::ingest::decode_times;
-use super::{data, decoder, storage_number};
+use super::{Chunks, decoder, storage_number};
 use crate::store::records::unsigned;
-use crate::store::segment::{AccessRecord, Decoder, Layout, SegmentError};
+use crate::store::segment::{AccessRecord, Decoder};
 use crate::store::writer::WorkError;
 use crate::store::{Store, StoreError};
 
@@ -24,6 +24,17 @@ pub struct NearLimit {
     pub chunks: usize,
     /// No segment is begun after this.
     pub until: Option<Instant>,
+}
+
+/// Without a limit of time: the decoding of two million accesses.
+pub const NEAR_LIMIT: NearLimit = NearLimit { chunks: 512, until: None };
+
+impl NearLimit {
+    /// The same, ending at a time.
+    #[must_use]
+    pub fn until(self, until: Instant) -> Self {
+        Self { until: Some(until), ..self }
+    }
 }
 
 /// How often two blocks are read within a moment.
@@ -89,9 +100,11 @@ impl Store {
                     continue;
                 }
                 answer.chunks += chunks.len() as u64;
-                if let Err(error) = collect(connection, chunks, (a, b), &mut decoder, &mut times)? {
-                    let segment = chunks.first().map(|(_, chunk)| chunk.segment);
-                    tracing::warn!(segment, %error, "a segment of history is left out of an answer");
+                match collect(connection, chunks, (a, b), &mut decoder, &mut times) {
+                    Err(WorkError::Request(error)) => {
+                        tracing::warn!(%error, "a segment of history is left out of an answer");
+                    }
+                    collected => collected?,
                 }
             }
             answer.after_us = missing_us.map_or(0, |missing| missing.saturating_add(within_us));
@@ -183,19 +196,13 @@ fn collect(
     (a, b): (u64, u64),
     decoder: &mut Decoder,
     times: &mut [(Vec<u64>, Vec<u64>)],
-) -> Result<Result<(), SegmentError>, WorkError> {
-    let Some((_, first)) = chunks.first() else { return Ok(Ok(())) };
-    let Some(bytes) = data(connection, first.segment)? else { return Ok(Ok(())) };
-    let layout = match Layout::new(&bytes) {
-        Ok(layout) => layout,
-        Err(error) => return Ok(Err(error)),
-    };
+) -> Result<(), WorkError> {
+    let Some((_, first)) = chunks.first() else { return Ok(()) };
+    let mut segment = Chunks::open(connection, first.segment)?;
     let mut records: Vec<AccessRecord> = Vec::new();
     for (stream, chunk) in chunks {
         records.clear();
-        if let Err(error) = decoder.chunk(&layout, chunk.index, &mut records) {
-            return Ok(Err(error));
-        }
+        segment.read(chunk.index, decoder, &mut records)?;
         let Some((of_a, of_b)) = times.get_mut(*stream) else { continue };
         for access in &records {
             let Some(blocks) = blocks_read(access) else { continue };
@@ -207,7 +214,7 @@ fn collect(
             }
         }
     }
-    Ok(Ok(()))
+    Ok(())
 }
 
 /// Counts one machine's reads of A that have one of B close by.

@@ -1,13 +1,13 @@
 //! Executions of a phase, and what was read in them, in order.
 
 use rusqlite::types::Value;
-use rusqlite::{OptionalExtension, Row, params, params_from_iter};
+use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 
 use super::ingest::decode_times;
-use super::{data, decoder};
+use super::{Chunks, data, decoder};
 use crate::store::records::{int, storage_id, unsigned};
-use crate::store::segment::{AccessOp, AccessRecord, Decoder, Layout, SegmentError};
-use crate::store::writer::Pending;
+use crate::store::segment::{AccessOp, AccessRecord, Decoder};
+use crate::store::writer::{Pending, WorkError};
 use crate::store::{Store, StoreError};
 
 /// One execution of a phase.
@@ -54,17 +54,23 @@ pub struct RunReads {
 }
 
 impl Store {
-    /// A phase of a machine on a storage begins. One that is still open was cut off; it ends with the last access known of it.
+    /// Runs that a daemon left open when it was killed end with the last access that is known of them. To be called before any starts.
+    pub fn cut_runs(&self) -> Pending {
+        self.inner.writer.submit(0, false, move |connection| {
+            connection.execute(
+                "UPDATE runs SET ended_us = max(started_us, ifnull((SELECT max(to_us) FROM segments
+                    WHERE segments.storage_id = runs.storage_id AND segments.vm = runs.vm), 0)) WHERE ended_us IS NULL",
+                [],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// A phase of a machine on a storage begins.
     pub fn start_run(&self, storage: &str, vm: &str, program: &str, started_us: u64) -> Pending {
         let (storage, vm, program) = (storage.to_owned(), vm.to_owned(), program.to_owned());
         self.inner.writer.submit(0, false, move |connection| {
             let id = storage_id(connection, &storage)?;
-            connection.execute(
-                "UPDATE runs SET ended_us = max(started_us, ifnull((SELECT max(to_us) FROM segments
-                    WHERE segments.storage_id = ?1 AND segments.vm = ?2 AND to_us < ?4), 0))
-                WHERE storage_id = ?1 AND vm = ?2 AND program = ?3 AND ended_us IS NULL",
-                params![id, vm, program, int(started_us)],
-            )?;
             let sql = "INSERT INTO runs (storage_id, vm, program, started_us) VALUES (?, ?, ?, ?)";
             connection.execute(sql, params![id, vm, program, int(started_us)])?;
             Ok(())
@@ -152,16 +158,15 @@ impl Store {
             }
             parts.sort_by_key(|part| part.from_us);
             let mut collector = Collector { limit, reads: RunReads::default() };
-            let mut held: Option<(i64, Vec<u8>)> = None;
+            let mut held: Option<(i64, Chunks<'_>)> = None;
             let mut decoder = decoder()?;
             let mut waiting: Vec<AccessRecord> = Vec::new();
             for (at, part) in parts.iter().enumerate() {
-                if held.as_ref().is_none_or(|(segment, _)| *segment != part.segment) {
-                    held = data(connection, part.segment)?.map(|data| (part.segment, data));
-                }
-                let Some((_, bytes)) = &held else { continue };
-                if let Err(error) = part.read(bytes, &mut decoder, &mut waiting) {
-                    tracing::warn!(segment = part.segment, %error, "a part of a run's history is left out");
+                match part.read(connection, &mut held, &mut decoder, &mut waiting) {
+                    Err(WorkError::Request(error)) => {
+                        tracing::warn!(segment = part.segment, %error, "a part of a run's history is left out");
+                    }
+                    read => read?,
                 }
                 waiting.retain(|access| access.op == AccessOp::Read && (from_us..=to_us).contains(&access.at_us));
                 // What may still come before the next part's first waits for it.
@@ -187,14 +192,25 @@ struct Part {
 }
 
 impl Part {
-    fn read(&self, bytes: &[u8], decoder: &mut Decoder, into: &mut Vec<AccessRecord>) -> Result<(), SegmentError> {
-        match self.chunk {
-            Some(index) => decoder.chunk(&Layout::new(bytes)?, index, into),
-            None => {
-                into.append(&mut decoder.decode(bytes)?);
-                Ok(())
-            }
-        }
+    /// Adds its accesses to `into`; `held` is the segment that was read last.
+    fn read<'a>(
+        &self,
+        connection: &'a Connection,
+        held: &mut Option<(i64, Chunks<'a>)>,
+        decoder: &mut Decoder,
+        into: &mut Vec<AccessRecord>,
+    ) -> Result<(), WorkError> {
+        let Some(index) = self.chunk else {
+            let bytes = data(connection, self.segment)?.unwrap_or_default();
+            into.append(&mut decoder.decode(&bytes).map_err(StoreError::from)?);
+            return Ok(());
+        };
+        let chunks = match held.take() {
+            Some((segment, chunks)) if segment == self.segment => chunks,
+            _ => Chunks::open(connection, self.segment)?,
+        };
+        let (_, chunks) = held.insert((self.segment, chunks));
+        chunks.read(index, decoder, into)
     }
 }
 
