@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
+use super::history::HistoryCommand;
 use crate::config::units::parse_bytes;
 
 /// Where prestaged listens unless configured otherwise.
@@ -51,6 +52,9 @@ pub enum Command {
     /// Recorded requests
     #[command(subcommand)]
     Trace(TraceCommand),
+    /// What was read when
+    #[command(subcommand)]
+    History(HistoryCommand),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -219,7 +223,7 @@ pub enum ConfigCommand {
     Default,
 }
 
-fn disk_name(text: &str) -> Result<String, String> {
+pub(super) fn disk_name(text: &str) -> Result<String, String> {
     validate_name(text).map(|()| text.to_owned())
 }
 

@@ -30,7 +30,7 @@ fn with_detail(state: Health, detail: Option<&str>) -> String {
     }
 }
 
-fn dash(text: Option<&str>) -> String {
+pub(super) fn dash(text: Option<&str>) -> String {
     text.unwrap_or("-").to_owned()
 }
 
@@ -39,7 +39,7 @@ pub(super) fn count(number: u64, one: &str, many: &str) -> String {
 }
 
 /// Time since, as of `now`.
-fn ago(unix_ms: u64, now_unix_ms: u64) -> String {
+pub(super) fn ago(unix_ms: u64, now_unix_ms: u64) -> String {
     format!("{} ago", human_duration(Duration::from_millis(now_unix_ms.saturating_sub(unix_ms))))
 }
 

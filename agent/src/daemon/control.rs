@@ -6,6 +6,7 @@ use crate::learner::run::unix_ms;
 use crate::store::{DiskRow, StoreError};
 use prestage_cache::policy::PrefetchRequest;
 use prestage_cache::types::PageRange;
+use prestage_integration::api::history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use prestage_integration::api::types::{
     AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskOrigin, DropRequest,
     DropTier, Dropped, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
@@ -161,6 +162,22 @@ impl Control for Handle {
             Ok(Saved { profiles: saved.profiles, size_bytes: saved.bytes })
         })
     }
+
+    fn history(&self) -> Reply<'_, HistoryStatus> {
+        Box::pin(async { super::history::status(&self.0).await })
+    }
+
+    fn history_runs(&self, query: RunsQuery) -> Reply<'_, RunList> {
+        Box::pin(async move { super::history::runs(&self.0, query).await })
+    }
+
+    fn history_hot(&self, disk: String, query: HotQuery) -> Reply<'_, HotList> {
+        Box::pin(async move { super::history::hot(&self.0, disk, query).await })
+    }
+
+    fn history_near(&self, disk: String, query: NearQuery) -> Reply<'_, Near> {
+        Box::pin(async move { super::history::near(&self.0, disk, query).await })
+    }
 }
 
 /// When a new disk's store is to be opened.
@@ -214,7 +231,7 @@ pub(super) async fn remove_disk(daemon: &Shared, name: &str) -> Result<(), ApiEr
     Ok(())
 }
 
-fn served(daemon: &Daemon, name: &str) -> Result<prestage_cache::StorageHandle, ApiError> {
+pub(super) fn served(daemon: &Daemon, name: &str) -> Result<prestage_cache::StorageHandle, ApiError> {
     match daemon.disks.get(name)?.state {
         Ok(served) => Ok(served.storage.clone()),
         Err(reason) => Err(ApiError::new(ErrorCode::StoreFailed, format!("disk `{name}` is not served: {reason}"))),

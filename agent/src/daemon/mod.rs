@@ -2,12 +2,13 @@
 //!
 //! - [`run`]: from the configuration to a running daemon and back (`run.rs`)
 //! - `disks.rs`: disks on offer: open, export, remove, retry
-//! - `control.rs`: the API's questions and orders
+//! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `report.rs`: state as the API words it
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod control;
 mod disks;
+mod history;
 mod machines;
 mod report;
 mod run;

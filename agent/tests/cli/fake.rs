@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use prestage_integration::api::history::*;
 use prestage_integration::api::types::*;
 use prestage_integration::api::{ApiError, Control, Counters, ErrorCode, Limits, Reply, SocketOptions, bind, serve};
 
@@ -313,6 +314,69 @@ impl Control for Fake {
     fn profile_remove(&self, id: String) -> Reply<'_, ()> {
         self.note(format!("forget {id}"));
         done(Ok(()))
+    }
+
+    fn history(&self) -> Reply<'_, HistoryStatus> {
+        done(Ok(HistoryStatus {
+            enabled: true,
+            accesses: 1_000_000,
+            segments: 20,
+            runs: 3,
+            hours: 48,
+            data_bytes: 3_000_000,
+            index_bytes: 200_000,
+            hours_bytes: 10_000,
+            size_bytes: 3_210_000,
+            limit_bytes: 1 << 30,
+            limit_days: 30,
+            oldest_unix_ms: Some(1),
+            newest_unix_ms: Some(2),
+            last_hour_accesses: 7200,
+            last_hour_bytes: 21_600,
+            unindexed: 1,
+        }))
+    }
+
+    fn history_runs(&self, query: RunsQuery) -> Reply<'_, RunList> {
+        self.note(format!("{query:?}"));
+        let extent = RunExtent { at_us: 1500, offset_bytes: 1 << 30, length_bytes: 8192, reads: 2 };
+        let run = Run {
+            storage: "file:/srv/web1.raw".into(),
+            vm: "web1".into(),
+            program: "boot".into(),
+            started_unix_ms: 1_700_000_000_000,
+            ended_unix_ms: Some(1_700_000_034_000),
+            extents: vec![extent],
+            more: true,
+        };
+        done(Ok(RunList {
+            runs: vec![run.clone(), Run { ended_unix_ms: None, extents: Vec::new(), more: false, ..run }],
+        }))
+    }
+
+    fn history_hot(&self, disk: String, query: HotQuery) -> Reply<'_, HotList> {
+        self.note(format!("{query:?}"));
+        let blocks = vec![HotBlock { offset_bytes: 65536, reads: 50 }, HotBlock { offset_bytes: 1 << 40, reads: 5 }];
+        let exact = HotHour { hour_unix_ms: 1_700_002_800_000, reads: 100, error: 0, blocks };
+        let other = HotHour { hour_unix_ms: 1_699_999_200_000, error: 3, ..exact.clone() };
+        done(Ok(HotList { disk, storage: "file:/srv/web1.raw".into(), block_bytes: 65536, hours: vec![exact, other] }))
+    }
+
+    fn history_near(&self, disk: String, query: NearQuery) -> Reply<'_, Near> {
+        self.note(format!("{query:?}"));
+        let near = Near {
+            disk,
+            storage: "file:/srv/web1.raw".into(),
+            b_offset_bytes: 1 << 20,
+            within_us: query.within_us,
+            reads_a: 40,
+            reads_b: 1,
+            near: 10,
+            then: 5,
+            complete: true,
+            ..Near::default()
+        };
+        done(Ok(if query.a == 0 { near } else { Near { complete: false, after_unix_ms: Some(1), ..near } }))
     }
 
     fn profiles_save(&self) -> Reply<'_, Saved> {

@@ -469,3 +469,44 @@ fn relative_paths_are_below_the_operators_folder() {
         assert!(daemon.control.asked.lock()[0].contains(expected.to_str().unwrap()));
     }
 }
+
+#[test]
+fn history_is_told_in_tables_of_eighty_columns_and_in_json() {
+    let daemon = Daemon::start();
+    let narrow = |arguments: &[&str]| {
+        let outcome = run(&daemon.socket, arguments);
+        assert_eq!(outcome.code, 0, "{}", outcome.err);
+        assert!(outcome.out.lines().all(|line| line.chars().count() <= 80), "{}", outcome.out);
+        outcome.out
+    };
+    let status = narrow(&["history", "status"]);
+    for part in ["1000000 in 20 segments", "bytes an access:  3.21", "7200 accesses (2.0 a second)", "1 segment\n"] {
+        assert!(status.contains(part), "{part}: {status}");
+    }
+    let runs = narrow(&["history", "runs", "web1", "--program", "boot", "--last", "2"]);
+    for part in ["boot of web1, ", "took 34", "1073741824    8192      2", "more: --extents N", "still running"] {
+        assert!(runs.contains(part), "{part}: {runs}");
+    }
+    let hot = narrow(&["history", "hot", "web1-vda", "--hours", "3"]);
+    for part in ["2023-11-14 23:00          65536     50       50.0", "1099511627776    5+3", "N+M: at least N reads"] {
+        assert!(hot.contains(part), "{part}: {hot}");
+    }
+    let near = narrow(&["history", "near", "web1-vda", "0", "1MiB"]);
+    for part in ["A with B within 50ms:", "10 (25.0 % of reads of A)", "all history", "1 read\n"] {
+        assert!(near.contains(part), "{part}: {near}");
+    }
+    assert!(
+        narrow(&["history", "near", "web1-vda", "64KiB", "1MiB", "--within", "1s"])
+            .contains("only, older reads are too many")
+    );
+    let asked = daemon.control.asked.lock().clone();
+    for (asked, part) in
+        asked.iter().zip(["program: Some(\"boot\"), last: 2", "hours: 3, top: 10", "b: 1048576", "within_us: 1000000"])
+    {
+        assert!(asked.contains(part), "{part}: {asked}");
+    }
+    let outcome = run(&daemon.socket, &["history", "hot", "web1-vda", "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
+    assert_eq!(value["hours"][1]["error"], 3);
+    fails(&daemon.socket, &["history", "hot", "web1-vda", "--hours", "0"], 2, "0 is not in 1..=8784");
+}

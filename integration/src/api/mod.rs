@@ -1,6 +1,7 @@
 //! The HTTP API of prestaged: JSON over a unix socket, described by OpenAPI 3.1 at `/v1/openapi.json`.
 //!
 //! - `types.rs`, `counters.rs`: what goes over the wire
+//! - [`history`]: the same and the handlers for history
 //! - `error.rs`: problems (RFC 9457) and their codes
 //! - `routes.rs`: paths, handlers, the OpenAPI document
 //! - `server.rs`: the unix socket, peers, limits, shutdown
@@ -9,6 +10,7 @@
 
 mod counters;
 mod error;
+pub mod history;
 mod routes;
 mod server;
 #[cfg(test)]
@@ -23,6 +25,7 @@ pub use error::{ApiError, ErrorCode, Problem};
 pub use routes::{Limits, openapi, router};
 pub use server::{ApiListener, Peer, ServeError, SocketOptions, bind, serve};
 
+use history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use types::{
     AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile,
     ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
@@ -69,4 +72,12 @@ pub trait Control: Send + Sync + 'static {
     fn profile_remove(&self, id: String) -> Reply<'_, ()>;
     /// Writes what was learned to the store and returns when it is durable. Errors: `Unavailable`, `NoSpace`.
     fn profiles_save(&self) -> Reply<'_, Saved>;
+
+    fn history(&self) -> Reply<'_, HistoryStatus>;
+    /// Errors: `NotFound`.
+    fn history_runs(&self, query: RunsQuery) -> Reply<'_, RunList>;
+    /// Errors: `NotFound`, `StoreFailed` (the disk is not served).
+    fn history_hot(&self, disk: String, query: HotQuery) -> Reply<'_, HotList>;
+    /// Errors: `NotFound`, `StoreFailed`, `InvalidRequest` (beyond the disk, or one block).
+    fn history_near(&self, disk: String, query: NearQuery) -> Reply<'_, Near>;
 }

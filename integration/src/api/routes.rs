@@ -54,7 +54,7 @@ impl Default for Limits {
     }
 }
 
-type Shared = Arc<dyn Control>;
+pub(super) type Shared = Arc<dyn Control>;
 
 /// All routes with their layers, independent of the transport they are served over.
 pub fn router(control: Arc<dyn Control>, limits: Limits) -> Router {
@@ -108,6 +108,10 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(profiles))
         .routes(routes!(profile, profile_remove))
         .routes(routes!(profiles_save))
+        .routes(routes!(super::history::history))
+        .routes(routes!(super::history::history_runs))
+        .routes(routes!(super::history::history_hot))
+        .routes(routes!(super::history::history_near))
 }
 
 /// Around every request: the time limit, the path in problems, and one line of log for each change with who asked for it.
@@ -197,7 +201,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
 }
 
 /// Parts of the path, decoded.
-struct At<T>(T);
+pub(super) struct At<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for At<T> {
     type Rejection = ApiError;
@@ -211,7 +215,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for At<T> {
 }
 
 /// The query.
-struct Asked<T>(T);
+pub(super) struct Asked<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Asked<T> {
     type Rejection = ApiError;
@@ -224,7 +228,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Asked<T
     }
 }
 
-type Answer<T> = Result<Json<T>, ApiError>;
+pub(super) type Answer<T> = Result<Json<T>, ApiError>;
 
 /// Health of the daemon and of its parts.
 #[utoipa::path(get, path = "/v1/status", tag = "status",

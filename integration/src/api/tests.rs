@@ -83,6 +83,19 @@ impl Control for Fake {
     fn profile_remove(&self, _: String) -> Reply<'_, ()> {
         no()
     }
+    fn history(&self) -> Reply<'_, HistoryStatus> {
+        Box::pin(async { Ok(HistoryStatus::default()) })
+    }
+    fn history_runs(&self, query: RunsQuery) -> Reply<'_, RunList> {
+        let run = history::Run { program: format!("{query:?}"), ..Default::default() };
+        Box::pin(async { Ok(RunList { runs: vec![run] }) })
+    }
+    fn history_hot(&self, disk: String, query: HotQuery) -> Reply<'_, HotList> {
+        Box::pin(async move { Ok(HotList { disk, storage: format!("{query:?}"), ..HotList::default() }) })
+    }
+    fn history_near(&self, disk: String, query: NearQuery) -> Reply<'_, Near> {
+        Box::pin(async move { Ok(Near { disk, storage: format!("{query:?}"), ..Near::default() }) })
+    }
     /// Waits in the middle, so that a test can do something meanwhile.
     fn profiles_save(&self) -> Reply<'_, Saved> {
         Box::pin(async {
@@ -190,6 +203,10 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "post /v1/disks",
         "delete /v1/disks/{name}",
         "get /v1/disks/{name}",
+        "get /v1/history",
+        "get /v1/history/runs",
+        "get /v1/history/disks/{name}/hot",
+        "get /v1/history/disks/{name}/near",
         "get /v1/profiles",
         "post /v1/profiles/save",
         "delete /v1/profiles/{id}",
@@ -405,6 +422,34 @@ fn a_path_that_is_not_ours_is_refused_and_left_alone() {
     let grouped = SocketOptions { path: folder.path().join("g"), mode: 0o660, group: Some("no-such-group".into()) };
     let error = bind(&grouped).unwrap_err();
     assert!(error.to_string().contains("group `no-such-group` of the API socket does not exist"), "{error}");
+}
+
+#[test]
+fn history_is_asked_with_defaults_and_within_bounds() {
+    let server = Server::start(Limits::default());
+    let text = |path: &str| {
+        let (status, _, body) = server.request("GET", path, "");
+        (status, body.to_string())
+    };
+    assert_eq!(text("/v1/history").0, 200);
+    let (status, body) = text("/v1/history/runs?of=web%201");
+    assert_eq!(status, 200);
+    assert!(body.contains("last: 20, extents: 1000") && body.contains("web 1"), "{body}");
+    assert!(text("/v1/history/disks/d/hot").1.contains("hours: 24, top: 10"));
+    assert!(text("/v1/history/disks/d/near?a=0&b=65536").1.contains("within_us: 50000"));
+    for (path, why) in [
+        ("/v1/history/runs", "missing field `of`"),
+        ("/v1/history/runs?of=a&last=0", "`last` is 1 to 1000, not 0"),
+        ("/v1/history/runs?of=a&lats=3", "unknown field `lats`"),
+        ("/v1/history/disks/d/hot?hours=9000", "`hours` is 1 to 8784"),
+        ("/v1/history/disks/%2F/hot", "name"),
+        ("/v1/history/disks/d/near?a=0", "missing field `b`"),
+        ("/v1/history/disks/d/near?a=0&b=1&within_us=60000001", "`within_us` is 0 to 60000000"),
+    ] {
+        let (status, body) = text(path);
+        assert_eq!(status, 400, "{path}");
+        assert!(body.contains(why), "{path}: {body}");
+    }
 }
 
 #[test]
