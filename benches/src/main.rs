@@ -1,6 +1,7 @@
 //! Measures Prestage with real guests and on recorded traces, beside what it is to be better than.
 //!
 //! - [`boots`]: `bench boots`, a guest booted straight, unlearned, learned and warm
+//! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
 //! - [`adversary`]: traces made to be foreseen wrongly
@@ -11,6 +12,7 @@
 
 mod adversary;
 mod boots;
+mod history;
 mod host;
 mod peers;
 mod predict;
@@ -36,12 +38,15 @@ enum Command {
     Boots(boots::Options),
     /// Replay recorded traces through the predictor and every peer: hits, precision, latency, cost
     Predict(predict::Options),
+    /// Fill a history with recorded traces, and time what is asked of it
+    History(history::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Boots(options) => boots::run(&options),
         Command::Predict(options) => predict::run(&options),
+        Command::History(options) => history::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
