@@ -14,12 +14,14 @@
 //! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
 //! | `burst` | expert: first-touch sets of unnamed activity, recognised by their first blocks |
 //! | `experts` | sets of experts |
+//! | [`lstm`] | LSTM over ordinals: weights as bytes, inference kernels; re-ranks candidates |
 //! | `odds`, `pageset`, `wire` | calibration counts, page masks, byte encoding |
 
 pub mod access;
 mod burst;
 mod experts;
 mod ledger;
+pub mod lstm;
 mod markov;
 mod odds;
 mod pageset;
