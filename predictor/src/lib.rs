@@ -8,6 +8,8 @@
 //! | [`access`] | the words exchanged with the outside: access, candidate, outcome, phase |
 //! | [`predictor`] | the one interface: observe, predict, outcome; weighs the experts against each other |
 //! | [`profile`] | what was learned, as bytes: magic, version, checksum; and its summary |
+//! | [`drift`] | has a signal's mean moved: Page–Hinkley and ADWIN |
+//! | [`contest`] | is one model better than another on the same stream: a test that may be looked at any time |
 //! | `streams` | expert: interleaved sequential, backward and constant-stride streams |
 //! | `ledger` | what was touched and proposed lately; labels proposals; expert: rest of a touched block |
 //! | `markov` | expert: contexts over blocks, deltas and skipped accesses |
@@ -19,6 +21,8 @@
 
 pub mod access;
 mod burst;
+pub mod contest;
+pub mod drift;
 mod experts;
 mod ledger;
 pub mod lstm;
