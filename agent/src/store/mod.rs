@@ -4,6 +4,7 @@
 //! - `writer.rs`: the one thread that writes, and the bounded queue before it
 //! - `records.rs`: what goes in and comes out, by table
 //! - `history/`: accesses: ingest, retention, and the questions they answer
+//! - `models.rs`: models, their audit, thresholds
 //! - `segment/`: accesses as compressed columns
 //!
 //! Guests never wait for this: writes are queued, a full queue or a full disk loses history and says so in [`Store::condition`], and the
@@ -13,6 +14,9 @@
 //! What a crash leaves: commits are synced (`synchronous = FULL`) and atomic, so each queued write is there whole or not at all, in order.
 
 mod history;
+pub mod models;
+#[cfg(test)]
+mod models_tests;
 mod records;
 mod schema;
 pub mod segment;
@@ -64,6 +68,8 @@ pub enum StoreError {
     AlreadyExists { what: &'static str, name: String },
     #[error("there is no {what} `{name}`")]
     NotFound { what: &'static str, name: String },
+    #[error("{0}")]
+    WrongState(String),
     #[error("too many writes wait for database {path}; it is slow or its disk is")]
     QueueFull { path: PathBuf },
     #[error("the database is closed")]
@@ -83,6 +89,14 @@ fn refused(path: &Path, action: &'static str, error: rusqlite::Error) -> StoreEr
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Locked { action, path },
         _ => StoreError::Refused { action, path, detail: error.to_string() },
     }
+}
+
+fn reader(path: &Path, busy_timeout: Duration) -> Result<Connection, StoreError> {
+    let failed = |source| refused(path, "open", source);
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
+    connection.busy_timeout(busy_timeout).map_err(failed)?;
+    Ok(connection)
 }
 
 /// Bounds of the queue before the writer.
@@ -130,7 +144,7 @@ struct Inner {
     /// Idle connections for questions about history, which may take longer than others can wait for.
     history: Mutex<Vec<Connection>>,
     busy_timeout: Duration,
-    writer: Writer,
+    writer: Arc<Writer>,
 }
 
 impl Store {
@@ -174,19 +188,21 @@ impl Store {
             }
         }
 
-        let reader =
-            Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-                .map_err(failed)?;
-        reader.busy_timeout(options.busy_timeout).map_err(failed)?;
-        let writer = Writer::start(connection, path.to_owned(), options)?;
-        let inner = Inner {
-            path: path.to_owned(),
-            reader: Mutex::new(reader),
-            history: Mutex::default(),
-            busy_timeout: options.busy_timeout,
-            writer,
-        };
-        Ok(Self { inner: Arc::new(inner) })
+        let reader = reader(path, options.busy_timeout)?;
+        let writer = Arc::new(Writer::start(connection, path.to_owned(), options)?);
+        Ok(Self::of(path, reader, options.busy_timeout, writer))
+    }
+
+    fn of(path: &Path, reader: Connection, busy_timeout: Duration, writer: Arc<Writer>) -> Self {
+        let (path, reader, history) = (path.to_owned(), Mutex::new(reader), Mutex::default());
+        Self { inner: Arc::new(Inner { path, reader, history, busy_timeout, writer }) }
+    }
+
+    /// The same database with connections of its own, so that a thread of idle priority that reads it holds no lock that
+    /// others wait for. Errors: what SQLite says.
+    pub fn with_own_reader(&self) -> Result<Self, StoreError> {
+        let Inner { path, busy_timeout, writer, .. } = &*self.inner;
+        Ok(Self::of(path, reader(path, *busy_timeout)?, *busy_timeout, Arc::clone(writer)))
     }
 
     /// How the database fares.

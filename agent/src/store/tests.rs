@@ -230,9 +230,12 @@ fn other_files_are_refused_with_what_to_do() {
     raw.pragma_update(None, "user_version", 99).unwrap();
     drop(raw);
     let error = Store::open(&path).unwrap_err();
-    assert_eq!(error, StoreError::Newer { path: path.clone(), found: 99, known: 2 });
+    assert_eq!(error, StoreError::Newer { path: path.clone(), found: 99, known: schema::VERSION });
     assert!(
-        error.to_string().contains("is of version 99, this prestaged knows up to 2; install the newer prestaged"),
+        error.to_string().contains(&format!(
+            "is of version 99, this prestaged knows up to {}; install the newer prestaged",
+            schema::VERSION
+        )),
         "{error}"
     );
 

@@ -270,7 +270,7 @@ impl Thread {
                     }
                 }
                 // The request's own fault, and whoever made it is told.
-                Err(StoreError::AlreadyExists { .. } | StoreError::NotFound { .. }) => {}
+                Err(StoreError::AlreadyExists { .. } | StoreError::NotFound { .. } | StoreError::WrongState(_)) => {}
                 // Lost, but not for want of a healthy database.
                 Err(StoreError::Segment(_)) => {
                     self.gauges.dropped.fetch_add(1, Ordering::Relaxed);

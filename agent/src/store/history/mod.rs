@@ -20,12 +20,12 @@ mod tests;
 use std::time::Duration;
 
 use rusqlite::blob::Blob;
-use rusqlite::{Connection, MAIN_DB, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::{Connection, MAIN_DB, OptionalExtension, Row, params};
 
 use super::records::{int, unsigned};
 use super::segment::{AccessRecord, Decoder, Layout, SegmentError};
 use super::writer::WorkError;
-use super::{Store, StoreError, refused};
+use super::{Store, StoreError, reader, refused};
 
 pub use hot::{HotBlock, HotHour};
 pub use index::BLOCK_PAGES;
@@ -110,12 +110,7 @@ impl Store {
         let idle = self.inner.history.lock().pop();
         let connection = match idle {
             Some(connection) => connection,
-            None => {
-                let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-                let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
-                connection.busy_timeout(self.inner.busy_timeout).map_err(failed)?;
-                connection
-            }
+            None => reader(path, self.inner.busy_timeout)?,
         };
         let transaction = connection.unchecked_transaction().map_err(failed)?;
         let answer = question(&transaction);
@@ -127,6 +122,15 @@ impl Store {
         answer.map_err(|error| match error {
             WorkError::Database(error) => failed(error),
             WorkError::Request(error) => error,
+        })
+    }
+
+    /// Identities of all storages ever seen.
+    pub fn storages(&self) -> Result<Vec<String>, StoreError> {
+        self.ask(|connection| {
+            let mut statement = connection.prepare("SELECT identity FROM storages ORDER BY id")?;
+            let rows = statement.query_map([], |row| row.get(0))?;
+            Ok(rows.collect::<Result<_, _>>()?)
         })
     }
 

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::index::{MERGE_GROUPS, blocks_read};
 use super::*;
+use crate::store::models::{Change, NewModel};
 use crate::store::segment::AccessOp;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -315,6 +316,14 @@ fn a_database_of_the_version_before_keeps_its_content_and_is_indexed() {
     assert_eq!(Near { chunks: 0, ..answer }, naive_near(&streams, "file:/a", (0, 1), 50_000, 0));
     assert!(answer.reads_a > 0);
     assert_eq!(store.hot("file:/a", 0, u64::MAX, 1).unwrap()[0].reads, 5300);
+    // What later versions added is there, empty and to be written.
+    assert_eq!(store.storages().unwrap(), ["file:/a", "file:/b"]);
+    assert_eq!((store.models().unwrap(), store.thresholds().unwrap()), (vec![], vec![]));
+    let new = NewModel { kind: "lstm".into(), scope: "file:/a".into(), parent: None, seed: 1 };
+    let change = Change { actor: "operator", reason: "asked".into(), at_unix_ms: 1 };
+    store.start_model(new, change).wait().unwrap();
+    store.set_threshold(None, Some(0.6)).wait().unwrap();
+    assert_eq!((store.models().unwrap().len(), store.thresholds().unwrap()), (1, vec![(None, 0.6)]));
     assert!(store.close(LONG));
 }
 
