@@ -185,6 +185,11 @@ impl AccessPredictor {
         }
     }
 
+    /// Hands out candidates from this probability on, see [`AccessConfig::min_probability`].
+    pub fn set_min_probability(&mut self, probability: f32) {
+        self.config.min_probability = probability;
+    }
+
     /// The storage has another size now.
     pub fn resize(&mut self, size_pages: u64) {
         self.config.size_pages = size_pages.min(MAX_PAGES);

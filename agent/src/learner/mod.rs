@@ -4,11 +4,15 @@
 //! - [`LearnerHandle`]: messages to the thread, from anywhere
 //! - `run.rs`: the thread's loop
 //! - `model.rs`: one storage's predictor and the life of its disks (which start is a boot)
+//! - `threshold.rs`: lowest probability by storage
 //! - [`history`]: accesses and runs on their way to the database
 
 pub mod history;
 mod model;
 pub(crate) mod run;
+mod threshold;
+
+pub use threshold::Thresholds;
 
 use crate::store::Store;
 use prestage_cache::types::StorageId;
@@ -100,6 +104,7 @@ enum Message {
     /// Proposes what the storage's boot set holds.
     Warm(StorageId, oneshot::Sender<u64>),
     Settings(LearnerSettings),
+    Thresholds(Thresholds),
     Stop,
 }
 
@@ -166,6 +171,10 @@ impl LearnerHandle {
     }
     pub fn settings(&self, settings: LearnerSettings) {
         self.send(Message::Settings(settings));
+    }
+    /// Thresholds set at run time; those before are forgotten.
+    pub fn thresholds(&self, thresholds: Thresholds) {
+        self.send(Message::Thresholds(thresholds));
     }
     /// Saves every profile that has changed and waits until the database has it.
     ///

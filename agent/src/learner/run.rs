@@ -2,6 +2,7 @@
 
 use super::history::HistoryBuffer;
 use super::model::{Model, micros};
+use super::threshold::{Thresholds, floor};
 use super::{HeldProfile, LearnerCounters, LearnerSettings, Message, SavedProfiles};
 use crate::store::{Pending, Retention, Store};
 use prestage_cache::access::{Access, AccessOp};
@@ -30,6 +31,7 @@ pub(super) struct Learner {
     cache: Cache,
     store: Store,
     settings: LearnerSettings,
+    thresholds: Thresholds,
     counters: Arc<LearnerCounters>,
     models: HashMap<StorageId, Model>,
     /// Storage of each disk.
@@ -55,6 +57,7 @@ impl Learner {
             cache,
             store,
             settings,
+            thresholds: Thresholds::default(),
             counters,
             models: HashMap::new(),
             disks: HashMap::new(),
@@ -154,11 +157,13 @@ impl Learner {
         for model in self.models.values_mut().filter(|model| model.stirred) {
             model.stirred = false;
             self.candidates.clear();
+            let threshold = self.thresholds.of(model.handle.identity(), self.settings.threshold);
+            model.predictor.set_min_probability(floor(threshold));
             model.predictor.predict(micros(now), &mut self.candidates);
             if !self.settings.prefetch {
                 continue;
             }
-            let threshold = self.settings.threshold as f32;
+            let threshold = threshold as f32;
             let passing = self.candidates.iter().filter(|candidate| candidate.probability >= threshold);
             let requests: Vec<PrefetchRequest> = passing.map(|candidate| request(candidate, now)).collect();
             self.counters.predictions.fetch_add(requests.len() as u64, Ordering::Relaxed);
@@ -229,6 +234,7 @@ impl Learner {
                 let _ = reply.send(self.warm(storage));
             }
             Message::Settings(settings) => self.settings = settings,
+            Message::Thresholds(thresholds) => self.thresholds = thresholds,
             // Seen by the loop.
             Message::Stop => {}
         }
