@@ -26,6 +26,8 @@ pub struct Access {
     pub op: AccessOp,
     pub offset: u64,
     pub len: u32,
+    /// A read that the RAM tier could not answer at once.
+    pub waits: bool,
 }
 
 /// Accesses on their way to the learner.

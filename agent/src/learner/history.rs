@@ -146,7 +146,8 @@ mod tests {
         buffer.name(1, "file:/a", "web1");
         let read = |buffer: &mut HistoryBuffer, second, offset| {
             let op = AccessOp::Read;
-            buffer.push(&Access { at: at(second), disk: 1, storage: StorageId(0), op, offset, len: 4096 }, &store);
+            let access = Access { at: at(second), disk: 1, storage: StorageId(0), op, offset, len: 4096, waits: false };
+            buffer.push(&access, &store);
         };
         let program = Phase::Program(7);
         buffer.phase(1, Some((Phase::Boot, at(1000))), at(1001), &store);

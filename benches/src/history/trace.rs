@@ -52,6 +52,7 @@ impl Trace {
             op: *op,
             offset: offset + shift,
             len: *length,
+            waits: false,
         })
     }
 }

@@ -36,7 +36,7 @@ impl Disk {
         &self.storage
     }
 
-    fn note(&self, op: AccessOp, offset: u64, len: u64, urgent: bool) {
+    fn note(&self, op: AccessOp, offset: u64, len: u64, waits: bool) {
         let shared = self.storage.shared();
         let access = Access {
             at: shared.now(),
@@ -45,8 +45,9 @@ impl Disk {
             op,
             offset,
             len: u32::try_from(len).unwrap_or(u32::MAX),
+            waits,
         };
-        shared.accesses().push(access, urgent);
+        shared.accesses().push(access, waits);
     }
 
     fn count_write(&self, len: u64, ok: bool) {
