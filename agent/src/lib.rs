@@ -1,6 +1,7 @@
 //! The host agent `prestaged` and its admin CLI `prestagectl`.
 //!
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
+//! - [`models`]: neural models, trained and compared in the background
 //! - [`config`]: the configuration; [`store`]: the database
 //! - [`cli`], [`client`]: `prestagectl`
 
@@ -9,5 +10,6 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 pub mod learner;
+pub mod models;
 pub mod serve;
 pub mod store;

@@ -7,6 +7,7 @@ use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
 use super::history::HistoryCommand;
+use super::models::ModelCommand;
 use crate::config::units::parse_bytes;
 
 /// Where prestaged listens unless configured otherwise.
@@ -55,6 +56,9 @@ pub enum Command {
     /// What was read when
     #[command(subcommand)]
     History(HistoryCommand),
+    /// Neural models: training, comparison, roll-back; thresholds
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),

@@ -2,14 +2,14 @@
 //!
 //! - `args.rs`: commands and options
 //! - `render.rs`, `table.rs`: text for people
-//! - `stat.rs`: `cache stat`
+//! - `stat.rs`: `cache stat`; `history.rs`: `history`; `models.rs`: `model`
 //! - `replay.rs`, `replay/`: `trace replay`, which needs no daemon
-//! - `stat.rs`: `cache stat`; `history.rs`: `history`
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
 mod args;
 mod history;
+mod models;
 mod render;
 mod replay;
 mod stat;
@@ -138,6 +138,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Profile(command) => profile(command, &client, json, out).await,
         Command::Trace(TraceCommand::Replay(args)) => replay::run(*args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
+        Command::Model(command) => models::run(command, &client, json, out).await,
         Command::Config(ConfigCommand::Check { file }) => config_check(&file, json, out),
         Command::Config(ConfigCommand::Default) => Ok(out.write_all(Config::default_toml().as_bytes())?),
         Command::Version => version(&client, json, out).await,

@@ -23,7 +23,7 @@ use prestage_integration::api::types::validate_name;
 
 use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, parse_override};
 use settings::SECTIONS;
-pub use settings::{Api, Cache, Daemon, ExportSettings, Learner, Libvirt, Prefetch, Sections, StoreSettings};
+pub use settings::{Api, Cache, Daemon, ExportSettings, Learner, Libvirt, Model, Prefetch, Sections, StoreSettings};
 pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
 
 /// Where the daemon looks unless told otherwise.
@@ -68,6 +68,7 @@ pub struct Config {
     pub export: ExportSettings,
     pub libvirt: Libvirt,
     pub learner: Learner,
+    pub model: Model,
     pub api: Api,
     pub disks: Vec<StaticDisk>,
 }
@@ -183,8 +184,8 @@ impl Config {
             problems.0.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
             return Err(ConfigError { problems: problems.0 });
         }
-        let Sections { daemon, cache, prefetch, store, export, libvirt, learner, api } = sections;
-        Ok(Self { daemon, cache, prefetch, store, export, libvirt, learner, api, disks })
+        let Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api } = sections;
+        Ok(Self { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks })
     }
 
     /// Path of the control socket.
@@ -248,8 +249,8 @@ impl Config {
     }
 
     fn sections(&self) -> Sections {
-        let Config { daemon, cache, prefetch, store, export, libvirt, learner, api, disks: _ } = self.clone();
-        Sections { daemon, cache, prefetch, store, export, libvirt, learner, api }
+        let Config { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks: _ } = self.clone();
+        Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api }
     }
 }
 

@@ -59,6 +59,13 @@ fn probability(value: &f64) -> Result<(), String> {
     }
 }
 
+fn bits(value: &f64) -> Result<(), String> {
+    match (0.0..=8.0).contains(value) {
+        true => Ok(()),
+        false => Err(format!("{value} is out of range; it is 0 to 8")),
+    }
+}
+
 fn shards(count: &Count) -> Result<(), String> {
     match count {
         Count::Auto => Ok(()),
@@ -230,6 +237,20 @@ sections! {
         retention_bytes: Bytes = Bytes::gib(1), at_least(Bytes::mib(1)), reload;
         /// How often profiles are saved; what was learned since is lost when the daemon is killed. 1s to 24h.
         save_interval: Duration = Duration::from_secs(30), lasts(SECOND, HOUR * 24), reload;
+    }
+
+    /// Neural models, trained from the history in the background at idle priority.
+    model: Model {
+        /// Train by itself: first when there is enough history, then periodically and when predictions drift. Off: on request alone.
+        training: bool = true, any, reload;
+        /// Time between trainings of one model; 1h to 8760h.
+        interval: Duration = HOUR * 24, lasts(HOUR, HOUR * 8760), reload;
+        /// Most accesses one training learns from, 10000 to 100000000; they take 2 bytes each while it runs.
+        max_accesses: u32 = 2_000_000, between(10_000, 100_000_000), reload;
+        /// Bits an access, 0 to 8, that a new model must save on the guests' own accesses to replace the one in use.
+        margin_bits: f64 = 0.05, bits, reload;
+        /// Accesses after which a new model that is not known to be better is rejected, 10000 to 1000000000.
+        trial_accesses: u32 = 1_000_000, between(10_000, 1_000_000_000), reload;
     }
 
     /// The control socket, which prestagectl uses.

@@ -3,6 +3,7 @@
 //! - [`run`]: from the configuration to a running daemon and back (`run.rs`)
 //! - `disks.rs`: disks on offer: open, export, remove, retry
 //! - `control.rs`, `history.rs`: the API's questions and orders
+//! - `models.rs`: models and thresholds
 //! - `report.rs`: state as the API words it
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
@@ -10,6 +11,7 @@ mod control;
 mod disks;
 mod history;
 mod machines;
+mod models;
 mod report;
 mod run;
 
@@ -17,6 +19,7 @@ pub use run::{Options, RunError, SetLog, run};
 
 use crate::config::Config;
 use crate::learner::{LearnerHandle, LearnerSettings};
+use crate::models::ModelsHandle;
 use crate::store::Store;
 use disks::Disks;
 use parking_lot::Mutex;
@@ -33,6 +36,7 @@ struct Daemon {
     cache: Cache,
     store: Store,
     learner: LearnerHandle,
+    models: ModelsHandle,
     disks: Disks,
     hypervisor: Option<Hypervisor>,
     started: Instant,

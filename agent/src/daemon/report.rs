@@ -145,6 +145,9 @@ impl Daemon {
                 format!("{refused} saved profiles cannot be read; `prestagectl profile list` shows which and why");
             trouble("profiles", &detail);
         }
+        for detail in self.models.troubles() {
+            trouble("model", &detail);
+        }
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),

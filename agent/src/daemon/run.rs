@@ -5,7 +5,7 @@
 //! written, profiles saved, the SSD tier marked clean.
 
 use super::disks::Definition;
-use super::{Daemon, Disks, Shared, control, learner_settings, machines};
+use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
 use crate::config::{Change, Config, ConfigError, Engine, HugePages, RateLimit, diff};
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
@@ -96,7 +96,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         group: config.api.group.clone(),
     })?;
     let _state = lock_state(&config.daemon.state_dir)?;
-    let (daemon, learner) = start(config)?;
+    let (daemon, threads) = start(config)?;
     if let Err(error) = expect_disks(&daemon).await {
         tracing::error!(%error, "disks not restored");
     }
@@ -138,14 +138,21 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Ok(Err(error)) = server.await {
         tracing::warn!(%error, "API ended with an error");
     }
-    let down = tokio::task::spawn_blocking(move || shut_down(&daemon, learner)).await;
+    let down = tokio::task::spawn_blocking(move || shut_down(&daemon, threads)).await;
     if down.is_err() {
         tracing::error!("shutdown did not complete; the SSD tier will start empty");
     }
     Ok(())
 }
 
-fn shut_down(daemon: &Shared, learner: std::thread::JoinHandle<()>) {
+/// Threads that end with the daemon.
+struct Threads {
+    learner: std::thread::JoinHandle<()>,
+    models: std::thread::JoinHandle<()>,
+}
+
+fn shut_down(daemon: &Shared, threads: Threads) {
+    daemon.models.stop();
     add_outcomes(daemon);
     let left = Disks::remove_all(daemon, Instant::now() + DISKS_CLOSE);
     if left > 0 {
@@ -155,8 +162,11 @@ fn shut_down(daemon: &Shared, learner: std::thread::JoinHandle<()>) {
         );
     }
     daemon.learner.stop();
-    if learner.join().is_err() {
+    if threads.learner.join().is_err() {
         tracing::error!("learner panicked");
+    }
+    if threads.models.join().is_err() {
+        tracing::error!("models panicked");
     }
     daemon.cache.shutdown();
     if !daemon.store.close(DATABASE_CLOSE) {
@@ -194,7 +204,7 @@ fn budget(config: &Config) -> BudgetConfig {
     }
 }
 
-fn start(config: Config) -> Result<(Shared, std::thread::JoinHandle<()>), RunError> {
+fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     let store = Store::open(&config.store_path())?;
     let (ssd, ssd_trouble) = open_ssd(&config);
     let ram_bytes = config.ram_bytes().map_err(RunError::HostMemory)?;
@@ -216,7 +226,10 @@ fn start(config: Config) -> Result<(Shared, std::thread::JoinHandle<()>), RunErr
         policy: CoreConfig { budget: budget(&config), ..CoreConfig::with_slots(0) },
     };
     let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
-    let (learner, thread) = LearnerHandle::start(cache.clone(), store.clone(), learner_settings(&config))?;
+    let (models, models_thread) = models::start(&store, &config)?;
+    let (learner, learner_thread) =
+        LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config))?;
+    learner.thresholds(store.thresholds()?.into_iter().collect());
     let hypervisor = match config.libvirt.enabled {
         false => None,
         true => Some(Hypervisor::start(HypervisorConfig {
@@ -230,6 +243,7 @@ fn start(config: Config) -> Result<(Shared, std::thread::JoinHandle<()>), RunErr
         cache,
         store,
         learner,
+        models,
         disks: Disks::new(),
         hypervisor,
         started: Instant::now(),
@@ -238,7 +252,7 @@ fn start(config: Config) -> Result<(Shared, std::thread::JoinHandle<()>), RunErr
         machine_names: Mutex::default(),
         outcomes: Mutex::default(),
     };
-    Ok((Arc::new(daemon), thread))
+    Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread }))
 }
 
 /// Opens the SSD tier. Without it guests are served all the same, only slower: a sick cache disk is no reason to leave
@@ -379,6 +393,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
     set_log(&new.daemon.log);
     let settings: LearnerSettings = learner_settings(&new);
     daemon.learner.settings(settings);
+    daemon.models.settings(models::settings(&new));
     daemon.cache.set_budget(budget(&new));
     {
         let mut config = daemon.config.lock();
@@ -386,6 +401,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         config.daemon.log = new.daemon.log;
         config.prefetch = new.prefetch;
         config.learner = new.learner;
+        config.model = new.model;
         config.disks = new.disks;
     }
     if let Err(error) = machines::follow_config(daemon).await {

@@ -14,6 +14,7 @@ mod threshold;
 
 pub use threshold::Thresholds;
 
+use crate::models::ModelsHandle;
 use crate::store::Store;
 use prestage_cache::types::StorageId;
 use prestage_cache::{Cache, StorageHandle};
@@ -126,11 +127,12 @@ impl LearnerHandle {
     pub fn start(
         cache: Cache,
         store: Store,
+        watch: ModelsHandle,
         settings: LearnerSettings,
     ) -> std::io::Result<(LearnerHandle, JoinHandle<()>)> {
         let (sender, messages) = channel();
         let counters = Arc::new(LearnerCounters::default());
-        let learner = run::Learner::new(cache.clone(), store, settings, Arc::clone(&counters));
+        let learner = run::Learner::new(cache.clone(), store, watch, settings, Arc::clone(&counters));
         let thread = std::thread::Builder::new().name("learner".into()).spawn(move || learner.run(&messages))?;
         Ok((LearnerHandle(Arc::new(Handle { sender, cache, counters })), thread))
     }

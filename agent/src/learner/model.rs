@@ -32,6 +32,8 @@ pub(super) struct Model {
     pub(super) dirty: bool,
     /// Something was observed since the last call of `predict`.
     pub(super) stirred: bool,
+    /// 1 for a read that the cache had, 0 for one that it had not, since they were last handed on.
+    pub(super) hits: Vec<f32>,
     lives: HashMap<u32, Life>,
 }
 
@@ -61,7 +63,7 @@ impl Model {
                 (AccessPredictor::new(config), Some(error))
             }
         };
-        Model { handle, predictor, refused, dirty: false, stirred: false, lives: HashMap::new() }
+        Model { handle, predictor, refused, dirty: false, stirred: false, hits: Vec::new(), lives: HashMap::new() }
     }
 
     /// Forgets everything learned.

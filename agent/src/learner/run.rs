@@ -4,6 +4,7 @@ use super::history::HistoryBuffer;
 use super::model::{Model, micros};
 use super::threshold::{Thresholds, floor};
 use super::{HeldProfile, LearnerCounters, LearnerSettings, Message, SavedProfiles};
+use crate::models::{ModelsHandle, Signal};
 use crate::store::{Pending, Retention, Store};
 use prestage_cache::access::{Access, AccessOp};
 use prestage_cache::policy::{OutcomeKind, PrefetchRequest};
@@ -30,6 +31,8 @@ const RETENTION_INTERVAL: Duration = Duration::from_secs(600);
 pub(super) struct Learner {
     cache: Cache,
     store: Store,
+    /// Told what tells of drift.
+    watch: ModelsHandle,
     settings: LearnerSettings,
     thresholds: Thresholds,
     counters: Arc<LearnerCounters>,
@@ -47,6 +50,7 @@ impl Learner {
     pub(super) fn new(
         cache: Cache,
         store: Store,
+        watch: ModelsHandle,
         settings: LearnerSettings,
         counters: Arc<LearnerCounters>,
     ) -> Learner {
@@ -56,6 +60,7 @@ impl Learner {
             history: HistoryBuffer::new(now),
             cache,
             store,
+            watch,
             settings,
             thresholds: Thresholds::default(),
             counters,
@@ -113,7 +118,14 @@ impl Learner {
                 model.predictor.observe(&observed(&access));
                 model.stirred = true;
                 model.dirty = true;
+                if access.op == AccessOp::Read {
+                    model.hits.push(if access.waits { 0.0 } else { 1.0 });
+                }
             }
+        }
+        for model in self.models.values_mut().filter(|model| !model.hits.is_empty()) {
+            self.watch.observe(model.handle.identity(), Signal::Hit, &model.hits);
+            model.hits.clear();
         }
         self.counters.accesses.fetch_add(taken as u64, Ordering::Relaxed);
         taken
@@ -176,11 +188,13 @@ impl Learner {
         match message {
             Message::AddStorage(handle) => self.add_storage(handle),
             Message::RemoveStorage(id, reply) => {
-                if let Some(mut model) = self.models.remove(&id)
-                    && let Some(pending) = save(&self.store, &mut model)
-                    && let Err(error) = pending.1.wait()
-                {
-                    tracing::warn!(storage = model.handle.identity(), %error, "profile not saved");
+                if let Some(mut model) = self.models.remove(&id) {
+                    self.watch.forget(model.handle.identity());
+                    if let Some(pending) = save(&self.store, &mut model)
+                        && let Err(error) = pending.1.wait()
+                    {
+                        tracing::warn!(storage = model.handle.identity(), %error, "profile not saved");
+                    }
                 }
                 let _ = reply.send(());
             }

@@ -102,12 +102,12 @@ fn profile() -> Profile {
 }
 
 impl Fake {
-    fn note(&self, text: String) {
+    pub(crate) fn note(&self, text: String) {
         self.asked.lock().push(text);
     }
 }
 
-fn done<'a, T: Send + 'a>(result: Result<T, ApiError>) -> Reply<'a, T> {
+pub(crate) fn done<'a, T: Send + 'a>(result: Result<T, ApiError>) -> Reply<'a, T> {
     Box::pin(async move { result })
 }
 

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod fake;
+mod fake_models;
+mod models;
 mod replay;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -2,6 +2,7 @@
 //!
 //! - `types.rs`, `counters.rs`: what goes over the wire
 //! - [`history`]: the same and the handlers for history
+//! - [`models`]: models and thresholds, words and what is done about them
 //! - `error.rs`: problems (RFC 9457) and their codes
 //! - `routes.rs`: paths, handlers, the OpenAPI document
 //! - `server.rs`: the unix socket, peers, limits, shutdown
@@ -11,6 +12,7 @@
 mod counters;
 mod error;
 pub mod history;
+pub mod models;
 mod routes;
 mod server;
 #[cfg(test)]
@@ -38,7 +40,7 @@ pub type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send 
 ///
 /// Methods that change something run to their end even when the client goes away: the router spawns them. Requests arrive checked by
 /// their `validate`.
-pub trait Control: Send + Sync + 'static {
+pub trait Control: models::ModelControl + Send + Sync + 'static {
     fn status(&self) -> Reply<'_, Status>;
 
     fn disks(&self) -> Reply<'_, DiskList>;

@@ -3,6 +3,8 @@
 //! Every failure leaves as a [`Problem`](super::Problem), also those made by the router itself (no such path, wrong method, body too large).
 //! Handlers that change something run in a task of their own: a client that hangs up cannot leave a change half done.
 
+mod models;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -112,6 +114,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(super::history::history_runs))
         .routes(routes!(super::history::history_hot))
         .routes(routes!(super::history::history_near))
+        .merge(models::described())
 }
 
 /// Around every request: the time limit, the path in problems, and one line of log for each change with who asked for it.

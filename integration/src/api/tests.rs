@@ -28,6 +28,33 @@ fn no<'a, T: Send + 'a>() -> Reply<'a, T> {
     Box::pin(async { Err(ApiError::internal("not in this test")) })
 }
 
+impl models::ModelControl for Fake {
+    fn models(&self) -> Reply<'_, models::ModelList> {
+        no()
+    }
+    fn model(&self, _: i64) -> Reply<'_, models::ModelDetail> {
+        no()
+    }
+    fn model_train(&self, _: models::TrainRequest) -> Reply<'_, models::TrainStarted> {
+        Box::pin(async { Ok(models::TrainStarted::default()) })
+    }
+    fn model_evaluate(&self, _: i64) -> Reply<'_, models::ModelMetrics> {
+        no()
+    }
+    fn model_promote(&self, id: i64) -> Reply<'_, models::ChampionChanged> {
+        Box::pin(async move { Ok(models::ChampionChanged { champion: Some(id), ..Default::default() }) })
+    }
+    fn model_rollback(&self, _: models::RollbackRequest) -> Reply<'_, models::ChampionChanged> {
+        no()
+    }
+    fn thresholds(&self) -> Reply<'_, models::Thresholds> {
+        no()
+    }
+    fn threshold_set(&self, _: models::ThresholdRequest) -> Reply<'_, models::Thresholds> {
+        Box::pin(async { Ok(models::Thresholds::default()) })
+    }
+}
+
 impl Control for Fake {
     fn status(&self) -> Reply<'_, Status> {
         Box::pin(async { Ok(Status { version: "1".into(), ..Status::default() }) })
@@ -207,11 +234,19 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "get /v1/history/runs",
         "get /v1/history/disks/{name}/hot",
         "get /v1/history/disks/{name}/near",
+        "get /v1/models",
+        "post /v1/models/rollback",
+        "post /v1/models/train",
+        "get /v1/models/{id}",
+        "post /v1/models/{id}/evaluate",
+        "post /v1/models/{id}/promote",
         "get /v1/profiles",
         "post /v1/profiles/save",
         "delete /v1/profiles/{id}",
         "get /v1/profiles/{id}",
         "get /v1/status",
+        "get /v1/thresholds",
+        "put /v1/thresholds",
         "get /v1/vms",
         "get /v1/vms/{vm}",
         "post /v1/vms/{vm}/disks/{target}/attach",
