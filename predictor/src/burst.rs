@@ -325,6 +325,11 @@ impl BurstCursor {
         self.replays.iter_mut().map(|(_, replay)| replay)
     }
 
+    /// The plans that are followed at this moment.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Replay> {
+        self.replays.iter().map(|(_, replay)| replay)
+    }
+
     pub(crate) fn is_trusted(&self) -> bool {
         self.replays.iter().any(|(_, replay)| replay.is_trusted())
     }

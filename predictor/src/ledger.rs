@@ -79,6 +79,15 @@ pub(crate) struct RestOfBlock {
     pub(crate) probability: f32,
 }
 
+/// What is remembered of a block: page masks, the probability of the proposed pages, the second of its last activity.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Noted {
+    pub(crate) touched: u16,
+    pub(crate) proposed: u16,
+    pub(crate) probability: f32,
+    pub(crate) at_s: u32,
+}
+
 #[derive(Debug)]
 pub(crate) struct Ledger {
     entries: Vec<Entry>,
@@ -222,6 +231,18 @@ impl Ledger {
             *entry = Entry::EMPTY;
         }
         self.queue.clear();
+    }
+
+    /// What is remembered of `block` at `at_us`.
+    pub(crate) fn noted(&self, block: u64, at_us: u64) -> Option<Noted> {
+        let entry = &self.entries[u32::try_from(block).ok().and_then(|block| self.find(block))?];
+        let now_s = self.now_s.max(u32::try_from(at_us / 1_000_000).unwrap_or(u32::MAX));
+        (now_s.saturating_sub(entry.at_s) <= FORGET_AFTER_S).then_some(Noted {
+            touched: entry.touched,
+            proposed: entry.proposed,
+            probability: entry.probability,
+            at_s: entry.at_s,
+        })
     }
 
     /// Pages of `block` touched lately.

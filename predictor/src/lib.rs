@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`access`] | the words exchanged with the outside: access, candidate, outcome, phase |
 //! | [`predictor`] | the one interface: observe, predict, outcome; weighs the experts against each other |
+//! | [`explain`] | why a page is or is not proposed, as data |
 //! | [`profile`] | what was learned, as bytes: magic, version, checksum; and its summary |
 //! | [`drift`] | has a signal's mean moved: Page–Hinkley and ADWIN |
 //! | [`contest`] | is one model better than another on the same stream: a test that may be looked at any time |
@@ -24,6 +25,7 @@ mod burst;
 pub mod contest;
 pub mod drift;
 mod experts;
+pub mod explain;
 mod ledger;
 pub mod lstm;
 mod markov;
@@ -39,5 +41,6 @@ mod wire;
 
 pub use access::{Access, BLOCK_PAGES, Candidate, Expert, Op, Outcome, PAGE_BYTES, Phase};
 pub use experts::ExpertSet;
+pub use explain::{Decision, Explanation, Vote};
 pub use predictor::{AccessConfig, AccessPredictor, AccessStats};
 pub use profile::{PhaseSummary, ProfileError, ProfileSummary};

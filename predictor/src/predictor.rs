@@ -7,6 +7,7 @@
 //! Memory is bounded (see [`AccessConfig`]): the tables by their size, a VM by its recording (at most about 40 bytes a
 //! page at worst, 2 typically).
 
+mod explain;
 mod vm;
 
 use crate::access::{Access, Candidate, Expert, MAX_PAGES, Op, Outcome, Phase};

@@ -166,8 +166,7 @@ impl Replay {
         } else if self.skipped && self.position < self.cursor {
             (self.skipped, self.cursor) = (false, self.position);
         }
-        let convinced = (self.matches as f32 / CONVINCING_MATCHES).min(1.0) * self.share();
-        let reliability = self.reliability + (1.0 - self.reliability) * convinced;
+        let reliability = self.reliability();
         while let Some(extent) = extents.get(self.cursor) {
             if u64::from(extent.at_ms) > until_ms || self.outstanding + u64::from(extent.pages) > limit {
                 break;
@@ -191,6 +190,23 @@ impl Replay {
             let due_us = at_us.saturating_add(u64::from(extent.at_ms).saturating_sub(now_ms) * 1000);
             sink(extent, probability, due_us);
         }
+    }
+
+    /// Of the extent that holds `page`: its probability by the plan, and as the plan has proved so far, and when it is due.
+    pub(crate) fn expects(&self, page: u64) -> Option<(f32, f32, u64)> {
+        let (position, _, _) = self.plan.overlaps(page, 1).next()?;
+        let extents = self.plan.extents();
+        let (extent, here) = (extents.get(position)?, extents.get(self.position)?);
+        let (since_us, from_ms) = if self.matches > 0 { (self.matched_us, here.at_ms) } else { (self.started_us, 0) };
+        let due_us = since_us.saturating_add(u64::from(extent.at_ms.saturating_sub(from_ms)) * 1000);
+        let probability = self.plan.probability(extent);
+        Some((probability, probability * self.reliability(), due_us))
+    }
+
+    /// Probability, as of now, that this is the right plan.
+    fn reliability(&self) -> f32 {
+        let convinced = (self.matches as f32 / CONVINCING_MATCHES).min(1.0) * self.share();
+        self.reliability + (1.0 - self.reliability) * convinced
     }
 
     /// The plan proved right so far in this run.

@@ -105,6 +105,19 @@ impl StreamTable {
         Continued { run: before }
     }
 
+    /// What every stream leads to expect, whether it was proposed before or not.
+    pub(crate) fn expected(&self, max_window: u64, out: &mut Vec<Proposal>) {
+        for stream in &self.streams {
+            let mut stream = stream.clone();
+            stream.frontier = match stream.kind {
+                Kind::Single | Kind::Forward => stream.end,
+                Kind::Backward | Kind::Stride => stream.first,
+            };
+            let at_us = stream.at_us;
+            stream.propose(max_window, at_us, out);
+        }
+    }
+
     pub(crate) fn memory_bytes(&self) -> usize {
         self.streams.capacity() * size_of::<Stream>()
     }
