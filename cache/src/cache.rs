@@ -10,9 +10,11 @@ use crate::backend::{StoreError, StoreInfo, StoreOptions, StoreSpec};
 use crate::counters::{StorageCounters, StorageStats};
 use crate::disk::{Storage, local};
 use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
-use crate::policy::{Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest};
+use crate::policy::{
+    BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
+};
 use crate::ssd::{SsdStats, SsdStorage, SsdTier};
-use crate::types::{BLOCK_BYTES, PAGES_PER_BLOCK, PageRange, StorageId};
+use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageRange, StorageId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -316,6 +318,17 @@ impl Cache {
     /// Pages of the range that the RAM tier holds.
     pub fn resident_pages(&self, id: StorageId, range: PageRange) -> u64 {
         self.0.shared.core().resident_pages(id, range)
+    }
+    /// Where a page is.
+    pub fn place(&self, handle: &StorageHandle, page: u64) -> Whereabouts {
+        let (block, within) = (BlockIndex(page / PAGES_PER_BLOCK), page % PAGES_PER_BLOCK);
+        let tier = self.0.shared.ssd().zip(handle.0.ssd);
+        let ssd = tier.is_some_and(|(tier, storage)| tier.lookup(storage, block).has(within));
+        Whereabouts { ssd, ..self.0.shared.core().place(handle.id(), page) }
+    }
+    /// The prefetch budget of a storage.
+    pub fn budget(&self, id: StorageId) -> BudgetState {
+        self.0.shared.core().budget_state(id)
     }
     /// Slots in use, by storage.
     pub fn usage(&self) -> Vec<(StorageId, u64)> {

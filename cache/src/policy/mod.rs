@@ -6,6 +6,7 @@
 //! - [`Eviction`]: S3-FIFO with a probation place for prefetched blocks, or plain LRU (`evict.rs`)
 //! - reads and fills (`read.rs`), writes (`write.rs`), prefetch (`prefetch.rs`)
 //! - [`PrefetchQueue`], [`Budget`]: what waits, and how much may be under way
+//! - [`Whereabouts`], [`BudgetState`]: answers to an operator's questions (`whereabouts.rs`)
 //!
 //! A block's life: pages are *filling* while the store or the SSD tier reads them, then *valid*. A page that a write
 //! overtakes while it is filling is *cancelled*: the reader that asked gets the bytes, the cache does not keep them.
@@ -18,6 +19,7 @@ mod list;
 mod prefetch;
 mod queue;
 mod read;
+mod whereabouts;
 mod write;
 
 #[cfg(test)]
@@ -28,6 +30,7 @@ pub use evict::Eviction;
 pub use prefetch::{Outcome, OutcomeKind, PrefetchIo, PrefetchStep};
 pub use queue::{MAX_REQUEST_PAGES, PrefetchQueue, PrefetchRequest};
 pub use read::BlockPlan;
+pub use whereabouts::{BudgetState, Whereabouts};
 pub use write::{WriteEnd, WriteId};
 
 use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId, fit_block_pages};

@@ -71,6 +71,11 @@ impl PrefetchQueue {
         before.or_else(|| self.by_page.range(page..).next()).map(|(first, w)| (*first, *w))
     }
 
+    /// Whether a page waits.
+    pub fn holds(&self, page: u64) -> bool {
+        self.at_or_after(page).is_some_and(|(first, _)| first <= page)
+    }
+
     /// Queues what is not queued yet. Returns the pages refused because the queue is full.
     pub fn push(&mut self, request: PrefetchRequest) -> u64 {
         let PrefetchRequest { range, due, tag, .. } = request;

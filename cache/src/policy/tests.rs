@@ -427,3 +427,22 @@ proptest! {
         prop_assert_eq!(after.issued, after.used + after.evicted_unused, "{:?} then {:?}", c, after);
     }
 }
+
+#[test]
+fn a_page_is_followed_from_the_queue_to_its_first_read() {
+    let (mut core, _) = core(4);
+    assert_eq!(core.place(DISK, 3), Whereabouts::default());
+    core.push_prefetch(DISK, &[request(2, 4)]);
+    assert_eq!(core.place(DISK, 3), Whereabouts { queued: true, ..Whereabouts::default() });
+    assert_eq!(core.place(DISK, 6), Whereabouts::default());
+    assert_eq!(core.budget_state(DISK).queued_pages, 4);
+    let io = io(core.next_prefetch(DISK, at(0), |_| PageMask::NONE));
+    assert_eq!(core.place(DISK, 3), Whereabouts { loading: true, ..Whereabouts::default() });
+    let budget = core.budget_state(DISK);
+    assert_eq!((budget.queued_pages, budget.in_flight_bytes), (0, 4 * 4096));
+    finish(&mut core, &io, true);
+    assert_eq!(core.place(DISK, 3), Whereabouts { ram: true, unread: true, ..Whereabouts::default() });
+    assert!(core.read_hit(DISK, range(3, 1), at(0), |_, _| {}));
+    assert_eq!(core.place(DISK, 3), Whereabouts { ram: true, ..Whereabouts::default() });
+    assert_eq!(core.place(DISK, 4), Whereabouts { ram: true, unread: true, ..Whereabouts::default() });
+}
