@@ -9,9 +9,9 @@ use prestage_cache::types::PageRange;
 use prestage_integration::api::history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use prestage_integration::api::types::{
     AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskOrigin, DropRequest,
-    DropTier, Dropped, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
+    DropTier, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
-use prestage_integration::api::{ApiError, Control, ErrorCode, Reply};
+use prestage_integration::api::{ApiError, Control, ErrorCode, Reply, Rows};
 
 /// Marks prefetches that an operator asked for: no expert is to be praised or blamed for them.
 const TAG_OPERATOR: u8 = u8::MAX;
@@ -89,6 +89,18 @@ impl Control for Handle {
             }
             remove_disk(&self.0, &name).await
         })
+    }
+
+    fn disk_trace(&self, name: String) -> Reply<'_, Rows> {
+        Box::pin(async move { super::rows::trace(&self.0, &name).await })
+    }
+
+    fn disk_history(&self, name: String, since_us: u64) -> Reply<'_, Rows> {
+        Box::pin(async move { super::rows::history(&self.0, &name, since_us).await })
+    }
+
+    fn disk_explain(&self, name: String, offset_bytes: u64) -> Reply<'_, Explained> {
+        Box::pin(async move { super::rows::explain(&self.0, &name, offset_bytes).await })
     }
 
     fn vms(&self) -> Reply<'_, VmList> {

@@ -5,6 +5,7 @@
 //! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `models.rs`: models and thresholds
 //! - `report.rs`: state as the API words it
+//! - `rows.rs`: a disk's requests as CSV, and explanations
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod control;
@@ -13,6 +14,7 @@ mod history;
 mod machines;
 mod models;
 mod report;
+mod rows;
 mod run;
 
 pub use run::{Options, RunError, SetLog, run};

@@ -132,6 +132,8 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     tracing::info!("stopping");
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     stop.notify_one();
+    // Answers without an end of their own would hold up the API's.
+    daemon.learner.end_traces();
     for task in &tasks {
         task.abort();
     }

@@ -6,10 +6,15 @@
 //! - `model.rs`: one storage's predictor and the life of its disks (which start is a boot)
 //! - `threshold.rs`: lowest probability by storage
 //! - [`history`]: accesses and runs on their way to the database
+//! - `tap.rs`: live recordings of accesses
+//! - `journal.rs`, `explain.rs`: what was proposed lately, what became of it, and why
 
+mod explain;
 pub mod history;
+mod journal;
 mod model;
 pub(crate) mod run;
+pub(crate) mod tap;
 mod threshold;
 
 pub use threshold::Thresholds;
@@ -18,6 +23,7 @@ use crate::models::ModelsHandle;
 use crate::store::Store;
 use prestage_cache::types::StorageId;
 use prestage_cache::{Cache, StorageHandle};
+use prestage_integration::api::types::Explained;
 use prestage_predictor::{ProfileError, ProfileSummary};
 use std::fmt;
 use std::sync::Arc;
@@ -104,6 +110,11 @@ enum Message {
     Emptied(Option<StorageId>),
     /// Proposes what the storage's boot set holds.
     Warm(StorageId, oneshot::Sender<u64>),
+    /// A live recording of a disk; `None` if there are too many.
+    Trace(u32, oneshot::Sender<Option<tap::Reader>>),
+    EndTraces,
+    /// Why a page of a storage was or was not prefetched.
+    Explain(StorageId, u64, oneshot::Sender<Option<Explained>>),
     Settings(LearnerSettings),
     Thresholds(Thresholds),
     Stop,
@@ -204,6 +215,23 @@ impl LearnerHandle {
         let (reply, bytes) = oneshot::channel();
         self.send(Message::Warm(storage, reply));
         bytes.await.unwrap_or_default()
+    }
+    /// A disk's accesses from now on. `None` if there are too many readers already, or the learner has stopped.
+    pub(crate) async fn trace(&self, disk: u32) -> Option<tap::Reader> {
+        let (reply, reader) = oneshot::channel();
+        self.send(Message::Trace(disk, reply));
+        reader.await.ok().flatten()
+    }
+    /// Ends all recordings: their readers get what is gathered.
+    pub(crate) fn end_traces(&self) {
+        self.send(Message::EndTraces);
+    }
+    /// Why a page of a storage was or was not prefetched, apart from what the disk knows. `None` if the learner does not
+    /// know the storage.
+    pub(crate) async fn explain(&self, storage: StorageId, page: u64) -> Option<Explained> {
+        let (reply, explained) = oneshot::channel();
+        self.send(Message::Explain(storage, page, reply));
+        explained.await.ok().flatten()
     }
     /// Saves and ends the thread.
     pub fn stop(&self) {

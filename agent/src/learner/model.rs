@@ -1,6 +1,7 @@
 //! One storage's predictor, and which event of a disk is the start of a boot.
 
 use super::DiskEvent;
+use super::journal::Journal;
 use prestage_cache::StorageHandle;
 use prestage_predictor::{AccessConfig, AccessPredictor, Phase, ProfileError};
 use std::collections::HashMap;
@@ -30,6 +31,7 @@ pub(super) struct Model {
     pub(super) refused: Option<ProfileError>,
     /// Something was learned since the last save.
     pub(super) dirty: bool,
+    pub(super) journal: Journal,
     /// Something was observed since the last call of `predict`.
     pub(super) stirred: bool,
     /// 1 for a read that the cache had, 0 for one that it had not, since they were last handed on.
@@ -63,7 +65,20 @@ impl Model {
                 (AccessPredictor::new(config), Some(error))
             }
         };
-        Model { handle, predictor, refused, dirty: false, stirred: false, hits: Vec::new(), lives: HashMap::new() }
+        Model {
+            handle,
+            predictor,
+            refused,
+            dirty: false,
+            journal: Journal::default(),
+            stirred: false,
+            hits: Vec::new(),
+            lives: HashMap::new(),
+        }
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.predictor.memory_bytes() + self.journal.memory_bytes()
     }
 
     /// Forgets everything learned.

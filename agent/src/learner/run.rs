@@ -1,7 +1,9 @@
 //! The learner's loop.
 
 use super::history::HistoryBuffer;
+use super::journal::Verdict;
 use super::model::{Model, micros};
+use super::tap::Taps;
 use super::threshold::{Thresholds, floor};
 use super::{HeldProfile, LearnerCounters, LearnerSettings, Message, SavedProfiles};
 use crate::models::{ModelsHandle, Signal};
@@ -40,6 +42,7 @@ pub(super) struct Learner {
     /// Storage of each disk.
     disks: HashMap<u32, StorageId>,
     history: HistoryBuffer,
+    taps: Taps,
     candidates: Vec<Candidate>,
     last_access: Duration,
     last_save: Duration,
@@ -58,6 +61,7 @@ impl Learner {
         drop(store.cut_runs());
         Learner {
             history: HistoryBuffer::new(now),
+            taps: Taps::default(),
             cache,
             store,
             watch,
@@ -111,6 +115,7 @@ impl Learner {
             let Some(access) = self.cache.accesses().pop() else { break };
             taken += 1;
             self.last_access = access.at;
+            self.taps.push(&access);
             if self.settings.history {
                 self.history.push(&access, &self.store);
             }
@@ -127,6 +132,7 @@ impl Learner {
             self.watch.observe(model.handle.identity(), Signal::Hit, &model.hits);
             model.hits.clear();
         }
+        self.taps.flush(self.cache.accesses().dropped());
         self.counters.accesses.fetch_add(taken as u64, Ordering::Relaxed);
         taken
     }
@@ -146,11 +152,13 @@ impl Learner {
     /// Tells the predictors what became of their proposals.
     fn outcomes(&mut self) {
         let (outcomes, lost) = self.cache.take_outcomes();
+        let now = micros(self.cache.now());
         if lost > 0 {
             tracing::debug!(lost, "outcomes of prefetches not taken in time");
         }
         for outcome in outcomes {
             let Some(model) = self.models.get_mut(&outcome.storage) else { continue };
+            model.journal.settled(&outcome, now);
             let Some(expert) = Expert::ALL.get(usize::from(outcome.tag)) else { continue };
             for (first, pages) in outcome.pages.runs() {
                 model.predictor.outcome(&Outcome {
@@ -172,14 +180,21 @@ impl Learner {
             let threshold = self.thresholds.of(model.handle.identity(), self.settings.threshold);
             model.predictor.set_min_probability(floor(threshold));
             model.predictor.predict(micros(now), &mut self.candidates);
-            if !self.settings.prefetch {
-                continue;
-            }
             let threshold = threshold as f32;
-            let passing = self.candidates.iter().filter(|candidate| candidate.probability >= threshold);
-            let requests: Vec<PrefetchRequest> = passing.map(|candidate| request(candidate, now)).collect();
+            let mut requests: Vec<PrefetchRequest> = Vec::new();
+            for candidate in &self.candidates {
+                let verdict = if !self.settings.prefetch {
+                    Verdict::SwitchedOff
+                } else if candidate.probability >= threshold {
+                    requests.push(request(candidate, now));
+                    Verdict::Handed
+                } else {
+                    Verdict::BelowThreshold
+                };
+                model.journal.proposed(candidate, threshold, verdict, micros(now));
+            }
             self.counters.predictions.fetch_add(requests.len() as u64, Ordering::Relaxed);
-            self.cache.prefetch(&model.handle, &requests);
+            model.journal.refused(self.cache.prefetch(&model.handle, &requests));
         }
     }
 
@@ -205,6 +220,9 @@ impl Learner {
                 self.disks.insert(disk, storage);
             }
             Message::RemoveDisk { disk } => {
+                // What the guest did last belongs to it.
+                while self.observe() == BATCH {}
+                self.taps.end(disk);
                 self.history.remove(disk, self.cache.now(), &self.store);
                 if let Some(model) = self.disks.remove(&disk).and_then(|id| self.models.get_mut(&id)) {
                     model.remove_disk(disk);
@@ -246,6 +264,23 @@ impl Learner {
             }
             Message::Warm(storage, reply) => {
                 let _ = reply.send(self.warm(storage));
+            }
+            Message::Trace(disk, reply) => {
+                let reader = self.taps.add(disk, self.cache.accesses().dropped());
+                let _ = reply.send(reader);
+            }
+            Message::EndTraces => {
+                while self.observe() == BATCH {}
+                self.taps.end_all();
+            }
+            Message::Explain(storage, page, reply) => {
+                // What is said of the page is of this moment.
+                self.outcomes();
+                let explained = self.models.get(&storage).map(|model| {
+                    let threshold = self.thresholds.of(model.handle.identity(), self.settings.threshold);
+                    model.explain(page, &self.cache, self.settings.prefetch, threshold as f32)
+                });
+                let _ = reply.send(explained);
             }
             Message::Settings(settings) => self.settings = settings,
             Message::Thresholds(thresholds) => self.thresholds = thresholds,
@@ -309,7 +344,7 @@ impl Learner {
         self.counters.profiles.store(self.models.len() as u64, Ordering::Relaxed);
         let refused = self.models.values().filter(|model| model.refused.is_some()).count();
         self.counters.refused.store(refused as u64, Ordering::Relaxed);
-        let bytes: usize = self.models.values().map(|model| model.predictor.memory_bytes()).sum();
+        let bytes: usize = self.models.values().map(|model| model.memory_bytes()).sum();
         self.counters.memory_bytes.store(bytes as u64, Ordering::Relaxed);
     }
 

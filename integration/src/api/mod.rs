@@ -5,15 +5,19 @@
 //! - [`models`]: models and thresholds, words and what is done about them
 //! - `error.rs`: problems (RFC 9457) and their codes
 //! - `routes.rs`: paths, handlers, the OpenAPI document
+//! - `rows.rs`: answers that go on, as CSV
+//! - `explain.rs`: why a block was or was not prefetched
 //! - `server.rs`: the unix socket, peers, limits, shutdown
 //!
 //! What the daemon does is behind [`Control`]; this module only speaks HTTP.
 
 mod counters;
 mod error;
+mod explain;
 pub mod history;
 pub mod models;
 mod routes;
+mod rows;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -25,12 +29,13 @@ use std::pin::Pin;
 pub use counters::Counters;
 pub use error::{ApiError, ErrorCode, Problem};
 pub use routes::{Limits, openapi, router};
+pub use rows::{Bytes, Rows};
 pub use server::{ApiListener, Peer, ServeError, SocketOptions, bind, serve};
 
 use history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use types::{
-    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile,
-    ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Explained,
+    Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 
 /// What a [`Control`] method gives back; make one with `Box::pin(async move { … })`.
@@ -51,6 +56,13 @@ pub trait Control: models::ModelControl + Send + Sync + 'static {
     fn disk_add(&self, request: DiskAdd) -> Reply<'_, Disk>;
     /// Errors: `NotFound`; `InUse` when a hypervisor is connected and not `force`, or when the configuration or a machine owns it.
     fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()>;
+    /// The disk's requests from now on. Errors: `NotFound`, `StoreFailed` (not served), `Unavailable` (too many readers).
+    fn disk_trace(&self, name: String) -> Reply<'_, Rows>;
+    /// The disk's requests in the database, from `since_us` (Unix time) on. Errors: `NotFound`, `StoreFailed`, `Unavailable`.
+    fn disk_history(&self, name: String, since_us: u64) -> Reply<'_, Rows>;
+    /// Why the page at `offset_bytes` was or was not prefetched. Errors: `NotFound`, `StoreFailed`, `InvalidRequest` (beyond the
+    /// disk), `Timeout` (the learner is busy).
+    fn disk_explain(&self, name: String, offset_bytes: u64) -> Reply<'_, Explained>;
 
     fn vms(&self) -> Reply<'_, VmList>;
     /// `vm` is a name or UUID. Errors: `NotFound`, `HypervisorUnavailable`.

@@ -27,7 +27,7 @@ use super::types::{
     AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile,
     ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed, validate_name,
 };
-use super::{ApiError, Control, ErrorCode, Peer, Problem};
+use super::{ApiError, Control, ErrorCode, Peer, Problem, explain, rows};
 
 /// Bounds on one request.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +99,9 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(status))
         .routes(routes!(disks, disk_add))
         .routes(routes!(disk, disk_remove))
+        .routes(routes!(rows::disk_trace))
+        .routes(routes!(rows::disk_history))
+        .routes(routes!(explain::disk_explain))
         .routes(routes!(vms))
         .routes(routes!(vm))
         .routes(routes!(vm_attach))

@@ -74,6 +74,17 @@ impl Control for Fake {
     fn disk_remove(&self, _: String, force: bool) -> Reply<'_, ()> {
         Box::pin(async move { if force { Ok(()) } else { Err(ApiError::new(ErrorCode::InUse, "connected")) } })
     }
+    fn disk_trace(&self, _: String) -> Reply<'_, Rows> {
+        Box::pin(async { Ok(Rows::new(futures_util::stream::iter(["a,b\n", "1,2\n"].map(|row| Ok(row.into()))))) })
+    }
+    fn disk_history(&self, _: String, since_us: u64) -> Reply<'_, Rows> {
+        Box::pin(
+            async move { Ok(Rows::new(futures_util::stream::once(async move { Ok(since_us.to_string().into()) }))) },
+        )
+    }
+    fn disk_explain(&self, _: String, offset_bytes: u64) -> Reply<'_, Explained> {
+        Box::pin(async move { Ok(Explained { offset_bytes, ..Explained::default() }) })
+    }
     fn vms(&self) -> Reply<'_, VmList> {
         no()
     }
@@ -230,6 +241,9 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "post /v1/disks",
         "delete /v1/disks/{name}",
         "get /v1/disks/{name}",
+        "get /v1/disks/{name}/explain",
+        "get /v1/disks/{name}/history",
+        "get /v1/disks/{name}/trace",
         "get /v1/history",
         "get /v1/history/runs",
         "get /v1/history/disks/{name}/hot",
@@ -508,4 +522,22 @@ fn strangers_bytes_never_stop_the_server() {
     });
     outcome.unwrap();
     assert_eq!(server.request("GET", "/v1/status", "").0, 200);
+}
+
+#[test]
+fn rows_come_as_csv_in_chunks_and_bad_queries_are_problems() {
+    let server = Server::start(Limits::default());
+    let answer = server.send(b"GET /v1/disks/d/trace HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    assert!(answer.contains("content-type: text/csv; charset=utf-8\r\n"), "{answer}");
+    assert!(answer.contains("transfer-encoding: chunked\r\n"), "{answer}");
+    assert!(answer.ends_with("4\r\na,b\n\r\n4\r\n1,2\n\r\n0\r\n\r\n"), "{answer}");
+    let answer = server.send(b"GET /v1/disks/d/history?since_us=77 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    assert!(answer.contains("\r\n77\r\n"), "{answer}");
+    assert_eq!(server.request("GET", "/v1/disks/d/explain?offset=8192", "").2["offset_bytes"], 8192);
+    for path in
+        ["/v1/disks/d/explain", "/v1/disks/d/explain?offset=-1", "/v1/disks/d/history?since=1", "/v1/disks/%20/trace"]
+    {
+        let (status, _, problem) = server.request("GET", path, "");
+        assert_eq!((status, problem["code"].as_str()), (400, Some("invalid_request")), "{path}: {problem}");
+    }
 }

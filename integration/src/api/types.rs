@@ -8,7 +8,10 @@
 //! - machines: [`Vm`], [`VmDisk`], [`VmList`], [`AttachRequest`], [`Attached`], [`Detached`]
 //! - cache: [`CacheTiers`], [`CacheStat`], [`WarmRequest`], [`Warmed`], [`DropRequest`], [`Dropped`]
 //! - profiles: [`Profile`], [`ProfileList`], [`Saved`]
+//! - explanations: [`Explained`] in `types/explained.rs`
 //! - [`Counters`] are in `counters.rs`
+
+mod explained;
 
 use std::collections::BTreeMap;
 
@@ -16,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use super::counters::Counters;
+pub use explained::{Attempt, BudgetUse, Explained, Fate, Place, Touch, Vote};
 
 /// Whether a part works as it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
