@@ -1,4 +1,4 @@
-//! HTTP client of prestagectl: JSON over the daemon's unix socket, one connection a request.
+//! HTTP client of prestagectl over the daemon's unix socket: JSON, and rows of CSV as they come; one connection a request.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
-use hyper::{Method, Request, StatusCode, header};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, header};
 use hyper_util::rt::TokioIo;
 use prestage_integration::api::Problem;
 use serde::Serialize;
@@ -84,12 +84,16 @@ impl Client {
             Ok(answer) => answer?,
             Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
         };
+        self.decode(status, &bytes)
+    }
+
+    fn decode<T: DeserializeOwned>(&self, status: StatusCode, bytes: &[u8]) -> Result<T, ClientError> {
         if status.is_success() {
             // An empty answer is JSON's null, which reads as `()`.
-            let text: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+            let text: &[u8] = if bytes.is_empty() { b"null" } else { bytes };
             return serde_json::from_slice(text).map_err(|error| self.protocol(error));
         }
-        match serde_json::from_slice::<Problem>(&bytes) {
+        match serde_json::from_slice::<Problem>(bytes) {
             Ok(problem) => Err(ClientError::Refused(problem)),
             Err(_) => Err(self.protocol(format!("status {status} without an explanation"))),
         }
@@ -101,10 +105,44 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
+        let response = self.send(method, path, body).await?;
+        let status = response.status();
+        Ok((status, self.body(response).await?))
+    }
+
+    /// Asks for rows; they may come for as long as both sides live.
+    pub async fn rows(&self, path: &str) -> Result<RowStream, ClientError> {
+        let response = match tokio::time::timeout(QUESTION, self.send(Method::GET, path, None::<&()>)).await {
+            Ok(response) => response?,
+            Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
+        };
+        let status = response.status();
+        if status.is_success() {
+            return Ok(RowStream { body: response.into_body(), begun: Vec::new(), lines: Vec::new().into_iter() });
+        }
+        let bytes = self.body(response).await?;
+        match self.decode::<()>(status, &bytes) {
+            Err(error) => Err(error),
+            Ok(()) => Err(self.protocol(format!("status {status} without an explanation"))),
+        }
+    }
+
+    async fn body(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
+        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+        Ok(body.map_err(|error| self.protocol(error))?.to_bytes())
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.failed(&error))?;
-        let driver = tokio::spawn(connection);
+        // Ends with the answer.
+        tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header(header::HOST, "prestaged");
         let bytes = match body {
             None => Bytes::new(),
@@ -114,13 +152,7 @@ impl Client {
             }
         };
         let request = request.body(Full::new(bytes)).map_err(|error| self.protocol(error))?;
-        let response = sender.send_request(request).await.map_err(|error| self.failed(&error))?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
-        let bytes = body.map_err(|error| self.protocol(error))?.to_bytes();
-        drop(sender);
-        let _ = driver.await;
-        Ok((status, bytes))
+        sender.send_request(request).await.map_err(|error| self.failed(&error))
     }
 
     fn unreachable(&self, reason: io::Error) -> ClientError {
@@ -137,6 +169,37 @@ impl Client {
             return self.protocol(error);
         }
         self.unreachable(io::Error::new(io::ErrorKind::ConnectionReset, "it closed the connection"))
+    }
+}
+
+/// Rows of CSV as they come, line by line.
+#[derive(Debug)]
+pub struct RowStream {
+    body: Incoming,
+    /// A line whose end has not come yet.
+    begun: Vec<u8>,
+    lines: std::vec::IntoIter<String>,
+}
+
+impl RowStream {
+    /// The next line, without its end; `None` when the daemon has nothing more to say. May be dropped while it waits: no
+    /// line is lost.
+    ///
+    /// # Errors
+    /// The connection broke off.
+    pub async fn next(&mut self) -> io::Result<Option<String>> {
+        loop {
+            if let Some(line) = self.lines.next() {
+                return Ok(Some(line));
+            }
+            let Some(frame) = self.body.frame().await else { return Ok(None) };
+            let Ok(data) = frame.map_err(io::Error::other)?.into_data() else { continue };
+            self.begun.extend_from_slice(&data);
+            let Some(end) = self.begun.iter().rposition(|byte| *byte == b'\n') else { continue };
+            let rest = self.begun.split_off(end + 1);
+            let whole = std::mem::replace(&mut self.begun, rest);
+            self.lines = String::from_utf8_lossy(&whole).lines().map(str::to_owned).collect::<Vec<_>>().into_iter();
+        }
     }
 }
 

@@ -2,6 +2,9 @@
 //! it ends. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 daemon not reachable.
 #![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 
+#[path = "daemon_guest/mod.rs"]
+mod guest;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};

@@ -59,6 +59,8 @@ pub enum Command {
     /// Neural models: training, comparison, roll-back; thresholds
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Why a block was or was not prefetched
+    Explain(super::explain::ExplainArgs),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -214,6 +216,8 @@ pub enum TraceCommand {
     /// Run the cache policy and the predictor on recorded traces
     #[command(long_about = super::replay::ABOUT)]
     Replay(Box<super::replay::ReplayArgs>),
+    /// Record a disk's requests as they come
+    Record(super::record::RecordArgs),
 }
 
 #[derive(Debug, Subcommand)]

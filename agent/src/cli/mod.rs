@@ -4,12 +4,16 @@
 //! - `render.rs`, `table.rs`: text for people
 //! - `stat.rs`: `cache stat`; `history.rs`: `history`; `models.rs`: `model`
 //! - `replay.rs`, `replay/`: `trace replay`, which needs no daemon
+//! - `record.rs`: `trace record`
+//! - `explain.rs`: `explain`
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
 mod args;
+mod explain;
 mod history;
 mod models;
+mod record;
 mod render;
 mod replay;
 mod stat;
@@ -137,6 +141,8 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Cache(command) => cache(command, &client, json, out).await,
         Command::Profile(command) => profile(command, &client, json, out).await,
         Command::Trace(TraceCommand::Replay(args)) => replay::run(*args, json, out).await,
+        Command::Trace(TraceCommand::Record(args)) => record::run(&client, args, json, out).await,
+        Command::Explain(args) => explain::run(&client, args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,
         Command::Config(ConfigCommand::Check { file }) => config_check(&file, json, out),

@@ -36,8 +36,15 @@ async fn answer<T>(question: impl Future<Output = T>) -> Result<T, ApiError> {
     })
 }
 
+/// A row; a discard of more than that is several, for no reader of traces expects a request of many gigabytes.
+const ROW_BYTES: u64 = 1 << 30;
+
 /// Text cannot fail to be written to.
-fn row(text: &mut String, at_us: u64, op: char, offset: u64, len: u64) {
+fn row(text: &mut String, at_us: u64, op: char, mut offset: u64, mut len: u64) {
+    while len > ROW_BYTES {
+        let _ = writeln!(text, "{at_us},{op},{offset},{ROW_BYTES}");
+        (offset, len) = (offset.saturating_add(ROW_BYTES), len - ROW_BYTES);
+    }
     let _ = writeln!(text, "{at_us},{op},{offset},{len}");
 }
 
@@ -177,11 +184,11 @@ mod tests {
             let at = Duration::from_micros(at);
             Access { at, disk: 0, storage: StorageId(0), op, offset, len, waits: false }
         };
-        let accesses = vec![access(1, AccessOp::Read, 512, 1024), access(2, AccessOp::Discard, 1 << 40, u32::MAX)];
+        let accesses = vec![access(1, AccessOp::Read, 512, 1024), access(2, AccessOp::Discard, 1 << 40, 3 << 30)];
         assert_eq!(
             recorded(&Batch { accesses, missing: 7, lost: 3 }, 1000),
-            "# missing 3: of all disks, the learner was too slow\n1001,R,512,1024\n1002,D,1099511627776,4294967295\n\
-             # missing 7: the reader was too slow\n"
+            "# missing 3: of all disks, the learner was too slow\n1001,R,512,1024\n1002,D,1099511627776,1073741824\n\
+             1002,D,1100585369600,1073741824\n1002,D,1101659111424,1073741824\n# missing 7: the reader was too slow\n"
         );
     }
 

@@ -266,6 +266,8 @@ impl Learner {
                 let _ = reply.send(self.warm(storage));
             }
             Message::Trace(disk, reply) => {
+                // What the guest did before is not in it.
+                while self.observe() == BATCH {}
                 let reader = self.taps.add(disk, self.cache.accesses().dropped());
                 let _ = reply.send(reader);
             }
@@ -275,6 +277,7 @@ impl Learner {
             }
             Message::Explain(storage, page, reply) => {
                 // What is said of the page is of this moment.
+                while self.observe() == BATCH {}
                 self.outcomes();
                 let explained = self.models.get(&storage).map(|model| {
                     let threshold = self.thresholds.of(model.handle.identity(), self.settings.threshold);

@@ -5,10 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use futures_util::StreamExt;
 use parking_lot::Mutex;
 use prestage_integration::api::history::*;
 use prestage_integration::api::types::*;
-use prestage_integration::api::{ApiError, Control, Counters, ErrorCode, Limits, Reply, SocketOptions, bind, serve};
+use prestage_integration::api::{
+    ApiError, Control, Counters, ErrorCode, Limits, Reply, Rows, SocketOptions, bind, serve,
+};
+
+const HISTORY: &str = "ts_us,op,offset,len\n1000000,R,0,4096\n61000000,R,8192,4096\n# end: so far the history\n";
 
 #[derive(Debug, Default)]
 pub(crate) struct Fake {
@@ -174,6 +179,52 @@ impl Control for Fake {
         } else {
             Err(ApiError::new(ErrorCode::InUse, format!("disk `{name}` is connected; use --force")))
         })
+    }
+
+    fn disk_trace(&self, name: String) -> Reply<'_, Rows> {
+        let rows = match name.as_str() {
+            "broken" => {
+                let first = futures_util::stream::iter([Ok("ts_us,op,offset,len\n1,R,0,512\n2,R".into())]);
+                return done(Ok(Rows::new(first.chain(futures_util::stream::once(async {
+                    // The server sends what it has while it waits.
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                    Err(std::io::Error::other("cut"))
+                })))));
+            }
+            // Chunks end anywhere, also within a line.
+            _ => vec![
+                Ok("ts_us,op,offset,len\n1000,R,512,10".into()),
+                Ok("24\n# missing 17: the reader was too slow\n2000,W,0,".into()),
+                Ok("4096\n# end: the disk is no longer served\n".into()),
+            ],
+        };
+        done(Ok(Rows::new(futures_util::stream::iter(rows))))
+    }
+
+    fn disk_history(&self, _: String, _: u64) -> Reply<'_, Rows> {
+        done(Ok(Rows::new(futures_util::stream::iter([Ok(HISTORY.into())]))))
+    }
+
+    fn disk_explain(&self, disk: String, offset_bytes: u64) -> Reply<'_, Explained> {
+        let attempt =
+            |ago_us, probability, fate| Attempt { ago_us, expert: "markov".into(), probability, threshold: 0.5, fate };
+        done(Ok(Explained {
+            disk,
+            offset_bytes: offset_bytes / 4096 * 4096,
+            place: Place { ssd: true, ..Place::default() },
+            prefetch: true,
+            threshold: 0.5,
+            floor: 0.25,
+            votes: vec![
+                Vote { expert: "phase".into(), raw: 0.9, calibrated: 0.81, weight: None, due_us: Some(1_250_000) },
+                Vote { expert: "markov".into(), raw: 0.7, calibrated: 0.31, weight: None, due_us: None },
+            ],
+            touched: None,
+            attempts: vec![attempt(3_210_000, 0.81, Fate::Late), attempt(95_000_000, 0.31, Fate::BelowThreshold)],
+            record_us: 7_200_000_000,
+            miss_us: Some(5200.0),
+            budget: BudgetUse { window_bytes: 2 << 20, in_flight_bytes: 1 << 20, queued_bytes: 65536 },
+        }))
     }
 
     fn vms(&self) -> Reply<'_, VmList> {

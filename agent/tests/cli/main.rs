@@ -6,6 +6,7 @@ mod fake;
 mod fake_models;
 mod models;
 mod replay;
+mod tools;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;

@@ -1,4 +1,4 @@
-//! CSV: `ts_us,op,offset,len` in microseconds and bytes.
+//! CSV: `ts_us,op,offset,len` in microseconds and bytes. Lines that begin with `#` are remarks.
 
 use super::{Expected, Raw, RowFormat};
 use prestage_predictor::Op;
@@ -13,6 +13,10 @@ pub(super) fn sniff(line: &str) -> bool {
 
 impl RowFormat for Csv {
     fn parse(&mut self, row: u64, text: &str) -> Result<Option<Raw>, Expected> {
+        // What a recording has to say of itself.
+        if text.starts_with('#') {
+            return Ok(None);
+        }
         let mut fields = text.split(',').map(str::trim);
         let mut field = || fields.next().ok_or(EXPECTED);
         let at_us = field()?;

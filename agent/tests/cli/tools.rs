@@ -1,0 +1,60 @@
+//! Recordings and explanations.
+
+use crate::fake::Daemon;
+use crate::{fails, prints, run};
+
+#[test]
+fn an_explanation_begins_with_the_answer() {
+    let daemon = Daemon::start();
+    prints(
+        &daemon,
+        &["explain", "web1-vda", "12345"],
+        "\
+disk web1-vda, offset 12288: prefetched 3.2 s ago (markov, 0.81), too late: the
+guest had to wait for the rest of it.
+
+expected now:
+EXPERT  SCORE  PROBABILITY  WEIGHT  DUE
+phase    0.90         0.81       -  in 1.2 s
+markov   0.70         0.31       -  -
+
+proposed:
+WHEN            EXPERT  PROBABILITY  THRESHOLD  WHAT BECAME OF IT
+3.2 s ago       markov         0.81       0.50  read, late
+1 min 35 s ago  markov         0.31       0.50  below the threshold
+
+cached:        on the SSD
+prefetch:      on, from probability 0.50 on; proposed from 0.25 on
+a miss costs:  5.20 ms on this disk; expected gain 0.81 x that = 4.21 ms
+budget:        1.0 MiB of 2.0 MiB under way, 64 KiB waiting
+record:        proposals of the last 2 h 0 min
+",
+    );
+}
+
+#[test]
+fn a_recording_has_its_gaps_at_their_place_and_says_so() {
+    let daemon = Daemon::start();
+    let outcome = run(&daemon.socket, &["trace", "record", "web1-vda", "--out", "-"]);
+    assert_eq!(outcome.code, 0, "{}", outcome.err);
+    assert_eq!(
+        outcome.out,
+        "ts_us,op,offset,len\n1000,R,512,1024\n# missing 17: the reader was too slow\n2000,W,0,4096\n"
+    );
+    assert!(outcome.err.contains("17 requests are missing"), "{}", outcome.err);
+    assert!(outcome.err.contains("2 requests of disk web1-vda within 0 s, 17 missing"), "{}", outcome.err);
+    let outcome = run(&daemon.socket, &["trace", "record", "web1-vda", "--out", "-", "--requests", "1"]);
+    assert_eq!((outcome.code, outcome.out.lines().count()), (0, 2), "{}", outcome.err);
+}
+
+#[test]
+fn a_recording_that_breaks_off_keeps_what_came_and_fails() {
+    let daemon = Daemon::start();
+    let file = daemon.folder().join("x.csv");
+    let name = file.to_str().unwrap();
+    fails(&daemon.socket, &["trace", "record", "broken", "--out", name], 1, "1 request is in ");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "ts_us,op,offset,len\n1,R,0,512\n");
+    fails(&daemon.socket, &["trace", "record", "web1-vda", "--out", name], 1, "exists");
+    fails(&daemon.socket, &["trace", "record", "web1-vda", "--out", "/nonexistent/x"], 1, "cannot make /nonexistent/x");
+    fails(&daemon.socket, &["trace", "record", "web1-vda", "--requests", "0"], 2, "0 is not in");
+}
