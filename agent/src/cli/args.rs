@@ -59,6 +59,8 @@ pub enum Command {
     /// Neural models: training, comparison, roll-back; thresholds
     #[command(subcommand)]
     Model(ModelCommand),
+    /// How much RAM and SSD a machine is worth, from its history
+    Advise(super::advise::AdviseArgs),
     /// Why a block was or was not prefetched
     Explain(super::explain::ExplainArgs),
     /// The configuration file

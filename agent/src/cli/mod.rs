@@ -4,11 +4,13 @@
 //! - `render.rs`, `table.rs`: text for people
 //! - `stat.rs`: `cache stat`; `history.rs`: `history`; `models.rs`: `model`
 //! - `replay.rs`, `replay/`: `trace replay`, which needs no daemon
+//! - `advise/`: `advise`
 //! - `record.rs`: `trace record`
 //! - `explain.rs`: `explain`
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
+mod advise;
 mod args;
 mod explain;
 mod history;
@@ -142,6 +144,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Profile(command) => profile(command, &client, json, out).await,
         Command::Trace(TraceCommand::Replay(args)) => replay::run(*args, json, out).await,
         Command::Trace(TraceCommand::Record(args)) => record::run(&client, args, json, out).await,
+        Command::Advise(args) => advise::run(&client, args, json, out).await,
         Command::Explain(args) => explain::run(&client, args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,

@@ -193,7 +193,7 @@ fn status(recorded: &Recorded, elapsed: Duration) -> String {
     format!("{}: {}, {missing} missing; Ctrl-C ends", human_duration(elapsed), count(*requests, "request", "requests"))
 }
 
-fn leading_number(text: &str) -> u64 {
+pub(super) fn leading_number(text: &str) -> u64 {
     let digits = text.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
     digits.parse().unwrap_or(0)
 }

@@ -201,8 +201,14 @@ impl Control for Fake {
         done(Ok(Rows::new(futures_util::stream::iter(rows))))
     }
 
-    fn disk_history(&self, _: String, _: u64) -> Reply<'_, Rows> {
-        done(Ok(Rows::new(futures_util::stream::iter([Ok(HISTORY.into())]))))
+    /// Two rows since any time; from the beginning a long history, a loop over scattered blocks with a gap in it.
+    fn disk_history(&self, _: String, since_us: u64) -> Reply<'_, Rows> {
+        let mut text = HISTORY.to_owned();
+        if since_us == 0 {
+            let rows = (0..10_000u64).map(|i| format!("{},R,{},16384\n", i * 20_000, i % 60 * 7919 % 60 * 196_608));
+            text = format!("ts_us,op,offset,len\n{}# missing 5: damaged\n# end: x\n", rows.collect::<String>());
+        }
+        done(Ok(Rows::new(futures_util::stream::iter([Ok(text.into())]))))
     }
 
     fn disk_explain(&self, disk: String, offset_bytes: u64) -> Reply<'_, Explained> {

@@ -1,4 +1,4 @@
-//! Recordings and explanations.
+//! Recordings, explanations, advice.
 
 use crate::fake::Daemon;
 use crate::{fails, prints, run};
@@ -57,4 +57,40 @@ fn a_recording_that_breaks_off_keeps_what_came_and_fails() {
     fails(&daemon.socket, &["trace", "record", "web1-vda", "--out", name], 1, "exists");
     fails(&daemon.socket, &["trace", "record", "web1-vda", "--out", "/nonexistent/x"], 1, "cannot make /nonexistent/x");
     fails(&daemon.socket, &["trace", "record", "web1-vda", "--requests", "0"], 2, "0 is not in");
+}
+
+#[test]
+fn advice_begins_with_what_to_do_and_fits_the_terminal() {
+    let daemon = Daemon::start();
+    let svg = daemon.folder().join("advice.svg");
+    let outcome = run(&daemon.socket, &["advise", "web1", "--svg", svg.to_str().unwrap()]);
+    assert_eq!((outcome.code, outcome.err.as_str()), (0, ""));
+    assert!(outcome.out.starts_with("Recommended for web1: "), "{}", outcome.out);
+    assert!(outcome.out.contains("10000 requests, 10000 reads, within 3 min 19 s, 1 disk\n"), "{}", outcome.out);
+    assert!(outcome.out.contains("not in it:    0 older, 5 missing\n"), "{}", outcome.out);
+    // 1 s of waiting over 60 reads from the store is too little to count as measured.
+    assert!(outcome.out.contains("ASSUMED"), "{}", outcome.out);
+    for line in outcome.out.lines() {
+        assert!(line.chars().count() <= 80, "{line}");
+    }
+    let chart = std::fs::read_to_string(&svg).unwrap();
+    assert!(chart.starts_with("<svg ") && chart.trim_end().ends_with("</svg>") && !chart.contains("NaN"), "{chart}");
+
+    let outcome = run(&daemon.socket, &["advise", "web1-vda", "--json", "--store-us", "5000"]);
+    let value: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
+    assert_eq!(
+        (&value["store_latency"]["source"], &value["history"]["set_bytes"]),
+        (&"given".into(), &3_932_160.into())
+    );
+    let best = value["best"]["latency_us"].as_f64().unwrap();
+    assert!(value["recommended"]["latency_us"].as_f64().unwrap() <= best + 2.5 * 50.0, "{value}");
+}
+
+#[test]
+fn a_short_history_is_refused_with_what_is_missing() {
+    let daemon = Daemon::start();
+    let told = "the history of web1 is too short to advise on: 2 reads within 1 min 0 s, 10000 are needed; at that rate in \
+                about 3 d 11 h more";
+    fails(&daemon.socket, &["advise", "web1", "--since", "1h"], 1, told);
+    fails(&daemon.socket, &["advise", "nobody"], 1, "`prestagectl disk list` shows both");
 }

@@ -36,6 +36,7 @@ impl AccessPredictor {
                 }
             }
         }
+        votes.retain(|vote| self.config.experts.contains(vote.expert));
         votes.sort_by(|a, b| b.calibrated.total_cmp(&a.calibrated));
         let noted = self.ledger.noted(page / BLOCK_PAGES, at_us);
         let bit = 1u16 << (page % BLOCK_PAGES);
