@@ -59,6 +59,13 @@ pub(super) fn answer(answer: &Answer) -> String {
     let _ = writeln!(write, "store:        {} a read, {source}", short_us(answer.store_latency.us));
     let _ = writeln!(write, "model:        RAM {}, SSD {}", short_us(RAM_US), short_us(SSD_US));
 
+    if advice.best.latency_us > answer.store_latency.us {
+        let _ = writeln!(
+            write,
+            "CAUTION:      requests came faster than the model's store serves them: its queue\n              \
+             decides the latencies, do not trust them"
+        );
+    }
     let _ = writeln!(write, "\nreads from RAM (█ without prefetch, ▒ more with it; threshold {THRESHOLD:.2}, no SSD):");
     for (plain, tried) in by_ram(answer) {
         let _ =
