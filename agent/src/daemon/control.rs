@@ -1,6 +1,6 @@
 //! The API's questions and orders.
 
-use super::disks::{Definition, DiskError};
+use super::disks::{Definition, DiskError, Served};
 use super::{Daemon, Shared};
 use crate::learner::run::unix_ms;
 use crate::store::{DiskRow, StoreError};
@@ -12,6 +12,7 @@ use prestage_integration::api::types::{
     DropTier, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 use prestage_integration::api::{ApiError, Control, ErrorCode, Reply, Rows};
+use std::sync::Arc;
 
 /// Marks prefetches that an operator asked for: no expert is to be praised or blamed for them.
 const TAG_OPERATOR: u8 = u8::MAX;
@@ -134,7 +135,7 @@ impl Control for Handle {
     fn cache_drop(&self, request: DropRequest) -> Reply<'_, Dropped> {
         Box::pin(async move {
             let storage = match &request.disk {
-                Some(name) => Some(served(&self.0, name)?),
+                Some(name) => Some(served(&self.0, name)?.storage.clone()),
                 None => None,
             };
             let ram = matches!(request.tier, DropTier::Ram | DropTier::All);
@@ -243,15 +244,13 @@ pub(super) async fn remove_disk(daemon: &Shared, name: &str) -> Result<(), ApiEr
     Ok(())
 }
 
-pub(super) fn served(daemon: &Daemon, name: &str) -> Result<prestage_cache::StorageHandle, ApiError> {
-    match daemon.disks.get(name)?.state {
-        Ok(served) => Ok(served.storage.clone()),
-        Err(reason) => Err(ApiError::new(ErrorCode::StoreFailed, format!("disk `{name}` is not served: {reason}"))),
-    }
+pub(super) fn served(daemon: &Daemon, name: &str) -> Result<Arc<Served>, ApiError> {
+    let refused = |reason| ApiError::new(ErrorCode::StoreFailed, format!("disk `{name}` is not served: {reason}"));
+    daemon.disks.get(name)?.state.map_err(refused)
 }
 
 async fn warm(daemon: &Shared, request: WarmRequest) -> Result<Warmed, ApiError> {
-    let storage = served(daemon, &request.disk)?;
+    let storage = served(daemon, &request.disk)?.storage.clone();
     if let Some(id) = &request.profile {
         let profile = find_profile(daemon, id).await?;
         if profile.storage != storage.identity() {

@@ -60,8 +60,8 @@ pub(super) async fn runs(daemon: &Shared, query: RunsQuery) -> Result<RunList, A
 fn whose(daemon: &Daemon, name: &str) -> Result<(Option<String>, String), ApiError> {
     match daemon.disks.get(name) {
         Ok(entry) => {
-            let storage = served(daemon, name)?;
-            Ok((Some(storage.identity().to_owned()), entry.definition.vm.unwrap_or_default()))
+            let served = served(daemon, name)?;
+            Ok((Some(served.storage.identity().to_owned()), entry.definition.vm.unwrap_or_default()))
         }
         Err(_) => {
             let names = daemon.machine_names.lock();
@@ -107,7 +107,7 @@ fn or_nothing<T: Default>(answer: Result<T, StoreError>) -> Result<T, ApiError> 
 }
 
 pub(super) async fn hot(daemon: &Shared, disk: String, query: HotQuery) -> Result<HotList, ApiError> {
-    let storage = served(daemon, &disk)?.identity().to_owned();
+    let storage = served(daemon, &disk)?.storage.identity().to_owned();
     let to = unix_ms() / HOUR_MS;
     let from = to.saturating_sub(u64::from(query.hours) - 1);
     let (shared, identity) = (daemon.clone(), storage.clone());
@@ -123,7 +123,7 @@ pub(super) async fn hot(daemon: &Shared, disk: String, query: HotQuery) -> Resul
 }
 
 pub(super) async fn near(daemon: &Shared, disk: String, query: NearQuery) -> Result<Near, ApiError> {
-    let storage = served(daemon, &disk)?;
+    let storage = served(daemon, &disk)?.storage.clone();
     let size = storage.info().size_bytes;
     let pair = (query.a / BLOCK_BYTES, query.b / BLOCK_BYTES);
     if query.a >= size || query.b >= size {

@@ -1,8 +1,7 @@
 //! A disk's requests as CSV, live and from the database, and why one of its pages was or was not prefetched.
 
-use super::control::{blocking, store_error};
-use super::disks::Served;
-use super::{Daemon, Shared};
+use super::Shared;
+use super::control::{blocking, served, store_error};
 use crate::learner::tap::{Batch, Reader};
 use crate::store::segment::{AccessOp as StoredOp, AccessRecord};
 use crate::store::{SegmentRow, Store, StoreError};
@@ -14,19 +13,11 @@ use prestage_integration::api::{ApiError, Bytes, ErrorCode, Rows};
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::io;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const HEADER: &str = "ts_us,op,offset,len\n";
 /// How long the learner may take over a question. It answers within milliseconds unless it is far behind.
 const LEARNER_ANSWERS: Duration = Duration::from_secs(5);
-
-fn served(daemon: &Daemon, name: &str) -> Result<Arc<Served>, ApiError> {
-    let entry = daemon.disks.get(name)?;
-    entry
-        .state
-        .map_err(|reason| ApiError::new(ErrorCode::StoreFailed, format!("disk `{name}` is not served: {reason}")))
-}
 
 /// Asks the learner, which may be busy: nobody waits for it for ever.
 async fn answer<T>(question: impl Future<Output = T>) -> Result<T, ApiError> {

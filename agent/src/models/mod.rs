@@ -13,7 +13,7 @@
 
 pub mod lstm;
 mod manager;
-mod priority;
+pub(crate) mod priority;
 mod report;
 mod scope;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Idle priority of the calling thread. Leaf module: three system calls.
+//! Idle priority of the calling thread and those it starts. Leaf module: three system calls.
 
 use std::io;
 
@@ -9,7 +9,7 @@ const IOPRIO_IDLE: libc::c_int = 3 << 13;
 /// Lets the calling thread run only when nobody else wants the CPU (`SCHED_IDLE`, nice 19) or the disk (I/O class idle).
 /// Returns what the kernel refused: the thread then runs all the same, less politely.
 #[must_use]
-pub(super) fn become_idle() -> Vec<(&'static str, io::Error)> {
+pub(crate) fn become_idle() -> Vec<(&'static str, io::Error)> {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: 0 is the calling thread; the parameters are read before the call returns.
     let policy = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };

@@ -25,6 +25,7 @@ use super::render::{count, now_unix_ms};
 use super::{Failure, print_json};
 use crate::client::{Client, encode};
 use crate::config::units::{human_duration, parse_duration};
+use crate::models::priority::become_idle;
 use sweep::{Advice, Extent, SSD_US};
 
 /// Reads below which the answer would be about first reads and chance.
@@ -106,8 +107,6 @@ pub(super) async fn run(client: &Client, args: AdviseArgs, json: bool, out: &mut
     let extent = Extent::of(&requests);
     enough(&args.vm, &extent)?;
     let store_latency = store_latency(&disks, args.store_us);
-    // The guests and the daemon come first. Refused: then it runs as it is.
-    let _ = rustix::process::nice(19);
     let watched = io::stderr().is_terminal();
     let progress = move |done: usize, all: usize| {
         if watched {
@@ -115,10 +114,14 @@ pub(super) async fn run(client: &Client, args: AdviseArgs, json: bool, out: &mut
         }
     };
     let names = disks.iter().map(|disk| disk.name.clone()).collect();
-    let (advice, extent) =
-        tokio::task::spawn_blocking(move || (sweep::sweep(&requests, &extent, store_latency.us, &progress), extent))
-            .await
-            .map_err(|error| Failure::Failed(format!("the replay failed: {error}")))?;
+    let replay = move || {
+        // The guests and the daemon come first. Refused: then it runs as it is.
+        let _ = become_idle();
+        (sweep::sweep(&requests, &extent, store_latency.us, &progress), extent)
+    };
+    let (advice, extent) = tokio::task::spawn_blocking(replay)
+        .await
+        .map_err(|error| Failure::Failed(format!("the replay failed: {error}")))?;
     if watched {
         eprint!("\r\x1b[K");
     }
