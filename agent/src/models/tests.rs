@@ -202,13 +202,15 @@ fn block<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
 }
 
-/// Returns when the model is no longer in training.
+/// Returns when the model is no longer in training, in the database and among those in use.
 fn until_trained(handle: &ModelsHandle, id: i64) {
     let deadline = std::time::Instant::now() + LONG;
     while handle.show(id).unwrap().model.state == prestage_integration::api::models::ModelState::Training {
         assert!(std::time::Instant::now() < deadline, "model {id} is still in training");
         std::thread::yield_now();
     }
+    // What is written is taken into use after that, and before the next order is answered.
+    assert!(matches!(block(handle.promote(0)), Err(ModelError::NotFound(_))));
 }
 
 #[test]
