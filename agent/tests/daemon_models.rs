@@ -179,6 +179,8 @@ fn thresholds_are_kept_over_restarts() {
     host.does(&["model", "threshold", "0.6"]);
     host.does(&["model", "threshold", "d", "0.1"]);
     host.refuses(&["model", "threshold", "nowhere", "0.1"], "there is no disk or storage `nowhere`");
+    let explained = host.does(&["explain", "d", "0"]);
+    assert!(explained.contains("from probability 0.10 on; proposed from 0.10 on"), "{explained}");
     host.stop();
     host.start();
     assert_eq!(host.does(&["model", "threshold"]), "default: 0.6 (configured: 0.5)\nd: 0.1\n");

@@ -2,6 +2,7 @@
 
 use super::DiskEvent;
 use super::journal::Journal;
+use super::threshold::{Thresholds, floor};
 use prestage_cache::StorageHandle;
 use prestage_predictor::{AccessConfig, AccessPredictor, Phase, ProfileError};
 use std::collections::HashMap;
@@ -79,6 +80,13 @@ impl Model {
 
     pub(super) fn memory_bytes(&self) -> usize {
         self.predictor.memory_bytes() + self.journal.memory_bytes()
+    }
+
+    /// The threshold that holds for the storage; the predictor proposes from there on if that is below its own floor.
+    pub(super) fn obey(&mut self, thresholds: &Thresholds, configured: f64) -> f32 {
+        let threshold = thresholds.of(self.handle.identity(), configured);
+        self.predictor.set_min_probability(floor(threshold));
+        threshold as f32
     }
 
     /// Forgets everything learned.

@@ -4,7 +4,7 @@ use super::history::HistoryBuffer;
 use super::journal::Verdict;
 use super::model::{Model, micros};
 use super::tap::Taps;
-use super::threshold::{Thresholds, floor};
+use super::threshold::Thresholds;
 use super::{HeldProfile, LearnerCounters, LearnerSettings, Message, SavedProfiles};
 use crate::models::{ModelsHandle, Signal};
 use crate::store::{Pending, Retention, Store};
@@ -177,10 +177,8 @@ impl Learner {
         for model in self.models.values_mut().filter(|model| model.stirred) {
             model.stirred = false;
             self.candidates.clear();
-            let threshold = self.thresholds.of(model.handle.identity(), self.settings.threshold);
-            model.predictor.set_min_probability(floor(threshold));
+            let threshold = model.obey(&self.thresholds, self.settings.threshold);
             model.predictor.predict(micros(now), &mut self.candidates);
-            let threshold = threshold as f32;
             let mut requests: Vec<PrefetchRequest> = Vec::new();
             for candidate in &self.candidates {
                 let verdict = if !self.settings.prefetch {
@@ -279,9 +277,9 @@ impl Learner {
                 // What is said of the page is of this moment.
                 while self.observe() == BATCH {}
                 self.outcomes();
-                let explained = self.models.get(&storage).map(|model| {
-                    let threshold = self.thresholds.of(model.handle.identity(), self.settings.threshold);
-                    model.explain(page, &self.cache, self.settings.prefetch, threshold as f32)
+                let explained = self.models.get_mut(&storage).map(|model| {
+                    let threshold = model.obey(&self.thresholds, self.settings.threshold);
+                    model.explain(page, &self.cache, self.settings.prefetch, threshold)
                 });
                 let _ = reply.send(explained);
             }
