@@ -395,6 +395,12 @@ impl<'a, P: Prefetcher + ?Sized> Driver<'a, P> {
     /// Takes note of what became of prefetched pages.
     fn outcomes(&mut self) {
         for outcome in self.core.take_outcomes().0 {
+            if outcome.kind == OutcomeKind::Left {
+                for (first, pages) in outcome.pages.runs() {
+                    self.prefetcher.left(outcome.block.0 * self.block_pages + first, pages);
+                }
+                continue;
+            }
             let used = outcome.kind != OutcomeKind::Evicted;
             let late = outcome.kind == OutcomeKind::Late;
             for (first, pages) in outcome.pages.runs() {

@@ -50,6 +50,9 @@ pub trait Prefetcher {
     /// Prefetched pages were used or lost.
     fn outcome(&mut self, _outcome: &Outcome) {}
 
+    /// Pages left the cache after they had been used.
+    fn left(&mut self, _first: u64, _pages: u64) {}
+
     /// The guest began or ended something.
     fn mark(&mut self, _mark: &Mark, _now_us: u64, _out: &mut Vec<Wish>) {}
 

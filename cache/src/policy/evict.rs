@@ -7,7 +7,7 @@
 //! - leaving *small*: used again → *main*, else it becomes a ghost
 //! - leaving *main*: used since → once more around, else out
 //! - a prefetched block enters *probation*; its first use moves it to *small* as if it had just come in; unused it
-//!   leaves first, as soon as it has been there for `probation_age` or probation is over its share
+//!   leaves first, as soon as it has been there for `probation_age` or probation is over its share, which adapts
 //!
 //! LRU is there to compare with: every block is in *main*, each use moves it to the head, and the tail leaves.
 
@@ -20,6 +20,12 @@ use std::time::Duration;
 const MAX_FREQUENCY: u8 = 3;
 /// Pages of busy victims that are stepped over before the search gives up and the caller goes without a slot.
 const SEARCH_PAGES: u64 = 1024;
+
+/// A prefetch that is wanted within this time may take the place of an older one; one wanted later can wait for room.
+const WANTED_NOW: Duration = Duration::from_secs(1);
+/// Probation never takes more than this share of the slots, and starts with it: a guest whose reads come back takes slots
+/// from it soon, one that only streams has no use for more.
+pub(super) const MAX_SHARE: f64 = 0.9;
 
 /// Which block leaves when room is needed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -36,7 +42,10 @@ pub enum Eviction {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum For {
     Demand,
-    Prefetch,
+    /// Pages expected to be used at `due`.
+    Prefetch {
+        due: Duration,
+    },
 }
 
 impl Core {
@@ -95,6 +104,9 @@ impl Core {
     /// A slot for `key`, empty and linked in its first queue. `None` if every candidate is busy, or if the slot is for
     /// a prefetch and probation is full of blocks that may still be used.
     pub(super) fn allocate(&mut self, key: Key, purpose: For, now: Duration) -> Option<u32> {
+        if purpose == For::Demand && self.config.eviction == Eviction::S3Fifo {
+            self.learn_share(key);
+        }
         let slot = match self.pop_free() {
             Some(slot) => slot,
             None => {
@@ -123,9 +135,20 @@ impl Core {
         match (self.config.eviction, purpose) {
             (Eviction::Lru, _) => self.link(slot, Place::Main),
             (Eviction::S3Fifo, For::Demand) => self.admit(slot, key),
-            (Eviction::S3Fifo, For::Prefetch) => self.link(slot, Place::Probation),
+            (Eviction::S3Fifo, For::Prefetch { .. }) => self.link(slot, Place::Probation),
         }
         Some(slot)
+    }
+
+    /// A block is missed. Had it left probation unused, probation was too small; had it left the small queue, what is in
+    /// use had too little: the border moves by a slot, as ARC's does (Megiddo & Modha, FAST 2003).
+    fn learn_share(&mut self, key: Key) {
+        let slot = 1.0 / f64::from(self.config.slots.max(1));
+        if self.lapsed.take(key.hash64()) {
+            self.probation_share = (self.probation_share + slot).min(MAX_SHARE);
+        } else if self.ghost.holds(key.hash64()) {
+            self.probation_share = (self.probation_share - slot).max(self.config.probation_share);
+        }
     }
 
     /// Slots to look at.
@@ -145,7 +168,7 @@ impl Core {
         if self.config.eviction == Eviction::Lru {
             return self.evict_tail(Place::Main).then_some(());
         }
-        let cap = (f64::from(self.config.slots) * self.config.probation_share) as u32;
+        let cap = (f64::from(self.config.slots) * self.probation_share) as u32;
         let now_ds = (now.as_millis() / 100) as u32;
         let age_ds = (self.config.probation_age.as_millis() / 100) as u32;
         let expired = self
@@ -156,9 +179,13 @@ impl Core {
         if (expired || over) && self.evict_tail(Place::Probation) {
             return Some(());
         }
-        if purpose == For::Prefetch && self.probation.len() >= cap.max(1) {
-            // Room for a guess is not made at the expense of a guess that is as good, let alone of what is in use.
-            return None;
+        if let For::Prefetch { due } = purpose
+            && self.probation.len() >= cap.max(1)
+        {
+            // Room for a guess is not made at the expense of what is in use. One that is wanted now is worth more than
+            // the oldest that nobody has come for; one that is wanted later waits.
+            let wanted_now = due <= now + WANTED_NOW;
+            return (wanted_now && self.evict_tail(Place::Probation)).then_some(());
         }
         for _ in 0..2 * self.config.slots {
             let small_target = (self.config.slots / 10).max(1);
@@ -225,7 +252,12 @@ impl Core {
         entry.unused = PageMask::NONE;
         self.valid_pages -= valid.count();
         self.evictions += 1;
+        if !unused.is_empty() {
+            let hash = self.entries[slot as usize].key.hash64();
+            self.lapsed.insert(hash);
+        }
         self.report(slot, unused, OutcomeKind::Evicted);
+        self.report(slot, valid.minus(unused), OutcomeKind::Left);
         self.release(slot);
     }
 }

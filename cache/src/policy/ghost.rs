@@ -44,6 +44,14 @@ impl Ghost {
         }
         false
     }
+    /// Whether the block is a ghost.
+    pub(crate) fn holds(&self, hash: u64) -> bool {
+        let (places, fingerprint) = self.places(hash);
+        places.iter().any(|place| {
+            let (found, at) = self.table[*place];
+            found == fingerprint && self.age(at) <= self.capacity
+        })
+    }
     pub(crate) fn memory_bytes(&self) -> usize {
         self.table.len() * size_of::<(u32, u32)>()
     }

@@ -69,7 +69,8 @@ pub struct CoreConfig {
     /// page that was written in part counts as cached although nobody has read the rest of it, and the engine leaves
     /// blocks that are not resident to the store.
     pub write_allocate: bool,
-    /// Share of the slots that prefetched and not yet used blocks may take.
+    /// Share of the slots that prefetched and not yet used blocks may take at least; it grows while such blocks leave
+    /// before they are used, and shrinks back while what is in use leaves too early.
     pub probation_share: f64,
     /// A prefetched block that nobody used for so long is the first to leave.
     pub probation_age: Duration,
@@ -235,6 +236,10 @@ pub struct Core {
     small: List,
     main: List,
     ghost: Ghost,
+    /// Blocks that left probation unused.
+    lapsed: Ghost,
+    /// Share of the slots that probation may take now.
+    probation_share: f64,
     valid_pages: u64,
     insertions: u64,
     evictions: u64,
@@ -273,6 +278,8 @@ impl Core {
             small: List::default(),
             main: List::default(),
             ghost: Ghost::new(config.slots),
+            lapsed: Ghost::new(config.slots),
+            probation_share: evict::MAX_SHARE,
             valid_pages: 0,
             insertions: 0,
             evictions: 0,
@@ -337,7 +344,8 @@ impl Core {
             index_bytes: (self.entries.len() * (size_of::<Entry>() + size_of::<Link>())
                 + self.table.allocation_size()
                 + self.free.capacity() * 4
-                + self.ghost.memory_bytes()) as u64,
+                + self.ghost.memory_bytes()
+                + self.lapsed.memory_bytes()) as u64,
         }
     }
 
@@ -394,6 +402,7 @@ impl Core {
             storage.counters.cancelled += storage.queue.clear();
         }
         self.ghost = Ghost::new(self.config.slots);
+        self.lapsed = Ghost::new(self.config.slots);
     }
 
     fn drop_where(&mut self, selects: impl Fn(Key) -> bool) {

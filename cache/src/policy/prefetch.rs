@@ -17,6 +17,8 @@ pub enum OutcomeKind {
     Late,
     /// Left the cache, or were overwritten, without having been read.
     Evicted,
+    /// Left the cache after they had been used, however they came: they may be prefetched again.
+    Left,
 }
 
 /// What became of prefetched pages of one block.
@@ -92,13 +94,13 @@ impl Core {
             }
             let Some(parts) = state.queue.pop() else { return PrefetchStep::Idle };
             let block_pages = self.config.block_pages;
-            let mut pieces = parts.iter().flat_map(|(range, tag)| {
-                let (range, tag) = (*range, *tag);
-                range.blocks_of(block_pages).map(move |(block, mask)| (block, mask, tag))
+            let mut pieces = parts.iter().flat_map(|(range, tag, due)| {
+                let (range, tag, due) = (*range, *tag, *due);
+                range.blocks_of(block_pages).map(move |(block, mask)| (block, mask, tag, due))
             });
             let mut io: Option<PrefetchIo> = None;
             let mut left = None;
-            for (block, mask, tag) in pieces.by_ref() {
+            for (block, mask, tag, due) in pieces.by_ref() {
                 let key = Key { storage, block };
                 let known = self.find(key);
                 let mut want = mask.minus(skip(block)).minus(self.pages_under_write(storage, block));
@@ -109,15 +111,15 @@ impl Core {
                 for (first, count) in want.runs() {
                     let page = block.0 * block_pages + first;
                     if io.as_ref().is_some_and(|io| io.first + io.pages != page) {
-                        left = Some((block, want, first, tag));
+                        left = Some((block, want, first, tag, due));
                         break;
                     }
                     let slot = match self.find(key) {
                         Some(slot) => slot,
-                        None => match self.allocate(key, For::Prefetch, now) {
+                        None => match self.allocate(key, For::Prefetch { due }, now) {
                             Some(slot) => slot,
                             None => {
-                                left = Some((block, want, first, tag));
+                                left = Some((block, want, first, tag, due));
                                 break;
                             }
                         },
@@ -137,21 +139,21 @@ impl Core {
             }
             // What did not fit goes back with the urgency it had: at the front.
             let mut back: Vec<PrefetchRequest> = Vec::new();
-            let mut put_back = |block: BlockIndex, mask: PageMask, tag: u8| {
+            let mut put_back = |block: BlockIndex, mask: PageMask, tag: u8, due: Duration| {
                 for (first, count) in mask.runs() {
                     back.push(PrefetchRequest {
                         range: PageRange { first: block.0 * block_pages + first, count },
-                        due: Duration::ZERO,
+                        due,
                         probability: 0.0,
                         tag,
                     });
                 }
             };
-            if let Some((block, want, first, tag)) = left {
-                put_back(block, want & PageMask::run(first, block_pages - first), tag);
+            if let Some((block, want, first, tag, due)) = left {
+                put_back(block, want & PageMask::run(first, block_pages - first), tag, due);
             }
-            for (block, mask, tag) in pieces {
-                put_back(block, mask, tag);
+            for (block, mask, tag, due) in pieces {
+                put_back(block, mask, tag, due);
             }
             let Some(state) = self.storage(storage) else { return PrefetchStep::Idle };
             for request in &back {
@@ -214,6 +216,7 @@ impl Core {
                     state.counters.late += pages.count();
                 }
                 OutcomeKind::Evicted => state.counters.evicted_unused += pages.count(),
+                OutcomeKind::Left => {}
             }
         }
         if self.outcomes.len() < MAX_OUTCOMES {

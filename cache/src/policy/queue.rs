@@ -112,19 +112,19 @@ impl PrefetchQueue {
     }
 
     /// The most urgent run together with queued runs that continue it, up to [`MAX_REQUEST_PAGES`], as parts
-    /// `(range, tag)` that are contiguous and ascending.
-    pub fn pop(&mut self) -> Option<Vec<(PageRange, u8)>> {
+    /// `(range, tag, due)` that are contiguous and ascending.
+    pub fn pop(&mut self) -> Option<Vec<(PageRange, u8, Duration)>> {
         let &(due, first) = self.by_due.first()?;
         let head = self.take(first)?;
         let count = head.count.min(MAX_REQUEST_PAGES);
         self.put(first + count, Waiting { count: head.count - count, due, tag: head.tag });
-        let mut parts = vec![(PageRange { first, count }, head.tag)];
+        let mut parts = vec![(PageRange { first, count }, head.tag, head.due)];
         let mut end = first + count;
         while end - first < MAX_REQUEST_PAGES {
             let Some(next) = self.take(end) else { break };
             let count = next.count.min(MAX_REQUEST_PAGES - (end - first));
             self.put(end + count, Waiting { count: next.count - count, ..next });
-            parts.push((PageRange { first: end, count }, next.tag));
+            parts.push((PageRange { first: end, count }, next.tag, next.due));
             end += count;
         }
         Some(parts)
@@ -158,8 +158,14 @@ mod tests {
         queue.push(request(0, 4, 5));
         queue.push(request(4, 4, 7));
         let parts = queue.pop().unwrap();
-        assert_eq!(parts, [(PageRange { first: 0, count: 4 }, 5), (PageRange { first: 4, count: 4 }, 7)]);
-        assert_eq!(queue.pop().unwrap(), [(PageRange { first: 100, count: 4 }, 9)]);
+        assert_eq!(
+            parts,
+            [
+                (PageRange { first: 0, count: 4 }, 5, Duration::from_millis(5)),
+                (PageRange { first: 4, count: 4 }, 7, Duration::from_millis(7))
+            ]
+        );
+        assert_eq!(queue.pop().unwrap(), [(PageRange { first: 100, count: 4 }, 9, Duration::from_millis(9))]);
         assert!(queue.pop().is_none());
     }
 
@@ -190,7 +196,7 @@ mod tests {
                             let least = oracle.values().min().copied();
                             prop_assert_eq!(oracle.get(&parts[0].0.first).copied(), least);
                             let mut at = parts[0].0.first;
-                            for (range, _) in &parts {
+                            for (range, ..) in &parts {
                                 prop_assert_eq!(range.first, at);
                                 for page in range.first..range.end() { prop_assert!(oracle.remove(&page).is_some()); }
                                 at = range.end();

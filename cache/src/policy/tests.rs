@@ -144,20 +144,49 @@ fn an_unused_prefetch_leaves_before_anything_that_was_used() {
 }
 
 #[test]
-fn prefetch_never_evicts_what_is_in_use_to_exceed_its_share() {
+fn a_prefetch_wanted_later_waits_for_room_and_one_wanted_now_takes_the_place_of_an_older() {
     let (mut core, _) = core(10);
     for block in 0..10 {
         fill_block(&mut core, block, PageMask::ALL, at(0));
     }
-    core.push_prefetch(DISK, &[request(20 * PAGES_PER_BLOCK, 10 * PAGES_PER_BLOCK)]);
-    let mut pages = 0;
-    while let PrefetchStep::Io(io) = core.next_prefetch(DISK, at(1), |_| PageMask::NONE) {
-        finish(&mut core, &io, true);
-        pages += io.pages;
+    let run = |core: &mut Core| {
+        let mut pages = 0;
+        while let PrefetchStep::Io(io) = core.next_prefetch(DISK, at(1), |_| PageMask::NONE) {
+            finish(core, &io, true);
+            pages += io.pages;
+        }
+        pages
+    };
+    let later = PrefetchRequest { due: at(60_000), ..request(20 * PAGES_PER_BLOCK, 10 * PAGES_PER_BLOCK) };
+    core.push_prefetch(DISK, &[later]);
+    assert_eq!(run(&mut core), 9 * PAGES_PER_BLOCK);
+    assert_eq!((core.occupancy().probation_slots, core.prefetch_backlog(DISK)), (9, PAGES_PER_BLOCK), "one waits");
+    core.push_prefetch(DISK, &[request(12 * PAGES_PER_BLOCK, 2 * PAGES_PER_BLOCK)]);
+    assert_eq!(run(&mut core), 2 * PAGES_PER_BLOCK);
+    assert_eq!(core.occupancy().probation_slots, 9, "its share is not exceeded");
+    assert_eq!(core.prefetch_counters(DISK).evicted_unused, 2 * PAGES_PER_BLOCK);
+}
+
+#[test]
+fn probation_gives_slots_to_what_is_in_use_while_that_leaves_too_early() {
+    let (mut core, _) = core(20);
+    let share = |core: &mut Core| {
+        core.push_prefetch(DISK, &[request(20 * PAGES_PER_BLOCK, 40 * PAGES_PER_BLOCK)]);
+        while let PrefetchStep::Io(io) = core.next_prefetch(DISK, at(1), |_| PageMask::NONE) {
+            finish(core, &io, true);
+        }
+        core.occupancy().probation_slots
+    };
+    for block in 0..20 {
+        fill_block(&mut core, block, PageMask::ALL, at(0));
     }
-    assert_eq!(pages, 5 * PAGES_PER_BLOCK);
-    assert_eq!(core.occupancy().probation_slots, 5);
-    assert_eq!(core.prefetch_backlog(DISK), 5 * PAGES_PER_BLOCK, "the rest waits for room");
+    assert_eq!(share(&mut core), 18);
+    for round in 0..40 {
+        for block in 0..12 {
+            fill_block(&mut core, block, PageMask::ALL, at(2 + round));
+        }
+    }
+    assert_eq!(share(&mut core), 10, "down to the share that it has at least");
 }
 
 #[test]
