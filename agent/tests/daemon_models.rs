@@ -175,7 +175,7 @@ fn thresholds_are_kept_over_restarts() {
     std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     host.start();
     host.does(&["disk", "add", "d", &disk.display().to_string()]);
-    assert_eq!(host.does(&["model", "threshold"]), "default: 0.5 (as configured)\n");
+    assert_eq!(host.does(&["model", "threshold"]), "default: 0.125 (as configured)\n");
     host.does(&["model", "threshold", "0.6"]);
     host.does(&["model", "threshold", "d", "0.1"]);
     host.refuses(&["model", "threshold", "nowhere", "0.1"], "there is no disk or storage `nowhere`");
@@ -183,8 +183,8 @@ fn thresholds_are_kept_over_restarts() {
     assert!(explained.contains("from probability 0.10 on; proposed from 0.10 on"), "{explained}");
     host.stop();
     host.start();
-    assert_eq!(host.does(&["model", "threshold"]), "default: 0.6 (configured: 0.5)\nd: 0.1\n");
+    assert_eq!(host.does(&["model", "threshold"]), "default: 0.6 (configured: 0.125)\nd: 0.1\n");
     host.does(&["model", "threshold", "d", "default"]);
-    assert_eq!(host.does(&["model", "threshold", "default"]), "default: 0.5 (as configured)\n");
+    assert_eq!(host.does(&["model", "threshold", "default"]), "default: 0.125 (as configured)\n");
     host.stop();
 }

@@ -41,28 +41,18 @@ pub enum Expert {
     Stride,
     /// The rest of a 64 KiB block of which some pages were touched.
     Spatial,
-    /// Successor blocks of a context of earlier blocks.
+    /// Successors of a block.
     Markov,
-    /// Successor distance of a context of earlier distances.
-    Delta,
+    /// What followed when the same was read before.
+    Log,
     /// First-touch set of a named phase.
     Phase,
-    /// First-touch set of recognised, unnamed activity.
-    Burst,
 }
 
 impl Expert {
     /// All experts, in the order of [`Expert::index`].
-    pub const ALL: [Self; 8] = [
-        Self::Sequential,
-        Self::Backward,
-        Self::Stride,
-        Self::Spatial,
-        Self::Markov,
-        Self::Delta,
-        Self::Phase,
-        Self::Burst,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Sequential, Self::Backward, Self::Stride, Self::Spatial, Self::Markov, Self::Log, Self::Phase];
 
     /// Position in [`Expert::ALL`], for tables by expert.
     #[must_use]
@@ -79,9 +69,8 @@ impl Expert {
             Self::Stride => "stride",
             Self::Spatial => "spatial",
             Self::Markov => "markov",
-            Self::Delta => "delta",
+            Self::Log => "log",
             Self::Phase => "phase",
-            Self::Burst => "burst",
         }
     }
 }

@@ -36,7 +36,7 @@ mod tests {
         let sets = [
             ExpertSet::ALL,
             ExpertSet::of(&[Expert::Sequential, Expert::Stride]),
-            ExpertSet::of(&[Expert::Markov, Expert::Delta]),
+            ExpertSet::of(&[Expert::Markov, Expert::Log]),
             ExpertSet::of(&[Expert::Phase]),
         ];
         for experts in sets {

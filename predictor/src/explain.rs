@@ -7,13 +7,13 @@ use crate::access::Expert;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Vote {
     pub expert: Expert,
-    /// Whose accesses lead to it, as in [`Access::vm`](crate::Access::vm).
-    pub vm: u64,
+    /// Whose accesses lead to it, as in [`Access::vm`](crate::Access::vm), where one VM alone does.
+    pub vm: Option<u64>,
     /// The expert's own score, 0 ..= 1.
     pub raw: f32,
     /// Probability by the record of such predictions, 0 ..= 1.
     pub calibrated: f32,
-    /// Share in the combination; `None` where the likeliest vote alone decides.
+    /// Share in the mixed score, 0 ..= 1; `None` where the expert decides alone.
     pub weight: Option<f32>,
     /// When the page is expected to be read, where the expert knows.
     pub due_us: Option<u64>,
@@ -45,6 +45,6 @@ pub struct Explanation {
     /// Candidates less likely than this are not handed out.
     pub floor: f32,
     pub decision: Decision,
-    /// Last activity in the page's block (a touch or a proposal), to the second; `None` if none is remembered.
+    /// Last activity in the page's block (a touch or a proposal), to a tenth of a second; `None` if none is remembered.
     pub active_us: Option<u64>,
 }

@@ -11,24 +11,19 @@
 //! | [`profile`] | what was learned, as bytes: magic, version, checksum; and its summary |
 //! | [`drift`] | has a signal's mean moved: Page–Hinkley and ADWIN |
 //! | [`contest`] | is one model better than another on the same stream: a test that may be looked at any time |
-//! | `streams` | expert: interleaved sequential, backward and constant-stride streams |
-//! | `ledger` | what was touched and proposed lately; labels proposals; expert: rest of a touched block |
-//! | `markov` | expert: contexts over blocks, deltas and skipped accesses |
+//! | `hybrid` | runs, the log of earlier reads, chains of blocks and neighbourhoods, mixed into one calibrated probability |
 //! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
-//! | `burst` | expert: first-touch sets of unnamed activity, recognised by their first blocks |
 //! | `experts` | sets of experts |
 //! | [`lstm`] | LSTM over ordinals: weights as bytes, inference kernels; re-ranks candidates |
-//! | `odds`, `pageset`, `wire` | calibration counts, page masks, byte encoding |
+//! | `odds`, `pageset`, `wire` | counts that become probabilities, page masks, byte encoding |
 
 pub mod access;
-mod burst;
 pub mod contest;
 pub mod drift;
 mod experts;
 pub mod explain;
-mod ledger;
+mod hybrid;
 pub mod lstm;
-mod markov;
 mod odds;
 mod pageset;
 mod phase;
@@ -36,11 +31,10 @@ pub mod predictor;
 pub mod profile;
 mod record;
 mod replay;
-mod streams;
 mod wire;
 
 pub use access::{Access, BLOCK_PAGES, Candidate, Expert, Op, Outcome, PAGE_BYTES, Phase};
 pub use experts::ExpertSet;
 pub use explain::{Decision, Explanation, Vote};
-pub use predictor::{AccessConfig, AccessPredictor, AccessStats};
+pub use predictor::{AccessConfig, AccessPredictor, AccessStats, CalibrationStats, DEFAULT_THRESHOLD};
 pub use profile::{PhaseSummary, ProfileError, ProfileSummary};

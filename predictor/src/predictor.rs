@@ -1,8 +1,8 @@
 //! The access predictor of one storage: feeds every expert, weighs them, and hands out candidates.
 //!
 //! Who is believed: a first-touch set that proved right in this run knows what follows a read it foresaw, so the other
-//! experts keep silent after such a read. Everywhere else all experts propose, each with a probability calibrated by
-//! its own observed record; of several proposals for a page the best one is handed out.
+//! experts keep silent after such a read. Everywhere else the hybrid weighs what its experts name; of several proposals
+//! for a page the best one is handed out.
 //!
 //! Memory is bounded (see [`AccessConfig`]): the tables by their size, a VM by its recording (at most about 40 bytes a
 //! page at worst, 2 typically).
@@ -11,31 +11,29 @@ mod explain;
 mod vm;
 
 use crate::access::{Access, Candidate, Expert, MAX_PAGES, Op, Outcome, Phase};
-use crate::burst::{BurstLimits, BurstSets};
 use crate::experts::ExpertSet;
-use crate::ledger::Ledger;
-use crate::markov::MarkovTable;
-use crate::odds::{Calibration, Class};
+use crate::hybrid::{Hybrid, HybridConfig, Moment};
 use crate::pageset::{RunJoiner, block_masks};
 use crate::phase::PhaseSet;
 use crate::record::Recording;
 use crate::replay::Window;
-use crate::streams::Proposal;
 use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use vm::{Vm, close_phase};
 
+/// Probability from which on a prefetch is worth it by default: a store that takes milliseconds for a read is asked seven
+/// times in vain for less than one miss costs.
+pub const DEFAULT_THRESHOLD: f32 = 0.125;
 /// Pages of one read that are looked at (16 MiB); what a longer one touches beyond is not learned.
 const MAX_READ_PAGES: u32 = 4096;
 /// Pages of one write or discard that are noted (256 MiB): a guest may discard a whole disk in one request.
 const MAX_WRITE_PAGES: u32 = 65_536;
 /// Pages of a candidate, at most (512 KiB).
 const MAX_CANDIDATE_PAGES: u32 = 128;
-/// A phase's start proposes its set anew, except what was handled this recently (another VM's start, a moment ago).
-const PHASE_REPEAT_S: u32 = 30;
-/// Streams at least this long are left to the stream expert: no Markov context is spent on them.
-const STREAM_RUN: u32 = 3;
+/// A phase's start proposes its set anew, except what was handled this recently (another VM's start, a moment
+/// ago), in tenths of a second.
+const PHASE_REPEAT_DS: u32 = 300;
 /// Neighbouring proposals of one expert become one candidate if their probabilities differ by no more than this.
 const JOIN_PROBABILITY: f32 = 0.1;
 
@@ -44,7 +42,7 @@ const JOIN_PROBABILITY: f32 = 0.1;
 pub struct AccessConfig {
     /// Size of the storage in pages; nothing beyond is proposed. Default: unbounded.
     pub size_pages: u64,
-    /// Candidates less likely than this are not handed out. Default 0.25.
+    /// Candidates less likely than this are not handed out. Default 0.125.
     pub min_probability: f32,
     /// Largest stream window. Default 512 KiB.
     pub max_window_bytes: u64,
@@ -58,16 +56,17 @@ pub struct AccessConfig {
     pub phase_bytes: u64,
     /// Phase sets kept; the one unused for longest leaves. Default 64.
     pub phase_sets: usize,
-    /// Quiet time that separates bursts outside phases. Default 2 s.
-    pub burst_gap: Duration,
-    /// Bytes of first touches recorded in one burst. Default 256 MiB.
-    pub burst_bytes: u64,
-    /// Bursts kept. Default 64.
-    pub bursts: usize,
-    /// Markov contexts of 64 bytes. Default 16384 (1 MiB).
+    /// Reads remembered in order, 12 bytes each. Default 65536 (768 KiB).
+    pub log_reads: usize,
+    /// Markov contexts over 64 KiB blocks, 28 bytes each. Default 4096 (112 KiB).
     pub markov_contexts: usize,
-    /// 64 KiB blocks whose recent touches and proposals are remembered, 48 bytes each. Default 16384 (768 KiB).
+    /// 64 KiB blocks of which touches and proposals are remembered, 28 bytes each. Default 8192 (224 KiB).
     pub recent_blocks: usize,
+    /// Predictions that wait for their label, 60 bytes each, at most 65,534. Default 12288 (720 KiB).
+    pub predictions: usize,
+    /// Pages of cache that the storage can expect to have: a prediction must come true within a fifth as many reads (64 to
+    /// 2048), and no stream window is larger than a sixteenth. Default 1 GiB.
+    pub cache_pages: u64,
     /// Experts that may propose; the others learn and keep silent. Default all.
     pub experts: ExpertSet,
 }
@@ -76,18 +75,18 @@ impl Default for AccessConfig {
     fn default() -> Self {
         Self {
             size_pages: MAX_PAGES,
-            min_probability: 0.25,
+            min_probability: DEFAULT_THRESHOLD,
             max_window_bytes: 512 << 10,
             phase_window_bytes: 256 << 20,
             phase_horizon: Duration::from_secs(120),
             phase_duration: Duration::from_secs(15 * 60),
             phase_bytes: 512 << 20,
             phase_sets: 64,
-            burst_gap: Duration::from_secs(2),
-            burst_bytes: 256 << 20,
-            bursts: 64,
-            markov_contexts: 16_384,
-            recent_blocks: 16_384,
+            log_reads: 65_536,
+            markov_contexts: 4096,
+            recent_blocks: 8192,
+            predictions: 12_288,
+            cache_pages: 1 << 18,
             experts: ExpertSet::ALL,
         }
     }
@@ -98,7 +97,6 @@ impl AccessConfig {
         Window {
             pages: self.phase_window_bytes / crate::PAGE_BYTES,
             horizon_ms: u32::try_from(self.phase_horizon.as_millis()).unwrap_or(u32::MAX),
-            slow_start: false,
         }
     }
 
@@ -110,18 +108,15 @@ impl AccessConfig {
         u64::try_from(self.phase_duration.as_micros()).unwrap_or(u64::MAX)
     }
 
-    pub(crate) fn burst_limits(&self) -> BurstLimits {
-        BurstLimits {
-            bursts: self.bursts.max(1),
-            pages: (self.burst_bytes / crate::PAGE_BYTES).max(1),
-            extents: crate::phase::MAX_EXTENTS,
-            gap_us: u64::try_from(self.burst_gap.as_micros()).unwrap_or(u64::MAX),
-            // A burst is recognised, not announced: look less far ahead than in a phase.
-            window: Window {
-                pages: self.phase_window().pages / 4,
-                horizon_ms: self.phase_window().horizon_ms / 2,
-                slow_start: true,
-            },
+    fn hybrid(&self) -> HybridConfig {
+        HybridConfig {
+            blocks: self.recent_blocks,
+            log_reads: self.log_reads,
+            contexts: self.markov_contexts,
+            predictions: self.predictions,
+            window: (self.cache_pages / 5).clamp(64, 2048) as u32,
+            max_window_pages: (self.max_window_bytes / crate::PAGE_BYTES).min(self.cache_pages / 16).max(1),
+            experts: self.experts,
         }
     }
 }
@@ -133,13 +128,25 @@ pub struct AccessStats {
     pub writes: u64,
     pub candidates: u64,
     /// By [`Expert::index`].
-    pub proposed_pages: [u64; 8],
+    pub proposed_pages: [u64; 7],
     /// By [`Expert::index`], from outcomes: read by a guest.
-    pub used_pages: [u64; 8],
+    pub used_pages: [u64; 7],
     /// Part of `used_pages`: the guest had to wait.
-    pub late_pages: [u64; 8],
+    pub late_pages: [u64; 7],
     /// By [`Expert::index`], from outcomes: lost before any read.
-    pub unused_pages: [u64; 8],
+    pub unused_pages: [u64; 7],
+}
+
+/// How well probabilities were kept: settled predictions against what happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CalibrationStats {
+    pub settled: f64,
+    /// Expected calibration error (Naeini et al., AAAI 2015), 20 bins of equal width.
+    pub error: f64,
+    /// Mean squared error.
+    pub brier: f64,
+    /// Mean code length of the outcomes, bits a prediction.
+    pub bits: f64,
 }
 
 /// A learned set and when it was last needed.
@@ -156,13 +163,9 @@ pub struct AccessPredictor {
     pub(crate) config: AccessConfig,
     pub(crate) phases: Vec<StoredSet>,
     pub(crate) uses: u64,
-    pub(crate) bursts: BurstSets,
-    pub(crate) markov: MarkovTable,
-    pub(crate) calibration: Calibration,
-    ledger: Ledger,
+    pub(crate) hybrid: Hybrid,
     vms: BTreeMap<u64, Box<Vm>>,
     pending: Vec<Candidate>,
-    proposals: Vec<Proposal>,
     stats: AccessStats,
 }
 
@@ -172,15 +175,11 @@ impl AccessPredictor {
     pub fn new(config: AccessConfig) -> Self {
         let config = AccessConfig { size_pages: config.size_pages.min(MAX_PAGES), ..config };
         Self {
-            bursts: BurstSets::new(config.burst_limits()),
-            markov: MarkovTable::new(config.markov_contexts),
-            calibration: Calibration::new(),
-            ledger: Ledger::new(config.recent_blocks),
+            hybrid: Hybrid::new(config.hybrid()),
             phases: Vec::new(),
             uses: 0,
             vms: BTreeMap::new(),
             pending: Vec::new(),
-            proposals: Vec::new(),
             stats: AccessStats::default(),
             config,
         }
@@ -200,11 +199,11 @@ impl AccessPredictor {
     /// [`AccessPredictor::predict`].
     pub fn phase_start(&mut self, vm: u64, phase: Phase, at_us: u64) {
         self.phase_end(vm, at_us);
-        let vm = self.vms.entry(vm).or_default();
-        self.bursts.end(&mut vm.burst);
+        let hybrid = &mut self.hybrid;
+        let vm = self.vms.entry(vm).or_insert_with(|| Box::new(Vm::new(hybrid.trail())));
         if phase == Phase::Boot {
             // A new guest: its streams and place have nothing to do with the one before.
-            **vm = Vm::default();
+            **vm = Vm::new(hybrid.trail());
         }
         self.uses += 1;
         let plan = self.phases.iter_mut().find(|stored| stored.phase == phase).map(|stored| {
@@ -228,17 +227,15 @@ impl AccessPredictor {
         self.vms.get(&vm)?.running_phase()
     }
 
-    /// A VM is gone: its phase or burst is learned, its state dropped.
+    /// A VM is gone: its phase is learned, its state dropped.
     pub fn vm_forget(&mut self, vm: u64) {
         self.phase_end(vm, 0);
-        if let Some(mut vm) = self.vms.remove(&vm) {
-            self.bursts.end(&mut vm.burst);
-        }
+        self.vms.remove(&vm);
     }
 
     /// The cache lost what it held (dropped, or emptied): everything may be proposed again.
     pub fn forget_resident(&mut self) {
-        self.ledger.clear(&mut self.calibration);
+        self.hybrid.clear_cached();
     }
 
     /// Takes in one request. Pages beyond the storage's size are ignored.
@@ -249,8 +246,8 @@ impl AccessPredictor {
         if pages == 0 {
             return;
         }
-        self.ledger.advance(access.at_us, &mut self.calibration);
-        let vm = self.vms.entry(access.vm).or_default();
+        let hybrid = &mut self.hybrid;
+        let vm = self.vms.entry(access.vm).or_insert_with(|| Box::new(Vm::new(hybrid.trail())));
         if vm.phase_is_over(access.at_us, self.config.duration_us()) {
             close_phase(vm, &mut self.phases, &mut self.uses, self.config.phase_sets, access.at_us);
         }
@@ -262,15 +259,12 @@ impl AccessPredictor {
 
     fn write(&mut self, vm: u64, first: u64, pages: u32, at_us: u64) {
         self.stats.writes += 1;
-        if let Some(vm) = self.vms.get_mut(&vm) {
-            match &mut vm.phase {
-                Some(active) => active.recording.write(first, pages, at_us),
-                None => self.bursts.write(&mut vm.burst, first, pages, at_us),
-            }
+        if let Some(active) = self.vms.get_mut(&vm).and_then(|vm| vm.phase.as_mut()) {
+            active.recording.write(first, pages, at_us);
         }
-        // A large discard would wash everything else out of the ledger.
+        // A large discard would wash everything else out of the table of blocks.
         for (block, mask) in block_masks(first, pages.min(MAX_READ_PAGES)) {
-            self.ledger.written(block, mask, &mut self.calibration);
+            self.hybrid.written(block, mask);
         }
     }
 
@@ -282,64 +276,12 @@ impl AccessPredictor {
                 active.recording.read(first, pages, at_us);
                 active.replay.as_mut().is_some_and(|replay| replay.read(first, pages, at_us) && replay.is_trusted())
             }
-            None => self.bursts.read(&mut vm.burst, first, pages, at_us) && vm.burst.is_trusted(),
+            None => false,
         };
-        let set = if vm.phase.is_some() { Expert::Phase } else { Expert::Burst };
-        let known = known && self.config.experts.contains(set);
-
-        let mut proposals = std::mem::take(&mut self.proposals);
-        proposals.clear();
-        let max_window = (self.config.max_window_bytes / crate::PAGE_BYTES).max(1);
-        let continued = vm.streams.observe(first, pages, at_us, max_window, &mut proposals);
-        self.markov.observe(&mut vm.markov, first, pages, continued.run < STREAM_RUN);
-        if !known {
-            self.markov.predict(&vm.markov, &mut proposals);
-        }
-        let mut touched_anew = false;
-        for (block, mask) in block_masks(first, pages) {
-            touched_anew |= self.ledger.read(block, mask, &mut self.calibration);
-        }
-        if !known {
-            for proposal in &proposals {
-                self.raise(proposal);
-            }
-            // Last, because the spatial expert adds to what the others expect. Only the ends of a request leave blocks
-            // in part.
-            let ends = [first / crate::BLOCK_PAGES, (first + u64::from(pages) - 1) / crate::BLOCK_PAGES];
-            for block in if !touched_anew {
-                &[][..]
-            } else if ends[0] == ends[1] {
-                &ends[..1]
-            } else {
-                &ends[..]
-            } {
-                self.raise_rest_of_block(*block, pages);
-            }
-        }
-        self.proposals = proposals;
-    }
-
-    fn raise_rest_of_block(&mut self, block: u64, request_pages: u32) {
-        if !self.config.experts.contains(Expert::Spatial) {
-            return;
-        }
-        if let Some(rest) = self.ledger.rest_of_block(block, request_pages, &mut self.calibration)
-            && rest.probability >= self.config.min_probability
-        {
-            self.raise_mask(block, rest.mask, rest.probability, Expert::Spatial, Class::NONE, None);
-        }
-    }
-
-    /// Raises a proposal. It is noted for calibration however unlikely, and handed out if likely enough.
-    fn raise(&mut self, proposal: &Proposal) {
-        if !self.config.experts.contains(proposal.expert) {
-            return;
-        }
-        let probability = self.calibration.probability(proposal.class, proposal.prior);
-        let Some(pages) = self.clip(proposal.first, proposal.pages) else { return };
-        for (block, mask) in block_masks(proposal.first, pages) {
-            self.raise_mask(block, mask, probability, proposal.expert, proposal.class, proposal.due_us);
-        }
+        let known = known && self.config.experts.contains(Expert::Phase);
+        let moment =
+            Moment { at_us, size_pages: self.config.size_pages, floor: self.config.min_probability, silent: known };
+        self.hybrid.read(&mut vm.trail, first, pages, &moment, &mut self.pending);
     }
 
     /// Pages of a range that lie on the storage.
@@ -348,26 +290,10 @@ impl AccessPredictor {
         Some(u32::try_from(left).unwrap_or(u32::MAX).min(pages)).filter(|pages| *pages > 0)
     }
 
-    fn raise_mask(&mut self, block: u64, mask: u16, probability: f32, expert: Expert, class: Class, due: Option<u64>) {
-        let fresh = self.ledger.propose(block, mask, probability, (expert, class), &mut self.calibration);
-        if fresh == 0 || probability < self.config.min_probability {
-            return;
-        }
-        let (pending, size_pages) = (&mut self.pending, self.config.size_pages);
-        let mut joiner = RunJoiner::default();
-        let mut add = |first: u64, pages: u32| {
-            let pages = u32::try_from(size_pages.saturating_sub(first)).unwrap_or(u32::MAX).min(pages);
-            push_joined(pending, Candidate { first, pages, probability, due_us: due, expert });
-        };
-        joiner.push(block, fresh, &mut add);
-        joiner.flush(&mut add);
-    }
-
     /// Adds the candidates raised since the last call to `out`, in the order they were raised (a set's in order of
     /// expected use), each page at most once. Call it after every batch of observed accesses and after `phase_start`;
     /// calling it now and then without accesses lets a running phase go on with the clock.
     pub fn predict(&mut self, at_us: u64, out: &mut Vec<Candidate>) {
-        self.ledger.advance(at_us, &mut self.calibration);
         self.propose_from_sets(at_us);
         let from = out.len();
         if self.pending.len() > 1 {
@@ -383,18 +309,14 @@ impl AccessPredictor {
     }
 
     fn propose_from_sets(&mut self, at_us: u64) {
-        let (ledger, calibration, pending) = (&mut self.ledger, &mut self.calibration, &mut self.pending);
+        if !self.config.experts.contains(Expert::Phase) {
+            return;
+        }
+        let (hybrid, pending) = (&mut self.hybrid, &mut self.pending);
         let (floor, size_pages) = (self.config.min_probability, self.config.size_pages);
-        let experts = self.config.experts;
+        let expert = Expert::Phase;
         for vm in self.vms.values_mut() {
-            let (expert, repeat_s, phase) = match &mut vm.phase {
-                Some(active) => (Expert::Phase, PHASE_REPEAT_S, active.replay.as_mut()),
-                None => (Expert::Burst, u32::MAX, None),
-            };
-            if !experts.contains(expert) {
-                continue;
-            }
-            for replay in phase.into_iter().chain(vm.burst.replays()) {
+            if let Some(replay) = vm.phase.as_mut().and_then(|active| active.replay.as_mut()) {
                 replay.propose(at_us, floor, |extent, probability, due_us| {
                     let Some(left) = size_pages.checked_sub(extent.first) else { return };
                     let pages = u32::try_from(left).unwrap_or(u32::MAX).min(extent.pages);
@@ -403,13 +325,7 @@ impl AccessPredictor {
                         push_joined(pending, Candidate { first, pages, probability, due_us: Some(due_us), expert });
                     };
                     for (block, mask) in block_masks(extent.first, pages) {
-                        let fresh = if repeat_s == u32::MAX {
-                            ledger.propose(block, mask, probability, (expert, Class::NONE), calibration)
-                        } else {
-                            let new = mask & !ledger.renew(block, mask, probability, repeat_s);
-                            ledger.propose(block, new, probability, (expert, Class::NONE), calibration);
-                            new
-                        };
+                        let fresh = hybrid.issue(block, mask, PHASE_REPEAT_DS, at_us);
                         joiner.push(block, fresh, &mut add);
                     }
                     joiner.flush(&mut add);
@@ -431,14 +347,27 @@ impl AccessPredictor {
         }
         self.stats.unused_pages[index] += count;
         for (block, mask) in block_masks(outcome.first, pages) {
-            self.ledger.forget(block, mask, &mut self.calibration);
+            self.hybrid.lost(block, mask);
         }
         for vm in self.vms.values_mut() {
-            let phase = vm.phase.as_mut().and_then(|active| active.replay.as_mut());
-            for replay in phase.into_iter().chain(vm.burst.replays()) {
+            if let Some(replay) = vm.phase.as_mut().and_then(|active| active.replay.as_mut()) {
                 replay.lost(outcome.first, pages);
             }
         }
+    }
+
+    /// Pages left the cache after they had been used: they may be proposed again.
+    pub fn evicted(&mut self, first: u64, pages: u32) {
+        let Some(pages) = self.clip(first, pages.min(MAX_READ_PAGES)) else { return };
+        for (block, mask) in block_masks(first, pages) {
+            self.hybrid.lost(block, mask);
+        }
+    }
+
+    /// How well the probabilities were kept so far.
+    #[must_use]
+    pub fn calibration(&self) -> CalibrationStats {
+        self.hybrid.calibration()
     }
 
     #[must_use]
@@ -446,30 +375,24 @@ impl AccessPredictor {
         self.stats
     }
 
-    /// Heap memory held, in bytes: the tables (`64 × markov_contexts + 48 × recent_blocks`), the sets (28 bytes an
-    /// extent), and each VM's recording and replay.
+    /// Heap memory held, in bytes: the tables (fixed, see [`AccessConfig`]), the sets (28 bytes an extent), and each VM's
+    /// runs, recording and replay.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         let sets: usize = self.phases.iter().map(|stored| stored.set.memory_bytes()).sum();
         let vms: usize = self.vms.values().map(|vm| vm.memory_bytes()).sum();
-        sets + vms
-            + self.bursts.memory_bytes()
-            + self.markov.memory_bytes()
-            + self.ledger.memory_bytes()
-            + self.pending.capacity() * size_of::<Candidate>()
-            + self.proposals.capacity() * size_of::<Proposal>()
+        sets + vms + self.hybrid.memory_bytes() + self.pending.capacity() * size_of::<Candidate>()
     }
 
-    /// Phase sets and bursts as they would be if all running phases and bursts ended now.
-    pub(crate) fn learned(&self) -> (Vec<StoredSet>, BurstSets) {
-        let (mut phases, mut uses, mut bursts) = (self.phases.clone(), self.uses, self.bursts.clone());
+    /// Phase sets as they would be if all running phases ended now.
+    pub(crate) fn learned(&self) -> Vec<StoredSet> {
+        let (mut phases, mut uses) = (self.phases.clone(), self.uses);
         for vm in self.vms.values() {
             if let Some(active) = &vm.phase {
                 vm::learn_phase(active, &mut phases, &mut uses, self.config.phase_sets);
             }
-            bursts.learn_open(&vm.burst);
         }
-        (phases, bursts)
+        phases
     }
 }
 

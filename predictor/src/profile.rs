@@ -9,17 +9,14 @@
 //!     24      …  payload
 //! ```
 //!
-//! The payload is a sequence of variable-length integers (`wire`): phase sets (`phase`), bursts (`burst`), Markov
-//! contexts (`markov`), calibration counts (`odds`). What belongs to the moment is not saved: streams, recent touches,
-//! recordings. Phases and bursts that are running are saved as if they ended now, without ending them, so that a daemon
+//! The payload is a sequence of variable-length integers (`wire`): phase sets (`phase`), and what the
+//! hybrid learned: context counts, weights, calibration, the log of reads, chains of blocks. What belongs to the moment is
+//! not saved: runs, recent touches, recordings. Phases that run are saved as if they ended now, without ending them, so that a daemon
 //! that is stopped or killed keeps them and one that goes on counts them once.
 //!
 //! A file is written whole by its owner, hence no order of writes here: a torn file fails the length or the checksum.
 
 use crate::access::{PAGE_BYTES, Phase};
-use crate::burst::BurstSets;
-use crate::markov::MarkovTable;
-use crate::odds::{Calibration, Odds};
 use crate::phase::PhaseSet;
 use crate::predictor::{AccessConfig, AccessPredictor, StoredSet};
 use crate::wire::{Reader, WireError, put};
@@ -27,7 +24,7 @@ use thiserror::Error;
 
 const MAGIC: [u8; 8] = *b"PSTGPROF";
 /// Version of the format; raised whenever the payload's meaning changes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 24;
 
 /// Why bytes are not a profile of this program.
@@ -82,8 +79,8 @@ pub struct PhaseSummary {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProfileSummary {
     pub phases: Vec<PhaseSummary>,
-    pub bursts: usize,
-    pub burst_bytes: u64,
+    /// Reads in the log.
+    pub log_reads: usize,
     pub markov_contexts: usize,
     /// Heap memory of the predictor.
     pub memory_bytes: usize,
@@ -93,7 +90,7 @@ impl AccessPredictor {
     /// Serialises what was learned. Deterministic.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let (phases, bursts) = self.learned();
+        let phases = self.learned();
         let mut payload = Vec::new();
         let mut by_use: Vec<&StoredSet> = phases.iter().collect();
         by_use.sort_by_key(|stored| stored.used);
@@ -108,12 +105,7 @@ impl AccessPredictor {
             }
             stored.set.write(&mut payload);
         }
-        bursts.write_to(&mut payload);
-        self.markov.write(&mut payload);
-        for odds in [&self.calibration.classes, &self.calibration.spatial] {
-            put(&mut payload, odds.len() as u64);
-            odds.iter().for_each(|odds| odds.write(&mut payload));
-        }
+        self.hybrid.write(&mut payload);
 
         let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
         bytes.extend(MAGIC);
@@ -148,17 +140,7 @@ impl AccessPredictor {
         }
         let surplus = predictor.phases.len().saturating_sub(predictor.config.phase_sets.max(1));
         predictor.phases.drain(..surplus);
-        predictor.bursts = BurstSets::read_from(reader, predictor.config.burst_limits())?;
-        predictor.markov = MarkovTable::read(reader, predictor.config.markov_contexts)?;
-        let Calibration { classes, spatial } = &mut predictor.calibration;
-        for odds in [classes, spatial] {
-            if reader.number()? != odds.len() as u64 {
-                return Err(ProfileError::Damaged("count of classes"));
-            }
-            for odds in odds {
-                *odds = Odds::read(reader)?;
-            }
-        }
+        predictor.hybrid.restore(reader)?;
         if !reader.is_empty() {
             return Err(ProfileError::Damaged("length"));
         }
@@ -168,7 +150,7 @@ impl AccessPredictor {
     /// What is learned, in numbers.
     #[must_use]
     pub fn summary(&self) -> ProfileSummary {
-        let (phases, bursts) = self.learned();
+        let phases = self.learned();
         let mut phases: Vec<PhaseSummary> = phases
             .iter()
             .map(|stored| PhaseSummary {
@@ -181,9 +163,8 @@ impl AccessPredictor {
         phases.sort_by_key(|summary| summary.phase);
         ProfileSummary {
             phases,
-            bursts: bursts.len(),
-            burst_bytes: bursts.pages() * PAGE_BYTES,
-            markov_contexts: self.markov.len(),
+            log_reads: self.hybrid.log_reads(),
+            markov_contexts: self.hybrid.markov_contexts(),
             memory_bytes: self.memory_bytes(),
         }
     }

@@ -33,15 +33,6 @@ const SHARE_NONE: f32 = 0.2;
 /// Above this share the plan knows better than the other experts what follows a read that it foresaw.
 const SHARE_TRUSTED: f32 = 0.7;
 
-/// With a slow start, the window is this many pages (1 MiB) …
-const SLOW_START_PAGES: u64 = 256;
-/// … plus this many for each page used.
-const SLOW_START_FACTOR: u64 = 8;
-/// After this many matches a plan that keeps its promises is the right one, however unreliable it was before.
-const CONVINCING_MATCHES: f32 = 32.0;
-/// Pages that must have been promised for a verdict.
-const VERDICT_PAGES: u32 = 32;
-
 const PROPOSED: u8 = 1;
 const USED: u8 = 2;
 const PASSED: u8 = 4;
@@ -53,17 +44,12 @@ const LOST_ONCE: u8 = 8;
 pub(crate) struct Window {
     pub(crate) pages: u64,
     pub(crate) horizon_ms: u32,
-    /// Begin with a small window that grows as the plan proves right.
-    pub(crate) slow_start: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct Replay {
     plan: Arc<Plan>,
     window: Window,
-    /// Probability, before the first match, that this is the right plan at all.
-    reliability: f32,
-    used_pages: u64,
     flags: Vec<u8>,
     started_us: u64,
     matched_us: u64,
@@ -83,13 +69,11 @@ pub(crate) struct Replay {
 }
 
 impl Replay {
-    pub(crate) fn new(plan: Arc<Plan>, window: Window, reliability: f32, at_us: u64) -> Self {
+    pub(crate) fn new(plan: Arc<Plan>, window: Window, at_us: u64) -> Self {
         Self {
             flags: vec![0; plan.extents().len()],
             plan,
             window,
-            reliability,
-            used_pages: 0,
             started_us: at_us,
             matched_us: at_us,
             recent: [0; RECENT],
@@ -113,7 +97,6 @@ impl Replay {
             let flags = self.flags[position];
             if flags & USED == 0 {
                 self.flags[position] |= USED;
-                self.used_pages += u64::from(plan.extents()[position].pages);
                 if flags & (PROPOSED | PASSED) == PROPOSED {
                     self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
                 }
@@ -156,17 +139,13 @@ impl Replay {
         let idle_ms = idle_ms.min(u64::from(self.window.horizon_ms));
         let now_ms = if begun { u64::from(here.at_ms) + idle_ms } else { idle_ms };
         let until_ms = now_ms + u64::from(self.window.horizon_ms);
-        let mut limit = (self.window.pages as f64 * f64::from(self.allowance())) as u64;
-        if self.window.slow_start {
-            limit = limit.min(SLOW_START_PAGES + SLOW_START_FACTOR * self.used_pages);
-        }
+        let limit = (self.window.pages as f64 * f64::from(self.allowance())) as u64;
         if self.cursor < self.position {
             self.skipped = true;
             self.cursor = self.position;
         } else if self.skipped && self.position < self.cursor {
             (self.skipped, self.cursor) = (false, self.position);
         }
-        let reliability = self.reliability();
         while let Some(extent) = extents.get(self.cursor) {
             if u64::from(extent.at_ms) > until_ms || self.outstanding + u64::from(extent.pages) > limit {
                 break;
@@ -182,53 +161,24 @@ impl Replay {
             if *flags & PASSED == 0 {
                 self.outstanding += u64::from(extent.pages);
             }
-            // Noted all the same, so that an unreliable plan can prove itself.
-            let probability = probability * reliability;
-            if probability < floor {
-                continue;
-            }
             let due_us = at_us.saturating_add(u64::from(extent.at_ms).saturating_sub(now_ms) * 1000);
             sink(extent, probability, due_us);
         }
     }
 
     /// Of the extent that holds `page`: its probability by the plan, and as the plan has proved so far, and when it is due.
-    pub(crate) fn expects(&self, page: u64) -> Option<(f32, f32, u64)> {
+    pub(crate) fn expects(&self, page: u64) -> Option<(f32, u64)> {
         let (position, _, _) = self.plan.overlaps(page, 1).next()?;
         let extents = self.plan.extents();
         let (extent, here) = (extents.get(position)?, extents.get(self.position)?);
         let (since_us, from_ms) = if self.matches > 0 { (self.matched_us, here.at_ms) } else { (self.started_us, 0) };
         let due_us = since_us.saturating_add(u64::from(extent.at_ms.saturating_sub(from_ms)) * 1000);
-        let probability = self.plan.probability(extent);
-        Some((probability, probability * self.reliability(), due_us))
-    }
-
-    /// Probability, as of now, that this is the right plan.
-    fn reliability(&self) -> f32 {
-        let convinced = (self.matches as f32 / CONVINCING_MATCHES).min(1.0) * self.share();
-        self.reliability + (1.0 - self.reliability) * convinced
+        Some((self.plan.probability(extent), due_us))
     }
 
     /// The plan proved right so far in this run.
     pub(crate) fn is_trusted(&self) -> bool {
         self.matches >= RANK && self.share() >= SHARE_TRUSTED
-    }
-
-    /// When a read last matched something new.
-    pub(crate) fn matched_us(&self) -> u64 {
-        self.matched_us
-    }
-
-    /// Share of the likely pages promised so far (proposed or passed) that was used, if there are enough to tell.
-    pub(crate) fn verdict(&self) -> Option<f32> {
-        let (mut promised, mut used) = (0, 0);
-        for (flags, extent) in self.flags.iter().zip(self.plan.extents()) {
-            if flags & (PROPOSED | PASSED | USED) != 0 && self.plan.probability(extent) >= JUDGED_PROBABILITY {
-                promised += extent.pages;
-                used += if flags & USED != 0 { extent.pages } else { 0 };
-            }
-        }
-        (promised >= VERDICT_PAGES).then(|| used as f32 / promised as f32)
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {
@@ -283,7 +233,7 @@ mod tests {
     use crate::phase::PhaseSet;
     use crate::record::Recording;
 
-    const WIDE: Window = Window { pages: 1 << 16, horizon_ms: 10_000, slow_start: false };
+    const WIDE: Window = Window { pages: 1 << 16, horizon_ms: 10_000 };
 
     /// `count` extents of 8 pages, 16 apart, 100 ms apart.
     fn plan(count: u64) -> Arc<Plan> {
@@ -307,7 +257,7 @@ mod tests {
 
     #[test]
     fn the_window_goes_ahead_of_the_guest_and_nothing_is_proposed_twice() {
-        let mut replay = Replay::new(plan(1000), WIDE, 1.0, 0);
+        let mut replay = Replay::new(plan(1000), WIDE, 0);
         assert_eq!(proposed(&mut replay, 0), (0..=100).collect::<Vec<_>>());
         assert!(proposed(&mut replay, 0).is_empty());
         let mut next = 101;
@@ -324,8 +274,7 @@ mod tests {
 
     #[test]
     fn outstanding_bytes_are_bounded() {
-        let mut replay =
-            Replay::new(plan(1000), Window { pages: 80, horizon_ms: 1_000_000, slow_start: false }, 1.0, 0);
+        let mut replay = Replay::new(plan(1000), Window { pages: 80, horizon_ms: 1_000_000 }, 0);
         assert_eq!(proposed(&mut replay, 0).len(), 10);
         for i in 0..4 {
             replay.read(i * 16, 8, 0);
@@ -335,7 +284,7 @@ mod tests {
 
     #[test]
     fn reordered_reads_do_not_throw_the_position() {
-        let mut replay = Replay::new(plan(1000), WIDE, 1.0, 0);
+        let mut replay = Replay::new(plan(1000), WIDE, 0);
         proposed(&mut replay, 0);
         replay.read(900 * 16, 8, 1000); // one early touch of a late extent
         for i in (0..40).map(|i| i ^ 3) {
@@ -346,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_run_that_skips_a_part_is_followed_and_may_come_back() {
-        let mut replay = Replay::new(plan(1000), WIDE, 1.0, 0);
+        let mut replay = Replay::new(plan(1000), WIDE, 0);
         proposed(&mut replay, 0);
         for i in 500..520 {
             replay.read(i * 16, 8, 1000);
@@ -361,7 +310,7 @@ mod tests {
 
     #[test]
     fn a_run_that_diverges_is_cut_off() {
-        let mut replay = Replay::new(plan(4000), WIDE, 1.0, 0);
+        let mut replay = Replay::new(plan(4000), WIDE, 0);
         let mut sum = proposed(&mut replay, 0).len();
         for i in (0..4000).step_by(12) {
             replay.read(i * 16, 1, i * 100_000);
@@ -373,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_lost_extent_is_proposed_once_more() {
-        let mut replay = Replay::new(plan(50), WIDE, 1.0, 0);
+        let mut replay = Replay::new(plan(50), WIDE, 0);
         assert_eq!(proposed(&mut replay, 0).len(), 50);
         replay.lost(20 * 16, 8);
         assert_eq!(proposed(&mut replay, 0), [20]);
@@ -382,41 +331,8 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_start_grows_as_the_plan_proves_right() {
-        let window = Window { slow_start: true, horizon_ms: 1_000_000, ..WIDE };
-        let mut replay = Replay::new(plan(1000), window, 0.9, 0);
-        assert_eq!(proposed(&mut replay, 0).len(), 32);
-        for i in 0..10 {
-            replay.read(i * 16, 8, 0);
-        }
-        assert_eq!(proposed(&mut replay, 0).len(), 90);
-    }
-
-    #[test]
-    fn an_unreliable_plan_is_silent_but_judged() {
-        let mut replay = Replay::new(plan(100), WIDE, 0.05, 0);
-        assert!(proposed(&mut replay, 0).is_empty());
-        for i in 0..50 {
-            replay.read(i * 16, 8, 0);
-        }
-        assert_eq!(replay.verdict(), Some(0.5));
-    }
-
-    #[test]
-    fn an_unreliable_plan_that_proves_right_is_believed() {
-        let mut replay = Replay::new(plan(400), Window { horizon_ms: 2000, ..WIDE }, 0.3, 0);
-        let mut probabilities = Vec::new();
-        for i in 0..100 {
-            replay.read(i * 16, 8, i * 100_000);
-            replay.propose(i * 100_000, 0.1, |_, probability, _| probabilities.push(probability));
-        }
-        assert!(probabilities[0] < 0.35);
-        assert!(probabilities[60..].iter().all(|probability| *probability > 0.9));
-    }
-
-    #[test]
     fn an_empty_plan_is_no_plan() {
-        let mut replay = Replay::new(Arc::clone(PhaseSet::new().plan()), WIDE, 1.0, 0);
+        let mut replay = Replay::new(Arc::clone(PhaseSet::new().plan()), WIDE, 0);
         assert!(!replay.read(0, 1, 0));
         assert!(proposed(&mut replay, 0).is_empty());
     }

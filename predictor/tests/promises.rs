@@ -1,6 +1,8 @@
 //! What the predictor promises its caller, on small made-up guests.
 
-use prestage_predictor::{Access, AccessConfig, AccessPredictor, Candidate, Expert, Op, Outcome, Phase};
+use prestage_predictor::{
+    Access, AccessConfig, AccessPredictor, Candidate, DEFAULT_THRESHOLD, Expert, Op, Outcome, Phase,
+};
 
 const SECOND_US: u64 = 1_000_000;
 
@@ -157,7 +159,9 @@ fn an_interrupted_stream_of_one_vm_does_not_disturb_another() {
         let first = base + i / 8 * 16;
         foreseen += usize::from(known.contains(&(vm, first)));
         predictor.observe(&read(vm, first, 16, i * 1000));
-        for candidate in drain(&mut predictor, i * 1000).iter().filter(|candidate| candidate.probability >= 0.5) {
+        for candidate in
+            drain(&mut predictor, i * 1000).iter().filter(|candidate| candidate.probability >= DEFAULT_THRESHOLD)
+        {
             known.extend((candidate.first..candidate.first + u64::from(candidate.pages)).map(|page| (vm, page)));
         }
     }

@@ -2,6 +2,7 @@
 
 mod support;
 
+use prestage_predictor::profile::VERSION;
 use prestage_predictor::{Access, AccessConfig, AccessPredictor, Outcome, Phase, ProfileError};
 use proptest::prelude::*;
 use support::{Event, Figures, Replay, excerpt, later};
@@ -9,7 +10,7 @@ use support::{Event, Figures, Replay, excerpt, later};
 const BOOT_1: &str = include_str!("../testdata/vm_boot1.csv");
 const BOOT_2: &str = include_str!("../testdata/vm_boot2.csv");
 /// What the agent is expected to ask for at least.
-const THRESHOLD: f32 = 0.5;
+const THRESHOLD: f32 = prestage_predictor::DEFAULT_THRESHOLD;
 const HOUR_US: u64 = 3_600_000_000;
 
 fn predictor() -> AccessPredictor {
@@ -95,7 +96,11 @@ fn programs_after_the_boot_phase_are_recognised() {
     let (booting, after) = boot(&mut predictor, &excerpt(BOOT_2), false);
     println!("boot {booting:?}\nprograms {after:?}");
     require_foreseen(&booting);
-    require_foreseen(&after);
+    // Nobody said that programs began: the log alone knows them, and at the default threshold the others guess along.
+    assert!(after.coverage() >= 0.95, "coverage {:.3}: {after:?}", after.coverage());
+    assert!(after.precision() >= 0.6, "precision {:.3}: {after:?}", after.precision());
+    let (proposed, used) = after.by_expert[prestage_predictor::Expert::Log.index()];
+    assert!(used as f64 >= proposed as f64 * 0.95, "log: {used} of {proposed}");
 }
 
 #[test]
@@ -104,10 +109,10 @@ fn with_nothing_learned_fewer_reads_wait_and_traffic_stays_bounded() {
         let (booting, after) = boot(&mut predictor(), &excerpt(text), true);
         let all = sum(&booting, &after);
         println!("{:.3} {:.3} {:.3} {all:?}", all.coverage(), all.precision(), all.traffic());
-        assert!(all.predicted as f64 >= all.reads as f64 * 0.3, "{all:?}");
-        assert!(all.precision() >= 0.45, "{all:?}");
-        assert!(all.wait_us as f64 <= all.plain_wait_us as f64 * 0.8, "{all:?}");
-        assert!(all.traffic() <= 1.5, "{all:?}");
+        assert!(all.predicted as f64 >= all.reads as f64 * 0.6, "{all:?}");
+        assert!(all.precision() >= 0.35, "{all:?}");
+        assert!(all.wait_us as f64 <= all.plain_wait_us as f64 * 0.4, "{all:?}");
+        assert!(all.traffic() <= 2.2, "{all:?}");
     }
 }
 
@@ -186,7 +191,7 @@ fn refusals_say_what_to_do() {
     let mut other = bytes.clone();
     other[8] = 9;
     let error = read(&other).unwrap_err();
-    assert_eq!(error, ProfileError::OtherVersion { found: 9, expected: 1 });
+    assert_eq!(error, ProfileError::OtherVersion { found: 9, expected: VERSION });
     assert!(error.to_string().contains("version 9") && error.to_string().contains("prestagectl profile remove"));
     let mut damaged = bytes.clone();
     damaged[30] ^= 1;
@@ -283,10 +288,11 @@ proptest! {
             original.observe(&Access { at_us, vm: 1, op: prestage_predictor::Op::Read, first, pages });
             original.predict(at_us, &mut out);
         }
-        // Only the moment differs: forget it in the original too.
         original.vm_forget(1);
-        original.forget_resident();
-        let mut copy = AccessPredictor::from_bytes(&original.to_bytes(), config).expect("own bytes");
+        let bytes = original.to_bytes();
+        let restore = || AccessPredictor::from_bytes(&bytes, config.clone()).expect("own bytes");
+        let (mut original, mut copy) = (restore(), restore());
+        prop_assert_eq!(original.to_bytes(), bytes.clone());
         let mut outs = (Vec::new(), Vec::new());
         at_us += 1_000_000;
         for predictor in [&mut original, &mut copy] {
@@ -313,7 +319,7 @@ proptest! {
         prop_assert!(AccessPredictor::from_bytes(&noise, AccessConfig::default()).is_err());
         // The same noise behind a right header.
         let mut bytes = b"PSTGPROF".to_vec();
-        bytes.extend(1u32.to_le_bytes());
+        bytes.extend(VERSION.to_le_bytes());
         bytes.extend((noise.len() as u64).to_le_bytes());
         bytes.extend(crc32c::crc32c(&noise).to_le_bytes());
         bytes.extend(&noise);

@@ -18,7 +18,7 @@ pub enum PolicyKind {
     Readahead,
     /// Contexts of blocks and distances.
     Markov,
-    /// First-touch sets of phases and bursts.
+    /// First-touch sets of phases.
     Sets,
     /// All.
     Prestage,
@@ -39,8 +39,8 @@ impl PolicyKind {
     const fn experts(self) -> ExpertSet {
         match self {
             Self::Readahead => ExpertSet::of(&[Expert::Sequential, Expert::Backward, Expert::Stride]),
-            Self::Markov => ExpertSet::of(&[Expert::Markov, Expert::Delta]),
-            Self::Sets => ExpertSet::of(&[Expert::Phase, Expert::Burst]),
+            Self::Markov => ExpertSet::of(&[Expert::Markov, Expert::Log]),
+            Self::Sets => ExpertSet::of(&[Expert::Phase]),
             Self::Prestage => ExpertSet::ALL,
         }
     }
@@ -64,9 +64,10 @@ impl Predictive {
     pub fn new(kind: PolicyKind, threshold: f32, capacity_pages: u64) -> Self {
         let defaults = AccessConfig::default();
         let config = AccessConfig {
-            min_probability: defaults.min_probability.min(threshold),
+            min_probability: threshold,
             // As in the daemon: a window that exceeds half of the tier would wait in the queue instead.
             phase_window_bytes: defaults.phase_window_bytes.min(capacity_pages * PAGE_BYTES / 2),
+            cache_pages: capacity_pages,
             experts: kind.experts(),
             ..defaults
         };
@@ -178,6 +179,10 @@ impl Prefetcher for Predictive {
             used: outcome.used,
             late: outcome.late,
         });
+    }
+
+    fn left(&mut self, first: u64, pages: u64) {
+        self.predictor.evicted(first, u32::try_from(pages).unwrap_or(u32::MAX));
     }
 
     fn mark(&mut self, mark: &Mark, now_us: u64, out: &mut Vec<Wish>) {

@@ -188,7 +188,7 @@ sections! {
         /// Off: guests are served and learned from, nothing is read ahead.
         enabled: bool = true, any, reload;
         /// Lowest probability, 0 to 1, at which a predicted block is read ahead.
-        threshold: f64 = 0.5, probability, reload;
+        threshold: f64 = 0.125, probability, reload;
         /// Most bytes being read ahead at once, for each store; at least 1MiB.
         max_bytes_in_flight: Bytes = Bytes::mib(16), at_least(Bytes::mib(1)), reload;
         /// Most bytes a second read ahead, for each store: "unlimited" or at least "1MiB/s". Guests' own reads are never limited.

@@ -10,7 +10,7 @@ impl Model {
     /// All but the disk's name and its latency.
     pub(super) fn explain(&self, page: u64, cache: &Cache, prefetch: bool, threshold: f32) -> Explained {
         let now_us = micros(cache.now());
-        let explanation = self.predictor.explain(page, now_us);
+        let explanation = self.predictor.explain(page);
         let place = cache.place(&self.handle, page);
         let budget = cache.budget(self.handle.id());
         let since = |at_us: u64| i64::try_from(i128::from(at_us) - i128::from(now_us)).unwrap_or(i64::MAX);

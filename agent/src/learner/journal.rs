@@ -98,7 +98,8 @@ impl Journal {
                 Verdict::Refused => Fate::Refused,
                 Verdict::Handed => {
                     let fate = match self.outcome(page, proposal.at_us, until_us) {
-                        Some(OutcomeKind::Used) => Fate::Used,
+                        // What has left was read first, or it would have been evicted unused.
+                        Some(OutcomeKind::Used | OutcomeKind::Left) => Fate::Used,
                         Some(OutcomeKind::Late) => Fate::Late,
                         Some(OutcomeKind::Evicted) => Fate::Evicted,
                         // Only the newest that was handed over can still be under way.

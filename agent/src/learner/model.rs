@@ -2,9 +2,9 @@
 
 use super::DiskEvent;
 use super::journal::Journal;
-use super::threshold::{Thresholds, floor};
+use super::threshold::Thresholds;
 use prestage_cache::StorageHandle;
-use prestage_predictor::{AccessConfig, AccessPredictor, Phase, ProfileError};
+use prestage_predictor::{AccessConfig, AccessPredictor, PAGE_BYTES, Phase, ProfileError};
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -45,8 +45,9 @@ fn config(handle: &StorageHandle, ram_bytes: u64) -> AccessConfig {
     let defaults = AccessConfig::default();
     AccessConfig {
         size_pages: handle.pages(),
-        // Probation is half of the tier; a window that exceeds it would wait in the queue instead.
+        // Probation is half of the tier at least; a window that exceeds it would wait in the queue instead.
         phase_window_bytes: defaults.phase_window_bytes.min(ram_bytes / 2),
+        cache_pages: ram_bytes / PAGE_BYTES,
         ..defaults
     }
 }
@@ -82,10 +83,11 @@ impl Model {
         self.predictor.memory_bytes() + self.journal.memory_bytes()
     }
 
-    /// The threshold that holds for the storage; the predictor proposes from there on if that is below its own floor.
+    /// The threshold that holds for the storage, which the predictor is told.
     pub(super) fn obey(&mut self, thresholds: &Thresholds, configured: f64) -> f32 {
         let threshold = thresholds.of(self.handle.identity(), configured);
-        self.predictor.set_min_probability(floor(threshold));
+        // Nothing is handed out that would then not be loaded: the predictor takes it for on its way.
+        self.predictor.set_min_probability(threshold as f32);
         threshold as f32
     }
 

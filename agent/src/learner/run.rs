@@ -158,7 +158,15 @@ impl Learner {
         }
         for outcome in outcomes {
             let Some(model) = self.models.get_mut(&outcome.storage) else { continue };
-            model.journal.settled(&outcome, now);
+            if outcome.kind != OutcomeKind::Left {
+                model.journal.settled(&outcome, now);
+            }
+            if outcome.kind == OutcomeKind::Left {
+                for (first, pages) in outcome.pages.runs() {
+                    model.predictor.evicted(outcome.block.0 * PAGES_PER_BLOCK + first, pages as u32);
+                }
+                continue;
+            }
             let Some(expert) = Expert::ALL.get(usize::from(outcome.tag)) else { continue };
             for (first, pages) in outcome.pages.runs() {
                 model.predictor.outcome(&Outcome {

@@ -1,6 +1,5 @@
 //! Lowest probability at which a storage's blocks are read ahead.
 
-use prestage_predictor::AccessConfig;
 use std::collections::HashMap;
 
 /// Thresholds set at run time; they take precedence over the configuration's.
@@ -18,11 +17,6 @@ impl Thresholds {
     pub fn of(&self, storage: &str, configured: f64) -> f64 {
         self.storages.get(storage).copied().or(self.default).unwrap_or(configured)
     }
-}
-
-/// What the predictor must hand out, so that a threshold below its own default is obeyed.
-pub(super) fn floor(threshold: f64) -> f32 {
-    AccessConfig::default().min_probability.min(threshold as f32)
 }
 
 impl FromIterator<(Option<String>, f64)> for Thresholds {
@@ -50,7 +44,5 @@ mod tests {
         let none = Thresholds::default();
         let both: Thresholds = [(None, 0.6), (Some("a".to_owned()), 0.1)].into_iter().collect();
         assert_eq!((none.of("a", 0.5), both.of("b", 0.5), both.of("a", 0.5)), (0.5, 0.6, 0.1));
-        assert_eq!(floor(0.1), 0.1);
-        assert_eq!(floor(0.9), AccessConfig::default().min_probability, "what is unlikely is still calibrated");
     }
 }

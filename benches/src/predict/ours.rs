@@ -10,7 +10,7 @@ use crate::peers::{Latency, MEGABYTES_PER_S};
 use crate::trace::{Request, Trace};
 
 /// What the daemon acts on if nobody sets `prefetch.threshold`.
-pub(super) const DEFAULT_THRESHOLD: f64 = 0.5;
+pub(super) const DEFAULT_THRESHOLD: f64 = prestage_predictor::DEFAULT_THRESHOLD as f64;
 
 /// The policies, by what they may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub(super) enum Policy {
     Readahead,
     /// Markov contexts.
     Markov,
-    /// First-touch sets of phases and bursts.
+    /// First-touch sets of phases.
     Sets,
     /// Candidates ranked by the LSTM alone.
     Lstm,

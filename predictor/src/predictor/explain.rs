@@ -1,63 +1,62 @@
-//! What the predictor knows of one page, put into words for an operator. Not on the hot path: it asks every expert of
-//! every machine anew and changes nothing.
+//! What the predictor knows of one page, put into words for an operator. Not on the hot path, and changes nothing.
 
-use super::{AccessPredictor, MAX_READ_PAGES};
-use crate::access::{BLOCK_PAGES, Expert};
+use super::AccessPredictor;
+use crate::access::Expert;
 use crate::explain::{Decision, Explanation, Vote};
-use crate::streams::Proposal;
+use crate::hybrid::SPEAKERS;
+use crate::hybrid::mixer::logistic;
 
 impl AccessPredictor {
-    /// Who expects `page` to be read, how likely, and what follows from it at `at_us`.
+    /// Who expects `page` to be read, how likely, and what follows from it.
     ///
-    /// The votes are those of this moment: an expert that proposed the page a while ago and whose stream has moved on has
-    /// none any more. The spatial expert votes only while it observes and never appears here.
+    /// The votes of the hybrid are those of the last prediction that is not settled: each expert's part of the mixed score
+    /// as a probability of its own, and the share it has in the whole.
     #[must_use]
-    pub fn explain(&self, page: u64, at_us: u64) -> Explanation {
+    pub fn explain(&self, page: u64) -> Explanation {
         let mut votes = Vec::new();
         for (&id, vm) in &self.vms {
-            let mut proposals = Vec::new();
-            let max_window = (self.config.max_window_bytes / crate::PAGE_BYTES).clamp(1, u64::from(MAX_READ_PAGES));
-            vm.streams.expected(max_window, &mut proposals);
-            self.markov.predict(&vm.markov, &mut proposals);
-            votes.extend(proposals.iter().filter(|proposal| holds(proposal, page)).map(|proposal| Vote {
-                expert: proposal.expert,
-                vm: id,
-                raw: proposal.prior,
-                calibrated: self.calibration.probability(proposal.class, proposal.prior),
-                weight: None,
-                due_us: proposal.due_us,
-            }));
-            let phase =
-                vm.phase.iter().filter_map(|active| active.replay.as_ref()).map(|replay| (Expert::Phase, replay));
-            let bursts = vm.burst.running().map(|replay| (Expert::Burst, replay));
-            for (expert, replay) in phase.chain(bursts) {
-                if let Some((raw, calibrated, due_us)) = replay.expects(page) {
-                    votes.push(Vote { expert, vm: id, raw, calibrated, weight: None, due_us: Some(due_us) });
-                }
+            let replay = vm.phase.as_ref().and_then(|active| active.replay.as_ref());
+            if let Some((probability, due_us)) = replay.and_then(|replay| replay.expects(page)) {
+                let (raw, calibrated) = (probability, probability);
+                votes.push(Vote {
+                    expert: Expert::Phase,
+                    vm: Some(id),
+                    raw,
+                    calibrated,
+                    weight: None,
+                    due_us: Some(due_us),
+                });
             }
         }
+        let knowledge = self.hybrid.explain(page);
+        if let Some((probability, parts)) = knowledge.and_then(|knowledge| knowledge.said) {
+            let whole: f32 = parts.iter().map(|part| part.abs()).sum();
+            votes.extend(SPEAKERS.iter().zip(parts).filter(|(_, part)| *part != 0.0).map(|(expert, part)| Vote {
+                expert: *expert,
+                vm: None,
+                raw: logistic(part),
+                calibrated: probability,
+                weight: Some(part.abs() / whole),
+                due_us: None,
+            }));
+        }
         votes.retain(|vote| self.config.experts.contains(vote.expert));
-        votes.sort_by(|a, b| b.calibrated.total_cmp(&a.calibrated));
-        let noted = self.ledger.noted(page / BLOCK_PAGES, at_us);
-        let bit = 1u16 << (page % BLOCK_PAGES);
+        let weight = |vote: &Vote| vote.weight.unwrap_or(1.0);
+        votes.sort_by(|a, b| b.calibrated.total_cmp(&a.calibrated).then(weight(b).total_cmp(&weight(a))));
         let probability = votes.first().map(|vote| vote.calibrated);
         let floor = self.config.min_probability;
-        let decision = match (noted, probability) {
-            (Some(noted), _) if noted.touched & bit != 0 => Decision::Touched,
-            (Some(noted), _) if noted.proposed & bit != 0 && noted.probability >= floor => {
-                Decision::Proposed { probability: noted.probability }
+        let decision = match (knowledge, probability) {
+            (Some(knowledge), _) if knowledge.cached => Decision::Touched,
+            (Some(knowledge), probability) if knowledge.issued => {
+                Decision::Proposed { probability: probability.unwrap_or(floor) }
             }
             (_, None) => Decision::Unforeseen,
             (_, Some(probability)) if probability < floor => Decision::Unlikely,
             _ => Decision::Propose,
         };
-        let active_us = noted.map(|noted| u64::from(noted.at_s) * 1_000_000);
+        let active_us = knowledge.map(|knowledge| knowledge.seen_us);
         Explanation { page, votes, probability, floor, decision, active_us }
     }
-}
-
-fn holds(proposal: &Proposal, page: u64) -> bool {
-    (proposal.first..proposal.first.saturating_add(u64::from(proposal.pages))).contains(&page)
 }
 
 #[cfg(test)]
@@ -77,12 +76,12 @@ mod tests {
             read(&mut predictor, i * 8, 8, i * 1000);
         }
         predictor.predict(8000, &mut Vec::new());
-        let ahead = predictor.explain(66, 8000);
-        assert_eq!((ahead.votes[0].expert, ahead.votes[0].vm), (Expert::Sequential, 7));
-        assert!(ahead.probability.unwrap() > 0.5 && ahead.votes[0].due_us.unwrap() > 7000, "{ahead:?}");
-        assert!(matches!(ahead.decision, Decision::Proposed { probability } if probability > 0.5), "{ahead:?}");
-        assert_eq!(predictor.explain(10, 8000).decision, Decision::Touched);
-        let nowhere = predictor.explain(1 << 20, 8000);
+        let ahead = predictor.explain(85);
+        assert!(ahead.votes.iter().any(|vote| vote.expert == Expert::Sequential), "{ahead:?}");
+        assert!((ahead.votes.iter().filter_map(|vote| vote.weight).sum::<f32>() - 1.0).abs() < 1e-3, "{ahead:?}");
+        assert!(matches!(ahead.decision, Decision::Proposed { .. }), "{ahead:?}");
+        assert_eq!(predictor.explain(10).decision, Decision::Touched);
+        let nowhere = predictor.explain(1 << 20);
         assert_eq!((nowhere.decision, nowhere.votes.len(), nowhere.active_us), (Decision::Unforeseen, 0, None));
     }
 
@@ -96,7 +95,7 @@ mod tests {
         predictor.phase_end(7, 400_000);
         predictor.forget_resident();
         predictor.phase_start(7, Phase::Boot, 1_000_000_000);
-        let explained = predictor.explain(20_000, 1_000_000_000);
+        let explained = predictor.explain(20_000);
         let vote = explained.votes.iter().find(|vote| vote.expert == Expert::Phase).unwrap();
         assert_eq!(vote.due_us, Some(1_000_200_000));
         assert_eq!(explained.decision, Decision::Propose);
@@ -109,10 +108,10 @@ mod tests {
             read(&mut predictor, i * 37 % 50 * 16, 16, i * 1000);
         }
         let before = predictor.to_bytes();
-        let first = predictor.explain(5 * 16, 100_000);
-        assert_eq!(predictor.explain(5 * 16, 100_000), first);
+        let first = predictor.explain(5 * 16);
+        assert_eq!(predictor.explain(5 * 16), first);
         assert_eq!(predictor.to_bytes(), before);
-        let votes = first.votes.iter().chain(&predictor.explain(u64::MAX, u64::MAX).votes).copied().collect::<Vec<_>>();
+        let votes = first.votes.iter().chain(&predictor.explain(u64::MAX).votes).copied().collect::<Vec<_>>();
         assert!(votes.iter().all(|vote| (0.0..=1.0).contains(&vote.raw) && (0.0..=1.0).contains(&vote.calibrated)));
     }
 }

@@ -1,13 +1,11 @@
-//! What the predictor holds for one VM: its streams, its place in the Markov contexts, its phase or burst.
+//! What the predictor holds for one VM: its runs and place in the log, and its phase.
 
 use super::StoredSet;
 use crate::access::Phase;
-use crate::burst::BurstCursor;
-use crate::markov;
+use crate::hybrid::Trail;
 use crate::phase::{PhaseSet, Plan};
 use crate::record::Recording;
 use crate::replay::{Replay, Window};
-use crate::streams::StreamTable;
 use std::sync::Arc;
 
 /// A phase that runs: recorded, and replayed if it is known.
@@ -18,15 +16,17 @@ pub(super) struct ActivePhase {
     pub(super) replay: Option<Replay>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Vm {
-    pub(super) streams: StreamTable,
-    pub(super) markov: markov::Cursor,
+    pub(super) trail: Trail,
     pub(super) phase: Option<ActivePhase>,
-    pub(super) burst: BurstCursor,
 }
 
 impl Vm {
+    pub(super) fn new(trail: Trail) -> Self {
+        Self { trail, phase: None }
+    }
+
     pub(super) fn start_phase(
         &mut self,
         phase: Phase,
@@ -35,7 +35,7 @@ impl Vm {
         window: Window,
         at_us: u64,
     ) {
-        let replay = plan.map(|plan| Replay::new(plan, window, 1.0, at_us));
+        let replay = plan.map(|plan| Replay::new(plan, window, at_us));
         self.phase = Some(ActivePhase { phase, recording, replay });
     }
 
@@ -53,7 +53,7 @@ impl Vm {
         let phase = self.phase.as_ref().map_or(0, |active| {
             active.recording.memory_bytes() + active.replay.as_ref().map_or(0, Replay::memory_bytes)
         });
-        size_of::<Self>() + phase + self.burst.memory_bytes() + self.streams.memory_bytes()
+        size_of::<Self>() + phase
     }
 }
 

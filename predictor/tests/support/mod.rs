@@ -65,7 +65,7 @@ pub struct Figures {
     /// Time that they would have waited without any prefetch.
     pub plain_wait_us: u64,
     /// Pages proposed and used, by expert.
-    pub by_expert: [(u64, u64); 8],
+    pub by_expert: [(u64, u64); 7],
     /// Pages proposed and used, and the sum of their probabilities, by tenth of probability.
     pub by_probability: [(u64, u64, f64); 10],
 }

@@ -25,9 +25,9 @@ const MBPS: f64 = 500.0;
 /// The smallest RAM tier that is tried: the daemon's own least.
 const RAM_MIN: u64 = 16 * BLOCK_BYTES as u64;
 /// Thresholds tried at the size recommended.
-const THRESHOLDS: [f64; 5] = [0.1, 0.25, 0.5, 0.75, 0.9];
+const THRESHOLDS: [f64; 5] = [0.05, 0.125, 0.25, 0.5, 0.75];
 /// Threshold of the other replays: the configuration's default.
-pub(super) const THRESHOLD: f64 = 0.5;
+pub(super) const THRESHOLD: f64 = 0.125;
 /// A recommendation may be so many points of hit ratio slower than the best that was tried …
 const POINTS: f64 = 2.0;
 /// … and a threshold that loads less from the store this many.

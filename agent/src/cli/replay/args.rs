@@ -52,7 +52,7 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "N", default_value = "500", value_parser = positive, requires = "latency_us")]
     pub(super) mbps: f64,
     /// Lowest probability, 0 to 1, at which a predicted block is read ahead
-    #[arg(long, value_name = "P", default_value = "0.5", value_parser = probability)]
+    #[arg(long, value_name = "P", default_value_t = f64::from(prestage_predictor::DEFAULT_THRESHOLD), value_parser = probability)]
     pub(super) threshold: f64,
     /// What the guest did when: lines `TS_US start NAME`, `TS_US end NAME`, `TS_US boot-done`, `TS_US off`
     #[arg(long, value_name = "MARKS")]

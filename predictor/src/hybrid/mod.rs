@@ -1,0 +1,711 @@
+//! The hybrid: many experts propose, context mixing decides what their proposals are worth.
+//!
+//! On every read of a guest:
+//! 1. predictions that named these pages have come true, those whose window has passed are settled ([`pending`]);
+//! 2. the experts name pages that may follow: interleaved runs ([`runs`]), the log of earlier reads ([`temporal`]), the
+//!    chain of blocks ([`granules`]), and the neighbourhood of what was just read;
+//! 3. what several of them name is one candidate with all their evidence; its probability comes from the counts of the
+//!    contexts it appears in, mixed and calibrated ([`mixer`]);
+//! 4. a candidate at or above the floor is handed out.
+//!
+//! Memory is bounded and allocated once, see [`Hybrid::memory_bytes`].
+
+pub(crate) mod blocks;
+pub(crate) mod granules;
+pub(crate) mod mixer;
+pub(crate) mod pending;
+pub(crate) mod runs;
+pub(crate) mod temporal;
+mod view;
+
+use crate::access::{BLOCK_PAGES, Candidate, Expert, MAX_PAGES};
+use crate::experts::ExpertSet;
+use crate::pageset::{block_masks, mask_runs};
+use crate::predictor::CalibrationStats;
+use crate::wire::{Reader, WireError};
+use blocks::Blocks;
+use granules::Granules;
+use mixer::{Contexts, INPUTS, MAX_SCORE, Mixer, OWN, Places, Reliability, SETS, SHARED};
+use pending::{NO_PREDICTION, Pending, Prediction};
+use runs::{Course, Run, Runs};
+use temporal::{Cursor, Follower, Log};
+use view::View;
+
+/// Candidates weighed for one read.
+const MAX_WEIGHED: usize = 64;
+/// A pause longer than this says nothing about the pace of a guest at work.
+const MAX_PACE_US: u64 = 1_000_000;
+/// Pages beyond a request whose neighbourhood is considered.
+const AROUND: u64 = 16;
+
+/// What the experts say of a candidate; zero: nothing.
+#[derive(Clone, Copy, Debug, Default)]
+struct Evidence {
+    /// Length of the run and distance within it.
+    run: u8,
+    /// How long the cursor has been right, and how far ahead.
+    temporal: u8,
+    closeness: u8,
+    /// Place around the request.
+    near: u8,
+    /// Count, steps and rank in the chain of blocks.
+    chain: u8,
+    course: u8,
+    /// How long the cursor has been right that does not name the candidate.
+    unnamed: u8,
+    distance: u16,
+}
+
+impl Evidence {
+    /// The best of both.
+    fn join(&mut self, other: &Evidence) {
+        if other.run > self.run {
+            (self.run, self.course) = (other.run, other.course);
+        }
+        if other.temporal > self.temporal {
+            (self.temporal, self.closeness) = (other.temporal, other.closeness);
+        }
+        if self.near == 0 {
+            self.near = other.near;
+        }
+        self.chain = self.chain.max(other.chain);
+        self.distance = self.distance.min(other.distance);
+    }
+
+    /// Which experts speak: selects the mixer's weights.
+    fn set(&self) -> u8 {
+        u8::from(self.run > 0)
+            | u8::from(self.temporal > 0) << 1
+            | u8::from(self.near > 0) << 2
+            | u8::from(self.chain > 0) << 3
+    }
+
+    fn expert(&self) -> Expert {
+        if self.run > 0 {
+            return match self.course {
+                1 => Expert::Backward,
+                2 => Expert::Stride,
+                _ => Expert::Sequential,
+            };
+        }
+        if self.temporal > 0 {
+            Expert::Log
+        } else if self.chain > 0 {
+            Expert::Markov
+        } else {
+            Expert::Spatial
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Proposal {
+    block: u64,
+    mask: u16,
+    evidence: Evidence,
+}
+
+/// Whose contexts the mixer's inputs are (see [`view`]): by place in [`SPEAKERS`].
+const SPEAKER_OF: [usize; INPUTS] = [0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3];
+pub(crate) const SPEAKERS: [Expert; 4] = [Expert::Sequential, Expert::Log, Expert::Markov, Expert::Spatial];
+
+/// What the hybrid knows of a page: its probability, and by [`SPEAKERS`] the part of the score in nats.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Knowledge {
+    pub(crate) cached: bool,
+    pub(crate) issued: bool,
+    pub(crate) seen_us: u64,
+    pub(crate) said: Option<(f32, [f32; SPEAKERS.len()])>,
+}
+
+/// What is kept of one VM: its runs and its place in the log. About 3 KiB.
+#[derive(Clone, Debug)]
+pub(crate) struct Trail {
+    runs: Runs,
+    follower: Follower,
+    block: u64,
+    at_us: u64,
+    /// Smoothed time between reads, at most [`MAX_PACE_US`].
+    pace_us: u64,
+}
+
+/// When a read came, and what holds for its candidates.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) at_us: u64,
+    /// Nothing beyond is proposed.
+    pub(crate) size_pages: u64,
+    /// Candidates less likely are not handed out.
+    pub(crate) floor: f32,
+    /// Learn, and say nothing.
+    pub(crate) silent: bool,
+}
+
+/// Sizes and limits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HybridConfig {
+    pub(crate) blocks: usize,
+    pub(crate) log_reads: usize,
+    pub(crate) contexts: usize,
+    pub(crate) predictions: usize,
+    /// Reads within which a prediction must come true.
+    pub(crate) window: u32,
+    pub(crate) max_window_pages: u64,
+    pub(crate) experts: ExpertSet,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) struct Hybrid {
+    config: HybridConfig,
+    blocks: Blocks,
+    contexts: Contexts,
+    mixer: Mixer,
+    reliability: Reliability,
+    pending: Pending,
+    log: Log,
+    granules: Granules,
+    /// Reads so far, and the time in tenths of a second.
+    clock: u32,
+    now_ds: u32,
+    proposals: Vec<Proposal>,
+    /// Reads of the log that may follow.
+    ahead: Vec<(u32, u64, u32)>,
+}
+
+impl Hybrid {
+    pub(crate) fn new(config: HybridConfig) -> Self {
+        Self {
+            blocks: Blocks::new(config.blocks),
+            contexts: view::expected(),
+            mixer: Mixer::new(),
+            reliability: Reliability::new(SETS),
+            pending: Pending::new(config.predictions),
+            log: Log::new(config.log_reads),
+            granules: Granules::new(config.contexts),
+            clock: 0,
+            now_ds: 0,
+            proposals: Vec::with_capacity(128),
+            ahead: Vec::with_capacity(32),
+            config,
+        }
+    }
+
+    /// A read: what was predicted of it has come true.
+    fn label(&mut self, block: u64, mask: u16) {
+        let (pending, contexts, clock) = (&mut self.pending, &mut self.contexts, self.clock);
+        if let Some(entry) = self.blocks.find_mut(block)
+            && entry.predicted & mask != 0
+        {
+            let mut at = entry.predictions;
+            while let Some(prediction) = pending.get_mut(at) {
+                let read = prediction.pages & mask & !prediction.read;
+                if read != 0 {
+                    prediction.read |= read;
+                    contexts.good(&prediction.places, read.count_ones(), prediction.pages.count_ones());
+                }
+                at = prediction.next();
+            }
+            entry.predicted &= !mask;
+            entry.issued &= !mask;
+        }
+        let lost = |lost: &blocks::Block| drop_chain(pending, lost.predictions);
+        self.blocks.touch(block, mask, clock, self.now_ds, lost);
+    }
+
+    /// Settles what is due.
+    fn settle(&mut self) {
+        let mut settled = false;
+        while let Some((index, prediction)) = self.pending.pop(self.clock, false) {
+            settled |= prediction.is_live();
+            self.settle_one(index, &prediction);
+        }
+        if settled {
+            self.mixer.step();
+        }
+    }
+
+    fn settle_one(&mut self, index: u16, prediction: &Prediction) {
+        if !prediction.is_live() {
+            return;
+        }
+        if let Some(entry) = self.blocks.find_mut(u64::from(prediction.block)) {
+            self.pending.unchain(&mut entry.predictions, index);
+            entry.predicted &= !(prediction.pages & !prediction.read);
+        }
+        let share = prediction.read.count_ones() as f32 / prediction.pages.count_ones().max(1) as f32;
+        self.reliability.learn(prediction.set, prediction.score, prediction.probability, share);
+        let inputs = prediction.inputs.iter().map(|input| f32::from(*input) / 16.0);
+        self.mixer.learn(prediction.set, inputs, share - prediction.probability);
+    }
+
+    /// A VM that has read nothing yet.
+    pub(crate) fn trail(&mut self) -> Trail {
+        Trail { runs: Runs::default(), follower: self.log.follower(), block: u64::MAX, at_us: 0, pace_us: 0 }
+    }
+
+    /// Takes in a read and hands out what may follow.
+    pub(crate) fn read(
+        &mut self,
+        trail: &mut Trail,
+        first: u64,
+        pages: u32,
+        moment: &Moment,
+        out: &mut Vec<Candidate>,
+    ) {
+        self.clock = self.clock.wrapping_add(1);
+        self.now_ds = (moment.at_us / 100_000) as u32;
+        self.settle();
+        for (block, mask) in block_masks(first, pages) {
+            self.label(block, mask);
+        }
+        let run = trail.runs.observe(first, pages, moment.at_us);
+        self.ahead.clear();
+        let cursor = self.log.follow(&mut trail.follower, first, pages, &mut self.ahead);
+        let block = first / BLOCK_PAGES;
+        if trail.block != block {
+            if trail.block != u64::MAX {
+                self.granules.learn(trail.block, block);
+            }
+            trail.block = block;
+        }
+        let pause = moment.at_us.saturating_sub(trail.at_us).min(MAX_PACE_US);
+        trail.pace_us = (trail.pace_us * 7 + pause) / 8;
+        trail.at_us = moment.at_us;
+        if moment.silent {
+            return;
+        }
+        self.proposals.clear();
+        if let Some(run) = &run {
+            self.propose_run(run, first, pages);
+        }
+        let experts = self.config.experts;
+        if let Some(cursor) = &cursor
+            && experts.contains(Expert::Log)
+        {
+            self.propose_log(cursor);
+        }
+        if experts.contains(Expert::Markov) {
+            self.propose_chain((first + u64::from(pages) - 1) / BLOCK_PAGES);
+        }
+        if experts.contains(Expert::Spatial) {
+            self.propose_near(first, pages);
+        }
+        let gap = run.map_or(0, |run| run.gap_us);
+        let follows = cursor.map_or(0, |cursor| 1 + log2(cursor.hits).min(7));
+        self.weigh((first, pages), follows, (trail.pace_us, gap), moment, out);
+    }
+
+    fn propose(&mut self, first: u64, pages: u64, evidence: Evidence) {
+        for (block, mask) in block_masks(first, pages as u32) {
+            self.propose_mask(block, mask, evidence);
+        }
+    }
+
+    /// Adds a proposal; where it overlaps an earlier one, both experts speak for the pages.
+    fn propose_mask(&mut self, block: u64, mask: u16, evidence: Evidence) {
+        if block >= MAX_PAGES / BLOCK_PAGES {
+            return;
+        }
+        let mut mask = match self.blocks.find(block) {
+            Some(entry) => mask & !entry.cached & !entry.issued,
+            None => mask,
+        };
+        for index in 0..self.proposals.len() {
+            if mask == 0 {
+                return;
+            }
+            let proposal = &mut self.proposals[index];
+            let both = proposal.mask & mask;
+            if proposal.block != block || both == 0 {
+                continue;
+            }
+            mask &= !both;
+            if both == proposal.mask {
+                proposal.evidence.join(&evidence);
+            } else {
+                proposal.mask &= !both;
+                let mut joined = Proposal { mask: both, ..*proposal };
+                joined.evidence.join(&evidence);
+                if self.proposals.len() < self.proposals.capacity() {
+                    self.proposals.push(joined);
+                }
+            }
+        }
+        if mask != 0 && self.proposals.len() < self.proposals.capacity() {
+            self.proposals.push(Proposal { block, mask, evidence });
+        }
+    }
+
+    fn propose_run(&mut self, run: &Run, first: u64, pages: u32) {
+        let n = u64::from(pages);
+        let window = (n.max(2) << run.length.min(6)).min(self.config.max_window_pages);
+        let evidence = |distance: u64, course: u8| Evidence {
+            run: run_evidence(run.length, (distance / n) as u32),
+            course,
+            distance: (distance / n).min(1000) as u16,
+            ..Evidence::default()
+        };
+        let experts = self.config.experts;
+        match run.course {
+            Course::Forward if experts.contains(Expert::Sequential) => {
+                let (mut at, end) = (first + n, first + n + window);
+                while at < end {
+                    let to = ((at / BLOCK_PAGES + 1) * BLOCK_PAGES).min(end);
+                    self.propose(at, to - at, evidence(at - first - n, 0));
+                    at = to;
+                }
+            }
+            Course::Backward if experts.contains(Expert::Backward) => {
+                let from = first.saturating_sub(window);
+                let mut to = first;
+                while to > from {
+                    let at = ((to - 1) / BLOCK_PAGES * BLOCK_PAGES).max(from);
+                    self.propose(at, to - at, evidence(first - to, 1));
+                    to = at;
+                }
+            }
+            Course::Stride if experts.contains(Expert::Stride) => {
+                for step in 1..=i64::from(run.length.min(8)) {
+                    let Some(at) = first.checked_add_signed(run.stride * step) else { break };
+                    self.propose(at, n, evidence(step as u64 * n - n, 2));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn propose_log(&mut self, cursor: &Cursor) {
+        let closeness = 1 + ((cursor.closeness * 8.0) as u8).min(7);
+        let ahead = std::mem::take(&mut self.ahead);
+        for (distance, first, pages) in &ahead {
+            let evidence = Evidence {
+                temporal: temporal_evidence(cursor.hits, *distance),
+                closeness,
+                distance: *distance as u16,
+                ..Evidence::default()
+            };
+            self.propose(*first, u64::from(*pages), evidence);
+        }
+        self.ahead = ahead;
+    }
+
+    fn propose_chain(&mut self, block: u64) {
+        let mut found = [None; 6];
+        let mut count = 0;
+        self.granules.successors(block, |successor| {
+            if let Some(slot) = found.get_mut(count) {
+                *slot = Some(successor);
+                count += 1;
+            }
+        });
+        for successor in found.into_iter().flatten() {
+            let place = (3 - successor.step.min(3)) * 4 + 3 - successor.rank;
+            let evidence = Evidence {
+                chain: 1 + place * 8 + successor.count.min(7),
+                distance: u16::from(successor.step) + 1,
+                ..Evidence::default()
+            };
+            self.propose_mask(successor.block, u16::MAX, evidence);
+        }
+    }
+
+    /// What lies around the request.
+    fn propose_near(&mut self, first: u64, pages: u32) {
+        let near = Evidence { near: 1, distance: 1, ..Evidence::default() };
+        self.propose(first + u64::from(pages), AROUND, near);
+        let at = first.saturating_sub(AROUND);
+        self.propose(at, first - at, near);
+    }
+
+    fn weigh(
+        &mut self,
+        request: (u64, u32),
+        follows: u8,
+        (pace, gap): (u64, u64),
+        moment: &Moment,
+        out: &mut Vec<Candidate>,
+    ) {
+        for index in 0..self.proposals.len().min(MAX_WEIGHED) {
+            let mut proposal = self.proposals[index];
+            if proposal.evidence.temporal == 0 {
+                proposal.evidence.unnamed = follows;
+            }
+            let (issue, probability) = self.weigh_block(request, &proposal, moment.floor);
+            if issue == 0 {
+                continue;
+            }
+            let evidence = &proposal.evidence;
+            let step = if evidence.run > 0 { gap } else { pace };
+            let due_us = Some(moment.at_us.saturating_add(step.saturating_mul(u64::from(evidence.distance))));
+            for (from, count) in mask_runs(issue) {
+                let first = proposal.block * BLOCK_PAGES + u64::from(from);
+                let left = u32::try_from(moment.size_pages.saturating_sub(first)).unwrap_or(u32::MAX);
+                let pages = count.min(left);
+                if pages > 0 {
+                    out.push(Candidate { first, pages, probability, due_us, expert: evidence.expert() });
+                }
+            }
+        }
+    }
+
+    /// Weighs the pages of one block; returns those to hand out and their mean probability.
+    fn weigh_block(&mut self, request: (u64, u32), proposal: &Proposal, floor: f32) -> (u16, f32) {
+        let Proposal { block, mask, evidence } = proposal;
+        // Said before, and nothing near speaks for it: not worth weighing again.
+        let said = self.blocks.find(*block).map_or(0, |entry| entry.predicted);
+        if *mask & !said == 0 && (evidence.set() & 3 == 0 || evidence.distance > 4) {
+            return (0, 0.0);
+        }
+        let view = View::of(&self.blocks, *block, self.clock);
+        let size_class = u32::from(log2(request.1).min(5));
+        let mut places = view.shared(evidence, size_class, *mask);
+        let mut inputs = [0f32; INPUTS];
+        inputs[..SHARED].copy_from_slice(&self.contexts.inputs::<SHARED>(&places));
+        let shared = self.mixer.partial(evidence.set(), 0, &inputs[..SHARED]);
+        let (mut issue, mut sum) = (0u16, 0f32);
+        let mut left = *mask;
+        while left != 0 {
+            let group = if evidence.near > 0 { near_group(block * BLOCK_PAGES, left, request) } else { left };
+            left &= !group;
+            let own = view.own(evidence, block * BLOCK_PAGES, group, request, size_class);
+            places[SHARED..].copy_from_slice(&own);
+            inputs[SHARED..].copy_from_slice(&self.contexts.inputs::<OWN>(&own));
+            let score = shared + self.mixer.partial(evidence.set(), SHARED, &inputs[SHARED..]);
+            let said = Said { set: evidence.set(), score: score.clamp(-MAX_SCORE, MAX_SCORE), places, inputs };
+            let (issued, probability) = self.say(*block, group, &said, floor);
+            issue |= issued;
+            sum += probability * issued.count_ones() as f32;
+        }
+        (issue, sum / issue.count_ones().max(1) as f32)
+    }
+
+    /// Makes a prediction of some pages of a block, unless as much was said before; returns the pages to hand out.
+    fn say(&mut self, block: u64, mask: u16, said: &Said, floor: f32) -> (u16, f32) {
+        let probability = self.reliability.probability(said.set, said.score);
+        let issue = probability >= floor;
+        if self.pending.is_full()
+            && let Some((index, oldest)) = self.pending.pop(self.clock, true)
+        {
+            self.settle_one(index, &oldest);
+        }
+        let (pending, clock) = (&mut self.pending, self.clock);
+        let entry = self.blocks.get(block, clock, |lost| drop_chain(pending, lost.predictions));
+        let mut fresh = mask;
+        if entry.predicted & mask != 0 {
+            // Said before of some of these pages: only better evidence, or crossing the floor, is worth a new prediction.
+            let mut at = entry.predictions;
+            while let Some(prediction) = self.pending.get(at) {
+                let (here, next) = (at, prediction.next());
+                at = next;
+                let open = prediction.pages & !prediction.read;
+                if open & mask == 0 {
+                    continue;
+                }
+                let better = said.set & !prediction.set != 0 || (issue && prediction.probability < floor);
+                if better && prediction.read == 0 {
+                    self.contexts.retract(&prediction.places);
+                    entry.predicted &= !prediction.pages;
+                    self.pending.kill(&mut entry.predictions, here);
+                } else {
+                    fresh &= !open;
+                }
+            }
+        }
+        if fresh == 0 {
+            return (0, 0.0);
+        }
+        self.contexts.made(&said.places);
+        entry.predicted |= fresh;
+        let prediction = Prediction {
+            block: block as u32,
+            due: self.clock.wrapping_add(self.config.window),
+            pages: fresh,
+            set: said.set,
+            score: said.score,
+            probability,
+            places: said.places,
+            inputs: said.inputs.map(|input| (input * 16.0).clamp(-127.0, 127.0) as i8),
+            ..Prediction::blank()
+        };
+        self.pending.push(prediction, &mut entry.predictions);
+        if !issue {
+            return (0, 0.0);
+        }
+        entry.issued |= fresh;
+        entry.seen_ds = self.now_ds;
+        (fresh, probability)
+    }
+
+    /// What was said of a page and is not settled, and what is known of its place.
+    pub(crate) fn explain(&self, page: u64) -> Option<Knowledge> {
+        let entry = self.blocks.find(page / BLOCK_PAGES)?;
+        let bit = 1u16 << (page % BLOCK_PAGES);
+        let said = self.pending.chain(entry.predictions).find(|(_, prediction)| prediction.pages & bit != 0);
+        let said = said.map(|(_, prediction)| {
+            let weights = self.mixer.weights(prediction.set);
+            let mut parts = [0f32; SPEAKERS.len()];
+            for (input, value) in prediction.inputs.iter().enumerate() {
+                parts[SPEAKER_OF[input]] += weights[input] * f32::from(*value) / 16.0;
+            }
+            (prediction.probability, parts)
+        });
+        Some(Knowledge {
+            cached: entry.cached & bit != 0,
+            issued: entry.issued & bit != 0,
+            seen_us: u64::from(entry.seen_ds) * 100_000,
+            said,
+        })
+    }
+
+    /// The cache lost pages: they may be proposed again.
+    pub(crate) fn lost(&mut self, block: u64, mask: u16) {
+        if let Some(entry) = self.blocks.find_mut(block) {
+            entry.cached &= !mask;
+            entry.issued &= !mask;
+        }
+    }
+
+    /// A guest wrote pages: nothing is learned of predictions that named them.
+    pub(crate) fn written(&mut self, block: u64, mask: u16) {
+        let (pending, contexts, clock) = (&mut self.pending, &mut self.contexts, self.clock);
+        if let Some(entry) = self.blocks.find_mut(block)
+            && entry.predicted & mask != 0
+        {
+            let mut at = entry.predictions;
+            while let Some(prediction) = pending.get(at) {
+                let (here, next) = (at, prediction.next());
+                at = next;
+                if prediction.pages & mask != 0 && prediction.read == 0 {
+                    contexts.retract(&prediction.places);
+                    entry.predicted &= !prediction.pages;
+                    pending.kill(&mut entry.predictions, here);
+                }
+            }
+            entry.predicted &= !mask;
+        }
+        let lost = |lost: &blocks::Block| drop_chain(pending, lost.predictions);
+        self.blocks.touch(block, mask, clock, self.now_ds, lost);
+    }
+
+    /// Notes pages that others proposed; returns those that are not cached or on their way.
+    /// What was issued more than `repeat_ds` ago may be issued again: the cache may have dropped it. Times are in tenths of
+    /// a second.
+    pub(crate) fn issue(&mut self, block: u64, mask: u16, repeat_ds: u32, at_us: u64) -> u16 {
+        self.now_ds = (at_us / 100_000) as u32;
+        let (pending, clock) = (&mut self.pending, self.clock);
+        let lost = |lost: &blocks::Block| drop_chain(pending, lost.predictions);
+        let entry = self.blocks.get(block, clock, lost);
+        let old = self.now_ds.saturating_sub(entry.seen_ds) >= repeat_ds;
+        let fresh = if old { mask } else { mask & !entry.cached & !entry.issued };
+        if fresh != 0 {
+            entry.issued |= fresh;
+            entry.seen_ds = self.now_ds;
+        }
+        fresh
+    }
+
+    /// Serialises what was learned; pending predictions and what is cached belong to the moment.
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        self.contexts.write(out);
+        self.mixer.write(out);
+        self.reliability.write(out);
+        self.log.write(out);
+        self.granules.write(out);
+    }
+
+    /// Takes over what [`Hybrid::write`] wrote.
+    pub(crate) fn restore(&mut self, reader: &mut Reader<'_>) -> Result<(), WireError> {
+        self.contexts = Contexts::read(reader)?;
+        self.mixer = Mixer::read(reader)?;
+        self.reliability = Reliability::read(reader, SETS)?;
+        self.log.restore(reader)?;
+        self.granules.restore(reader)
+    }
+
+    /// The cache is empty again: everything may be proposed anew.
+    pub(crate) fn clear_cached(&mut self) {
+        self.blocks.clear_cached();
+    }
+
+    /// How well the probabilities were kept.
+    pub(crate) fn calibration(&self) -> CalibrationStats {
+        let kept = &self.reliability;
+        CalibrationStats { settled: kept.settled(), error: kept.error(), brier: kept.brier(), bits: kept.bits() }
+    }
+
+    /// Reads in the log.
+    pub(crate) fn log_reads(&self) -> usize {
+        self.log.len()
+    }
+
+    /// Contexts of the chain of blocks in use.
+    pub(crate) fn markov_contexts(&self) -> usize {
+        self.granules.len()
+    }
+
+    /// Heap memory, in bytes: fixed by the configuration.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.blocks.memory_bytes()
+            + self.contexts.memory_bytes()
+            + self.reliability.memory_bytes()
+            + self.pending.memory_bytes()
+            + self.log.memory_bytes()
+            + self.granules.memory_bytes()
+            + SETS * (INPUTS + 1) * 12
+            + self.proposals.capacity() * size_of::<Proposal>()
+    }
+}
+
+/// A block is forgotten: nobody will know of what was predicted of it, which then stands as failed.
+fn drop_chain(pending: &mut Pending, mut chain: u16) {
+    while chain != NO_PREDICTION {
+        let index = chain;
+        pending.kill(&mut chain, index);
+    }
+}
+
+/// Pages of a block's mask that lie about equally far from the request as the lowest of them.
+fn near_group(start: u64, mask: u16, (first, pages): (u64, u32)) -> u16 {
+    let bit = mask.trailing_zeros();
+    let page = start + u64::from(bit);
+    let end = first + u64::from(pages);
+    let span = if page >= end {
+        match page - end {
+            0..4 => 1,
+            4..8 => 2,
+            _ => 4,
+        }
+    } else {
+        match first - page {
+            0..=2 => 1,
+            3..=8 => 2,
+            _ => 8,
+        }
+    };
+    let within = ((1u32 << span) - 1) << bit;
+    mask & within as u16
+}
+
+/// A prediction in the making.
+struct Said {
+    set: u8,
+    score: f32,
+    places: Places,
+    inputs: [f32; INPUTS],
+}
+
+/// A run's length and how far ahead of it a page lies, in requests: 1 to 64.
+fn run_evidence(length: u32, distance: u32) -> u8 {
+    1 + log2(length).min(7) * 8 + (7 - log2(distance).min(7))
+}
+
+/// How long a cursor has been right and how far ahead of it a read lies: 1 to 64.
+fn temporal_evidence(hits: u32, distance: u32) -> u8 {
+    1 + log2(hits).min(7) * 8 + (7 - log2(distance).min(7))
+}
+
+/// Bits needed to write a number: 0 for 0, 1 for 1, 2 for 2 and 3, …
+fn log2(value: u32) -> u8 {
+    (u32::BITS - value.leading_zeros()) as u8
+}
