@@ -61,7 +61,7 @@ impl Lead {
 
     /// In accesses: 1 is the next one.
     #[must_use]
-    pub fn accesses(self) -> usize {
+    pub const fn accesses(self) -> usize {
         match self {
             Self::Next => 1,
             Self::Fourth => 4,
