@@ -117,6 +117,7 @@ impl AccessConfig {
             window: (self.cache_pages / 5).clamp(64, 2048) as u32,
             max_window_pages: (self.max_window_bytes / crate::PAGE_BYTES).min(self.cache_pages / 16).max(1),
             experts: self.experts,
+            cache_pages: self.cache_pages,
         }
     }
 }

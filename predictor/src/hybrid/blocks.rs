@@ -100,6 +100,7 @@ impl Blocks {
         let new = mask & !entry.ever;
         entry.ever |= mask;
         entry.cached |= mask;
+        entry.issued &= !mask;
         entry.at = clock;
         entry.seen_ds = now_ds;
         if new != 0 {

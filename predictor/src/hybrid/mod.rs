@@ -6,11 +6,12 @@
 //!    chain of blocks ([`granules`]), and the neighbourhood of what was just read;
 //! 3. what several of them name is one candidate with all their evidence; its probability comes from the counts of the
 //!    contexts it appears in, mixed and calibrated ([`mixer`]);
-//! 4. a candidate at or above the floor is handed out.
+//! 4. a candidate at or above the floor is handed out, as long as the [`governor`] lets it.
 //!
 //! Memory is bounded and allocated once, see [`Hybrid::memory_bytes`].
 
 pub(crate) mod blocks;
+mod governor;
 pub(crate) mod granules;
 pub(crate) mod mixer;
 pub(crate) mod pending;
@@ -24,6 +25,7 @@ use crate::pageset::{block_masks, mask_runs};
 use crate::predictor::CalibrationStats;
 use crate::wire::{Reader, WireError};
 use blocks::Blocks;
+use governor::Governor;
 use granules::Granules;
 use mixer::{Contexts, INPUTS, MAX_SCORE, Mixer, OWN, Places, Reliability, SETS, SHARED};
 use pending::{NO_PREDICTION, Pending, Prediction};
@@ -152,6 +154,7 @@ pub(crate) struct HybridConfig {
     pub(crate) window: u32,
     pub(crate) max_window_pages: u64,
     pub(crate) experts: ExpertSet,
+    pub(crate) cache_pages: u64,
 }
 
 /// See the module's head.
@@ -165,6 +168,7 @@ pub(crate) struct Hybrid {
     pending: Pending,
     log: Log,
     granules: Granules,
+    governor: Governor,
     /// Reads so far, and the time in tenths of a second.
     clock: u32,
     now_ds: u32,
@@ -183,6 +187,7 @@ impl Hybrid {
             pending: Pending::new(config.predictions),
             log: Log::new(config.log_reads),
             granules: Granules::new(config.contexts),
+            governor: Governor::new(config.cache_pages),
             clock: 0,
             now_ds: 0,
             proposals: Vec::with_capacity(128),
@@ -192,8 +197,11 @@ impl Hybrid {
     }
 
     /// A read: what was predicted of it has come true.
-    fn label(&mut self, block: u64, mask: u16) {
+    fn label(&mut self, block: u64, mask: u16, floor: f32) {
         let (pending, contexts, clock) = (&mut self.pending, &mut self.contexts, self.clock);
+        let (cached, issued) = self.blocks.find(block).map_or((0, 0), |entry| (entry.cached, entry.issued));
+        self.governor.useful((mask & issued).count_ones(), floor);
+        self.governor.missed((mask & !issued & !cached).count_ones());
         if let Some(entry) = self.blocks.find_mut(block)
             && entry.predicted & mask != 0
         {
@@ -207,7 +215,6 @@ impl Hybrid {
                 at = prediction.next();
             }
             entry.predicted &= !mask;
-            entry.issued &= !mask;
         }
         let lost = |lost: &blocks::Block| drop_chain(pending, lost.predictions);
         self.blocks.touch(block, mask, clock, self.now_ds, lost);
@@ -257,7 +264,7 @@ impl Hybrid {
         self.now_ds = (moment.at_us / 100_000) as u32;
         self.settle();
         for (block, mask) in block_masks(first, pages) {
-            self.label(block, mask);
+            self.label(block, mask, moment.floor);
         }
         let run = trail.runs.observe(first, pages, moment.at_us);
         self.ahead.clear();
@@ -431,7 +438,8 @@ impl Hybrid {
             if proposal.evidence.temporal == 0 {
                 proposal.evidence.unnamed = follows;
             }
-            let (issue, probability) = self.weigh_block(request, &proposal, moment.floor);
+            let floor = self.governor.floor(moment.floor).unwrap_or(f32::INFINITY);
+            let (issue, probability) = self.weigh_block(request, &proposal, floor);
             if issue == 0 {
                 continue;
             }
@@ -534,6 +542,7 @@ impl Hybrid {
         }
         entry.issued |= fresh;
         entry.seen_ds = self.now_ds;
+        self.governor.spent(fresh.count_ones());
         (fresh, probability)
     }
 
