@@ -17,7 +17,6 @@ use crate::pageset::{RunJoiner, block_masks};
 use crate::phase::PhaseSet;
 use crate::record::Recording;
 use crate::replay::Window;
-use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use vm::{Vm, close_phase};
@@ -297,16 +296,12 @@ impl AccessPredictor {
     pub fn predict(&mut self, at_us: u64, out: &mut Vec<Candidate>) {
         self.propose_from_sets(at_us);
         let from = out.len();
-        if self.pending.len() > 1 {
-            keep_best(&mut self.pending, out);
-        } else {
-            out.append(&mut self.pending);
-        }
+        // No page is in two of them: what was handed out counts as on its way.
+        out.append(&mut self.pending);
         self.stats.candidates += (out.len() - from) as u64;
         for candidate in &out[from..] {
             self.stats.proposed_pages[candidate.expert.index()] += u64::from(candidate.pages);
         }
-        self.pending.clear();
     }
 
     fn propose_from_sets(&mut self, at_us: u64) {
@@ -416,25 +411,4 @@ fn push_joined(pending: &mut Vec<Candidate>, candidate: Candidate) {
         return;
     }
     pending.push(candidate);
-}
-
-/// Moves `pending` to `out`; a page in several candidates stays in the likeliest.
-fn keep_best(pending: &mut [Candidate], out: &mut Vec<Candidate>) {
-    let mut order: Vec<u32> = (0..pending.len() as u32).collect();
-    order.sort_by(|&a, &b| pending[b as usize].probability.total_cmp(&pending[a as usize].probability));
-    let mut taken: FxHashMap<u64, u16> = FxHashMap::default();
-    let mut kept: Vec<(u32, Candidate)> = Vec::with_capacity(pending.len());
-    for index in order {
-        let candidate = pending[index as usize];
-        let mut joiner = RunJoiner::default();
-        let mut add = |first, pages| kept.push((index, Candidate { first, pages, ..candidate }));
-        for (block, mask) in block_masks(candidate.first, candidate.pages) {
-            let held = taken.entry(block).or_insert(0);
-            joiner.push(block, mask & !*held, &mut add);
-            *held |= mask;
-        }
-        joiner.flush(&mut add);
-    }
-    kept.sort_by_key(|(index, candidate)| (*index, candidate.first));
-    out.extend(kept.into_iter().map(|(_, candidate)| candidate));
 }
