@@ -101,7 +101,10 @@ fn sentence(explained: &Explained) -> String {
         None if explained.touched.is_some() => "the guest touched it lately, there was nothing to fetch".to_owned(),
         None => "no expert expects it to be read".to_owned(),
         Some(vote) if vote.calibrated < explained.floor => {
-            format!("the likeliest vote ({}, {:.2}) is below {:.2}", vote.expert, vote.calibrated, explained.floor)
+            format!(
+                "the likeliest vote ({}, {:.2}) is below the threshold of {:.2}",
+                vote.expert, vote.calibrated, explained.floor
+            )
         }
         Some(_) if explained.touched.is_some() => "the guest touched it lately, there is nothing to fetch".to_owned(),
         Some(vote) => format!("{} expects it ({:.2}), but has not proposed it yet", vote.expert, vote.calibrated),
