@@ -66,6 +66,8 @@ pub struct AccessConfig {
     /// Pages of cache that the storage can expect to have: a prediction must come true within a fifth as many reads (64 to
     /// 2048), and no stream window is larger than a sixteenth. Default 1 GiB.
     pub cache_pages: u64,
+    /// Whether the cache takes in what a guest writes and it did not hold. Default no, as the daemon's.
+    pub writes_cached: bool,
     /// Experts that may propose; the others learn and keep silent. Default all.
     pub experts: ExpertSet,
 }
@@ -86,6 +88,7 @@ impl Default for AccessConfig {
             recent_blocks: 8192,
             predictions: 12_288,
             cache_pages: 1 << 18,
+            writes_cached: false,
             experts: ExpertSet::ALL,
         }
     }
@@ -117,6 +120,7 @@ impl AccessConfig {
             max_window_pages: (self.max_window_bytes / crate::PAGE_BYTES).min(self.cache_pages / 16).max(1),
             experts: self.experts,
             cache_pages: self.cache_pages,
+            writes_cached: self.writes_cached,
         }
     }
 }

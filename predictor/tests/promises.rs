@@ -173,3 +173,28 @@ fn a_predictor_can_move_to_the_learner_thread() {
     fn require_send<T: Send>() {}
     require_send::<AccessPredictor>();
 }
+
+#[test]
+fn what_a_guest_wrote_is_proposed_unless_the_cache_took_it_in() {
+    let proposed = |writes_cached: bool| {
+        let mut predictor = AccessPredictor::new(AccessConfig { writes_cached, ..AccessConfig::default() });
+        predictor.observe(&Access { at_us: 0, vm: 1, op: Op::Write, first: 320, pages: 16 });
+        let mut proposed = Vec::new();
+        for i in 0..20u64 {
+            predictor.observe(&read(1, i * 16, 16, 1000 + i * 1000));
+            proposed.extend(pages(&drain(&mut predictor, 1000 + i * 1000)));
+        }
+        (proposed.contains(&320), proposed.contains(&310))
+    };
+    assert_eq!(proposed(false), (true, true));
+    assert_eq!(proposed(true), (false, true));
+}
+
+#[test]
+fn a_clock_that_leaps_to_its_end_overflows_nothing() {
+    let mut predictor = AccessPredictor::new(AccessConfig::default());
+    for (i, at_us) in [0, 1, u64::MAX / 2, u64::MAX - 1, u64::MAX].into_iter().cycle().take(40).enumerate() {
+        predictor.observe(&read(1, i as u64 * 8, 8, at_us));
+        drain(&mut predictor, at_us);
+    }
+}

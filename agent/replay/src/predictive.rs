@@ -68,6 +68,8 @@ impl Predictive {
             // As in the daemon: a window that exceeds half of the tier would wait in the queue instead.
             phase_window_bytes: defaults.phase_window_bytes.min(capacity_pages * PAGE_BYTES / 2),
             cache_pages: capacity_pages,
+            // As the driver has it, to compare like with like.
+            writes_cached: true,
             experts: kind.experts(),
             ..defaults
         };

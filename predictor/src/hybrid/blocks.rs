@@ -16,13 +16,13 @@ pub(crate) struct Block {
     number: u32,
     /// Clock of the last touch or prediction.
     pub(crate) at: u32,
-    /// Believed to be in the cache or on its way there.
+    /// Believed to be in the cache.
     pub(crate) cached: u16,
     /// Touched at any time.
     pub(crate) ever: u16,
     /// In a prediction that is not settled.
     pub(crate) predicted: u16,
-    /// Of these, handed out as candidates.
+    /// Handed out as candidates, and since then neither touched nor lost.
     pub(crate) issued: u16,
     /// First of the block's unsettled predictions.
     pub(crate) predictions: u16,
@@ -91,15 +91,25 @@ impl Blocks {
         &mut ways[way]
     }
 
-    /// A guest touched these pages.
-    pub(crate) fn touch(&mut self, block: u64, mask: u16, clock: u32, now_ds: u32, lost: impl FnMut(&Block)) {
+    /// A guest touched these pages; if that brings them into the cache, they are `cached` now.
+    pub(crate) fn touch(
+        &mut self,
+        block: u64,
+        mask: u16,
+        cached: bool,
+        clock: u32,
+        now_ds: u32,
+        lost: impl FnMut(&Block),
+    ) {
         let entry = self.get(block, clock, lost);
         if entry.ever == 0 || clock.wrapping_sub(entry.at) > VISIT_GAP {
             entry.visits = entry.visits.saturating_add(1);
         }
         let new = mask & !entry.ever;
         entry.ever |= mask;
-        entry.cached |= mask;
+        if cached {
+            entry.cached |= mask;
+        }
         entry.issued &= !mask;
         entry.at = clock;
         entry.seen_ds = now_ds;

@@ -19,8 +19,8 @@ pub(crate) const SHARED: usize = 6;
 pub(crate) const OWN: usize = 5;
 /// Places of one context's table.
 const PLACES: usize = 4096;
-/// Sets of weights: one for each combination of [`Kind`] bits.
-pub(crate) const SETS: usize = 64;
+/// Sets of weights: one for each combination of experts that stand behind a candidate.
+pub(crate) const SETS: usize = 16;
 /// Predictions a counter remembers: beyond it both counts are halved.
 const LIMIT: u16 = 400 * UNIT;
 /// One candidate, in the fixed-point unit of the counters (a page of a full block is one).
@@ -39,7 +39,7 @@ struct Counter {
     good: u16,
 }
 
-/// The counters of all contexts: `INPUTS × PLACES × 4` bytes (192 KiB).
+/// The counters of all contexts: `INPUTS × PLACES × 4` bytes (176 KiB).
 #[derive(Clone, Debug)]
 pub(crate) struct Contexts {
     counters: Vec<Counter>,
@@ -337,7 +337,7 @@ impl Reliability {
 }
 
 fn bin_score(bin: usize) -> f32 {
-    // Finer around even odds: from -6 to 6 nats.
+    // From -6 to 6 nats: even in log odds, hence finer towards certainty than bins of equal probability.
     (bin as f32 / BINS as f32 - 0.5) * 12.0
 }
 

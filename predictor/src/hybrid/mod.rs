@@ -155,6 +155,8 @@ pub(crate) struct HybridConfig {
     pub(crate) max_window_pages: u64,
     pub(crate) experts: ExpertSet,
     pub(crate) cache_pages: u64,
+    /// Whether what a guest writes is cached by that.
+    pub(crate) writes_cached: bool,
 }
 
 /// See the module's head.
@@ -217,7 +219,7 @@ impl Hybrid {
             entry.predicted &= !mask;
         }
         let lost = |lost: &blocks::Block| drop_chain(pending, lost.predictions);
-        self.blocks.touch(block, mask, clock, self.now_ds, lost);
+        self.blocks.touch(block, mask, true, clock, self.now_ds, lost);
     }
 
     /// Settles what is due.
@@ -594,7 +596,8 @@ impl Hybrid {
             entry.predicted &= !mask;
         }
         let lost = |lost: &blocks::Block| drop_chain(pending, lost.predictions);
-        self.blocks.touch(block, mask, clock, self.now_ds, lost);
+        let cached = self.config.writes_cached;
+        self.blocks.touch(block, mask, cached, clock, self.now_ds, lost);
     }
 
     /// Notes pages that others proposed; returns those that are not cached or on their way.

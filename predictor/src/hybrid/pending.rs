@@ -33,7 +33,7 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
-    /// Room for `predictions` of them, at most 65,535.
+    /// Room for `predictions` of them, at most 65,534.
     pub(crate) fn new(predictions: usize) -> Self {
         let blank = Prediction { live: false, ..Prediction::blank() };
         Self { ring: vec![blank; predictions.clamp(16, usize::from(NO_PREDICTION) - 1)], head: 0, len: 0 }

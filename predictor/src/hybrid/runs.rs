@@ -3,6 +3,8 @@
 //! Kept as columns, so that a request is compared with all of them in a few vector instructions; the one continued longest
 //! ago makes room.
 
+use super::MAX_PACE_US;
+
 /// Runs kept for a VM.
 const RUNS: usize = 32;
 /// A request may start this many pages before the expected one (overlap, reordering) or after it (a gap).
@@ -86,7 +88,7 @@ impl Runs {
             return None;
         };
         let run = self.latest_of(matching);
-        let gap = at_us.saturating_sub(self.at_us[run]);
+        let gap = at_us.saturating_sub(self.at_us[run]).min(MAX_PACE_US);
         self.gap_us[run] = if self.length[run] == 0 { gap } else { (self.gap_us[run] * 7 + gap) / 8 };
         self.at_us[run] = at_us;
         self.used[run] = self.clock;

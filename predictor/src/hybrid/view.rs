@@ -119,7 +119,7 @@ impl View {
         } else if page >= end {
             (page - end).min(AROUND) as u32 + 1
         } else {
-            24 + u32::from(log2((first - start - u64::from(high)) as u32).min(6))
+            24 + u32::from(log2(first.saturating_sub(start + u64::from(high)) as u32).min(6))
         };
         // Neighbours: 2 cached, 1 touched once, 0 never.
         let state = |at: u32| (self.ever >> at & 1) + (self.cached >> at & 1);
