@@ -2,7 +2,7 @@
 //!
 //! On every read of a guest:
 //! 1. predictions that named these pages have come true, those whose window has passed are settled ([`pending`]);
-//! 2. the experts name pages that may follow: interleaved runs ([`runs`]), the log of earlier reads ([`temporal`]), the
+//! 2. the experts name pages that may follow ([`propose`]): interleaved runs ([`runs`]), the log of earlier reads ([`temporal`]), the
 //!    chain of blocks ([`granules`]), and the neighbourhood of what was just read;
 //! 3. what several of them name is one candidate with all their evidence; its probability comes from the counts of the
 //!    contexts it appears in, mixed and calibrated ([`mixer`]);
@@ -15,11 +15,12 @@ mod governor;
 pub(crate) mod granules;
 pub(crate) mod mixer;
 pub(crate) mod pending;
+mod propose;
 pub(crate) mod runs;
 pub(crate) mod temporal;
 mod view;
 
-use crate::access::{BLOCK_PAGES, Candidate, Expert, MAX_PAGES};
+use crate::access::{BLOCK_PAGES, Candidate, Expert};
 use crate::experts::ExpertSet;
 use crate::pageset::{block_masks, mask_runs};
 use crate::predictor::CalibrationStats;
@@ -29,83 +30,15 @@ use governor::Governor;
 use granules::Granules;
 use mixer::{Contexts, INPUTS, MAX_SCORE, Mixer, OWN, Places, Reliability, SETS, SHARED};
 use pending::{NO_PREDICTION, Pending, Prediction};
-use runs::{Course, Run, Runs};
-use temporal::{Cursor, Follower, Log};
+use propose::{Limits, Proposal, Proposals, log2};
+use runs::Runs;
+use temporal::{Follower, Log};
 use view::View;
 
 /// Candidates weighed for one read.
 const MAX_WEIGHED: usize = 64;
 /// A pause longer than this says nothing about the pace of a guest at work.
 const MAX_PACE_US: u64 = 1_000_000;
-/// Pages beyond a request whose neighbourhood is considered.
-const AROUND: u64 = 16;
-
-/// What the experts say of a candidate; zero: nothing.
-#[derive(Clone, Copy, Debug, Default)]
-struct Evidence {
-    /// Length of the run and distance within it.
-    run: u8,
-    /// How long the cursor has been right, and how far ahead.
-    temporal: u8,
-    closeness: u8,
-    /// Place around the request.
-    near: u8,
-    /// Count, steps and rank in the chain of blocks.
-    chain: u8,
-    course: u8,
-    /// How long the cursor has been right that does not name the candidate.
-    unnamed: u8,
-    distance: u16,
-}
-
-impl Evidence {
-    /// The best of both.
-    fn join(&mut self, other: &Evidence) {
-        if other.run > self.run {
-            (self.run, self.course) = (other.run, other.course);
-        }
-        if other.temporal > self.temporal {
-            (self.temporal, self.closeness) = (other.temporal, other.closeness);
-        }
-        if self.near == 0 {
-            self.near = other.near;
-        }
-        self.chain = self.chain.max(other.chain);
-        self.distance = self.distance.min(other.distance);
-    }
-
-    /// Which experts speak: selects the mixer's weights.
-    fn set(&self) -> u8 {
-        u8::from(self.run > 0)
-            | u8::from(self.temporal > 0) << 1
-            | u8::from(self.near > 0) << 2
-            | u8::from(self.chain > 0) << 3
-    }
-
-    fn expert(&self) -> Expert {
-        if self.run > 0 {
-            return match self.course {
-                1 => Expert::Backward,
-                2 => Expert::Stride,
-                _ => Expert::Sequential,
-            };
-        }
-        if self.temporal > 0 {
-            Expert::Log
-        } else if self.chain > 0 {
-            Expert::Markov
-        } else {
-            Expert::Spatial
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Proposal {
-    block: u64,
-    mask: u16,
-    evidence: Evidence,
-}
 
 /// Whose contexts the mixer's inputs are (see [`view`]): by place in [`SPEAKERS`].
 const SPEAKER_OF: [usize; INPUTS] = [0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3];
@@ -174,7 +107,7 @@ pub(crate) struct Hybrid {
     /// Reads so far, and the time in tenths of a second.
     clock: u32,
     now_ds: u32,
-    proposals: Vec<Proposal>,
+    proposals: Proposals,
     /// Reads of the log that may follow.
     ahead: Vec<(u32, u64, u32)>,
 }
@@ -192,7 +125,7 @@ impl Hybrid {
             governor: Governor::new(config.cache_pages),
             clock: 0,
             now_ds: 0,
-            proposals: Vec::with_capacity(128),
+            proposals: Proposals::new(),
             ahead: Vec::with_capacity(32),
             config,
         }
@@ -285,146 +218,26 @@ impl Hybrid {
             return;
         }
         self.proposals.clear();
+        let (proposals, blocks, experts) = (&mut self.proposals, &self.blocks, self.config.experts);
         if let Some(run) = &run {
-            self.propose_run(run, first, pages);
+            let limits = Limits { window_pages: self.config.max_window_pages, experts };
+            proposals.run(blocks, &limits, run, (first, pages));
         }
-        let experts = self.config.experts;
         if let Some(cursor) = &cursor
             && experts.contains(Expert::Log)
         {
-            self.propose_log(cursor);
+            proposals.log(blocks, cursor, &self.ahead);
         }
         if experts.contains(Expert::Markov) {
-            self.propose_chain((first + u64::from(pages) - 1) / BLOCK_PAGES);
+            let last = (first + u64::from(pages) - 1) / BLOCK_PAGES;
+            self.granules.successors(last, |successor| proposals.chain(blocks, &successor));
         }
         if experts.contains(Expert::Spatial) {
-            self.propose_near(first, pages);
+            proposals.near(blocks, first, pages);
         }
         let gap = run.map_or(0, |run| run.gap_us);
         let follows = cursor.map_or(0, |cursor| 1 + log2(cursor.hits).min(7));
         self.weigh((first, pages), follows, (trail.pace_us, gap), moment, out);
-    }
-
-    fn propose(&mut self, first: u64, pages: u64, evidence: Evidence) {
-        for (block, mask) in block_masks(first, pages as u32) {
-            self.propose_mask(block, mask, evidence);
-        }
-    }
-
-    /// Adds a proposal; where it overlaps an earlier one, both experts speak for the pages.
-    fn propose_mask(&mut self, block: u64, mask: u16, evidence: Evidence) {
-        if block >= MAX_PAGES / BLOCK_PAGES {
-            return;
-        }
-        let mut mask = match self.blocks.find(block) {
-            Some(entry) => mask & !entry.cached & !entry.issued,
-            None => mask,
-        };
-        for index in 0..self.proposals.len() {
-            if mask == 0 {
-                return;
-            }
-            let proposal = &mut self.proposals[index];
-            let both = proposal.mask & mask;
-            if proposal.block != block || both == 0 {
-                continue;
-            }
-            mask &= !both;
-            if both == proposal.mask {
-                proposal.evidence.join(&evidence);
-            } else {
-                proposal.mask &= !both;
-                let mut joined = Proposal { mask: both, ..*proposal };
-                joined.evidence.join(&evidence);
-                if self.proposals.len() < self.proposals.capacity() {
-                    self.proposals.push(joined);
-                }
-            }
-        }
-        if mask != 0 && self.proposals.len() < self.proposals.capacity() {
-            self.proposals.push(Proposal { block, mask, evidence });
-        }
-    }
-
-    fn propose_run(&mut self, run: &Run, first: u64, pages: u32) {
-        let n = u64::from(pages);
-        let window = (n.max(2) << run.length.min(6)).min(self.config.max_window_pages);
-        let evidence = |distance: u64, course: u8| Evidence {
-            run: run_evidence(run.length, (distance / n) as u32),
-            course,
-            distance: (distance / n).min(1000) as u16,
-            ..Evidence::default()
-        };
-        let experts = self.config.experts;
-        match run.course {
-            Course::Forward if experts.contains(Expert::Sequential) => {
-                let (mut at, end) = (first + n, first + n + window);
-                while at < end {
-                    let to = ((at / BLOCK_PAGES + 1) * BLOCK_PAGES).min(end);
-                    self.propose(at, to - at, evidence(at - first - n, 0));
-                    at = to;
-                }
-            }
-            Course::Backward if experts.contains(Expert::Backward) => {
-                let from = first.saturating_sub(window);
-                let mut to = first;
-                while to > from {
-                    let at = ((to - 1) / BLOCK_PAGES * BLOCK_PAGES).max(from);
-                    self.propose(at, to - at, evidence(first - to, 1));
-                    to = at;
-                }
-            }
-            Course::Stride if experts.contains(Expert::Stride) => {
-                for step in 1..=i64::from(run.length.min(8)) {
-                    let Some(at) = first.checked_add_signed(run.stride * step) else { break };
-                    self.propose(at, n, evidence(step as u64 * n - n, 2));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn propose_log(&mut self, cursor: &Cursor) {
-        let closeness = 1 + ((cursor.closeness * 8.0) as u8).min(7);
-        let ahead = std::mem::take(&mut self.ahead);
-        for (distance, first, pages) in &ahead {
-            let evidence = Evidence {
-                temporal: temporal_evidence(cursor.hits, *distance),
-                closeness,
-                distance: *distance as u16,
-                ..Evidence::default()
-            };
-            self.propose(*first, u64::from(*pages), evidence);
-        }
-        self.ahead = ahead;
-    }
-
-    fn propose_chain(&mut self, block: u64) {
-        let mut found = [None; 6];
-        let mut count = 0;
-        self.granules.successors(block, |successor| {
-            if let Some(slot) = found.get_mut(count) {
-                *slot = Some(successor);
-                count += 1;
-            }
-        });
-        for successor in found.into_iter().flatten() {
-            let place = (3 - successor.step.min(3)) * 4 + 3 - successor.rank;
-            let evidence = Evidence {
-                chain: 1 + place * 8 + successor.count.min(7),
-                distance: u16::from(successor.step) + 1,
-                ..Evidence::default()
-            };
-            self.propose_mask(successor.block, u16::MAX, evidence);
-        }
-    }
-
-    /// What lies around the request.
-    fn propose_near(&mut self, first: u64, pages: u32) {
-        let near = Evidence { near: 1, distance: 1, ..Evidence::default() };
-        self.propose(first + u64::from(pages), AROUND, near);
-        let at = first.saturating_sub(AROUND);
-        self.propose(at, first - at, near);
     }
 
     fn weigh(
@@ -436,7 +249,7 @@ impl Hybrid {
         out: &mut Vec<Candidate>,
     ) {
         for index in 0..self.proposals.len().min(MAX_WEIGHED) {
-            let mut proposal = self.proposals[index];
+            let mut proposal = self.proposals.get(index);
             if proposal.evidence.temporal == 0 {
                 proposal.evidence.unnamed = follows;
             }
@@ -665,7 +478,8 @@ impl Hybrid {
             + self.log.memory_bytes()
             + self.granules.memory_bytes()
             + SETS * (INPUTS + 1) * 12
-            + self.proposals.capacity() * size_of::<Proposal>()
+            + self.proposals.memory_bytes()
+            + self.ahead.capacity() * size_of::<(u32, u64, u32)>()
     }
 }
 
@@ -705,19 +519,4 @@ struct Said {
     score: f32,
     places: Places,
     inputs: [f32; INPUTS],
-}
-
-/// A run's length and how far ahead of it a page lies, in requests: 1 to 64.
-fn run_evidence(length: u32, distance: u32) -> u8 {
-    1 + log2(length).min(7) * 8 + (7 - log2(distance).min(7))
-}
-
-/// How long a cursor has been right and how far ahead of it a read lies: 1 to 64.
-fn temporal_evidence(hits: u32, distance: u32) -> u8 {
-    1 + log2(hits).min(7) * 8 + (7 - log2(distance).min(7))
-}
-
-/// Bits needed to write a number: 0 for 0, 1 for 1, 2 for 2 and 3, …
-fn log2(value: u32) -> u8 {
-    (u32::BITS - value.leading_zeros()) as u8
 }

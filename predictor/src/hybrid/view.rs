@@ -2,7 +2,7 @@
 
 use super::blocks::Blocks;
 use super::mixer::{Contexts, INPUTS, NOWHERE, OWN, Places, SHARED};
-use super::{AROUND, Evidence, log2, run_evidence, temporal_evidence};
+use super::propose::{AROUND, Evidence, log2, run_evidence, temporal_evidence};
 
 /// Predictions that the expectations of [`expected`] are worth.
 const EXPECTED: u16 = 8;
