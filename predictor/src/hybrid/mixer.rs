@@ -15,12 +15,14 @@ use crate::wire::{Reader, WireError, put, put_f32};
 /// Contexts looked up for one candidate; the last places may be unused.
 pub(crate) const INPUTS: usize = SHARED + OWN;
 /// Of these, common to the pages of a block, and a page's own.
-pub(crate) const SHARED: usize = 6;
+pub(crate) const SHARED: usize = 7;
 pub(crate) const OWN: usize = 5;
 /// Places of one context's table.
 const PLACES: usize = 4096;
 /// Sets of weights: one for each combination of experts that stand behind a candidate.
-pub(crate) const SETS: usize = 16;
+pub(crate) const SETS: usize = 1 << EXPERTS;
+/// Experts that may stand behind a candidate: runs, log, neighbourhood, chain.
+pub(crate) const EXPERTS: usize = 4;
 /// Predictions a counter remembers: beyond it both counts are halved.
 const LIMIT: u16 = 400 * UNIT;
 /// One candidate, in the fixed-point unit of the counters (a page of a full block is one).
@@ -28,7 +30,7 @@ const UNIT: u16 = 16;
 /// Share of pages expected to be read where nothing is known.
 const PRIOR: f32 = 0.3;
 const LEARNING_RATE: f32 = 0.0005;
-const START_WEIGHT: f32 = 0.25;
+const START_WEIGHT: f32 = 0.23;
 /// Scores beyond this (in nats) are as good as certain.
 pub(crate) const MAX_SCORE: f32 = 9.0;
 
@@ -39,7 +41,7 @@ struct Counter {
     good: u16,
 }
 
-/// The counters of all contexts: `INPUTS × PLACES × 4` bytes (176 KiB).
+/// The counters of all contexts: `INPUTS × PLACES × 4` bytes (192 KiB).
 #[derive(Clone, Debug)]
 pub(crate) struct Contexts {
     counters: Vec<Counter>,

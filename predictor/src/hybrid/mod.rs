@@ -11,6 +11,7 @@
 //! Memory is bounded and allocated once, see [`Hybrid::memory_bytes`].
 
 pub(crate) mod blocks;
+mod flow;
 mod governor;
 pub(crate) mod granules;
 pub(crate) mod mixer;
@@ -26,6 +27,7 @@ use crate::pageset::{block_masks, mask_runs};
 use crate::predictor::CalibrationStats;
 use crate::wire::{Reader, WireError};
 use blocks::Blocks;
+use flow::Flow;
 use governor::Governor;
 use granules::Granules;
 use mixer::{Contexts, INPUTS, MAX_SCORE, Mixer, OWN, Places, Reliability, SETS, SHARED};
@@ -40,8 +42,11 @@ const MAX_WEIGHED: usize = 64;
 /// A pause longer than this says nothing about the pace of a guest at work.
 const MAX_PACE_US: u64 = 1_000_000;
 
-/// Whose contexts the mixer's inputs are (see [`view`]): by place in [`SPEAKERS`].
-const SPEAKER_OF: [usize; INPUTS] = [0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3];
+/// Whose contexts the mixer's inputs are (see [`view`]): by place in [`SPEAKERS`]; `None`: of whoever speaks first.
+const SPEAKER_OF: [Option<usize>; INPUTS] =
+    [Some(0), Some(1), Some(1), Some(1), Some(2), Some(3), None, Some(3), Some(3), Some(3), Some(3), Some(3)];
+/// Bit of each speaker in an evidence's set.
+const SET_BIT: [u8; 4] = [0, 1, 3, 2];
 pub(crate) const SPEAKERS: [Expert; 4] = [Expert::Sequential, Expert::Log, Expert::Markov, Expert::Spatial];
 
 /// What the hybrid knows of a page: its probability, and by [`SPEAKERS`] the part of the score in nats.
@@ -58,6 +63,7 @@ pub(crate) struct Knowledge {
 pub(crate) struct Trail {
     runs: Runs,
     follower: Follower,
+    flow: Flow,
     block: u64,
     at_us: u64,
     /// Smoothed time between reads, at most [`MAX_PACE_US`].
@@ -132,7 +138,7 @@ impl Hybrid {
     }
 
     /// A read: what was predicted of it has come true.
-    fn label(&mut self, block: u64, mask: u16, floor: f32) {
+    fn label(&mut self, flow: &mut Flow, block: u64, mask: u16, floor: f32) {
         let (pending, contexts, clock) = (&mut self.pending, &mut self.contexts, self.clock);
         let (cached, issued) = self.blocks.find(block).map_or((0, 0), |entry| (entry.cached, entry.issued));
         self.governor.useful((mask & issued).count_ones(), floor);
@@ -145,6 +151,7 @@ impl Hybrid {
                 let read = prediction.pages & mask & !prediction.read;
                 if read != 0 {
                     prediction.read |= read;
+                    flow.came(prediction.set, read.count_ones());
                     contexts.good(&prediction.places, read.count_ones(), prediction.pages.count_ones());
                 }
                 at = prediction.next();
@@ -183,7 +190,14 @@ impl Hybrid {
 
     /// A VM that has read nothing yet.
     pub(crate) fn trail(&mut self) -> Trail {
-        Trail { runs: Runs::default(), follower: self.log.follower(), block: u64::MAX, at_us: 0, pace_us: 0 }
+        Trail {
+            runs: Runs::default(),
+            follower: self.log.follower(),
+            flow: Flow::default(),
+            block: u64::MAX,
+            at_us: 0,
+            pace_us: 0,
+        }
     }
 
     /// Takes in a read and hands out what may follow.
@@ -198,8 +212,9 @@ impl Hybrid {
         self.clock = self.clock.wrapping_add(1);
         self.now_ds = (moment.at_us / 100_000) as u32;
         self.settle();
+        trail.flow.read();
         for (block, mask) in block_masks(first, pages) {
-            self.label(block, mask, moment.floor);
+            self.label(&mut trail.flow, block, mask, moment.floor);
         }
         let run = trail.runs.observe(first, pages, moment.at_us);
         self.ahead.clear();
@@ -235,31 +250,28 @@ impl Hybrid {
         if experts.contains(Expert::Spatial) {
             proposals.near(blocks, first, pages);
         }
-        let gap = run.map_or(0, |run| run.gap_us);
-        let follows = cursor.map_or(0, |cursor| 1 + log2(cursor.hits).min(7));
-        self.weigh((first, pages), follows, (trail.pace_us, gap), moment, out);
+        let context = Reading {
+            request: (first, pages),
+            follows: cursor.map_or(0, |cursor| 1 + log2(cursor.hits).min(7)),
+            pace_us: trail.pace_us,
+            gap_us: run.map_or(0, |run| run.gap_us),
+        };
+        self.weigh(&context, &mut trail.flow, moment, out);
     }
 
-    fn weigh(
-        &mut self,
-        request: (u64, u32),
-        follows: u8,
-        (pace, gap): (u64, u64),
-        moment: &Moment,
-        out: &mut Vec<Candidate>,
-    ) {
+    fn weigh(&mut self, reading: &Reading, flow: &mut Flow, moment: &Moment, out: &mut Vec<Candidate>) {
         for index in 0..self.proposals.len().min(MAX_WEIGHED) {
             let mut proposal = self.proposals.get(index);
             if proposal.evidence.temporal == 0 {
-                proposal.evidence.unnamed = follows;
+                proposal.evidence.unnamed = reading.follows;
             }
             let floor = self.governor.floor(moment.floor).unwrap_or(f32::INFINITY);
-            let (issue, probability) = self.weigh_block(request, &proposal, floor);
+            let (issue, probability) = self.weigh_block(reading.request, &proposal, flow, floor);
             if issue == 0 {
                 continue;
             }
             let evidence = &proposal.evidence;
-            let step = if evidence.run > 0 { gap } else { pace };
+            let step = if evidence.run > 0 { reading.gap_us } else { reading.pace_us };
             let due_us = Some(moment.at_us.saturating_add(step.saturating_mul(u64::from(evidence.distance))));
             for (from, count) in mask_runs(issue) {
                 let first = proposal.block * BLOCK_PAGES + u64::from(from);
@@ -273,30 +285,34 @@ impl Hybrid {
     }
 
     /// Weighs the pages of one block; returns those to hand out and their mean probability.
-    fn weigh_block(&mut self, request: (u64, u32), proposal: &Proposal, floor: f32) -> (u16, f32) {
-        let Proposal { block, mask, evidence } = proposal;
+    fn weigh_block(&mut self, request: (u64, u32), proposal: &Proposal, flow: &mut Flow, floor: f32) -> (u16, f32) {
+        let Proposal { block, mut mask, evidence } = *proposal;
         // Said before, and nothing near speaks for it: not worth weighing again.
-        let said = self.blocks.find(*block).map_or(0, |entry| entry.predicted);
-        if *mask & !said == 0 && (evidence.set() & 3 == 0 || evidence.distance > 4) {
+        let said = self.blocks.find(block).map_or(0, |entry| entry.predicted);
+        let strong = evidence.set() & 3 != 0;
+        if mask & !said == 0 && (!strong || evidence.distance > 4) {
             return (0, 0.0);
         }
-        let view = View::of(&self.blocks, *block, self.clock);
+        if !strong {
+            mask &= !said;
+        }
+        let view = View::of(&self.blocks, block, self.clock);
         let size_class = u32::from(log2(request.1).min(5));
-        let mut places = view.shared(evidence, size_class, *mask);
+        let mut places = view.shared(&evidence, size_class, mask, flow.yields(evidence.set()));
         let mut inputs = [0f32; INPUTS];
         inputs[..SHARED].copy_from_slice(&self.contexts.inputs::<SHARED>(&places));
         let shared = self.mixer.partial(evidence.set(), 0, &inputs[..SHARED]);
         let (mut issue, mut sum) = (0u16, 0f32);
-        let mut left = *mask;
+        let mut left = mask;
         while left != 0 {
             let group = if evidence.near > 0 { near_group(block * BLOCK_PAGES, left, request) } else { left };
             left &= !group;
-            let own = view.own(evidence, block * BLOCK_PAGES, group, request, size_class);
+            let own = view.own(&evidence, block * BLOCK_PAGES, group, request, size_class);
             places[SHARED..].copy_from_slice(&own);
             inputs[SHARED..].copy_from_slice(&self.contexts.inputs::<OWN>(&own));
             let score = shared + self.mixer.partial(evidence.set(), SHARED, &inputs[SHARED..]);
             let said = Said { set: evidence.set(), score: score.clamp(-MAX_SCORE, MAX_SCORE), places, inputs };
-            let (issued, probability) = self.say(*block, group, &said, floor);
+            let (issued, probability) = self.say(block, group, &said, flow, floor);
             issue |= issued;
             sum += probability * issued.count_ones() as f32;
         }
@@ -304,7 +320,7 @@ impl Hybrid {
     }
 
     /// Makes a prediction of some pages of a block, unless as much was said before; returns the pages to hand out.
-    fn say(&mut self, block: u64, mask: u16, said: &Said, floor: f32) -> (u16, f32) {
+    fn say(&mut self, block: u64, mask: u16, said: &Said, flow: &mut Flow, floor: f32) -> (u16, f32) {
         let probability = self.reliability.probability(said.set, said.score);
         let issue = probability >= floor;
         if self.pending.is_full()
@@ -340,6 +356,7 @@ impl Hybrid {
         }
         self.contexts.made(&said.places);
         entry.predicted |= fresh;
+        flow.made(said.set, fresh.count_ones());
         let prediction = Prediction {
             block: block as u32,
             due: self.clock.wrapping_add(self.config.window),
@@ -369,8 +386,9 @@ impl Hybrid {
         let said = said.map(|(_, prediction)| {
             let weights = self.mixer.weights(prediction.set);
             let mut parts = [0f32; SPEAKERS.len()];
+            let first = SET_BIT.iter().position(|bit| prediction.set >> bit & 1 == 1).unwrap_or(3);
             for (input, value) in prediction.inputs.iter().enumerate() {
-                parts[SPEAKER_OF[input]] += weights[input] * f32::from(*value) / 16.0;
+                parts[SPEAKER_OF[input].unwrap_or(first)] += weights[input] * f32::from(*value) / 16.0;
             }
             (prediction.probability, parts)
         });
@@ -511,6 +529,16 @@ fn near_group(start: u64, mask: u16, (first, pages): (u64, u32)) -> u16 {
     };
     let within = ((1u32 << span) - 1) << bit;
     mask & within as u16
+}
+
+/// What a read says about what follows it, beside the proposals.
+struct Reading {
+    request: (u64, u32),
+    /// How long the cursor in the log has been right that speaks; 0: none does.
+    follows: u8,
+    pace_us: u64,
+    /// Of the run that the read continues.
+    gap_us: u64,
 }
 
 /// A prediction in the making.

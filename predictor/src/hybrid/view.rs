@@ -73,7 +73,7 @@ impl View {
     }
 
     /// Contexts that all pages of the block have in common.
-    pub(super) fn shared(&self, evidence: &Evidence, size: u32, mask: u16) -> Places {
+    pub(super) fn shared(&self, evidence: &Evidence, size: u32, mask: u16, yields: u32) -> Places {
         let (run, temporal, close) =
             (u32::from(evidence.run), u32::from(evidence.temporal), u32::from(evidence.closeness));
         let chain = u32::from(evidence.chain);
@@ -100,6 +100,7 @@ impl View {
             places[4] = Contexts::place(4, (chain * 16 + self.filled) * 4 + known);
         }
         places[5] = Contexts::place(5, (self.visits * 16 + self.filled) * 16 + self.region);
+        places[6] = Contexts::place(6, yields * 16 + u32::from(evidence.set()));
         places
     }
 
