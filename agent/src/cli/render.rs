@@ -70,27 +70,26 @@ pub(super) fn status(status: &Status) -> String {
     fields.add(
         "learner",
         format!(
-            "{}, {} accesses learned, {} dropped, {}, {}, prefetch {}",
+            "{}, {} accesses learned, {} dropped, {}, {}",
             with_detail(learner.health, learner.detail.as_deref()),
             learner.accesses,
             learner.accesses_dropped,
             count(learner.profiles.into(), "profile", "profiles"),
-            human_bytes(learner.memory_bytes),
-            if learner.prefetch { "on" } else { "off" }
+            human_bytes(learner.memory_bytes)
         ),
     );
+    fields.add("prefetch", if learner.prefetch { "on" } else { "off" });
     let store = &status.store;
     fields.add(
         "database",
         format!(
-            "{}, {} at {}, {} writes waiting, {} lost",
+            "{}, {} at {}",
             with_detail(store.health, store.detail.as_deref()),
             human_bytes(store.size_bytes),
-            store.path,
-            store.queued,
-            store.writes_dropped
+            store.path
         ),
     );
+    fields.add("db writes", format!("{} waiting, {} lost", store.queued, store.writes_dropped));
     let mut text = fields.render();
     if !status.troubles.is_empty() {
         text.push_str("\nneeds attention:\n");
@@ -289,12 +288,14 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
         ("USED %", Align::Right),
         ("BLOCKS", Align::Right),
         ("DATA", Align::Right),
-        ("PREFETCHED UNUSED", Align::Right),
+        ("UNREAD", Align::Right),
         ("HITS", Align::Right),
-        ("EVICTIONS", Align::Right),
-        ("STATE", Align::Left),
+        ("EVICTED", Align::Right),
     ]);
+    // A state may be a sentence: it has a line of its own.
+    let mut states = Fields::default();
     for tier in &tiers.tiers {
+        states.add(name(tier.tier), with_detail(tier.health, tier.detail.as_deref()));
         table.row([
             name(tier.tier).to_owned(),
             human_bytes(tier.capacity_bytes),
@@ -305,10 +306,9 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
             human_bytes(tier.prefetched_unused_bytes),
             tier.hits.to_string(),
             tier.evictions.to_string(),
-            with_detail(tier.health, tier.detail.as_deref()),
         ]);
     }
-    let mut text = table.render();
+    let mut text = format!("{}\n{}", table.render(), states.render());
     let mut cached = Table::new(&[
         ("TIER", Align::Left),
         ("CACHED", Align::Right),
@@ -329,10 +329,19 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
 }
 
 pub(super) fn warmed(disk: &str, reply: &Warmed) -> String {
+    if reply.queued_bytes + reply.already_cached_bytes + reply.refused_bytes == 0 {
+        return format!(
+            "{disk}: nothing to bring: nothing of a boot or program is learned yet; name ranges with --ranges\n"
+        );
+    }
+    // Of what a profile learned it is not told before how much of it is cached.
+    let already = match reply.already_cached_bytes {
+        0 => String::new(),
+        bytes => format!(", {} in RAM already", human_bytes(bytes)),
+    };
     let mut text = format!(
-        "{disk}: {} on the way, {} cached already\n",
-        human_bytes(reply.queued_bytes),
-        human_bytes(reply.already_cached_bytes)
+        "{disk}: {} to bring{already}; what a tier has when its turn comes is not read again\n",
+        human_bytes(reply.queued_bytes)
     );
     if reply.refused_bytes > 0 {
         text.push_str(&format!("{} did not fit the cache or its queue\n", human_bytes(reply.refused_bytes)));
@@ -407,5 +416,8 @@ pub(super) fn profile(profile: &Profile, now_unix_ms: u64) -> String {
 }
 
 pub(super) fn saved(reply: &Saved) -> String {
+    if reply.profiles == 0 {
+        return "nothing new to save\n".to_owned();
+    }
     format!("saved {}, {}\n", count(reply.profiles.into(), "profile", "profiles"), human_bytes(reply.size_bytes))
 }

@@ -88,11 +88,21 @@ fn served(counters: &Counters) -> u64 {
 }
 
 /// Used of what arrived. Within an interval more may be used than arrives, which is still all of it.
-fn precision(counters: &Counters) -> String {
-    percent(counters.prefetch_used_bytes.min(counters.prefetch_completed_bytes), counters.prefetch_completed_bytes)
+fn used(counters: &Counters) -> u64 {
+    counters.prefetch_used_bytes.min(counters.prefetch_completed_bytes)
 }
 
-const HEADER: &str = "    time   reads/s   ram%   ssd% store%  wait_ms  read_MB/s  write_MB/s  pf_MB/s  prec%  late/s  store_MB/s  errors";
+/// Two lines of 80 columns: what is counted, and in which unit.
+const HEADER: &str = concat!(
+    "                 --from, %------   wait -----------MB/s----------- prec late\n",
+    "    time reads/s  ram  ssd store     ms   read  write  ahead  store    %   /s err"
+);
+
+/// A share in four columns: with a decimal below 100.
+fn share(part: u64, whole: u64) -> String {
+    let text = percent(part, whole);
+    if text == "100.0" { "100".to_owned() } else { text }
+}
 
 /// One line: what happened between two readings.
 fn rates(earlier: &CacheStat, now: &CacheStat, unix_ms: u64) -> String {
@@ -103,65 +113,71 @@ fn rates(earlier: &CacheStat, now: &CacheStat, unix_ms: u64) -> String {
     let served = served(&delta);
     let day_s = unix_ms / 1000 % 86_400;
     format!(
-        "{:02}:{:02}:{:02} {:>9.0} {:>6} {:>6} {:>6} {:>8} {:>10.1} {:>11.1} {:>8.1} {:>6} {:>7.0} {:>11.1} {:>7}",
+        "{:02}:{:02}:{:02} {:>7.0} {:>4} {:>4} {:>5} {:>6} {:>6.1} {:>6.1} {:>6.1} {:>6.1} {:>4} {:>4.0} {:>3}",
         day_s / 3600,
         day_s / 60 % 60,
         day_s % 60,
         rate(delta.reads),
-        percent(delta.served_ram, served),
-        percent(delta.served_ssd, served),
-        percent(delta.served_store, served),
+        share(delta.served_ram, served),
+        share(delta.served_ssd, served),
+        share(delta.served_store, served),
         wait_ms(&delta),
         mb(delta.read_bytes),
         mb(delta.write_bytes),
         mb(delta.prefetch_completed_bytes),
-        precision(&delta),
-        rate(delta.prefetch_late),
         mb(delta.store_read_bytes),
+        share(used(&delta), delta.prefetch_completed_bytes),
+        rate(delta.prefetch_late),
         delta.read_errors,
     )
 }
 
-/// Totals since the start, by disk.
+/// Totals since the start, by disk: one table of reads and one of bytes, as both do not fit a line of 80 columns.
 fn totals(stat: &CacheStat) -> String {
-    let mut table = Table::new(&[
+    let mut reads = Table::new(&[
         ("DISK", Align::Left),
         ("READS", Align::Right),
         ("RAM %", Align::Right),
         ("SSD %", Align::Right),
         ("STORE %", Align::Right),
         ("WAIT MS", Align::Right),
+        ("LATE", Align::Right),
+        ("ERRORS", Align::Right),
+    ]);
+    let mut bytes = Table::new(&[
+        ("DISK", Align::Left),
         ("READ", Align::Right),
         ("WRITTEN", Align::Right),
+        ("FROM STORE", Align::Right),
         ("PREFETCHED", Align::Right),
         ("PRECISION %", Align::Right),
-        ("LATE", Align::Right),
-        ("FROM STORE", Align::Right),
-        ("ERRORS", Align::Right),
     ]);
     let mut row = |name: &str, counters: &Counters| {
         let served = served(counters);
-        table.row([
+        reads.row([
             name.to_owned(),
             counters.reads.to_string(),
             percent(counters.served_ram, served),
             percent(counters.served_ssd, served),
             percent(counters.served_store, served),
             wait_ms(counters),
+            counters.prefetch_late.to_string(),
+            counters.read_errors.to_string(),
+        ]);
+        bytes.row([
+            name.to_owned(),
             human_bytes(counters.read_bytes),
             human_bytes(counters.write_bytes),
-            human_bytes(counters.prefetch_completed_bytes),
-            precision(counters),
-            counters.prefetch_late.to_string(),
             human_bytes(counters.store_read_bytes),
-            counters.read_errors.to_string(),
+            human_bytes(counters.prefetch_completed_bytes),
+            percent(used(counters), counters.prefetch_completed_bytes),
         ]);
     };
     for (name, disk) in &stat.disks {
         row(name, &disk.counters);
     }
     row("total", &stat.total);
-    table.render()
+    format!("{}\n{}", reads.render(), bytes.render())
 }
 
 #[cfg(test)]
@@ -188,18 +204,18 @@ mod tests {
         let line = rates(&reading(10, 1000, 0, 9_000_000), &reading(12, 3000, 1500, 10_000_000), 1_700_000_000_000);
         assert_eq!(
             format!("{HEADER}\n{line}"),
-            "    time   reads/s   ram%   ssd% store%  wait_ms  read_MB/s  write_MB/s  pf_MB/s  prec%  late/s  store_MB/s  errors\n\
-             22:13:20      1000   75.0    0.0   25.0     0.50        4.1         0.0      1.0   90.0       0         2.0       0"
+            concat!(
+                "                 --from, %------   wait -----------MB/s----------- prec late\n",
+                "    time reads/s  ram  ssd store     ms   read  write  ahead  store    %   /s err\n",
+                "22:13:20    1000 75.0  0.0  25.0   0.50    4.1    0.0    1.0    2.0 90.0    0   0"
+            )
         );
-        assert_eq!(line.len(), HEADER.len());
+        assert!(HEADER.lines().chain([line.as_str()]).all(|line| line.len() <= 80));
     }
 
     #[test]
     fn an_idle_interval_has_dashes_not_nan() {
         let line = rates(&reading(10, 5, 5, 5), &reading(11, 5, 5, 5), 0);
-        assert_eq!(
-            line,
-            "00:00:00         0      -      -      -        -        0.0         0.0      0.0      -       0         0.0       0"
-        );
+        assert_eq!(line, "00:00:00       0    -    -     -      -    0.0    0.0    0.0    0.0    -    0   0");
     }
 }
