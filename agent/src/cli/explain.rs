@@ -89,9 +89,11 @@ fn sentence(explained: &Explained) -> String {
             Fate::Refused => format!("not prefetched: proposed {by}, but the prefetch queue was full"),
             Fate::SwitchedOff => format!("not prefetched: proposed {by}, but prefetching was switched off"),
             Fate::BelowThreshold => {
-                format!("not prefetched: proposed {by}, below the threshold of {:.2}", last.threshold)
+                format!("not prefetched: proposed {by}, below the threshold of {}", least(last.threshold))
             }
-            Fate::Overtaken if place.ssd => format!("not prefetched: proposed {by}, but the SSD tier has it"),
+            Fate::Overtaken if place.ssd && !place.ram => {
+                format!("not prefetched: proposed {by}, but the SSD tier has it")
+            }
             Fate::Overtaken => {
                 format!("proposed {by}, but not loaded: the guest asked first, or it was cached already")
             }
@@ -179,11 +181,17 @@ fn attempts(attempts: &[Attempt]) -> String {
             format!("{} ago", short(attempt.ago_us)),
             attempt.expert.clone(),
             format!("{:.2}", attempt.probability),
-            format!("{:.2}", attempt.threshold),
+            least(attempt.threshold),
             fate.to_owned(),
         ]);
     }
     table.render()
+}
+
+/// A threshold: 0.125 shown as 0.12 would be above a probability of 0.12 and seem not to be.
+fn least(threshold: f32) -> String {
+    let text = format!("{threshold:.3}");
+    text.strip_suffix('0').map_or(text.clone(), str::to_owned)
 }
 
 /// A sentence in lines of at most 80 characters.
@@ -219,5 +227,31 @@ pub(super) fn short_us(us: f64) -> String {
         _ if us < 9_995.0 => format!("{:.2} ms", us / 1e3),
         _ if us < 999_500.0 => format!("{:.0} ms", us / 1e3),
         _ => format!("{:.1} s", us / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_threshold_keeps_the_digits_that_decide() {
+        assert_eq!([0.5, 0.125, 0.3, 0.05, 1.0].map(least), ["0.50", "0.125", "0.30", "0.05", "1.00"]);
+    }
+
+    #[test]
+    fn what_lies_in_ram_is_not_said_to_be_left_to_the_ssd() {
+        let attempt = Attempt {
+            ago_us: 1_000_000,
+            expert: "phase".to_owned(),
+            probability: 0.98,
+            threshold: 0.125,
+            fate: Fate::Overtaken,
+        };
+        let mut explained = Explained { attempts: vec![attempt], ..Explained::default() };
+        explained.place.ssd = true;
+        assert!(sentence(&explained).ends_with("but the SSD tier has it"), "{}", sentence(&explained));
+        explained.place.ram = true;
+        assert!(sentence(&explained).ends_with("or it was cached already"), "{}", sentence(&explained));
     }
 }
