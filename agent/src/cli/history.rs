@@ -17,6 +17,12 @@ pub enum HistoryCommand {
     /// How much history there is and what the last hour added
     Status,
     /// What was read in the last runs of a machine or on a disk, in order
+    #[command(
+        long_about = "What was read in the last runs (boots and programs) of a machine or on a disk, in order.\n\n  \
+        AT MS           since the start of the run\n  \
+        OFFSET LENGTH   of what was read, in bytes\n  \
+        READS           how often in this run"
+    )]
     Runs {
         /// Name of a disk, or name or UUID of a machine
         #[arg(value_name = "VM|DISK")]
@@ -24,37 +30,51 @@ pub enum HistoryCommand {
         /// `boot`, or a program's id [default: all]
         #[arg(long)]
         program: Option<String>,
-        /// Runs, latest first
+        /// Runs to show, latest first
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
         last: u32,
-        /// Extents of each run
+        /// Extents of each run, in the order of their first read
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=100_000))]
         extents: u32,
     },
     /// Which 64 KiB blocks were read most, hour by hour
+    #[command(long_about = "Which 64 KiB blocks were read most, hour by hour.\n\n  \
+        OFFSET      of the block, in bytes\n  \
+        READS       N+M: at least N, at most M more; the counts of many blocks are kept in little memory\n  \
+        % OF HOUR   of all reads of the disk in that hour, those surely of this block")]
     Hot {
+        /// Name of the disk
         #[arg(value_parser = super::args::disk_name)]
         disk: String,
         /// Hours back from now
         #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=8784))]
         hours: u32,
-        /// Blocks of each hour
+        /// Blocks of each hour, most read first
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1024))]
         top: u32,
     },
     /// How often two 64 KiB blocks are read within a moment of each other
     Near {
+        /// Name of the disk
         #[arg(value_parser = super::args::disk_name)]
         disk: String,
-        /// An offset in each block, such as 1GiB or 65536
+        /// An offset in the first block, in bytes, such as 1GiB or 65536
         #[arg(value_parser = parse_bytes)]
         offset_a: u64,
+        /// An offset in the second block
         #[arg(value_parser = parse_bytes)]
         offset_b: u64,
         /// The moment, at most 1m
-        #[arg(long, default_value = "50ms", value_parser = parse_duration)]
+        #[arg(long, value_name = "DURATION", default_value = "50ms", value_parser = moment)]
         within: Duration,
     },
+}
+
+fn moment(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        moment if moment <= Duration::from_secs(60) => Ok(moment),
+        _ => Err("it is at most 1m".to_owned()),
+    }
 }
 
 pub(super) async fn run(
@@ -164,7 +184,7 @@ fn runs(list: &RunList, now_unix_ms: u64) -> String {
             text.push_str(&table.render());
         }
         if run.more {
-            text.push_str("more: --extents N\n");
+            text.push_str("there is more: --extents N shows N of each run\n");
         }
     }
     text
