@@ -79,6 +79,7 @@ fn wrong_usage_and_bad_traces_say_what_to_do() {
     refused(&[HEAD, HEAD, "--cache", "5%", "--programs", "m"], 2, "replay the traces one by one");
     refused(&[HEAD, "--cache", "5%", "--mbps", "100"], 2, "--latency-us <N>");
     refused(&[HEAD, "--cache", "5%", "--policy", "lstm"], 2, "prestagectl model train");
+    refused(&[HEAD, "--cache", "5"], 2, "`5` is less than 256KiB, the smallest cache; a share is written 5%");
     refused(&["/nonexistent.csv", "--cache", "5%"], 1, "/nonexistent.csv: No such file");
     let folder = tempfile::tempdir().unwrap();
     let bad = folder.path().join("bad.csv");

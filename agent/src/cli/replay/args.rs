@@ -15,6 +15,7 @@ A trace is CSV (ts_us,op,offset,len; bytes; op R, W or D), a binary vscsi trace,
 nbdkit's log filter, each plain or compressed with gzip or zstd. A read hits if all its pages are cached, or on their \
 way, when it comes.
 
+  CACHE          its size; a share of less than 256 KiB is taken as that
   HIT % PAGE %   of the reads, and of their pages
   COVER %        of the pages that had to come from the store, those that were read ahead in time or late
   PREC %         of the pages read ahead, those that were used
@@ -22,6 +23,9 @@ way, when it comes.
   DEMAND AHEAD   read from the store because a read missed, and ahead
   UNUSED         read ahead, and gone before anybody used it
   ECE            expected calibration error of the probabilities, 0 is best
+  MEAN US P99 US   time of a read in microseconds, with --latency-us
+  NS/REQ         the predictor's time for a request in nanoseconds, with --cost
+  PHASE FROM S   with --programs: what ran, from which second on; `-` between programs
 
 With --json a line of JSON for each trace.";
 
@@ -186,6 +190,9 @@ pub(super) enum ActionArg {
     Issued,
 }
 
+/// The smallest cache that a replay makes.
+const MIN_CACHE: u64 = 256 << 10;
+
 fn cache_size(text: &str) -> Result<CacheSize, String> {
     let refuse = || format!("`{text}` is neither a share above 0 and up to 1 (0.05, 5%) nor a size (512MiB)");
     let share = match text.strip_suffix('%') {
@@ -195,7 +202,13 @@ fn cache_size(text: &str) -> Result<CacheSize, String> {
     match share {
         Some(share) if share > 0.0 && share <= 1.0 => Ok(CacheSize::Fraction(share)),
         Some(_) => Err(refuse()),
-        None => parse_bytes(text).map(CacheSize::Bytes).map_err(|_| refuse()),
+        None => match parse_bytes(text).map_err(|_| refuse())? {
+            // `5` for `5%` is easily written, and a cache of 5 bytes never meant.
+            bytes if bytes < MIN_CACHE => {
+                Err(format!("`{text}` is less than 256KiB, the smallest cache; a share is written 5% or 0.05"))
+            }
+            bytes => Ok(CacheSize::Bytes(bytes)),
+        },
     }
 }
 
