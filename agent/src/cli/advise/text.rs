@@ -21,13 +21,13 @@ pub(super) fn answer(answer: &Answer) -> String {
     // Text cannot fail to be written to.
     let _ = writeln!(
         write,
-        "Recommended for {}: {} of RAM, threshold {threshold:.2}.",
+        "Recommended for {}: {} of RAM, threshold {threshold}.",
         printable(&answer.vm),
         human_bytes(recommended.ram_bytes)
     );
     let _ = writeln!(
         write,
-        "{} of reads from RAM ({} without prefetch);\nmean read {}, the best tried {} at {}.",
+        "{} of reads from RAM ({} without prefetch);\nmean read {}, the best tried with prefetch {} at {}.",
         percent(recommended.ram_hit_ratio),
         without(answer, recommended.ram_bytes).map_or_else(|| "-".to_owned(), |tried| percent(tried.ram_hit_ratio)),
         short_us(recommended.latency_us),
@@ -37,6 +37,16 @@ pub(super) fn answer(answer: &Answer) -> String {
     if let Some(tried) = &advice.with_ssd {
         let (ram, ssd) = (human_bytes(tried.ram_bytes), human_bytes(tried.ssd_bytes));
         let _ = writeln!(write, "With an SSD tier of {ssd}: {ram} of RAM, mean read {}.", short_us(tried.latency_us));
+    }
+    // What is recommended has prefetch, as the daemon has unless it is switched off; the reader is to know when that does harm.
+    if let Some(plain) =
+        without(answer, recommended.ram_bytes).filter(|tried| tried.latency_us < recommended.latency_us)
+    {
+        let _ = writeln!(
+            write,
+            "CAUTION: without prefetch the same RAM would do better on this history: mean\nread {}.",
+            short_us(plain.latency_us)
+        );
     }
     let history = &answer.history;
     let _ = writeln!(
@@ -66,7 +76,10 @@ pub(super) fn answer(answer: &Answer) -> String {
              decides the latencies, do not trust them"
         );
     }
-    let _ = writeln!(write, "\nreads from RAM (█ without prefetch, ▒ more with it; threshold {THRESHOLD:.2}, no SSD):");
+    let _ = writeln!(
+        write,
+        "\nreads from RAM (█ without prefetch, ▒ more with it,\n▁ lost with it; threshold {THRESHOLD}, no SSD):"
+    );
     for (plain, tried) in by_ram(answer) {
         let _ =
             writeln!(write, "{:>9} {}", human_bytes(tried.ram_bytes), bar(plain.ram_hit_ratio, tried.ram_hit_ratio));
@@ -129,7 +142,7 @@ fn table(answer: &Answer) -> String {
         table.row([
             human_bytes(tried.ram_bytes),
             if tried.ssd_bytes == 0 { "-".to_owned() } else { human_bytes(tried.ssd_bytes) },
-            tried.threshold.map_or_else(|| "none".to_owned(), |threshold| format!("{threshold:.2}")),
+            tried.threshold.map_or_else(|| "none".to_owned(), |threshold| threshold.to_string()),
             format!("{:.1}", 100.0 * tried.ram_hit_ratio),
             if tried.ssd_bytes == 0 { "-".to_owned() } else { format!("{:.1}", 100.0 * tried.ssd_hit_ratio) },
             if prefetch { format!("{:.1}", 100.0 * tried.precision) } else { "-".to_owned() },
