@@ -13,6 +13,9 @@ use crate::config::units::parse_bytes;
 /// Where prestaged listens unless configured otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/prestage/prestaged.sock";
 
+/// Where help lists what every command takes, apart from a command's own options.
+const GLOBAL: &str = "Options of every command";
+
 /// Controls prestaged, the host agent that pre-stages disks of virtual machines.
 #[derive(Debug, Parser)]
 #[command(
@@ -25,10 +28,10 @@ pub const DEFAULT_SOCKET: &str = "/run/prestage/prestaged.sock";
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 prestaged cannot be reached.")]
 pub struct Cli {
     /// Control socket of prestaged
-    #[arg(long, global = true, value_name = "PATH", env = "PRESTAGE_SOCKET", default_value = DEFAULT_SOCKET)]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "PATH", env = "PRESTAGE_SOCKET", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
     /// Print the daemon's JSON instead of text
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub json: bool,
     #[command(subcommand)]
     pub command: Command,
@@ -78,11 +81,13 @@ pub enum DiskCommand {
     List,
     /// One disk and its counters
     Show {
+        /// Name of the disk
         #[arg(value_parser = disk_name)]
         name: String,
     },
     /// Stop serving a disk; its data stays where it is
     Remove {
+        /// Name of the disk
         #[arg(value_parser = disk_name)]
         name: String,
         /// Also while a hypervisor is connected: its guest then waits for the disk
@@ -139,18 +144,27 @@ pub enum VmCommand {
 #[derive(Debug, Subcommand)]
 pub enum CacheCommand {
     /// Size, use and health of each tier, and what is cached
+    #[command(long_about = "Size, use and health of each tier, and what is cached of which storage.\n\n  \
+        USED %    blocks in use, of the size\n  \
+        BLOCKS    of 64 KiB, in use\n  \
+        DATA      what they hold: a block may be partly filled\n  \
+        UNREAD    read ahead of the guest, which has not read it yet\n  \
+        HITS      read requests served from this tier since prestaged started\n  \
+        EVICTED   blocks that left to make room")]
     Tiers,
     /// Where reads were served from: since the start, or a line each INTERVAL
     #[command(
         long_about = "Where reads were served from.\n\nWithout INTERVAL: totals since prestaged started, by disk. With it: a line each INTERVAL seconds, of that \
         interval alone, COUNT lines or until stopped.\n\n  \
         reads/s   guest read requests\n  \
-        ram% ssd% store%   share of them served from RAM, from the SSD tier, after waiting for the store\n  \
-        wait_ms   mean time of a read\n  \
-        pf_MB/s   read ahead of the guest (millions of bytes a second, as all MB here)\n  \
-        prec%     bytes read ahead that the guest used, of those that arrived\n  \
-        late/s    reads that waited for a block being read ahead\n  \
-        store_MB/s   all reads from the store\n\nWith --json and INTERVAL: a line of the raw counters each INTERVAL."
+        from      share of them served from RAM, from the SSD tier, after waiting for the store\n  \
+        wait      mean time of a read in milliseconds\n  \
+        read write   by the guest (MB/s is millions of bytes a second)\n  \
+        ahead     read ahead of the guest\n  \
+        store     all reads from the store, those ahead included\n  \
+        prec      bytes read ahead that the guest used, of those that arrived\n  \
+        late      reads that waited for a block being read ahead\n  \
+        err       reads that failed, in the interval\n\nTime is UTC. With --json and INTERVAL: a line of the raw counters each INTERVAL."
     )]
     Stat {
         /// Seconds between lines, at least 0.1
@@ -165,6 +179,7 @@ pub enum CacheCommand {
     },
     /// Bring a disk's blocks into the cache: what its profile learned, or the ranges given
     Warm {
+        /// Name of the disk
         #[arg(value_parser = disk_name)]
         disk: String,
         /// OFFSET+LENGTH[,…], such as 0+64MiB,1GiB+4MiB
@@ -174,8 +189,9 @@ pub enum CacheCommand {
         #[arg(long, value_name = "ID")]
         profile: Option<String>,
     },
-    /// Take blocks out of the cache; no guest data is lost
+    /// Take blocks out of the cache, of all disks unless --disk names one; no guest data is lost
     Drop {
+        /// From which tier
         #[arg(long, value_enum, default_value_t = TierArg::All)]
         tier: TierArg,
         /// Only this disk's storage
@@ -206,9 +222,15 @@ pub enum ProfileCommand {
     /// All profiles
     List,
     /// One profile and its phases
-    Show { id: String },
+    Show {
+        /// From `profile list`
+        id: String,
+    },
     /// Forget what was learned; it is learned anew
-    Remove { id: String },
+    Remove {
+        /// From `profile list`
+        id: String,
+    },
     /// Write what was learned to the database now
     Save,
 }
@@ -226,6 +248,7 @@ pub enum TraceCommand {
 pub enum ConfigCommand {
     /// Check a configuration file and its drop-ins, without touching the daemon
     Check {
+        /// The file; FILE.d/*.toml are read after it
         #[arg(default_value = crate::config::DEFAULT_PATH)]
         file: PathBuf,
     },

@@ -34,13 +34,22 @@ pub enum ModelCommand {
         saves enough bits an access for sure, else rejected.")]
     List,
     /// One model, its contest and what became of it
-    Show { id: i64 },
+    Show {
+        /// From `model list`
+        id: i64,
+    },
     /// Train a model in the background
     Train(TrainArgs),
     /// Measure a model on the latest history
-    Evaluate { id: i64 },
-    /// Put a model to use, whatever its contest says
-    Promote { id: i64 },
+    Evaluate {
+        /// From `model list`
+        id: i64,
+    },
+    /// Put a model to use, whatever its contest with the champion says
+    Promote {
+        /// From `model list`
+        id: i64,
+    },
     /// Take the last promotion back
     Rollback {
         /// Of one storage: its identity or a disk on it [default: global]
@@ -52,7 +61,7 @@ pub enum ModelCommand {
         Without P it is shown, with P it is set, at once and over restarts: of one storage (its identity or a disk on it), or \
         without STORAGE of all that have none of their own. P is 0 to 1, or `default` to unset it.")]
     Threshold {
-        /// [STORAGE] [P]
+        /// STORAGE, P, or both in this order; without any all thresholds are shown
         #[arg(num_args = 0..=2, value_name = "STORAGE|P")]
         words: Vec<String>,
     },

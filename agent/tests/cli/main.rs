@@ -66,8 +66,10 @@ health:     DEGRADED
 engine:     io_uring, 1 shard
 disks:      2 in all, 1 connected, 1 degraded
 libvirt:    qemu:///system, NOT CONNECTED: libvirtd does not answer; see `systemctl status libvirtd`
-learner:    ok, 12345 accesses learned, 0 dropped, 1 profile, 2.0 MiB, prefetch on
-database:   ok, 3.0 MiB at /var/lib/prestage/prestage.db, 0 writes waiting, 0 lost
+learner:    ok, 12345 accesses learned, 0 dropped, 1 profile, 2.0 MiB
+prefetch:   on
+database:   ok, 3.0 MiB at /var/lib/prestage/prestage.db
+db writes:  0 waiting, 0 lost
 
 needs attention:
   disk old: store shrunk;\\u{1b}[31m restore its size
@@ -190,9 +192,12 @@ fn the_cache_is_shown_warmed_and_dropped() {
         &daemon,
         &["cache", "tiers"],
         "\
-TIER     SIZE     USED  USED %  BLOCKS     DATA  PREFETCHED UNUSED  HITS  EVICTIONS  STATE
-ram   512 MiB  128 MiB    25.0    2048  120 MiB            1.0 MiB  1900          7  ok
-ssd    16 GiB      0 B     0.0       0      0 B                0 B     0          0  DEGRADED: no space left on /var/cache; free 4 GiB
+TIER     SIZE     USED  USED %  BLOCKS     DATA   UNREAD  HITS  EVICTED
+ram   512 MiB  128 MiB    25.0    2048  120 MiB  1.0 MiB  1900        7
+ssd    16 GiB      0 B     0.0       0      0 B      0 B     0        0
+
+ram:  ok
+ssd:  DEGRADED: no space left on /var/cache; free 4 GiB
 
 TIER   CACHED  DISKS     STORAGE
 ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
@@ -201,7 +206,8 @@ ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
     prints(
         &daemon,
         &["cache", "warm", "web1-vda", "--ranges", "0+64MiB,1GiB+4K"],
-        "web1-vda: 3.0 MiB on the way, 1.0 MiB cached already\n4.0 KiB did not fit the cache or its queue\n",
+        "web1-vda: 3.0 MiB to bring, 1.0 MiB in RAM already; what a tier has when its turn comes is not read again\n\
+         4.0 KiB did not fit the cache or its queue\n",
     );
     prints(
         &daemon,
@@ -220,22 +226,28 @@ fn stat_prints_totals_or_a_line_an_interval() {
         &daemon,
         &["cache", "stat"],
         "\
-DISK      READS  RAM %  SSD %  STORE %  WAIT MS    READ  WRITTEN  PREFETCHED  PRECISION %  LATE  FROM STORE  ERRORS
-web1-vda   2000   95.0    2.0      3.0     0.50  64 MiB   40 KiB      60 MiB         95.0    12      70 MiB       0
-total      2000   95.0    2.0      3.0     0.50  64 MiB   40 KiB      60 MiB         95.0    12      70 MiB       0
+DISK      READS  RAM %  SSD %  STORE %  WAIT MS  LATE  ERRORS
+web1-vda   2000   95.0    2.0      3.0     0.50    12       0
+total      2000   95.0    2.0      3.0     0.50    12       0
+
+DISK        READ  WRITTEN  FROM STORE  PREFETCHED  PRECISION %
+web1-vda  64 MiB   40 KiB      70 MiB      60 MiB         95.0
+total     64 MiB   40 KiB      70 MiB      60 MiB         95.0
 ",
     );
     let outcome = run(&daemon.socket, &["cache", "stat", "0.1", "3", "--disk", "web1-vda"]);
     assert_eq!(outcome.code, 0, "{}", outcome.err);
     let lines: Vec<&str> = outcome.out.lines().collect();
-    assert_eq!(lines.len(), 4, "a header, once where the output is no terminal, and three lines:\n{}", outcome.out);
-    assert!(lines[0].trim_start().starts_with("time   reads/s   ram%"), "{}", lines[0]);
-    for line in &lines[1..] {
+    assert_eq!(
+        lines.len(),
+        5,
+        "a header of two lines, once where the output is no terminal, and three lines:\n{}",
+        outcome.out
+    );
+    assert!(lines[1].trim_start().starts_with("time reads/s  ram"), "{}", lines[1]);
+    for line in &lines[2..] {
         let rest = &line[8..];
-        assert_eq!(
-            rest,
-            "      2000   95.0    2.0    3.0     0.50       67.1         0.0     62.9   95.0      12        73.4       0"
-        );
+        assert_eq!(rest, "    2000 95.0  2.0   3.0   0.50   67.1    0.0   62.9   73.4 95.0   12   0");
     }
     fails(&daemon.socket, &["cache", "stat", "--disk", "nosuch"], 1, "there is no disk `nosuch`; there are web1-vda\n");
 }
@@ -252,7 +264,7 @@ fn stat_notices_a_restart_and_ends_when_the_daemon_does() {
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     lines.find(|line| line == "# prestaged was restarted; counters began again").unwrap();
     // The counters of the new start alone, not less those of the old one.
-    assert!(lines.next().unwrap().contains("      2000   95.0 "));
+    assert!(lines.next().unwrap().contains("    2000 95.0 "));
     daemon.stop();
     assert_eq!(child.wait().unwrap().code(), Some(3));
     let mut err = String::new();
@@ -356,6 +368,7 @@ fn wrong_usage_is_2_and_says_what_is_right() {
         (&["cache", "stat", "0"], "0.1 to 86400"),
         (&["cache", "stat", "1", "0"], "0 is not in 1.."),
         (&["cache", "warm", "x", "--ranges", "5"], "OFFSET+LENGTH, such as 1GiB+4MiB"),
+        (&["history", "near", "x", "0", "0", "--within", "2m"], "it is at most 1m"),
         (&["cache", "warm", "x", "--ranges", "0+0"], "its length is 0"),
         (&["cache", "warm", "x", "--ranges", "0+1", "--profile", "1"], "cannot be used with"),
         (&["cache", "drop", "--tier", "tape"], "[possible values: ram, ssd, all]"),
@@ -487,7 +500,9 @@ fn history_is_told_in_tables_of_eighty_columns_and_in_json() {
         assert!(status.contains(part), "{part}: {status}");
     }
     let runs = narrow(&["history", "runs", "web1", "--program", "boot", "--last", "2"]);
-    for part in ["boot of web1, ", "took 34", "1073741824    8192      2", "more: --extents N", "still running"] {
+    for part in
+        ["boot of web1, ", "took 34", "1073741824    8192      2", "there is more: --extents N", "still running"]
+    {
         assert!(runs.contains(part), "{part}: {runs}");
     }
     let hot = narrow(&["history", "hot", "web1-vda", "--hours", "3"]);
