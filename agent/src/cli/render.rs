@@ -63,6 +63,10 @@ pub(super) fn status(status: &Status) -> String {
             _ if libvirt.connected => {
                 format!("{}, connected, {}", libvirt.uri, count(libvirt.reconnects, "reconnect", "reconnects"))
             }
+            // The reason then stands below, with what to do.
+            _ if status.troubles.iter().any(|trouble| trouble.subject == "libvirt") => {
+                format!("{}, NOT CONNECTED", libvirt.uri)
+            }
             _ => format!("{}, NOT CONNECTED: {}", libvirt.uri, dash(libvirt.error.as_deref())),
         },
     );
@@ -70,7 +74,7 @@ pub(super) fn status(status: &Status) -> String {
     fields.add(
         "learner",
         format!(
-            "{}, {} accesses learned, {} dropped, {}, {}",
+            "{}, {} accesses since start, {} dropped, {}, {}",
             with_detail(learner.health, learner.detail.as_deref()),
             learner.accesses,
             learner.accesses_dropped,
@@ -330,9 +334,7 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
 
 pub(super) fn warmed(disk: &str, reply: &Warmed) -> String {
     if reply.queued_bytes + reply.already_cached_bytes + reply.refused_bytes == 0 {
-        return format!(
-            "{disk}: nothing to bring: nothing of a boot or program is learned yet; name ranges with --ranges\n"
-        );
+        return format!("{disk}: nothing to bring: no boot or program is learned yet;\nname ranges with --ranges\n");
     }
     // Of what a profile learned it is not told before how much of it is cached.
     let already = match reply.already_cached_bytes {

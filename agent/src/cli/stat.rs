@@ -94,8 +94,8 @@ fn used(counters: &Counters) -> u64 {
 
 /// Two lines of 80 columns: what is counted, and in which unit.
 const HEADER: &str = concat!(
-    "                 --from, %------   wait -----------MB/s----------- prec late\n",
-    "    time reads/s  ram  ssd store     ms   read  write  ahead  store    %   /s err"
+    "                 --from, %------   wait -----------MB/s---------- prec late\n",
+    "    time reads/s  ram  ssd store     ms   read write  ahead  store    %   /s err"
 );
 
 /// A share in four columns: with a decimal below 100.
@@ -113,7 +113,7 @@ fn rates(earlier: &CacheStat, now: &CacheStat, unix_ms: u64) -> String {
     let served = served(&delta);
     let day_s = unix_ms / 1000 % 86_400;
     format!(
-        "{:02}:{:02}:{:02} {:>7.0} {:>4} {:>4} {:>5} {:>6} {:>6.1} {:>6.1} {:>6.1} {:>6.1} {:>4} {:>4.0} {:>3}",
+        "{:02}:{:02}:{:02} {:>7.0} {:>4} {:>4} {:>5} {:>6} {:>6.1} {:>5.1} {:>6.1} {:>6.1} {:>4} {:>4.0} {:>3}",
         day_s / 3600,
         day_s / 60 % 60,
         day_s % 60,
@@ -205,9 +205,9 @@ mod tests {
         assert_eq!(
             format!("{HEADER}\n{line}"),
             concat!(
-                "                 --from, %------   wait -----------MB/s----------- prec late\n",
-                "    time reads/s  ram  ssd store     ms   read  write  ahead  store    %   /s err\n",
-                "22:13:20    1000 75.0  0.0  25.0   0.50    4.1    0.0    1.0    2.0 90.0    0   0"
+                "                 --from, %------   wait -----------MB/s---------- prec late\n",
+                "    time reads/s  ram  ssd store     ms   read write  ahead  store    %   /s err\n",
+                "22:13:20    1000 75.0  0.0  25.0   0.50    4.1   0.0    1.0    2.0 90.0    0   0"
             )
         );
         assert!(HEADER.lines().chain([line.as_str()]).all(|line| line.len() <= 80));
@@ -216,6 +216,6 @@ mod tests {
     #[test]
     fn an_idle_interval_has_dashes_not_nan() {
         let line = rates(&reading(10, 5, 5, 5), &reading(11, 5, 5, 5), 0);
-        assert_eq!(line, "00:00:00       0    -    -     -      -    0.0    0.0    0.0    0.0    -    0   0");
+        assert_eq!(line, "00:00:00       0    -    -     -      -    0.0   0.0    0.0    0.0    -    0   0");
     }
 }

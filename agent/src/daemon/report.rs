@@ -132,7 +132,11 @@ impl Daemon {
         }
         let libvirt = self.libvirt_report(&config.libvirt.uri);
         if let (Health::Degraded, Some(error)) = (libvirt.health, &libvirt.error) {
-            trouble("libvirt", error);
+            let detail = format!(
+                "{error}; is libvirtd (or virtqemud) running? Disks are served without it; on a host that has none, set \
+                 libvirt.enabled = false"
+            );
+            trouble("libvirt", &detail);
         }
         let condition = self.store.condition();
         if let Some(reason) = &condition.degraded {

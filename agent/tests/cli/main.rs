@@ -66,7 +66,7 @@ health:     DEGRADED
 engine:     io_uring, 1 shard
 disks:      2 in all, 1 connected, 1 degraded
 libvirt:    qemu:///system, NOT CONNECTED: libvirtd does not answer; see `systemctl status libvirtd`
-learner:    ok, 12345 accesses learned, 0 dropped, 1 profile, 2.0 MiB
+learner:    ok, 12345 accesses since start, 0 dropped, 1 profile, 2.0 MiB
 prefetch:   on
 database:   ok, 3.0 MiB at /var/lib/prestage/prestage.db
 db writes:  0 waiting, 0 lost
@@ -247,7 +247,7 @@ total     64 MiB   40 KiB      70 MiB      60 MiB         95.0
     assert!(lines[1].trim_start().starts_with("time reads/s  ram"), "{}", lines[1]);
     for line in &lines[2..] {
         let rest = &line[8..];
-        assert_eq!(rest, "    2000 95.0  2.0   3.0   0.50   67.1    0.0   62.9   73.4 95.0   12   0");
+        assert_eq!(rest, "    2000 95.0  2.0   3.0   0.50   67.1   0.0   62.9   73.4 95.0   12   0");
     }
     fails(&daemon.socket, &["cache", "stat", "--disk", "nosuch"], 1, "there is no disk `nosuch`; there are web1-vda\n");
 }
