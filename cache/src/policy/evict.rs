@@ -21,7 +21,8 @@ const MAX_FREQUENCY: u8 = 3;
 /// Pages of busy victims that are stepped over before the search gives up and the caller goes without a slot.
 const SEARCH_PAGES: u64 = 1024;
 
-/// A prefetch that is wanted within this time may take the place of an older one; one wanted later can wait for room.
+/// A prefetch that is wanted within this time may take the place of an older one; one wanted later can wait for room,
+/// unless it is twice as likely to be used.
 const WANTED_NOW: Duration = Duration::from_secs(1);
 /// Probation never takes more than this share of the slots, and starts with it: a guest whose reads come back takes slots
 /// from it soon, one that only streams has no use for more.
@@ -42,9 +43,10 @@ pub enum Eviction {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum For {
     Demand,
-    /// Pages expected to be used at `due`.
+    /// Pages expected to be used at `due`, with a probability in 255ths.
     Prefetch {
         due: Duration,
+        likely: u8,
     },
 }
 
@@ -127,6 +129,7 @@ impl Core {
             place: Place::Free,
             frequency: 0,
             tag: 0,
+            likely: 0,
             destage_queued: false,
         };
         self.insertions += 1;
@@ -179,13 +182,14 @@ impl Core {
         if (expired || over) && self.evict_tail(Place::Probation) {
             return Some(());
         }
-        if let For::Prefetch { due } = purpose
+        if let For::Prefetch { due, likely } = purpose
             && self.probation.len() >= cap.max(1)
         {
-            // Room for a guess is not made at the expense of what is in use. One that is wanted now is worth more than
-            // the oldest that nobody has come for; one that is wanted later waits.
-            let wanted_now = due <= now + WANTED_NOW;
-            return (wanted_now && self.evict_tail(Place::Probation)).then_some(());
+            // Room for a guess is not made at the expense of what is in use. One that is wanted now, or far likelier, is
+            // worth more than the oldest that nobody has come for; another waits.
+            let oldest = self.probation.tail().map_or(0, |slot| self.entries[slot as usize].likely);
+            let better = due <= now + WANTED_NOW || likely / 2 > oldest;
+            return (better && self.evict_tail(Place::Probation)).then_some(());
         }
         for _ in 0..2 * self.config.slots {
             let small_target = (self.config.slots / 10).max(1);

@@ -140,6 +140,8 @@ struct Entry {
     place: Place,
     frequency: u8,
     tag: u8,
+    /// Probability of use that it was prefetched with, in 255ths.
+    likely: u8,
     destage_queued: bool,
 }
 
@@ -263,6 +265,7 @@ impl Core {
             place: Place::Free,
             frequency: 0,
             tag: 0,
+            likely: 0,
             destage_queued: false,
         };
         let slots = config.slots as usize;

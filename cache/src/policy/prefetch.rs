@@ -94,13 +94,12 @@ impl Core {
             }
             let Some(parts) = state.queue.pop() else { return PrefetchStep::Idle };
             let block_pages = self.config.block_pages;
-            let mut pieces = parts.iter().flat_map(|(range, tag, due)| {
-                let (range, tag, due) = (*range, *tag, *due);
-                range.blocks_of(block_pages).map(move |(block, mask)| (block, mask, tag, due))
-            });
+            let mut pieces = parts
+                .iter()
+                .flat_map(|part| part.range.blocks_of(block_pages).map(move |(block, mask)| (block, mask, part)));
             let mut io: Option<PrefetchIo> = None;
             let mut left = None;
-            for (block, mask, tag, due) in pieces.by_ref() {
+            for (block, mask, part) in pieces.by_ref() {
                 let key = Key { storage, block };
                 let known = self.find(key);
                 let mut want = mask.minus(skip(block)).minus(self.pages_under_write(storage, block));
@@ -111,15 +110,19 @@ impl Core {
                 for (first, count) in want.runs() {
                     let page = block.0 * block_pages + first;
                     if io.as_ref().is_some_and(|io| io.first + io.pages != page) {
-                        left = Some((block, want, first, tag, due));
+                        left = Some((block, want, first, part));
                         break;
                     }
                     let slot = match self.find(key) {
                         Some(slot) => slot,
-                        None => match self.allocate(key, For::Prefetch { due }, now) {
+                        None => match self.allocate(
+                            key,
+                            For::Prefetch { due: part.due, likely: likely(part.probability) },
+                            now,
+                        ) {
                             Some(slot) => slot,
                             None => {
-                                left = Some((block, want, first, tag, due));
+                                left = Some((block, want, first, part));
                                 break;
                             }
                         },
@@ -128,7 +131,7 @@ impl Core {
                     self.begin_fill(slot, run);
                     let entry = &mut self.entries[slot as usize];
                     entry.unused |= run;
-                    entry.tag = tag;
+                    (entry.tag, entry.likely) = (part.tag, likely(part.probability));
                     let io = io.get_or_insert(PrefetchIo { first: page, parts: Vec::new(), pages: 0 });
                     io.parts.push((slot, first, count));
                     io.pages += count;
@@ -139,21 +142,19 @@ impl Core {
             }
             // What did not fit goes back with the urgency it had: at the front.
             let mut back: Vec<PrefetchRequest> = Vec::new();
-            let mut put_back = |block: BlockIndex, mask: PageMask, tag: u8, due: Duration| {
+            let mut put_back = |block: BlockIndex, mask: PageMask, part: &PrefetchRequest| {
                 for (first, count) in mask.runs() {
                     back.push(PrefetchRequest {
                         range: PageRange { first: block.0 * block_pages + first, count },
-                        due,
-                        probability: 0.0,
-                        tag,
+                        ..*part
                     });
                 }
             };
-            if let Some((block, want, first, tag, due)) = left {
-                put_back(block, want & PageMask::run(first, block_pages - first), tag, due);
+            if let Some((block, want, first, part)) = left {
+                put_back(block, want & PageMask::run(first, block_pages - first), part);
             }
-            for (block, mask, tag, due) in pieces {
-                put_back(block, mask, tag, due);
+            for (block, mask, part) in pieces {
+                put_back(block, mask, part);
             }
             let Some(state) = self.storage(storage) else { return PrefetchStep::Idle };
             for request in &back {
@@ -225,4 +226,9 @@ impl Core {
             self.outcomes_dropped += 1;
         }
     }
+}
+
+/// A probability in 255ths.
+fn likely(probability: f32) -> u8 {
+    (probability.clamp(0.0, 1.0) * 255.0) as u8
 }

@@ -27,6 +27,7 @@ pub const MAX_REQUEST_PAGES: u64 = (512 << 10) / PAGE_BYTES as u64;
 struct Waiting {
     count: u64,
     due: Duration,
+    probability: f32,
     tag: u8,
 }
 
@@ -78,7 +79,7 @@ impl PrefetchQueue {
 
     /// Queues what is not queued yet. Returns the pages refused because the queue is full.
     pub fn push(&mut self, request: PrefetchRequest) -> u64 {
-        let PrefetchRequest { range, due, tag, .. } = request;
+        let PrefetchRequest { range, due, probability, tag } = request;
         let mut at = range.first;
         let mut refused = 0;
         while at < range.end() {
@@ -88,7 +89,7 @@ impl PrefetchQueue {
             };
             let room = self.max_pages.saturating_sub(self.pages).min(gap_end - at);
             refused += gap_end - at - room;
-            self.put(at, Waiting { count: room, due, tag });
+            self.put(at, Waiting { count: room, due, probability, tag });
             at = next.max(gap_end);
         }
         refused
@@ -111,21 +112,20 @@ impl PrefetchQueue {
         removed
     }
 
-    /// The most urgent run together with queued runs that continue it, up to [`MAX_REQUEST_PAGES`], as parts
-    /// `(range, tag, due)` that are contiguous and ascending.
-    pub fn pop(&mut self) -> Option<Vec<(PageRange, u8, Duration)>> {
-        let &(due, first) = self.by_due.first()?;
-        let head = self.take(first)?;
-        let count = head.count.min(MAX_REQUEST_PAGES);
-        self.put(first + count, Waiting { count: head.count - count, due, tag: head.tag });
-        let mut parts = vec![(PageRange { first, count }, head.tag, head.due)];
-        let mut end = first + count;
-        while end - first < MAX_REQUEST_PAGES {
-            let Some(next) = self.take(end) else { break };
-            let count = next.count.min(MAX_REQUEST_PAGES - (end - first));
-            self.put(end + count, Waiting { count: next.count - count, ..next });
-            parts.push((PageRange { first: end, count }, next.tag, next.due));
-            end += count;
+    /// The most urgent run together with queued runs that continue it, up to [`MAX_REQUEST_PAGES`]: contiguous and
+    /// ascending.
+    pub fn pop(&mut self) -> Option<Vec<PrefetchRequest>> {
+        let &(_, first) = self.by_due.first()?;
+        let mut parts = Vec::new();
+        let (mut at, end) = (first, first + MAX_REQUEST_PAGES);
+        while at < end
+            && let Some(head) = self.take(at)
+        {
+            let count = head.count.min(end - at);
+            self.put(at + count, Waiting { count: head.count - count, ..head });
+            let Waiting { due, probability, tag, .. } = head;
+            parts.push(PrefetchRequest { range: PageRange { first: at, count }, due, probability, tag });
+            at += count;
         }
         Some(parts)
     }
@@ -157,15 +157,8 @@ mod tests {
         queue.push(request(100, 4, 9));
         queue.push(request(0, 4, 5));
         queue.push(request(4, 4, 7));
-        let parts = queue.pop().unwrap();
-        assert_eq!(
-            parts,
-            [
-                (PageRange { first: 0, count: 4 }, 5, Duration::from_millis(5)),
-                (PageRange { first: 4, count: 4 }, 7, Duration::from_millis(7))
-            ]
-        );
-        assert_eq!(queue.pop().unwrap(), [(PageRange { first: 100, count: 4 }, 9, Duration::from_millis(9))]);
+        assert_eq!(queue.pop().unwrap(), [request(0, 4, 5), request(4, 4, 7)]);
+        assert_eq!(queue.pop().unwrap(), [request(100, 4, 9)]);
         assert!(queue.pop().is_none());
     }
 
@@ -194,14 +187,14 @@ mod tests {
                         None => prop_assert!(oracle.is_empty()),
                         Some(parts) => {
                             let least = oracle.values().min().copied();
-                            prop_assert_eq!(oracle.get(&parts[0].0.first).copied(), least);
-                            let mut at = parts[0].0.first;
-                            for (range, ..) in &parts {
+                            prop_assert_eq!(oracle.get(&parts[0].range.first).copied(), least);
+                            let mut at = parts[0].range.first;
+                            for PrefetchRequest { range, .. } in &parts {
                                 prop_assert_eq!(range.first, at);
                                 for page in range.first..range.end() { prop_assert!(oracle.remove(&page).is_some()); }
                                 at = range.end();
                             }
-                            let total = at - parts[0].0.first;
+                            let total = at - parts[0].range.first;
                             prop_assert!(total <= MAX_REQUEST_PAGES);
                             prop_assert!(total == MAX_REQUEST_PAGES || !oracle.contains_key(&at), "stopped early");
                         }

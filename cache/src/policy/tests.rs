@@ -168,6 +168,29 @@ fn a_prefetch_wanted_later_waits_for_room_and_one_wanted_now_takes_the_place_of_
 }
 
 #[test]
+fn a_prefetch_wanted_later_takes_the_place_of_one_that_is_half_as_likely() {
+    let (mut core, _) = core(10);
+    let run = |core: &mut Core, first: u64, probability: f32| {
+        let range = range(first * PAGES_PER_BLOCK, 9 * PAGES_PER_BLOCK);
+        core.push_prefetch(DISK, &[PrefetchRequest { range, due: at(60_000), probability, tag: 7 }]);
+        let mut pages = 0;
+        while let PrefetchStep::Io(io) = core.next_prefetch(DISK, at(1), |_| PageMask::NONE) {
+            finish(core, &io, true);
+            pages += io.pages;
+        }
+        pages
+    };
+    for block in 0..10 {
+        fill_block(&mut core, block, PageMask::ALL, at(0));
+    }
+    assert_eq!(run(&mut core, 40, 0.2), 9 * PAGES_PER_BLOCK);
+    assert_eq!(run(&mut core, 30, 0.35), 0, "hardly likelier");
+    // The queue is in the order of use: what is due as soon and lies before goes first.
+    assert_eq!(run(&mut core, 20, 0.9), 9 * PAGES_PER_BLOCK);
+    assert_eq!((core.occupancy().probation_slots, core.prefetch_backlog(DISK)), (9, 9 * PAGES_PER_BLOCK));
+}
+
+#[test]
 fn probation_gives_slots_to_what_is_in_use_while_that_leaves_too_early() {
     let (mut core, _) = core(20);
     let share = |core: &mut Core| {
