@@ -58,8 +58,8 @@ pub(crate) struct Replay {
     position: usize,
     /// Next extent to consider.
     cursor: usize,
-    /// The cursor jumped over extents that were never considered.
-    skipped: bool,
+    /// First of the extents before the cursor that may never have been considered: the guest jumped over them.
+    skipped: usize,
     /// Pages proposed, not used and not passed.
     outstanding: u64,
     /// Extents before it were judged.
@@ -80,7 +80,7 @@ impl Replay {
             matches: 0,
             position: 0,
             cursor: 0,
-            skipped: false,
+            skipped: usize::MAX,
             outstanding: 0,
             judged: 0,
             judged_pages: CREDIT_PAGES,
@@ -124,7 +124,9 @@ impl Replay {
             if self.flags[position] & (PROPOSED | USED | PASSED | LOST_ONCE) == PROPOSED {
                 self.flags[position] = LOST_ONCE;
                 self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
-                self.skipped |= position < self.cursor;
+                if position < self.cursor {
+                    self.skipped = self.skipped.min(position);
+                }
             }
         }
     }
@@ -139,13 +141,16 @@ impl Replay {
         let idle_ms = idle_ms.min(u64::from(self.window.horizon_ms));
         let now_ms = if begun { u64::from(here.at_ms) + idle_ms } else { idle_ms };
         let until_ms = now_ms + u64::from(self.window.horizon_ms);
-        let limit = (self.window.pages as f64 * f64::from(self.allowance())) as u64;
         if self.cursor < self.position {
-            self.skipped = true;
+            self.skipped = self.skipped.min(self.cursor);
             self.cursor = self.position;
-        } else if self.skipped && self.position < self.cursor {
-            (self.skipped, self.cursor) = (false, self.position);
+        } else if self.position < self.cursor && self.skipped < self.cursor {
+            self.cursor = self.position.max(self.skipped);
+            if self.skipped >= self.position {
+                self.skipped = usize::MAX;
+            }
         }
+        let limit = (self.window.pages as f64 * f64::from(self.allowance())) as u64;
         while let Some(extent) = extents.get(self.cursor) {
             if u64::from(extent.at_ms) > until_ms || self.outstanding + u64::from(extent.pages) > limit {
                 break;
@@ -306,6 +311,19 @@ mod tests {
             replay.read(i * 16, 8, 3000);
         }
         assert!(proposed(&mut replay, 4000).contains(&250));
+    }
+
+    #[test]
+    fn what_a_run_jumped_over_is_proposed_when_it_comes_back_in_two_steps() {
+        let mut replay = Replay::new(plan(300), Window { pages: 960, horizon_ms: 1_000_000 }, 0);
+        let mut seen = proposed(&mut replay, 0);
+        let mut missed = 0;
+        for extent in (0..40).chain(200..260).chain(180..200).chain(130..180) {
+            missed += usize::from((130..180).contains(&extent) && !seen.contains(&extent));
+            replay.read(extent * 16, 8, 1000);
+            seen.extend(proposed(&mut replay, 1000));
+        }
+        assert!(missed < 10, "{missed} of 50");
     }
 
     #[test]
