@@ -6,14 +6,14 @@
 //! of its own reads in wasted ones (plus what was saved up, which is bounded).
 
 /// Wasted pages that a missed page earns: the loss that is borne to find out whether prediction works.
-const FREE_SHARE: f32 = 0.02;
+const FREE_SHARE: f32 = 0.01;
 /// Most that is saved up, as a share of the cache's pages: what is on its way or waits there unread counts against the
 /// budget, past merit must not pay for long.
 const MOST_SHARE: f32 = 0.5;
 /// And at least so many pages (16 MiB).
 const MOST_MIN: f32 = 4096.0;
-/// Below this part of it the floor rises, towards [`HIGHEST_FLOOR`] at its end.
-const SCARCE: f32 = 0.5;
+/// What there is at first (4 MiB); below it the floor rises, towards [`HIGHEST_FLOOR`] at the end.
+const SCARCE: f32 = 1024.0;
 const HIGHEST_FLOOR: f32 = 0.9;
 /// An operator's floor below this counts as this.
 const LOWEST_FLOOR: f32 = 0.02;
@@ -27,7 +27,7 @@ pub(crate) struct Governor {
 impl Governor {
     pub(crate) fn new(cache_pages: u64) -> Self {
         let most = (cache_pages as f32 * MOST_SHARE).max(MOST_MIN);
-        Self { budget: most * SCARCE, most }
+        Self { budget: SCARCE, most }
     }
 
     /// A guest read pages that nobody had foreseen.
@@ -51,7 +51,7 @@ impl Governor {
 
     /// The floor that holds now, where the operator's is `floor`; `None`: nothing is to be handed out.
     pub(crate) fn floor(&self, floor: f32) -> Option<f32> {
-        let level = self.budget / (self.most * SCARCE);
+        let level = self.budget / SCARCE;
         if level <= 0.0 {
             return None;
         }
@@ -75,7 +75,8 @@ mod tests {
                 wasted += 4;
             }
         }
-        assert!(f64::from(wasted) <= f64::from(missed) * 0.02 + f64::from(MOST_MIN), "{wasted} of {missed}");
+        let most = f64::from(missed) * f64::from(FREE_SHARE) + f64::from(SCARCE) + 8.0;
+        assert!(f64::from(wasted) <= most, "{wasted} of {missed}");
     }
 
     #[test]

@@ -243,11 +243,13 @@ impl Hybrid {
         {
             proposals.log(blocks, cursor, &self.ahead);
         }
-        if experts.contains(Expert::Markov) {
+        // Who follows the log word for word needs no guesses beside it.
+        let sure = cursor.is_some_and(|cursor| experts.contains(Expert::Log) && cursor.is_sure());
+        if !sure && experts.contains(Expert::Markov) {
             let last = (first + u64::from(pages) - 1) / BLOCK_PAGES;
             self.granules.successors(last, |successor| proposals.chain(blocks, &successor));
         }
-        if experts.contains(Expert::Spatial) {
+        if !sure && experts.contains(Expert::Spatial) {
             proposals.near(blocks, first, pages);
         }
         let context = Reading {
