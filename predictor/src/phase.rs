@@ -109,7 +109,7 @@ impl Plan {
 
     /// Extents that overlap the range, ascending by page: (position, first page and pages of the overlap).
     pub(crate) fn overlaps(&self, first: u64, pages: u32) -> impl Iterator<Item = (usize, u64, u32)> {
-        let end = first + u64::from(pages);
+        let end = first.saturating_add(u64::from(pages));
         let start = self.by_page.partition_point(|&position| self.extents[position as usize].end() <= first);
         self.by_page[start..].iter().map_while(move |&position| {
             let extent = &self.extents[position as usize];

@@ -43,6 +43,8 @@ const DEMAND_WAITING: usize = 1 << 16;
 /// Pages that wait in the queue with their probability; beyond it those probabilities are forgotten, which costs nothing
 /// but their part in the calibration error.
 const QUEUED_PAGES: usize = 1 << 19;
+/// Slots of a cache, at most: its index takes some 60 bytes for each, here 8 GB.
+const MAX_SLOTS: u64 = 1 << 27;
 const STORAGE: StorageId = StorageId(0);
 
 /// What to replay on.
@@ -74,7 +76,7 @@ pub struct ReplayConfig {
 pub enum ReplayError {
     #[error(transparent)]
     Trace(#[from] TraceError),
-    #[error("a cache of {pages} pages has too many slots; use a smaller cache or larger blocks")]
+    #[error("a cache of {pages} pages of 4 KiB is more than {MAX_SLOTS} blocks; use a smaller cache or larger blocks")]
     TooLarge { pages: u64 },
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
@@ -166,7 +168,10 @@ impl<'a, P: Prefetcher + ?Sized> Driver<'a, P> {
     fn new(config: &'a ReplayConfig, prefetcher: &'a mut P) -> Result<Self, ReplayError> {
         let block_pages = fit_block_pages(config.block_pages);
         let slots = (config.capacity_pages / block_pages).max(1);
-        let slots = u32::try_from(slots).map_err(|_| ReplayError::TooLarge { pages: config.capacity_pages })?;
+        let slots = u32::try_from(slots)
+            .ok()
+            .filter(|slots| u64::from(*slots) <= MAX_SLOTS)
+            .ok_or(ReplayError::TooLarge { pages: config.capacity_pages })?;
         let defaults = CoreConfig::with_slots(slots);
         let unlimited = BudgetConfig { max_bytes_in_flight: u64::MAX, max_requests: u32::MAX, bytes_per_second: None };
         let mut core = Core::new(
@@ -225,21 +230,24 @@ impl<'a, P: Prefetcher + ?Sized> Driver<'a, P> {
     /// Everything that happens until `now_us`, in order: completions, marks, pauses.
     fn advance(&mut self, now_us: u64) {
         loop {
-            let mark_us = self.config.marks.get(self.next_mark).map_or(u64::MAX, |mark| mark.at_us);
-            let idle_us = if self.idle_at_us < now_us { self.idle_at_us } else { u64::MAX };
-            let next_us = mark_us.min(idle_us);
-            if next_us > now_us {
-                break;
-            }
-            self.complete(next_us);
-            if mark_us <= idle_us {
-                self.mark(mark_us);
-            } else {
-                self.idle_at_us = self.idle_at_us.saturating_add(IDLE_US);
-                if self.idle_at_us > self.last_us.saturating_add(IDLE_FOR * IDLE_US) {
-                    self.idle_at_us = u64::MAX;
+            // Nothing more to come is not the end of time: a trace's clock may be there.
+            let mark_us = self.config.marks.get(self.next_mark).map(|mark| mark.at_us).filter(|at_us| *at_us <= now_us);
+            let idle_us = Some(self.idle_at_us).filter(|at_us| *at_us < now_us);
+            match (mark_us, idle_us) {
+                (None, None) => break,
+                (Some(mark_us), idle_us) if idle_us.is_none_or(|idle_us| mark_us <= idle_us) => {
+                    self.complete(mark_us);
+                    self.mark(mark_us);
                 }
-                self.ask(next_us, |prefetcher, out| prefetcher.idle(next_us, out));
+                (_, Some(idle_us)) => {
+                    self.complete(idle_us);
+                    self.idle_at_us = self.idle_at_us.saturating_add(IDLE_US);
+                    if self.idle_at_us > self.last_us.saturating_add(IDLE_FOR * IDLE_US) {
+                        self.idle_at_us = u64::MAX;
+                    }
+                    self.ask(idle_us, |prefetcher, out| prefetcher.idle(idle_us, out));
+                }
+                (Some(_), None) => break,
             }
         }
         self.complete(now_us);

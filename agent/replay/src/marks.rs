@@ -27,6 +27,8 @@ pub enum MarkKind {
 pub enum MarksError {
     #[error("{file}: {source}")]
     Open { file: String, source: std::io::Error },
+    #[error("{file} is a pipe or device; copy it into a file")]
+    NoFile { file: String },
     #[error(
         "{file}:{line}: `{text}` is no mark: expected `TS_US start NAME`, `TS_US end NAME`, `TS_US boot-done` or `TS_US off`, in order of time"
     )]
@@ -39,6 +41,10 @@ pub enum MarksError {
 /// The file cannot be read, or a line is no mark or earlier than the one before.
 pub fn read(path: &Path) -> Result<Vec<Mark>, MarksError> {
     let file = path.display().to_string();
+    // A device may have no end, and a pipe nobody who writes to it.
+    if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file() && !meta.is_dir()) {
+        return Err(MarksError::NoFile { file });
+    }
     match std::fs::read_to_string(path) {
         Ok(text) => parse(&file, &text),
         Err(source) => Err(MarksError::Open { file, source }),
@@ -98,6 +104,12 @@ mod tests {
         let py = Phase::Program(program_id("py"));
         assert_eq!(marks, [start(0, "boot", Phase::Boot), end(70), start(80, "py", py), end(90), end(100)]);
         assert_ne!(program_id("py"), program_id("www"));
+    }
+
+    #[test]
+    fn marks_are_a_file() {
+        let error = read(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert_eq!(error, "/dev/zero is a pipe or device; copy it into a file");
     }
 
     #[test]

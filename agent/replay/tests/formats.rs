@@ -35,6 +35,27 @@ fn csv_with_and_without_a_header_in_any_case() {
 }
 
 #[test]
+fn csv_from_windows_and_a_first_row_that_is_no_header() {
+    let expected = [request(5, Read, 4096, 512)];
+    assert_eq!(sniffed("\u{feff}ts_us,op,offset,len\r\n5,R,4096,512\r\n"), expected);
+    assert_eq!(sniffed("\u{feff}5,R,4096,512\r\n"), expected);
+    // A number, if a bad one: not the name of a column.
+    for row in ["-5,R,4096,512", "5us,R,4096,512", "x,R,4096,512"] {
+        let error = read(format!("{row}\n5,R,4096,512\n"), ReadOptions::default()).unwrap_err();
+        assert!(error.starts_with(&format!("t:1: bad CSV row `{row}`")), "{error}");
+    }
+}
+
+#[test]
+fn a_trace_is_a_file() {
+    let error = TraceReader::open(std::path::Path::new("/dev/null"), ReadOptions::default()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "/dev/null is a pipe or device, and a trace is read more than once; copy it into a file"
+    );
+}
+
+#[test]
 fn compressed_traces_are_known_by_their_magic() {
     let text = "5,R,4096,512\n6,R,8192,512\n";
     let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());

@@ -60,6 +60,57 @@ fn what_was_trained_on_is_there_when_it_comes_again() {
 }
 
 #[test]
+fn the_end_of_time_is_reached() {
+    let last = u64::MAX;
+    let times = [0, 1, last / 2, last - 1, last, last, last];
+    let requests: Vec<Request> = times
+        .into_iter()
+        .enumerate()
+        .map(|(i, at_us)| Request { at_us, op: prestage_predictor::Op::Read, offset: i as u64 * 4096, len: 4096 })
+        .collect();
+    let marks = marks::parse("m", &format!("{last} start x\n{last} end x\n{last} off\n")).unwrap();
+    for marks in [Vec::new(), marks] {
+        for device in [None, Some(DeviceConfig { latency_us: 1e9, mbps: 1e-3 })] {
+            let config = ReplayConfig {
+                trace: "end".to_owned(),
+                cache: 1.0,
+                threshold: Some(0.5),
+                capacity_pages: 64,
+                end_page: 64,
+                block_pages: 1,
+                eviction: Eviction::S3Fifo,
+                device,
+                marks: marks.clone(),
+                cost: false,
+            };
+            let mut policy = Predictive::new(PolicyKind::Prestage, 0.5, 64);
+            let report = replay(&config, requests.iter().copied().map(Ok), &mut policy, |_| true).unwrap();
+            assert_eq!(report.reads, times.len() as u64);
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_no_memory_can_index_is_refused() {
+    let config = |capacity_pages| ReplayConfig {
+        trace: String::new(),
+        cache: 1.0,
+        threshold: None,
+        capacity_pages,
+        end_page: 64,
+        block_pages: 1,
+        eviction: Eviction::Lru,
+        device: None,
+        marks: Vec::new(),
+        cost: false,
+    };
+    for pages in [1 << 28, u64::from(u32::MAX), 1 << 52, u64::MAX] {
+        let error = replay(&config(pages), [], &mut Nothing, |_| true).unwrap_err().to_string();
+        assert!(error.contains("use a smaller cache or larger blocks"), "{error}");
+    }
+}
+
+#[test]
 fn a_slow_store_costs_time_and_prefetch_saves_it() {
     let store = Some(DeviceConfig { latency_us: 5000.0, mbps: 200.0 });
     let nothing = run(&mut Nothing, store).read_latency_us.unwrap();

@@ -97,6 +97,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let json = cli.json;
     let mut out = io::stdout().lock();
     let result = runtime.block_on(run(cli, &mut out)).and_then(|()| Ok(out.flush()?));
+    // Whoever gave up on work that does not end must not wait for it here.
+    runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // `prestagectl … | head` has seen what it wanted.

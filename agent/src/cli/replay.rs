@@ -21,6 +21,10 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How long work that was told to stop may take to look.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What a replay has found, and what the reader had to mend for it.
 struct Replayed {
@@ -40,10 +44,11 @@ pub(super) async fn run(args: ReplayArgs, json: bool, out: &mut impl Write) -> R
         let mut work = tokio::task::spawn_blocking(move || one(&args, &file, &asked));
         let done = tokio::select! {
             done = &mut work => done,
-            // The work looks at the flag and ends; what it was about is then known to be over.
+            // The work looks at the flag and ends; what it was about is then known to be over. Requests of gigabytes, rows
+            // that hold none, or a file server that does not answer can keep it from looking: then it is left alone.
             _ = tokio::signal::ctrl_c() => {
                 stop.store(true, Ordering::Relaxed);
-                work.await
+                tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(|_| Ok(Err(interrupted())))
             }
         };
         match done.map_err(|error| Failure::Failed(error.to_string())).and_then(|done| done) {
@@ -73,7 +78,7 @@ fn one(args: &ReplayArgs, file: &Path, stop: &AtomicBool) -> Result<Replayed, Fa
     let footprint = Footprint::of(reader, |requests| progress.step(requests)).map_err(failed)?;
     drop(progress);
     if stop.load(Ordering::Relaxed) {
-        return Err(failed(Interrupted));
+        return Err(interrupted());
     }
     if footprint.requests == 0 {
         return Err(Failure::Failed(format!("{} has no requests", file.display())));
@@ -91,7 +96,7 @@ fn one(args: &ReplayArgs, file: &Path, stop: &AtomicBool) -> Result<Replayed, Fa
                     .train(reader, &marks(programs.as_deref())?, |requests| progress.step(requests))
                     .map_err(failed)?;
                 if stop.load(Ordering::Relaxed) {
-                    return Err(failed(Interrupted));
+                    return Err(interrupted());
                 }
             }
             policy.resize(footprint.end_page);
@@ -117,6 +122,10 @@ fn one(args: &ReplayArgs, file: &Path, stop: &AtomicBool) -> Result<Replayed, Fa
     drop(progress);
     let report = replayed.map_err(|error: ReplayError| failed(error))?;
     Ok(Replayed { report, skipped_rows: reader.skipped_rows(), clamped_rows: reader.clamped_rows() })
+}
+
+fn interrupted() -> Failure {
+    failed(Interrupted)
 }
 
 fn failed(error: impl std::error::Error) -> Failure {

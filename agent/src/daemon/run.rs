@@ -231,7 +231,11 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     let (models, models_thread) = models::start(&store, &config)?;
     let (learner, learner_thread) =
         LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config))?;
-    learner.thresholds(store.thresholds()?.into_iter().collect());
+    match store.thresholds() {
+        Ok(thresholds) => learner.thresholds(thresholds.into_iter().collect()),
+        // Guests need their disks more than an operator's fine tuning.
+        Err(error) => tracing::warn!(%error, "thresholds not read; the configured one holds for all disks"),
+    }
     let hypervisor = match config.libvirt.enabled {
         false => None,
         true => Some(Hypervisor::start(HypervisorConfig {

@@ -12,6 +12,7 @@
 //! and its line in the audit are one transaction. Of retired and rejected models each scope keeps the latest
 //! [`KEPT`]; the audit keeps its latest [`AUDIT_KEPT`] lines.
 
+use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::records::{int, unsigned};
@@ -440,15 +441,20 @@ impl Store {
         })
     }
 
-    /// Thresholds set at run time: storage (`None`: all others) and probability.
+    /// Thresholds set at run time: storage (`None`: all others) and probability. What is none is left out with a warning.
     pub fn thresholds(&self) -> Result<Vec<(Option<String>, f64)>, StoreError> {
         self.read("read thresholds from", |connection| {
             let mut statement = connection.prepare("SELECT scope, probability FROM thresholds ORDER BY scope")?;
             let row = |row: &Row<'_>| {
                 let scope: String = row.get(0)?;
-                Ok((Some(scope).filter(|scope| !scope.is_empty()), row.get(1)?))
+                let value: Value = row.get(1)?;
+                let Value::Real(probability @ 0.0..=1.0) = value else {
+                    tracing::warn!(scope, ?value, "what stands for a threshold is no probability; it is not obeyed");
+                    return Ok(None);
+                };
+                Ok(Some((Some(scope).filter(|scope| !scope.is_empty()), probability)))
             };
-            statement.query_map([], row)?.collect()
+            statement.query_map([], row)?.filter_map(Result::transpose).collect()
         })
     }
 }

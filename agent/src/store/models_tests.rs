@@ -272,3 +272,20 @@ fn blobs_and_thresholds_survive_a_restart() {
     assert_eq!(rows[0].contest, Some(vec![3; 32]));
     assert_eq!(store.thresholds().unwrap(), [(None, 0.6), (Some("file:/a".to_owned()), 0.9)]);
 }
+
+#[test]
+fn what_is_no_probability_is_not_obeyed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("db");
+    let store = Store::open(&path).unwrap();
+    for storage in ["below", "beyond", "endless", "text"] {
+        store.set_threshold(Some(storage), Some(0.5)).wait().unwrap();
+    }
+    store.set_threshold(Some("none"), Some(0.0)).wait().unwrap();
+    store.set_threshold(Some("sure"), Some(1.0)).wait().unwrap();
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    for (storage, value) in [("below", "-0.1"), ("beyond", "1.1"), ("endless", "9e999"), ("text", "'x'")] {
+        raw.execute(&format!("UPDATE thresholds SET probability = {value} WHERE scope = ?"), [storage]).unwrap();
+    }
+    assert_eq!(store.thresholds().unwrap(), [(Some("none".to_owned()), 0.0), (Some("sure".to_owned()), 1.0)]);
+}

@@ -20,8 +20,8 @@ impl RowFormat for Csv {
         let mut fields = text.split(',').map(str::trim);
         let mut field = || fields.next().ok_or(EXPECTED);
         let at_us = field()?;
-        // A header says what the columns are; it is the first line and has no number in it.
-        if row == 1 && !at_us.starts_with(|c: char| c.is_ascii_digit()) && sniff(text) {
+        // A header says what the columns are; it is the first line and none of them is a number.
+        if row == 1 && sniff(text) && !text.split(',').any(|field| field.trim().parse::<f64>().is_ok()) {
             return Ok(None);
         }
         let op = op(field()?).ok_or(EXPECTED)?;

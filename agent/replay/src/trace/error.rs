@@ -8,6 +8,8 @@ use std::io;
 pub enum TraceError {
     #[error("{file}: {source}")]
     Open { file: String, source: io::Error },
+    #[error("{file} is a pipe or device, and a trace is read more than once; copy it into a file")]
+    NoFile { file: String },
     #[error("{file} is empty")]
     Empty { file: String },
     #[error(

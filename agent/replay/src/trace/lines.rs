@@ -52,7 +52,8 @@ impl Lines {
         }
         Ok(Some(match std::str::from_utf8(&self.buf) {
             _ if long => Line::Bad("a line of at most 4096 bytes"),
-            Ok(text) => Line::Text(text.trim()),
+            // Windows begins text with a byte order mark.
+            Ok(text) => Line::Text(text.trim_start_matches('\u{feff}').trim()),
             Err(_) => Line::Bad("text"),
         }))
     }

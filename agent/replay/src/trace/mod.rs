@@ -125,18 +125,23 @@ pub struct TraceReader {
 }
 
 impl TraceReader {
-    /// Opens a file.
+    /// Opens a file. A replay reads its trace twice, so it is a file: a pipe is over after the first time, and waits for
+    /// ever for somebody to write to it.
     ///
     /// # Errors
-    /// The file cannot be read, is empty, or its format cannot be told.
+    /// The file cannot be read, is none, is empty, or its format cannot be told.
     pub fn open(path: &Path, options: ReadOptions) -> Result<Self, TraceError> {
         let name = path.display().to_string();
         let failed = |source| TraceError::Open { file: name.clone(), source };
-        let file = File::open(path).map_err(failed)?;
-        let meta = file.metadata().map_err(failed)?;
+        // Looked at before it is opened, which waits if it is a pipe.
+        let meta = std::fs::metadata(path).map_err(failed)?;
         if meta.is_dir() {
             return Err(failed(io::Error::from(io::ErrorKind::IsADirectory)));
         }
+        if !meta.is_file() {
+            return Err(TraceError::NoFile { file: name });
+        }
+        let file = File::open(path).map_err(failed)?;
         let mut reader = Self::new(&name, file, options)?;
         reader.total_bytes = meta.len();
         Ok(reader)
@@ -349,7 +354,7 @@ fn sniff(head: &[u8]) -> Option<TraceFormat> {
         return Some(TraceFormat::Vscsi);
     }
     let text = String::from_utf8_lossy(head);
-    let first = text.lines().map(str::trim).find(|line| !line.is_empty())?;
+    let first = text.trim_start_matches('\u{feff}').lines().map(str::trim).find(|line| !line.is_empty())?;
     if nbdkit::sniff(first) {
         Some(TraceFormat::Nbdkit)
     } else if blktrace::sniff(first) {

@@ -146,13 +146,20 @@ impl Store {
             while let Some(row) = rows.next()? {
                 let (segment, begins): (i64, u64) = (row.get(0)?, unsigned(row, 1)?);
                 match row.get::<_, Option<Vec<u8>>>(3)? {
-                    Some(times) => {
-                        for (index, times) in decode_times(begins, &times).map_err(StoreError::from)?.iter().enumerate() {
-                            if times.from_us <= to_us && times.to_us >= from_us {
-                                parts.push(Part { from_us: times.from_us, segment, chunk: Some(index) });
+                    Some(times) => match decode_times(begins, &times) {
+                        Ok(chunks) if !chunks.is_empty() => {
+                            for (index, times) in chunks.iter().enumerate() {
+                                if times.from_us <= to_us && times.to_us >= from_us {
+                                    parts.push(Part { from_us: times.from_us, segment, chunk: Some(index) });
+                                }
                             }
                         }
-                    }
+                        damaged => {
+                            let error = damaged.err().map(|error| error.to_string()).unwrap_or_default();
+                            tracing::warn!(segment, error, "the index of a segment is damaged; all of it is read");
+                            parts.push(Part { from_us: begins, segment, chunk: None });
+                        }
+                    },
                     None => parts.push(Part { from_us: begins, segment, chunk: None }),
                 }
             }

@@ -289,6 +289,22 @@ fn runs_are_kept_and_listed_by_whom_they_are_of() {
 }
 
 #[test]
+fn a_run_is_read_without_the_index_where_that_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    store.start_run("s", "a", "boot", 100).wait().unwrap();
+    append(&store, "s", "a", &[read(150, 1), read(155, 2), read(160, 9)]);
+    let runs = store.runs(RunsOf { storage: Some("s"), vm: None, program: None }, 1).unwrap();
+    let whole = store.run_reads(&runs[0], 10).unwrap();
+    assert_eq!(whole.extents.len(), 2);
+    let raw = Connection::open(folder.path().join("db")).unwrap();
+    for damaged in [&[][..], &[0x80], &[0xff; 30]] {
+        raw.execute("UPDATE chunks SET times = ?", [damaged]).unwrap();
+        assert_eq!(store.run_reads(&runs[0], 10).unwrap(), whole, "{damaged:?}");
+    }
+}
+
+#[test]
 fn a_database_of_the_version_before_keeps_its_content_and_is_indexed() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("db");
