@@ -9,6 +9,8 @@
 //! wastes little.
 
 use crate::phase::{Plan, SetExtent};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 /// New matches that make up the position …
@@ -60,6 +62,9 @@ pub(crate) struct Replay {
     cursor: usize,
     /// First of the extents before the cursor that may never have been considered: the guest jumped over them.
     skipped: usize,
+    /// Extents before the cursor that the cache lost, the next to be used first. Found again without a walk through all that
+    /// lies between: a window may hold a hundred thousand, and a cache under pressure loses them one by one.
+    lost: BinaryHeap<Reverse<u32>>,
     /// Pages proposed, not used and not passed.
     outstanding: u64,
     /// Extents before it were judged.
@@ -81,6 +86,7 @@ impl Replay {
             position: 0,
             cursor: 0,
             skipped: usize::MAX,
+            lost: BinaryHeap::new(),
             outstanding: 0,
             judged: 0,
             judged_pages: CREDIT_PAGES,
@@ -125,7 +131,7 @@ impl Replay {
                 self.flags[position] = LOST_ONCE;
                 self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
                 if position < self.cursor {
-                    self.skipped = self.skipped.min(position);
+                    self.lost.push(Reverse(position as u32));
                 }
             }
         }
@@ -151,12 +157,24 @@ impl Replay {
             }
         }
         let limit = (self.window.pages as f64 * f64::from(self.allowance())) as u64;
-        while let Some(extent) = extents.get(self.cursor) {
+        // What the guest has passed is not fetched any more.
+        while self.lost.peek().is_some_and(|Reverse(position)| (*position as usize) < self.position) {
+            self.lost.pop();
+        }
+        loop {
+            let lost = self.lost.peek().map(|Reverse(position)| *position as usize);
+            let at = lost.map_or(self.cursor, |lost| lost.min(self.cursor));
+            let Some(extent) = extents.get(at) else { break };
             if u64::from(extent.at_ms) > until_ms || self.outstanding + u64::from(extent.pages) > limit {
                 break;
             }
-            let flags = &mut self.flags[self.cursor];
-            self.cursor += 1;
+            let flags = &mut self.flags[at];
+            if lost == Some(at) {
+                self.lost.pop();
+            }
+            if at == self.cursor {
+                self.cursor += 1;
+            }
             let probability = plan.probability(extent);
             if *flags & (PROPOSED | USED) != 0 || probability < floor {
                 continue;
@@ -187,7 +205,7 @@ impl Replay {
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {
-        self.flags.capacity() + size_of::<Self>()
+        self.flags.capacity() + self.lost.capacity() * 4 + size_of::<Self>()
     }
 
     /// Share of the pages passed lately that was used.
@@ -346,6 +364,25 @@ mod tests {
         assert_eq!(proposed(&mut replay, 0), [20]);
         replay.lost(20 * 16, 8);
         assert!(proposed(&mut replay, 0).is_empty());
+    }
+
+    #[test]
+    fn lost_extents_come_again_in_order_of_use_and_not_behind_the_guest() {
+        let mut replay = Replay::new(plan(100), WIDE, 0);
+        assert_eq!(proposed(&mut replay, 0).len(), 100);
+        for extent in [90, 20, 50, 70, 21] {
+            replay.lost(extent * 16, 8);
+        }
+        assert_eq!(proposed(&mut replay, 0), [20, 21, 50, 70, 90]);
+        assert!(replay.lost.is_empty());
+        for extent in [80, 40] {
+            replay.lost(extent * 16, 8);
+        }
+        for extent in 41..50 {
+            replay.read(extent * 16, 8, 0);
+        }
+        assert_eq!(proposed(&mut replay, 0), [80]);
+        assert!(replay.lost.is_empty());
     }
 
     #[test]
