@@ -1,8 +1,12 @@
 //! `trace replay`, which needs no daemon.
 
-use super::{Outcome, fails, run};
+use super::{Outcome, command, fails, run};
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::Value;
+use std::io::Write;
 use std::path::Path;
+use std::process::Stdio;
 
 /// Nobody listens there.
 const NO_DAEMON: &str = "/nonexistent/prestaged.sock";
@@ -91,4 +95,36 @@ fn wrong_usage_and_bad_traces_say_what_to_do() {
     // What came before the bad trace is told.
     let outcome = replay(&[HEAD, bad, "--cache", "5%"]);
     assert!(outcome.code == 1 && outcome.out.contains("vm_boot1_head.csv.gz"), "{}", outcome.out);
+}
+
+/// Whether a process has a handler for a signal.
+fn catches(process: u32, signal: nix::sys::signal::Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    u64::from_str_radix(caught.trim(), 16).unwrap() >> (signal as u32 - 1) & 1 == 1
+}
+
+#[test]
+fn ctrl_c_ends_a_replay_in_a_line_that_has_no_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("bomb.csv.gz");
+    // 16 MB of one line, many times over: hours of reading and not one request.
+    let mut part = GzEncoder::new(Vec::new(), Compression::best());
+    part.write_all(&vec![b'#'; 16 << 20]).unwrap();
+    std::fs::write(&file, part.finish().unwrap().repeat(4000)).unwrap();
+    let file = file.to_str().unwrap();
+    let mut replay = command(Path::new(NO_DAEMON), &["trace", "replay", "--cache", "5%", "--format", "csv", file])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !catches(replay.id(), nix::sys::signal::Signal::SIGINT) {
+        assert!(replay.try_wait().unwrap().is_none());
+        std::thread::yield_now();
+    }
+    let process = nix::unistd::Pid::from_raw(i32::try_from(replay.id()).unwrap());
+    nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGINT).unwrap();
+    let output = replay.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), error.as_str()), (Some(1), "prestagectl: interrupted\n"));
 }
