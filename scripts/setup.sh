@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Installs what building, testing and `make run` need from the distribution. Idempotent: a second run installs nothing.
 #
-#   scripts/setup.sh [build|run]      build: compilers and headers only; run (default): also QEMU, libvirt, nbdkit, guest tools
+#   scripts/setup.sh [build|run|predict|callgrind]
+#     build: compilers and headers only; run (default): also QEMU, libvirt, nbdkit, guest tools; predict: Python that can
+#     make virtual environments, unless there is one; callgrind: compilers and valgrind
 #
 # Debian 12: libvirt and QEMU come from bookworm-backports, because virtio-mem and vhost-user reconnect need
 # libvirt >= 11 and because the suite's own packages conflict with backported qemu-utils where those are installed.
@@ -15,7 +17,14 @@ run_packages=(
   mmdebstrap e2fsprogs zstd cpio sqlite3 procps
 )
 packages=("${build_packages[@]}")
-[ "$what" = run ] && packages+=("${run_packages[@]}")
+case $what in
+  build) ;;
+  run) packages+=("${run_packages[@]}") ;;
+  # any Python does, also one that the distribution did not install
+  predict) packages=(); python3 -c 'import ensurepip, venv' 2>/dev/null || packages=(python3 python3-venv) ;;
+  callgrind) packages=(gcc); command -v valgrind >/dev/null || packages+=(valgrind) ;;
+  *) echo "setup: $what: build, run, predict or callgrind" >&2; exit 2 ;;
+esac
 
 missing=()
 for package in "${packages[@]}"; do

@@ -33,6 +33,9 @@ const MAX_CANDIDATE_PAGES: u32 = 128;
 /// A phase's start proposes its set anew, except what was handled this recently (another VM's start, a moment
 /// ago), in tenths of a second.
 const PHASE_REPEAT_DS: u32 = 300;
+/// Room for what one read raises, so that nothing is allocated for it: 64 proposals are weighed, each of a block, whose 16
+/// pages make 8 runs at most.
+const PENDING_ROOM: usize = 512;
 /// Neighbouring proposals of one expert become one candidate if their probabilities differ by no more than this.
 const JOIN_PROBABILITY: f32 = 0.1;
 
@@ -183,7 +186,7 @@ impl AccessPredictor {
             phases: Vec::new(),
             uses: 0,
             vms: BTreeMap::new(),
-            pending: Vec::new(),
+            pending: Vec::with_capacity(PENDING_ROOM),
             stats: AccessStats::default(),
             config,
         }
