@@ -545,6 +545,8 @@ impl<'a, P: Prefetcher + ?Sized> Driver<'a, P> {
         report.evicted_unused_ratio = ratio(counters.evicted_unused, counters.issued);
         report.ece = self.scores.ece();
         report.brier = self.scores.brier();
+        let all = self.prefetcher.calibration();
+        (report.ece_all, report.brier_all) = (all.map(|all| all.error), all.map(|all| all.brier));
         if self.device.is_some() {
             let [p50, p99] = self.latencies.quantiles([0.5, 0.99]);
             report.read_latency_us = Some(ReadLatency { mean: self.latencies.mean(), p50, p99 });

@@ -4,7 +4,9 @@ use crate::marks::{Mark, MarkKind};
 use crate::prefetcher::{Outcome, Prefetcher, Wish};
 use crate::trace::{Request, TraceError};
 use prestage_cache::types::PageRange;
-use prestage_predictor::{Access, AccessConfig, AccessPredictor, Candidate, Expert, ExpertSet, PAGE_BYTES};
+use prestage_predictor::{
+    Access, AccessConfig, AccessPredictor, CalibrationStats, Candidate, Expert, ExpertSet, PAGE_BYTES,
+};
 
 /// The guest of a trace.
 const VM: u64 = 1;
@@ -194,5 +196,9 @@ impl Prefetcher for Predictive {
 
     fn idle(&mut self, now_us: u64, out: &mut Vec<Wish>) {
         self.predict(now_us, out);
+    }
+
+    fn calibration(&self) -> Option<CalibrationStats> {
+        Some(self.predictor.calibration()).filter(|stats| stats.settled > 0.0)
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::marks::Mark;
 use crate::trace::Request;
+use prestage_predictor::CalibrationStats;
 
 /// Pages that a policy wants in the cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,6 +59,12 @@ pub trait Prefetcher {
 
     /// Nothing was asked for since a while: called each second of a pause, for the first minutes of it.
     fn idle(&mut self, _now_us: u64, _out: &mut Vec<Wish>) {}
+
+    /// How well everything was foretold that the policy said, wished for or not, since it was made; `None` if it does not
+    /// keep account.
+    fn calibration(&self) -> Option<CalibrationStats> {
+        None
+    }
 }
 
 /// The policy that never prefetches.

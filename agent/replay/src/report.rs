@@ -42,6 +42,10 @@ pub struct Report {
     /// of which one is known; `null` if none is.
     pub ece: Option<f64>,
     pub brier: Option<f64>,
+    /// The same of all the policy's predictions, issued or not, against "read within its window", since the policy was
+    /// made (what it was trained on included); `null` from a policy that keeps no account.
+    pub ece_all: Option<f64>,
+    pub brier_all: Option<f64>,
     /// Only in timed mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub read_latency_us: Option<ReadLatency>,

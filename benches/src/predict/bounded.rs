@@ -73,6 +73,10 @@ impl Prefetcher for Watched {
         self.inner.outcome(outcome);
     }
 
+    fn left(&mut self, first: u64, pages: u64) {
+        self.inner.left(first, pages);
+    }
+
     fn mark(&mut self, mark: &Mark, now_us: u64, out: &mut Vec<Wish>) {
         self.inner.mark(mark, now_us, out);
         self.note(out);

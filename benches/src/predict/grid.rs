@@ -21,7 +21,7 @@ pub(super) fn run(traces: &[Trace], options: &Options, skipped: &mut Vec<String>
     }
     let mut rows = pool::each(&jobs, |&(trace, share, latency_us)| one(trace, share, latency_us))?.concat();
     if options.libcachesim {
-        rows.extend(eviction_peers(traces, options, skipped)?);
+        rows.extend(eviction_peers(traces, options, skipped));
     }
     for trace in traces {
         costs(trace, options.sizes.first().copied().unwrap_or(0.0), &mut rows)?;
@@ -44,20 +44,23 @@ fn one(trace: &Trace, share: f64, latency_us: Option<f64>) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn eviction_peers(traces: &[Trace], options: &Options, skipped: &mut Vec<String>) -> Result<Vec<Row>> {
+/// Rows of the package, or the reason why there are none: the other figures are worth having without them.
+fn eviction_peers(traces: &[Trace], options: &Options, skipped: &mut Vec<String>) -> Vec<Row> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
-    let environment = match Environment::find_or_make(&target.join("libcachesim")) {
-        Ok(environment) => environment,
+    let results = Environment::find_or_make(&target.join("libcachesim"))
+        .and_then(|environment| pool::each(traces, |trace| environment.run(trace, &options.sizes)));
+    match results {
+        Ok(results) => {
+            if let Some((_, version)) = results.first() {
+                println!("libcachesim {version}: LRU, S3-FIFO, SIEVE, ARC");
+            }
+            results.into_iter().flat_map(|(rows, _)| rows).collect()
+        }
         Err(error) => {
             skipped.push(format!("libcachesim: {error:#}"));
-            return Ok(Vec::new());
+            Vec::new()
         }
-    };
-    let results = pool::each(traces, |trace| environment.run(trace, &options.sizes))?;
-    if let Some((_, version)) = results.first() {
-        println!("libcachesim {version}: LRU, S3-FIFO, SIEVE, ARC");
     }
-    Ok(results.into_iter().flat_map(|(rows, _)| rows).collect())
 }
 
 /// Times the methods themselves, one after the other with nothing beside them: what a peer takes for an access of the trace

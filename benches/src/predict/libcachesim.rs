@@ -16,6 +16,8 @@ use crate::trace::Trace;
 /// The script is handed to Python as its standard input: the program needs no file of the source tree.
 const SCRIPT: &str = include_str!("../../eviction_peers.py");
 const PACKAGE: &str = "libcachesim";
+/// That the script runs at every size.
+const POLICIES: usize = 4;
 
 /// An environment in which the package can be imported.
 #[derive(Debug)]
@@ -58,7 +60,8 @@ impl Environment {
         let text = checked(&mut command)?;
         let mut lines = text.lines();
         for &share in shares {
-            for line in lines.by_ref().take(4) {
+            for _ in 0..POLICIES {
+                let line = lines.next().with_context(|| format!("{PACKAGE} on {}: rows are missing", trace.name))?;
                 let line: Line = serde_json::from_str(line).with_context(|| format!("{PACKAGE}: {line:?}"))?;
                 let counts = Counts {
                     capacity_pages: line.capacity_pages,

@@ -144,6 +144,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             for share in &options.sizes {
                 print!("{}", tables::size(trace, *share, &run.rows));
             }
+            print!("{}", tables::calibration(trace, &options.sizes, &run.rows));
         }
         println!("\n{}", tables::LEGEND);
         run.verdict.extend(verdict::of_rows(&run.rows));
@@ -153,7 +154,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         progress.now("sweep");
         run.sweep = sweep::run(&traces, options)?;
         traces.iter().for_each(|trace| print!("{}", sweep::table(&run.sweep, trace, options)));
-        run.verdict.push(sweep::claim(&run.sweep, &run.rows, &traces, options));
+        run.verdict.push(sweep::claim(&run.sweep, &run.rows, &traces, &options.sizes));
         if let Some(folder) = &options.svg {
             for path in chart::write(folder, &traces, &run.rows, &run.sweep, options)? {
                 println!("{}", path.display());

@@ -196,6 +196,8 @@ impl Row {
             store_pages: report.cost.store_pages,
             ece: report.ece,
             brier: report.brier,
+            ece_all: report.ece_all,
+            brier_all: report.brier_all,
             ns_per_access: report.cost.predictor_ns_per_access,
         }
     }

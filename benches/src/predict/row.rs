@@ -42,11 +42,17 @@ pub(crate) struct Row {
     pub(crate) timeliness: Option<f64>,
     /// Pages that left the store, demand and prefetch.
     pub(crate) store_pages: u64,
-    /// Expected calibration error and Brier score of the probabilities at issue, for methods that state any.
+    /// Expected calibration error and Brier score of the probabilities at issue, for methods that state any: a page counts
+    /// when it was issued, and was right if it was used before it left the cache.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) ece: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) brier: Option<f64>,
+    /// The same of every prediction, issued or not: right if the page was read within the prediction's window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) ece_all: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) brier_all: Option<f64>,
     /// The method's own time for an access, without the cache; measured with nothing beside it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) ns_per_access: Option<f64>,

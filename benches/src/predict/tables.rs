@@ -6,7 +6,7 @@ use crate::trace::Trace;
 /// One column: its head and what a row shows in it.
 type Column = (&'static str, fn(&Row) -> String);
 
-const UNTIMED: [Column; 9] = [
+const UNTIMED: [Column; 7] = [
     ("hit", |row| share(Some(row.read_hit_ratio))),
     ("page", |row| share(Some(row.page_hit_ratio))),
     ("prec", |row| share((row.prefetched_pages > 0).then_some(row.precision))),
@@ -14,8 +14,14 @@ const UNTIMED: [Column; 9] = [
     ("waste", |row| share(row.wasted())),
     ("demand", |row| row.demand_pages.to_string()),
     ("store", |row| row.store_pages.to_string()),
-    ("ECE", |row| share(row.ece)),
-    ("Brier", |row| share(row.brier)),
+];
+
+/// Of the methods that state probabilities.
+const CALIBRATION: [Column; 4] = [
+    ("ECE issued", |row| fraction(row.ece)),
+    ("ECE all", |row| fraction(row.ece_all)),
+    ("Brier issued", |row| fraction(row.brier)),
+    ("Brier all", |row| fraction(row.brier_all)),
 ];
 
 /// What the columns mean, once below all tables.
@@ -26,7 +32,18 @@ for use that came by prefetch. demand, store: 4 KiB pages the guest waited for,
 and all that left the store. mean, p99: read latency in us with that store.
 time: used prefetches that were there in time. ns: the method alone, an access.
 lcs: libcachesim. our: the policy core and predictor of this project.
+ECE: expected calibration error, 20 bins; Brier: mean squared error. issued: of
+each page prefetched, its probability against whether it was used before it left
+the cache. all: of each prediction, issued or not, against whether it was read
+within its window (a fifth of the cache's pages in reads, 64 to 2048).
 ";
+
+/// With four places: a calibration error is small.
+fn fraction(value: Option<f64>) -> String {
+    let Some(value) = value else { return "-".to_owned() };
+    let text = format!("{value:.4}");
+    text.strip_prefix("0.").map_or(text.clone(), |fraction| format!(".{fraction}"))
+}
 
 /// A ratio without its leading zero; `-` where there is none.
 pub(super) fn share(value: Option<f64>) -> String {
@@ -50,6 +67,24 @@ pub(super) fn aligned(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// How well probabilities were kept on a trace, at every size; nothing where none was stated.
+pub(super) fn calibration(trace: &Trace, sizes: &[f64], rows: &[Row]) -> String {
+    let head = ["", "cache"].into_iter().chain(CALIBRATION.map(|(head, _)| head));
+    let mut table: Vec<Vec<String>> = vec![head.map(str::to_owned).collect()];
+    let untimed = |row: &&Row| row.trace == trace.name && row.latency_us.is_none();
+    for size in sizes {
+        let stated = |row: &&Row| row.cache == *size && (row.ece.is_some() || row.ece_all.is_some());
+        for row in rows.iter().filter(untimed).filter(stated) {
+            let cells = CALIBRATION.map(|(_, cell)| cell(row));
+            table.push([row.label(), format!("{} %", size * 100.0)].into_iter().chain(cells).collect());
+        }
+    }
+    if table.len() == 1 {
+        return String::new();
+    }
+    format!("\n{}, calibration\n{}", trace.name, aligned(&table))
 }
 
 /// Both tables of a trace at one size: what was hit, and how long reads took.
@@ -123,6 +158,7 @@ mod tests {
             store_pages: 12_345_678,
             ece: Some(0.5),
             brier: Some(0.5),
+            ece_all: Some(0.01),
             latency_us,
             read_latency_us: latency_us.map(|us| Latency { mean: us, p50: us, p99: 22_352_585.0 }),
             timeliness: latency_us.map(|_| 1.0),
@@ -134,8 +170,8 @@ mod tests {
             .into_iter()
             .flat_map(|(by, policy)| stores.map(|latency_us| row(by, policy, latency_us)))
             .collect();
-        let text = size(&trace, 0.05, &rows) + LEGEND;
-        assert!(text.contains("1ms mean") && text.contains("lcs s3-fifo"), "{text}");
+        let text = size(&trace, 0.05, &rows) + &calibration(&trace, &[0.05], &rows) + LEGEND;
+        assert!(text.contains("1ms mean") && text.contains("lcs s3-fifo") && text.contains("ECE all"), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     }
 }

@@ -89,19 +89,30 @@ pub(crate) fn of_rows(rows: &[Row]) -> Vec<Claim> {
             format!("{}: {} of them left at precision {}", place(row), share(Some(left)), share(Some(row.precision)));
         Some(fails.then_some(told))
     };
-    let calibrated = |row: &&Row| {
-        let ece = row.ece?;
-        Some((ece > MAX_ECE).then(|| format!("{}: {ece:.4}", place(row))))
+    let calibrated = |of: fn(&Row) -> Option<f64>| {
+        let check = move |row: &&Row| {
+            let ece = of(row)?;
+            Some((ece > MAX_ECE).then(|| format!("{}: {ece:.4}", place(row))))
+        };
+        ours.iter().filter_map(check)
     };
     let small = ours.iter().filter(|row| row.cache <= OPT_UP_TO + f64::EPSILON);
     let optimum = small.flat_map(|row| at(row, By::Peers, Some("opt")).into_iter().map(|other| above(row, other)));
+    let same_lru = ours.iter().flat_map(|row| at(row, By::Libcachesim, Some("lru"))).filter_map(|theirs| {
+        let ours = *at(theirs, By::Peers, Some("none")).first()?;
+        let count = |row: &Row| (row.read_hits, row.demand_pages);
+        let fails = count(ours) != count(theirs);
+        Some(fails.then(|| format!("{}: {:?}, lcs lru {:?}", place(theirs), count(ours), count(theirs))))
+    });
     vec![
         Claim::new("Hit ratio above every peer's on every trace at every size", each(By::Peers, None)),
         Claim::new("Precision no lower than that of the peer with the best hit ratio", ours.iter().filter_map(precise)),
         Claim::new("Hit ratio above the optimum without prefetch up to 10 %", optimum),
         Claim::new("Hit ratio above LRU, S3-FIFO, SIEVE, ARC of libcachesim", each(By::Libcachesim, None)),
+        Claim::new("The peers' simulator and libcachesim count the same for LRU", same_lru),
         Claim::new("Half the misses of markov+readahead at precision >= .6", ours.iter().filter_map(halves)),
-        Claim::new("Expected calibration error <= .01", ours.iter().filter_map(calibrated)),
+        Claim::new("Expected calibration error of issued pages <= .01", calibrated(|row| row.ece)),
+        Claim::new("Expected calibration error of all predictions <= .01", calibrated(|row| row.ece_all)),
     ]
 }
 
@@ -120,7 +131,17 @@ mod tests {
 
     fn row(by: By, policy: &str, hit: f64, precision: f64) -> Row {
         let (trace, policy) = ("t".to_owned(), policy.to_owned());
-        Row { trace, policy, by, cache: 0.05, read_hit_ratio: hit, precision, ece: Some(0.02), ..Row::default() }
+        Row {
+            trace,
+            policy,
+            by,
+            cache: 0.05,
+            read_hit_ratio: hit,
+            precision,
+            ece: Some(0.02),
+            ece_all: Some(0.004),
+            ..Row::default()
+        }
     }
 
     #[test]
@@ -133,10 +154,34 @@ mod tests {
         ];
         let claims = of_rows(&rows);
         let fails: Vec<usize> = claims.iter().map(|claim| claim.fails.len()).collect();
-        assert_eq!(fails, [1, 0, 0, 0, 1, 1]);
+        assert_eq!(fails, [1, 0, 0, 0, 0, 1, 1, 0]);
         assert_eq!(claims[0].fails, ["t at 5 %: hit .500, markov+readahead .500"]);
         let answers: Vec<(bool, usize)> = claims.iter().map(|claim| (claim.holds, claim.checked)).collect();
-        assert_eq!(answers, [(false, 2), (true, 1), (true, 1), (false, 0), (false, 1), (false, 1)]);
+        assert_eq!(
+            answers,
+            [(false, 2), (true, 1), (true, 1), (false, 0), (false, 0), (false, 1), (false, 1), (true, 1),]
+        );
         assert!(render(&claims).contains("libcachesim: not measured\n"));
+    }
+
+    #[test]
+    fn rows_of_libcachesim_enter_the_verdict() {
+        let hits = |row: Row, read_hits| Row { read_hits, ..row };
+        let rows = [
+            row(By::Prestage, "prestage", 0.5, 0.7),
+            hits(row(By::Peers, "none", 0.1, 0.0), 10),
+            hits(row(By::Libcachesim, "lru", 0.1, 0.0), 11),
+            row(By::Libcachesim, "s3-fifo", 0.2, 0.0),
+            row(By::Libcachesim, "sieve", 0.6, 0.0),
+            row(By::Libcachesim, "arc", 0.3, 0.0),
+        ];
+        let claims = of_rows(&rows);
+        let about = |words: &str| claims.iter().find(|claim| claim.claim.contains(words)).unwrap();
+        let above = about("SIEVE, ARC");
+        assert_eq!(
+            (above.checked, above.fails.as_slice()),
+            (4, &["t at 5 %: hit .500, lcs sieve .600".to_owned()][..])
+        );
+        assert_eq!(about("the same for LRU").fails, ["t at 5 %: (10, 0), lcs lru (11, 0)"]);
     }
 }
