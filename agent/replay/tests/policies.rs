@@ -50,6 +50,10 @@ fn what_was_trained_on_is_there_when_it_comes_again() {
     assert!(nothing.read_hit_ratio + 0.1 < untrained.read_hit_ratio, "{untrained:?}");
     assert!(trained.read_hit_ratio > 0.95 && trained.precision > 0.95, "{trained:?}");
     assert!(trained.ece.is_some_and(|ece| ece < 0.1), "{trained:?}");
+    assert_eq!((nothing.ece_all, nothing.brier_all), (None, None), "who says nothing is not judged");
+    let all = (trained.ece_all.unwrap(), trained.brier_all.unwrap());
+    assert!((0.0..0.2).contains(&all.0) && (0.0..0.25).contains(&all.1), "{trained:?}");
+    assert!(trained.ece != trained.ece_all && trained.brier != trained.brier_all, "other pages, other questions");
     let names: Vec<&str> = trained.phases.iter().map(|phase| phase.name.as_str()).collect();
     assert_eq!(names, ["boot", "py", "-"]);
     let sum = |of: fn(&PhaseReport) -> u64| trained.phases.iter().map(of).sum::<u64>();
