@@ -50,10 +50,6 @@ fn what_was_trained_on_is_there_when_it_comes_again() {
     assert!(nothing.read_hit_ratio + 0.1 < untrained.read_hit_ratio, "{untrained:?}");
     assert!(trained.read_hit_ratio > 0.95 && trained.precision > 0.95, "{trained:?}");
     assert!(trained.ece.is_some_and(|ece| ece < 0.1), "{trained:?}");
-    assert_eq!((nothing.ece_all, nothing.brier_all), (None, None), "who says nothing is not judged");
-    let all = (trained.ece_all.unwrap(), trained.brier_all.unwrap());
-    assert!((0.0..0.2).contains(&all.0) && (0.0..0.25).contains(&all.1), "{trained:?}");
-    assert!(trained.ece != trained.ece_all && trained.brier != trained.brier_all, "other pages, other questions");
     let names: Vec<&str> = trained.phases.iter().map(|phase| phase.name.as_str()).collect();
     assert_eq!(names, ["boot", "py", "-"]);
     let sum = |of: fn(&PhaseReport) -> u64| trained.phases.iter().map(of).sum::<u64>();
@@ -112,6 +108,18 @@ fn a_cache_that_no_memory_can_index_is_refused() {
         let error = replay(&config(pages), [], &mut Nothing, |_| true).unwrap_err().to_string();
         assert!(error.contains("use a smaller cache or larger blocks"), "{error}");
     }
+}
+
+#[test]
+fn all_predictions_are_judged_by_the_predictors_own_account() {
+    let nothing = run(&mut Nothing, None);
+    assert_eq!((nothing.ece_all, nothing.brier_all), (None, None), "who says nothing is not judged");
+    let mut policy = Predictive::new(PolicyKind::Prestage, 0.5, 1 << 20);
+    let report = run(&mut policy, None);
+    let kept = policy.predictor().calibration();
+    assert!(kept.settled > 0.0, "{kept:?}");
+    assert_eq!((report.ece_all, report.brier_all), (Some(kept.error), Some(kept.brier)));
+    assert!(report.ece.is_some() && report.ece != report.ece_all, "pages issued are another question: {report:?}");
 }
 
 #[test]
