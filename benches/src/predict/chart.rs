@@ -152,7 +152,7 @@ fn legend(svg: &mut String, sizes: &[f64]) -> f64 {
         let at = (x + 11.0, y - 4.0);
         let text = if index == 0 {
             let _ = write!(svg, r#"<circle class="key" cx="{}" cy="{}" r="6"/>"#, at.0, at.1);
-            "prestage, default"
+            "by default"
         } else {
             mark(svg, "key", name, at);
             name
