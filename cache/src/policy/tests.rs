@@ -183,10 +183,10 @@ fn a_prefetch_wanted_later_takes_the_place_of_one_that_is_half_as_likely() {
     for block in 0..10 {
         fill_block(&mut core, block, PageMask::ALL, at(0));
     }
-    assert_eq!(run(&mut core, 40, 0.2), 9 * PAGES_PER_BLOCK);
-    assert_eq!(run(&mut core, 30, 0.35), 0, "hardly likelier");
+    assert_eq!(run(&mut core, 31, 0.2), 9 * PAGES_PER_BLOCK);
+    assert_eq!(run(&mut core, 21, 0.35), 0, "hardly likelier");
     // The queue is in the order of use: what is due as soon and lies before goes first.
-    assert_eq!(run(&mut core, 20, 0.9), 9 * PAGES_PER_BLOCK);
+    assert_eq!(run(&mut core, 11, 0.9), 9 * PAGES_PER_BLOCK);
     assert_eq!((core.occupancy().probation_slots, core.prefetch_backlog(DISK)), (9, 9 * PAGES_PER_BLOCK));
 }
 

@@ -369,7 +369,7 @@ impl Cursor {
             0 => 3,
             1..=3 => 2 << self.hits,
             4..=31 => 24,
-            _ => (self.hits * 2).min(LOOK_AHEAD),
+            _ => self.hits.saturating_mul(2).min(LOOK_AHEAD),
         }
     }
 }
