@@ -11,6 +11,10 @@ const DECAY: f32 = 0.984;
 /// A flow that is nothing yet counts as so much.
 const PRIOR: (f32, f32) = (0.3, 1.0);
 
+/// A yield below this is not worth weighing every candidate: a page in 64.
+const LITTLE: f32 = 1.0 / 64.0;
+const SELDOM: u32 = 8;
+
 /// Pages predicted and pages come true of one VM, by expert.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Flow {
@@ -32,6 +36,12 @@ impl Flow {
     /// Pages came true that the experts of `set` had predicted.
     pub(super) fn came(&mut self, set: u8, pages: u32) {
         add(&mut self.came, set, pages);
+    }
+
+    /// Whether an expert is worth asking at this read: one whose predictions hardly ever come true is asked at every
+    /// [`SELDOM`]th only, which is enough to notice when that changes.
+    pub(super) fn pays(&self, expert: usize, clock: u32) -> bool {
+        self.came[expert] + PRIOR.0 >= (self.made[expert] + PRIOR.1) * LITTLE || clock.is_multiple_of(SELDOM)
     }
 
     /// The yields of the experts of `set`, octal: 0 for one that is silent, else 1 to 7, the logarithm of its yield.
@@ -74,5 +84,7 @@ mod tests {
             flow.made(0b0101, 4);
         }
         assert_eq!(yields(&flow), (1, 1));
+        assert_eq!((0..64).filter(|clock| flow.pays(2, *clock)).count(), 8);
+        assert!((0..64).all(|clock| flow.pays(1, clock)), "who said nothing yet is heard");
     }
 }

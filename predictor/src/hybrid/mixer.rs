@@ -17,6 +17,9 @@ pub(crate) const INPUTS: usize = SHARED + OWN;
 /// Of these, common to the pages of a block, and a page's own.
 pub(crate) const SHARED: usize = 7;
 pub(crate) const OWN: usize = 5;
+/// What [`Contexts::inputs`] works on at once.
+const LANES: usize = 8;
+const _: () = assert!(SHARED <= LANES && OWN <= LANES);
 /// Places of one context's table.
 const PLACES: usize = 4096;
 /// Sets of weights: one for each combination of experts that stand behind a candidate.
@@ -73,20 +76,21 @@ impl Contexts {
 
     /// Log odds of each context, each drawn towards zero by how little it is known.
     pub(crate) fn inputs<const N: usize>(&self, places: &[u16]) -> [f32; N] {
-        let (mut made, mut good) = ([0f32; N], [0f32; N]);
-        for input in 0..N {
-            if let Some(counter) = self.counters.get(usize::from(places[input])) {
+        // In whole vectors, whatever N is: what is over costs nothing.
+        let (mut made, mut good) = ([0f32; LANES], [0f32; LANES]);
+        for (input, place) in places.iter().take(N.min(LANES)).enumerate() {
+            if let Some(counter) = self.counters.get(usize::from(*place)) {
                 made[input] = f32::from(counter.made);
                 good[input] = f32::from(counter.good);
             }
         }
         let unit = f32::from(UNIT);
-        let mut out = [0f32; N];
-        for input in 0..N {
+        let mut out = [0f32; LANES];
+        for input in 0..LANES {
             let odds = log2(good[input] + PRIOR * unit) - log2(made[input] - good[input] + (1.0 - PRIOR) * unit);
             out[input] = odds * std::f32::consts::LN_2 * (made[input] / (made[input] + 1.5 * unit));
         }
-        out
+        std::array::from_fn(|input| out[input])
     }
 
     /// A prediction was made: it has failed until it turns out well.
@@ -291,7 +295,7 @@ impl Reliability {
         kept.1 += p;
         kept.2 += y;
         self.squares += (p - y) * (p - y);
-        self.bits -= y * p.log2() + (1.0 - y) * (1.0 - p).log2();
+        self.bits -= f64::from(happened * log2(probability) + (1.0 - happened) * log2(1.0 - probability));
     }
 
     /// Settled predictions.

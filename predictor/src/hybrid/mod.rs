@@ -32,7 +32,7 @@ use governor::Governor;
 use granules::Granules;
 use mixer::{Contexts, INPUTS, MAX_SCORE, Mixer, OWN, Places, Reliability, SETS, SHARED};
 use pending::{NO_PREDICTION, Pending, Prediction};
-use propose::{Limits, Proposal, Proposals, log2};
+use propose::{CHAIN, Limits, NEAR, Proposal, Proposals, log2};
 use runs::Runs;
 use temporal::{Follower, Log};
 use view::View;
@@ -245,11 +245,12 @@ impl Hybrid {
         }
         // Who follows the log word for word needs no guesses beside it.
         let sure = cursor.is_some_and(|cursor| experts.contains(Expert::Log) && cursor.is_sure());
-        if !sure && experts.contains(Expert::Markov) {
+        let asks = |expert: Expert, bit| !sure && experts.contains(expert) && trail.flow.pays(bit, self.clock);
+        if asks(Expert::Markov, CHAIN) {
             let last = (first + u64::from(pages) - 1) / BLOCK_PAGES;
             self.granules.successors(last, |successor| proposals.chain(blocks, &successor));
         }
-        if !sure && experts.contains(Expert::Spatial) {
+        if asks(Expert::Spatial, NEAR) {
             proposals.near(blocks, first, pages);
         }
         let context = Reading {

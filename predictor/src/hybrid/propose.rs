@@ -13,6 +13,9 @@ use crate::pageset::block_masks;
 
 /// Proposals kept of one read.
 const MAX_PROPOSALS: usize = 128;
+/// Bits of [`Evidence::set`].
+pub(super) const NEAR: usize = 2;
+pub(super) const CHAIN: usize = 3;
 /// Pages beyond a request whose neighbourhood is considered.
 pub(super) const AROUND: u64 = 16;
 
@@ -54,8 +57,8 @@ impl Evidence {
     pub(super) fn set(&self) -> u8 {
         u8::from(self.run > 0)
             | u8::from(self.temporal > 0) << 1
-            | u8::from(self.near > 0) << 2
-            | u8::from(self.chain > 0) << 3
+            | u8::from(self.near > 0) << NEAR
+            | u8::from(self.chain > 0) << CHAIN
     }
 
     pub(super) fn expert(&self) -> Expert {
