@@ -1,5 +1,7 @@
 //! Questions to a history, warm and cold.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -7,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use prestage_agent::learner::history::program_name;
-use prestage_agent::store::{NEAR_LIMIT, RunsOf, Store};
+use prestage_agent::store::{HotHour, NEAR_LIMIT, RunsOf, Store};
 use prestage_predictor::Phase;
 use serde::Serialize;
 
@@ -62,7 +64,10 @@ impl Random {
 /// Asks a question; returns whether the answer is of all history.
 type Question<'a> = Box<dyn Fn(&Store, &mut Random) -> Result<bool> + 'a>;
 
-fn questions<'a>(streams: &'a [Stream<'a>]) -> Vec<(&'static str, Question<'a>)> {
+/// The hours of each storage with their hottest blocks: what questions are made of is not looked for while they are timed.
+type Hours = BTreeMap<u32, Vec<HotHour>>;
+
+fn questions<'a>(streams: &'a [Stream<'a>], hours: &'a Hours) -> Vec<(&'static str, Question<'a>)> {
     let near = |store: &Store, stream: &Stream<'_>, pair: (u64, u64)| -> Result<bool> {
         if pair.0 == pair.1 {
             return Ok(true);
@@ -71,11 +76,9 @@ fn questions<'a>(streams: &'a [Stream<'a>]) -> Vec<(&'static str, Question<'a>)>
             store.near(&storage_name(stream.storage), pair, WITHIN_US, NEAR_LIMIT.until(Instant::now() + TIME))?;
         Ok(answer.after_us == 0)
     };
-    let hottest = |store: &Store, stream: &Stream<'_>, random: &mut Random| -> Result<(u64, u64)> {
-        let hours = store.hot(&storage_name(stream.storage), 0, u64::MAX, 8)?;
-        let hour = &hours[random.below(hours.len() as u64) as usize];
-        let mut pick = || hour.blocks[random.below(hour.blocks.len() as u64) as usize].block;
-        Ok((pick(), pick()))
+    let hour = |stream: &Stream<'_>, random: &mut Random| {
+        let hours = &hours[&stream.storage];
+        &hours[random.below(hours.len() as u64) as usize]
     };
     vec![
         (
@@ -99,8 +102,7 @@ fn questions<'a>(streams: &'a [Stream<'a>]) -> Vec<(&'static str, Question<'a>)>
             Box::new(move |store, random| {
                 let stream = random.stream(streams);
                 let storage = storage_name(stream.storage);
-                let first = store.hot(&storage, 0, u64::MAX, 0)?;
-                let hour = first[random.below(first.len() as u64) as usize].hour;
+                let hour = hour(&stream, random).hour;
                 let hours = store.hot(&storage, hour.saturating_sub(23), hour, 10)?;
                 ensure!(!hours.is_empty(), "no reads on {storage}");
                 Ok(true)
@@ -118,7 +120,9 @@ fn questions<'a>(streams: &'a [Stream<'a>]) -> Vec<(&'static str, Question<'a>)>
             "near: hottest blocks",
             Box::new(move |store, random| {
                 let stream = random.stream(streams);
-                let pair = hottest(store, &stream, random)?;
+                let blocks = &hour(&stream, random).blocks;
+                let mut pick = || blocks[random.below(blocks.len() as u64) as usize].block;
+                let pair = (pick(), pick());
                 near(store, &stream, pair)
             }),
         ),
@@ -134,7 +138,13 @@ pub(crate) fn all(
     progress: &Progress,
 ) -> Result<Vec<Timed>> {
     let mut results = Vec::new();
-    for (name, question) in questions(streams) {
+    let mut hours = Hours::new();
+    for storage in streams.iter().map(|stream| stream.storage) {
+        if let Entry::Vacant(vacant) = hours.entry(storage) {
+            vacant.insert(store.hot(&storage_name(storage), 0, u64::MAX, 8)?);
+        }
+    }
+    for (name, question) in questions(streams, &hours) {
         for cold in [false, true] {
             let mut random = Random(0x9E37_79B9_7F4A_7C15);
             let (mut times, mut complete) = (Vec::new(), 0);

@@ -39,7 +39,7 @@ pub(crate) struct Options {
     /// Accesses of the database that is asked
     #[arg(long, default_value_t = 100_000_000)]
     accesses: u64,
-    /// Accesses of each database that is measured for its size
+    /// Accesses of each database that is measured for its size; 0: none is
     #[arg(long, default_value_t = 2_000_000)]
     each: u64,
     /// Storages for each trace in the database that is asked; 0: one storage for all
@@ -51,6 +51,9 @@ pub(crate) struct Options {
     /// Questions of each kind
     #[arg(long, default_value_t = 500)]
     questions: usize,
+    /// Database that is asked: filled if there is none, and kept; the traces must be those that filled it
+    #[arg(long)]
+    keep: Option<PathBuf>,
     /// Folder for the databases [default: the system's for temporary files]
     #[arg(long)]
     dir: Option<PathBuf>,
@@ -79,7 +82,8 @@ pub(crate) struct Filled {
 #[derive(Debug, Serialize)]
 struct Report {
     traces: Vec<Filled>,
-    all: Filled,
+    /// Absent of one that was there.
+    all: Option<Filled>,
     questions: Vec<ask::Timed>,
 }
 
@@ -188,7 +192,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     let folder = folder.context("cannot make a folder for the databases")?;
     let mut each = Vec::new();
-    for trace in &traces {
+    for trace in traces.iter().filter(|_| options.each > 0) {
         let path = folder.path().join(format!("{}.db", trace.name));
         let streams = [Stream { trace, storage: 0, vm: 0 }];
         let (filled, store) = fill(&path, &trace.name, &streams, options.each, &progress)?;
@@ -206,9 +210,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             }
         }
     }
-    let path = folder.path().join("all.db");
-    let (all, store) = fill(&path, "all", &streams, options.accesses, &progress)?;
-    progress.step(&format!("all: {} accesses, {:.2} bytes each", all.accesses, all.bytes_per_access));
+    let path = options.keep.clone().unwrap_or_else(|| folder.path().join("all.db"));
+    let (all, store) = if path.exists() {
+        (None, Store::open(&path)?)
+    } else {
+        let (all, store) = fill(&path, "all", &streams, options.accesses, &progress)?;
+        progress.step(&format!("all: {} accesses, {:.2} bytes each", all.accesses, all.bytes_per_access));
+        (Some(all), store)
+    };
     let questions = ask::all(&path, store, &streams, options.questions, &progress)?;
     let report = Report { traces: each, all, questions };
     if options.json {
@@ -224,7 +233,7 @@ fn print(report: &Report) {
         "{:<18} {:>11} {:>8} {:>10} {:>6} {:>6} {:>6} {:>6}",
         "database", "accesses", "segments", "M/s (core)", "B/acc", "data", "index", "hours"
     );
-    for filled in report.traces.iter().chain([&report.all]) {
+    for filled in report.traces.iter().chain(&report.all) {
         println!(
             "{:<18} {:>11} {:>8} {:>10.2} {:>6.2} {:>6.2} {:>6.3} {:>6.3}",
             filled.name,

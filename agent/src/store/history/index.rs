@@ -1,8 +1,9 @@
 //! Which segments read a block: the index behind questions about two blocks.
 //!
-//! A *touch* says that a segment read a block: in which of its chunks and how often. Touches of a new segment are a group of their own;
-//! 64 such groups of a storage are merged into one, so that a block of 100 million accesses is looked up in some 90 places rather than
-//! 1,500, and each touch is written twice at most. A group is cut into rows of 512 touches or a few more, ordered by block.
+//! A *touch* says that a segment read a block: in which of its chunks and how often. Touches of a new segment are a group of their own.
+//! 16 such groups of a storage, whose segments will not be joined with later ones, are merged into one, and 16 of these again: a block is
+//! looked up in at most 15 groups of each size, those of what may still be joined, and one for 256 segments, and each touch is written
+//! three times at most. A group is cut into rows of 512 touches or a few more, ordered by block.
 //!
 //! A row is one zstd frame with a checksum, before it the lengths of its four columns of LEB128 numbers (segment.rs), each as LEB128:
 //! - block: difference to the touch before; the row's first block stands in its key
@@ -11,10 +12,10 @@
 //! - reads: one less
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashSet};
 use std::ops::RangeInclusive;
 
-use rusqlite::{Connection, OptionalExtension, Statement, params};
+use rusqlite::{Connection, OptionalExtension, Statement, params, params_from_iter};
 
 use crate::store::records::int;
 use crate::store::segment::{AccessOp, AccessRecord, CHUNK_ACCESSES, CHUNKS_MAX, SegmentError, get, put};
@@ -27,8 +28,12 @@ pub const BLOCK_PAGES: u64 = 16;
 const READ_BLOCKS_MAX: u64 = 64;
 /// Touches of a row: some 400 bytes, of which several fit a page of the database; beyond 1,000 a row would take a further page alone.
 const ROW_TOUCHES: usize = 512;
-/// Groups of one segment that are merged into one.
-pub(super) const MERGE_GROUPS: usize = 64;
+/// Groups that are merged into one.
+pub(super) const MERGE_GROUPS: usize = 16;
+/// Groups of so many segments are merged a second time; larger ones would hold up the writer for long.
+const MERGED_SEGMENTS: RangeInclusive<u64> = 2..=63;
+/// Groups of one segment: with more, the oldest are merged although their segments may still be joined.
+const FRESH_GROUPS_MAX: usize = 128;
 const LEVEL: i32 = 9;
 
 /// A segment read a block.
@@ -210,58 +215,89 @@ impl<'a> GroupWriter<'a> {
 struct GroupReader<'a> {
     group: i64,
     rows: Statement<'a>,
+    /// Its segments. The index may know of others that are gone, whose numbers newer ones may get.
+    segments: HashSet<i64>,
     /// Where the next row begins at the earliest.
     from_block: i64,
     row: std::vec::IntoIter<Touch>,
 }
 
-impl GroupReader<'_> {
+impl<'a> GroupReader<'a> {
+    fn new(connection: &'a Connection, group: i64) -> rusqlite::Result<Self> {
+        let segments = connection
+            .prepare("SELECT segment_id FROM chunks WHERE group_id = ?")?
+            .query_map([group], |row| row.get(0))?
+            .collect::<Result<_, _>>()?;
+        let rows = connection.prepare(
+            "SELECT first_block, data FROM touches WHERE group_id = ? AND first_block >= ? ORDER BY first_block LIMIT 1",
+        )?;
+        Ok(Self { group, rows, segments, from_block: 0, row: Vec::new().into_iter() })
+    }
+
     fn next(&mut self, decoder: &mut RowDecoder) -> Result<Option<Touch>, WorkError> {
-        if let Some(touch) = self.row.next() {
-            return Ok(Some(touch));
+        loop {
+            let segments = &self.segments;
+            if let Some(touch) = self.row.find(|touch| segments.contains(&touch.segment)) {
+                return Ok(Some(touch));
+            }
+            let row: Option<(i64, Vec<u8>)> =
+                self.rows.query_row([self.group, self.from_block], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+            let Some((first_block, data)) = row else { return Ok(None) };
+            self.from_block = first_block.saturating_add(1);
+            let mut touches = Vec::new();
+            // A damaged row costs its own touches, not the merge.
+            if let Err(error) = decoder.row(first_block as u64, &data, |touch| touches.push(touch)) {
+                tracing::warn!(group = self.group, first_block, %error, "a row of the history's index is left out");
+                touches.clear();
+            }
+            self.row = touches.into_iter();
         }
-        let row: Option<(i64, Vec<u8>)> =
-            self.rows.query_row([self.group, self.from_block], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
-        let Some((first_block, data)) = row else { return Ok(None) };
-        self.from_block = first_block.saturating_add(1);
-        let mut touches = Vec::new();
-        // A damaged row costs its own touches, not the merge.
-        if let Err(error) = decoder.row(first_block as u64, &data, |touch| touches.push(touch)) {
-            tracing::warn!(group = self.group, first_block, %error, "a row of the history's index is left out");
-            touches.clear();
-        }
-        self.row = touches.into_iter();
-        self.next(decoder)
     }
 }
 
-/// Merges the oldest groups of one segment each when there are enough of them. Touches of segments that are gone are left out.
-pub(super) fn merge_groups(connection: &Connection, storage: i64) -> Result<(), WorkError> {
-    let sql = "SELECT id FROM groups WHERE storage_id = ? AND segments = 1 ORDER BY id LIMIT ?";
-    let fresh: Vec<i64> = connection
-        .prepare(sql)?
-        // Twice as many: the newest stay by themselves, as they may still be joined with what comes next.
-        .query_map(params![storage, int(2 * MERGE_GROUPS as u64)], |row| row.get(0))?
-        .collect::<Result<_, _>>()?;
-    if fresh.len() < 2 * MERGE_GROUPS {
-        return Ok(());
+/// Merges groups of a storage where there are enough of them. Of those of one segment, those that are *settled*: the segment holds more
+/// than `most` accesses or begins before `since_us`, so that none will be joined with it.
+pub(super) fn merge_groups(connection: &Connection, storage: i64, most: u64, since_us: u64) -> Result<(), WorkError> {
+    let number = |sql: &str, values: &[i64]| -> rusqlite::Result<Vec<i64>> {
+        connection.prepare(sql)?.query_map(params_from_iter(values), |row| row.get(0))?.collect()
+    };
+    let settled =
+        "SELECT groups.id FROM groups JOIN chunks ON group_id = groups.id JOIN segments ON segments.id = segment_id
+        WHERE groups.storage_id = ? AND groups.segments = 1 AND (segments.accesses > ? OR segments.from_us < ?)
+        ORDER BY groups.id LIMIT ?";
+    let fresh = "SELECT id FROM groups WHERE storage_id = ? AND segments = 1 ORDER BY id LIMIT ?";
+    let merged = "SELECT id FROM groups WHERE storage_id = ? AND segments BETWEEN ? AND ? ORDER BY id LIMIT ?";
+    let enough = MERGE_GROUPS as i64;
+    let first = number(settled, &[storage, int(most), int(since_us), enough])?;
+    if first.len() == MERGE_GROUPS {
+        merge(connection, storage, &first)?;
+    } else {
+        let all = number(fresh, &[storage, FRESH_GROUPS_MAX as i64])?;
+        if all.len() == FRESH_GROUPS_MAX {
+            merge(connection, storage, &all[..MERGE_GROUPS])?;
+        }
     }
-    let merged = &fresh[..MERGE_GROUPS];
+    let (least, most) = (int(*MERGED_SEGMENTS.start()), int(*MERGED_SEGMENTS.end()));
+    let second = number(merged, &[storage, least, most, enough])?;
+    if second.len() == MERGE_GROUPS {
+        merge(connection, storage, &second)?;
+    }
+    Ok(())
+}
+
+/// Merges groups into one. Touches of segments that are gone are left out.
+fn merge(connection: &Connection, storage: i64, groups: &[i64]) -> Result<(), WorkError> {
     let mut decoder = RowDecoder::new().map_err(crate::store::StoreError::from)?;
-    let sql =
-        "SELECT first_block, data FROM touches WHERE group_id = ? AND first_block >= ? ORDER BY first_block LIMIT 1";
-    let mut readers = Vec::with_capacity(merged.len());
-    for group in merged {
-        let rows = connection.prepare(sql)?;
-        readers.push(GroupReader { group: *group, rows, from_block: 0, row: Vec::new().into_iter() });
-    }
+    let mut readers =
+        groups.iter().map(|group| GroupReader::new(connection, *group)).collect::<rusqlite::Result<Vec<_>>>()?;
     let mut heads = BinaryHeap::new();
     for (at, reader) in readers.iter_mut().enumerate() {
         if let Some(touch) = reader.next(&mut decoder)? {
             heads.push(Reverse((touch, at)));
         }
     }
-    let mut writer = GroupWriter::new(connection, storage, merged.len() as u64)?;
+    let segments = readers.iter().map(|reader| reader.segments.len() as u64).sum();
+    let mut writer = GroupWriter::new(connection, storage, segments)?;
     while let Some(Reverse((touch, at))) = heads.pop() {
         writer.push(touch)?;
         if let Some(next) = readers[at].next(&mut decoder)? {
@@ -269,11 +305,20 @@ pub(super) fn merge_groups(connection: &Connection, storage: i64) -> Result<(), 
         }
     }
     let group = writer.finish()?;
-    for old in merged {
+    for old in groups {
         connection.prepare("UPDATE chunks SET group_id = ? WHERE group_id = ?")?.execute([group, *old])?;
         remove_group(connection, *old)?;
     }
     Ok(())
+}
+
+/// Writes groups anew of which at most half the segments are left: what is known of the others would be kept until the last is gone.
+pub(super) fn shrink_groups(connection: &Connection) -> Result<(), WorkError> {
+    let sql = "SELECT groups.id, storage_id FROM groups JOIN chunks ON group_id = groups.id
+        GROUP BY groups.id HAVING 2 * count(*) <= segments";
+    let small: Vec<(i64, i64)> =
+        connection.prepare(sql)?.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+    small.into_iter().try_for_each(|(group, storage)| merge(connection, storage, &[group]))
 }
 
 /// Touches of a block in all groups of a storage, each with its group. A damaged row is an error.

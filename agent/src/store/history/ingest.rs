@@ -100,10 +100,11 @@ impl Store {
 }
 
 /// Removes what belongs to segments that are gone.
-fn sweep(connection: &Connection) -> rusqlite::Result<()> {
+fn sweep(connection: &Connection) -> Result<(), WorkError> {
     connection.execute("DELETE FROM chunks WHERE segment_id NOT IN (SELECT id FROM segments)", [])?;
     connection.execute("DELETE FROM groups WHERE id NOT IN (SELECT group_id FROM chunks)", [])?;
     connection.execute("DELETE FROM touches WHERE group_id NOT IN (SELECT id FROM groups)", [])?;
+    index::shrink_groups(connection)?;
     // Of a storage without segments nothing is kept, but a run that goes on.
     connection.execute(
         "DELETE FROM runs WHERE ended_us < ifnull(
@@ -190,7 +191,14 @@ fn append(connection: &Connection, accesses: &Accesses) -> Result<(), WorkError>
         ])?;
     enter(connection, storage, connection.last_insert_rowid(), records)?;
     hours::add(connection, storage, &accesses.records)?;
-    index::merge_groups(connection, storage)
+    merge_groups(connection, storage, times.to_us)
+}
+
+/// Merges groups of the index whose segments [`append`] will not join with what comes after `now_us`.
+fn merge_groups(connection: &Connection, storage: i64, now_us: u64) -> Result<(), WorkError> {
+    // What is joined holds at least two thirds of the accesses of what it is joined with.
+    let most = SEGMENT_ACCESSES_MAX as u64 * 3 / 5;
+    index::merge_groups(connection, storage, most, now_us.saturating_sub(JOINED_US))
 }
 
 /// Enters a segment into the index.
@@ -205,8 +213,10 @@ fn enter(connection: &Connection, storage: i64, segment: i64, records: &[AccessR
 
 /// Brings the next segment after `after` that is not in the index to this version and enters it. Returns it, or `None` when all are.
 pub(in crate::store) fn upgrade(connection: &Connection, after: i64) -> Result<Option<i64>, WorkError> {
-    let sql = "SELECT id, storage_id, data FROM segments LEFT JOIN chunks ON segment_id = id
-        WHERE id > ? AND segment_id IS NULL ORDER BY id LIMIT 1";
+    // Of all segments by an index that has their numbers: in the table each is on a page of its own, and this is asked at every start.
+    let sql =
+        "SELECT id, storage_id, data FROM segments WHERE id = (SELECT min(+id) FROM segments INDEXED BY segments_by_age
+        LEFT JOIN chunks ON segment_id = id WHERE to_us >= 0 AND id > ? AND segment_id IS NULL)";
     let next: Option<(i64, i64, Vec<u8>)> =
         connection.prepare(sql)?.query_row([after], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
     let Some((id, storage, old)) = next else { return Ok(None) };
@@ -220,7 +230,7 @@ pub(in crate::store) fn upgrade(connection: &Connection, after: i64) -> Result<O
             ])?;
             enter(connection, storage, id, &records)?;
             hours::add(connection, storage, &records)?;
-            index::merge_groups(connection, storage)?;
+            merge_groups(connection, storage, span(&records).to_us)?;
         }
         Err(error) => tracing::warn!(segment = id, %error, "a segment of history is left as it is"),
     }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::Connection;
 
 use super::index::{self, blocks_read};
 use super::ingest::decode_times;
@@ -22,7 +22,7 @@ use crate::store::{Store, StoreError};
 pub struct NearLimit {
     /// Chunks of 4,096 accesses.
     pub chunks: usize,
-    /// No segment is begun after this.
+    /// No chunk is begun after this.
     pub until: Option<Instant>,
 }
 
@@ -77,7 +77,7 @@ impl Store {
         self.ask(|connection| {
             let storage = storage_number(connection, storage)?;
             let mut answer = Near::default();
-            let streams = candidates(connection, storage, (a, b), &mut answer)?;
+            let (streams, unindexed_us) = candidates(connection, storage, (a, b), &mut answer)?;
             let mut wanted: BTreeMap<i64, Vec<(usize, Chunk)>> = BTreeMap::new();
             for (stream, chunks) in streams.values().enumerate() {
                 for chunk in meeting(chunks, within_us) {
@@ -87,26 +87,27 @@ impl Store {
             let mut wanted: Vec<Vec<(usize, Chunk)>> = wanted.into_values().collect();
             wanted.sort_by_key(|chunks| std::cmp::Reverse(chunks.iter().map(|(_, chunk)| chunk.to_us).max()));
 
-            let mut times: Vec<(Vec<u64>, Vec<u64>)> = vec![Default::default(); streams.len()];
-            // Beyond this time something was not looked at.
-            let mut missing_us = unindexed(connection, storage)?;
-            let mut decoder = decoder()?;
-            let mut over = false;
+            let mut search = Search {
+                connection,
+                blocks: (a, b),
+                limit,
+                decoder: decoder()?,
+                records: Vec::new(),
+                times: vec![Default::default(); streams.len()],
+                chunks: 0,
+                over: false,
+                missing_us: unindexed_us,
+            };
             for chunks in &wanted {
-                over |= answer.chunks as usize + chunks.len() > limit.chunks
-                    || limit.until.is_some_and(|until| Instant::now() >= until);
-                if over {
-                    missing_us = missing_us.max(chunks.iter().map(|(_, chunk)| chunk.to_us).max());
-                    continue;
-                }
-                answer.chunks += chunks.len() as u64;
-                match collect(connection, chunks, (a, b), &mut decoder, &mut times) {
+                match search.segment(chunks) {
                     Err(WorkError::Request(error)) => {
                         tracing::warn!(%error, "a segment of history is left out of an answer");
                     }
-                    collected => collected?,
+                    searched => searched?,
                 }
             }
+            let Search { mut times, chunks, missing_us, .. } = search;
+            answer.chunks = chunks as u64;
             answer.after_us = missing_us.map_or(0, |missing| missing.saturating_add(within_us));
             for (of_a, of_b) in &mut times {
                 count(of_a, of_b, within_us, &mut answer);
@@ -116,13 +117,17 @@ impl Store {
     }
 }
 
-/// Chunks of each machine that read one of the blocks, and how often these were read.
+/// Chunks by machine.
+type Streams = BTreeMap<String, Vec<Chunk>>;
+
+/// Chunks of each machine that read one of the blocks, and the latest access that is not in the index; how often the blocks were read goes
+/// into the answer.
 fn candidates(
     connection: &Connection,
     storage: i64,
     (a, b): (u64, u64),
     answer: &mut Near,
-) -> Result<BTreeMap<String, Vec<Chunk>>, WorkError> {
+) -> Result<(Streams, Option<u64>), WorkError> {
     // By segment: its group, chunks and reads of A, of B.
     let mut segments: BTreeMap<i64, (i64, [(u16, u32); 2])> = BTreeMap::new();
     for (which, block) in [a, b].into_iter().enumerate() {
@@ -133,28 +138,35 @@ fn candidates(
             }
         }
     }
-    // The group is asked for again: the index may still know of a segment that is gone, whose number another has now.
-    let sql =
-        "SELECT vm, from_us, times FROM chunks JOIN segments ON id = segment_id WHERE segment_id = ? AND group_id = ?";
+    // All segments of the storage, of an index that has what is wanted of them: in the table each is on a page of its own.
+    let sql = "SELECT segments.id, vm, from_us, to_us, group_id, times FROM segments LEFT JOIN chunks ON segment_id = segments.id
+        WHERE storage_id = ?";
     let mut statement = connection.prepare(sql)?;
-    let mut streams: BTreeMap<String, Vec<Chunk>> = BTreeMap::new();
-    for (segment, (group, [(chunks_a, reads_a), (chunks_b, reads_b)])) in segments {
-        let row: Option<(String, u64, Vec<u8>)> = statement
-            .query_row(params![segment, group], |row| Ok((row.get(0)?, unsigned(row, 1)?, row.get(2)?)))
-            .optional()?;
-        let Some((vm, from_us, times)) = row else { continue };
-        answer.reads_a += u64::from(reads_a);
-        answer.reads_b += u64::from(reads_b);
-        let stream = streams.entry(vm).or_default();
-        for (index, times) in decode_times(from_us, &times).map_err(StoreError::from)?.iter().enumerate() {
+    let mut rows = statement.query([storage])?;
+    let mut streams = Streams::new();
+    let mut unindexed_us = None;
+    while let Some(row) = rows.next()? {
+        let segment: i64 = row.get(0)?;
+        let Some(found_in) = row.get::<_, Option<i64>>(4)? else {
+            unindexed_us = unindexed_us.max(Some(unsigned(row, 3)?));
+            continue;
+        };
+        // The index may still know of a segment that is gone, whose number another has now: that one's group is another.
+        let touched = segments.get(&segment).filter(|(group, _)| *group == found_in);
+        let Some((_, [(chunks_a, reads_a), (chunks_b, reads_b)])) = touched else { continue };
+        answer.reads_a += u64::from(*reads_a);
+        answer.reads_b += u64::from(*reads_b);
+        let stream = streams.entry(row.get(1)?).or_default();
+        let times = decode_times(unsigned(row, 2)?, row.get_ref(5)?.as_blob().map_err(rusqlite::Error::from)?);
+        for (index, times) in times.map_err(StoreError::from)?.iter().enumerate() {
             let has = |chunks: u16| index < 16 && chunks & (1 << index) != 0;
-            let (a, b) = (has(chunks_a), has(chunks_b));
+            let (a, b) = (has(*chunks_a), has(*chunks_b));
             if a || b {
                 stream.push(Chunk { segment, index, from_us: times.from_us, to_us: times.to_us, a, b });
             }
         }
     }
-    Ok(streams)
+    Ok((streams, unindexed_us))
 }
 
 /// Those of a stream's chunks that read one of the blocks within reach of a chunk that reads the other.
@@ -182,39 +194,58 @@ fn meeting(chunks: &[Chunk], within_us: u64) -> impl Iterator<Item = Chunk> {
     chunks.iter().copied().filter(move |chunk| (chunk.a && meets(&of_b, chunk)) || (chunk.b && meets(&of_a, chunk)))
 }
 
-/// Latest access of the segments that are not in the index.
-fn unindexed(connection: &Connection, storage: i64) -> rusqlite::Result<Option<u64>> {
-    let sql = "SELECT max(to_us) FROM segments LEFT JOIN chunks ON segment_id = id WHERE storage_id = ? AND segment_id IS NULL";
-    let latest: Option<i64> = connection.query_row(sql, [storage], |row| row.get(0))?;
-    Ok(latest.and_then(|latest| u64::try_from(latest).ok()))
+/// What is being looked for, and what has been found.
+struct Search<'a> {
+    connection: &'a Connection,
+    blocks: (u64, u64),
+    limit: NearLimit,
+    decoder: Decoder,
+    records: Vec<AccessRecord>,
+    /// Times of the reads of A and of B, by stream.
+    times: Vec<(Vec<u64>, Vec<u64>)>,
+    /// Chunks decoded.
+    chunks: usize,
+    /// The limit is reached.
+    over: bool,
+    /// Up to this time something was not looked at.
+    missing_us: Option<u64>,
 }
 
-/// Adds the times of a segment's reads of A and of B to its stream's.
-fn collect(
-    connection: &Connection,
-    chunks: &[(usize, Chunk)],
-    (a, b): (u64, u64),
-    decoder: &mut Decoder,
-    times: &mut [(Vec<u64>, Vec<u64>)],
-) -> Result<(), WorkError> {
-    let Some((_, first)) = chunks.first() else { return Ok(()) };
-    let mut segment = Chunks::open(connection, first.segment)?;
-    let mut records: Vec<AccessRecord> = Vec::new();
-    for (stream, chunk) in chunks {
-        records.clear();
-        segment.read(chunk.index, decoder, &mut records)?;
-        let Some((of_a, of_b)) = times.get_mut(*stream) else { continue };
-        for access in &records {
-            let Some(blocks) = blocks_read(access) else { continue };
-            if blocks.contains(&a) {
-                of_a.push(access.at_us);
+impl Search<'_> {
+    fn is_over(&mut self) -> bool {
+        let NearLimit { chunks, until } = self.limit;
+        self.over |= self.chunks >= chunks || until.is_some_and(|until| Instant::now() >= until);
+        self.over
+    }
+
+    /// Adds the times of the reads in chunks of one segment, each with its stream, newest first.
+    fn segment(&mut self, chunks: &[(usize, Chunk)]) -> Result<(), WorkError> {
+        let mut segment = None;
+        for (stream, chunk) in chunks.iter().rev() {
+            if self.is_over() {
+                self.missing_us = self.missing_us.max(Some(chunk.to_us));
+                continue;
             }
-            if blocks.contains(&b) {
-                of_b.push(access.at_us);
+            self.chunks += 1;
+            let segment = match &mut segment {
+                Some(segment) => segment,
+                none => none.insert(Chunks::open(self.connection, chunk.segment)?),
+            };
+            self.records.clear();
+            segment.read(chunk.index, &mut self.decoder, &mut self.records)?;
+            let Some((of_a, of_b)) = self.times.get_mut(*stream) else { continue };
+            for access in &self.records {
+                let Some(blocks) = blocks_read(access) else { continue };
+                if blocks.contains(&self.blocks.0) {
+                    of_a.push(access.at_us);
+                }
+                if blocks.contains(&self.blocks.1) {
+                    of_b.push(access.at_us);
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Counts one machine's reads of A that have one of B close by.

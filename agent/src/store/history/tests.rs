@@ -194,19 +194,28 @@ fn small_segments_are_joined_and_nothing_is_lost() {
     assert_eq!(status.oldest_us, start);
 }
 
+/// Groups of the index that hold at least so many segments.
+fn group_count(store: &Store, least: usize) -> usize {
+    let sql = format!("SELECT count(*) FROM groups WHERE segments >= {least}");
+    let count: i64 = store.ask(|db| Ok(db.query_row(&sql, [], |row| row.get(0))?)).unwrap();
+    usize::try_from(count).unwrap()
+}
+
 #[test]
 fn groups_are_merged_and_answer_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder);
     let start = 1_700_000_000_000_000;
-    // Far enough apart not to be joined.
-    let parts: Vec<Vec<AccessRecord>> = (0..3 * MERGE_GROUPS as u64)
+    // Far enough apart not to be joined, and enough to be merged twice.
+    let segments = (MERGE_GROUPS * MERGE_GROUPS + 2 * MERGE_GROUPS) as u64;
+    let parts: Vec<Vec<AccessRecord>> = (0..segments)
         .map(|n| (0..40).map(|k| read(start + n * 2 * HOUR_US + k * 10_000, (n * k * k) % 3000)).collect())
         .collect();
     let stream = Stream { storage: "s".into(), vm: "vm".into(), parts };
     fill(&store, std::slice::from_ref(&stream));
-    let groups: i64 = store.ask(|db| Ok(db.query_row("SELECT count(*) FROM groups", [], |row| row.get(0))?)).unwrap();
-    assert!(groups < 2 * MERGE_GROUPS as i64 + 3, "{groups} groups");
+    let groups = |least: usize| group_count(&store, least);
+    assert_eq!((groups(MERGE_GROUPS * MERGE_GROUPS), groups(MERGE_GROUPS)), (1, 2));
+    assert!(groups(1) <= MERGE_GROUPS + 3, "{} groups", groups(1));
     let streams = [stream];
     for pair in [(0, 1), (1, 4), (9, 100), (0, 187)] {
         let answer = store.near("s", pair, 50_000, ALL).unwrap();
@@ -214,13 +223,45 @@ fn groups_are_merged_and_answer_the_same() {
     }
     // What retention takes away is gone from the answers, also where the index still knows of it.
     let keep = Retention { age: Duration::from_micros(150 * 2 * HOUR_US), bytes: u64::MAX };
-    let now_us = start + 191 * 2 * HOUR_US;
+    let now_us = start + (segments - 1) * 2 * HOUR_US;
     store.retain(keep, now_us / 1000).wait().unwrap();
-    let rest = Stream { parts: streams[0].parts[41..].to_vec(), ..streams[0].clone() };
+    let rest = Stream { parts: streams[0].parts[segments as usize - 151..].to_vec(), ..streams[0].clone() };
     for pair in [(0, 1), (1, 4), (9, 100)] {
         let answer = store.near("s", pair, 50_000, ALL).unwrap();
         assert_eq!(Near { chunks: 0, ..answer }, naive_near(std::slice::from_ref(&rest), "s", pair, 50_000, 0));
     }
+}
+
+#[test]
+fn segments_that_may_still_be_joined_are_not_merged_with_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let start = 1_700_000_000_000_000;
+    // A segment of each of many machines, all of one minute: joined with what comes next, though there are enough to merge.
+    let machines = 2 * MERGE_GROUPS as u64;
+    let part = |minute: u64| (0..30).map(|k| read(start + minute * 60_000_000 + k, k)).collect::<Vec<_>>();
+    for minute in 0..2 {
+        (0..machines).for_each(|vm| append(&store, "s", &vm.to_string(), &part(minute)));
+    }
+    let status = store.history(start).unwrap();
+    assert_eq!((status.segments, status.accesses), (machines, machines * 60));
+    // None will be joined with what comes hours later.
+    append(&store, "s", "late", &part(120));
+    assert_eq!((group_count(&store, 1), group_count(&store, MERGE_GROUPS)), (MERGE_GROUPS + 2, 1));
+}
+
+#[test]
+fn an_answer_that_has_no_time_left_says_that_it_covers_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let records: Vec<_> = (0..3 * 4096u64).map(|n| read(1_000_000 + n, n % 64)).collect();
+    append(&store, "s", "vm", &records);
+    let late = store.near("s", (0, 1), 10, ALL.until(std::time::Instant::now())).unwrap();
+    assert_eq!((late.chunks, late.near, late.after_us), (0, 0, 1_000_000 + 3 * 4096 - 1 + 10));
+    // Within a segment, the newest of its chunks are looked at.
+    let some = store.near("s", (0, 1), 10, NearLimit { chunks: 2, until: None }).unwrap();
+    assert_eq!((some.chunks, some.after_us), (2, 1_000_000 + 4096 - 1 + 10));
+    assert!(some.near > 0);
 }
 
 #[test]
