@@ -1,10 +1,12 @@
 //! Models and thresholds of the real `prestaged`, by the real `prestagectl`, over a database made beforehand.
 #![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 
-use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+#[path = "daemon_host/mod.rs"]
+mod host;
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use host::Host;
 use prestage_agent::store::models::{Change, NewModel};
 use prestage_agent::store::segment::{AccessOp, AccessRecord};
 use prestage_agent::store::{Accesses, Store};
@@ -13,84 +15,15 @@ use prestage_predictor::lstm::weights::COUNT;
 
 const LONG: Duration = Duration::from_secs(60);
 
-struct Host {
-    folder: tempfile::TempDir,
-    daemon: Option<Child>,
+/// The database, while no daemon runs.
+fn database(host: &Host, fill: impl FnOnce(&Store)) {
+    let store = Store::open(&host.path("state/prestage.db")).unwrap();
+    fill(&store);
+    assert!(store.close(LONG));
 }
 
-impl Host {
-    fn new() -> Host {
-        Host { folder: tempfile::tempdir().unwrap(), daemon: None }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// The database, while no daemon runs.
-    fn store(&self, fill: impl FnOnce(&Store)) {
-        let store = Store::open(&self.path("state/prestage.db")).unwrap();
-        fill(&store);
-        assert!(store.close(LONG));
-    }
-
-    fn start(&mut self) {
-        let text = format!(
-            "[daemon]\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n[libvirt]\nenabled = false\n[cache]\nram_size = \"16MiB\"\n[model]\ntraining = false\n",
-            self.path("state").display(),
-            self.path("run").display()
-        );
-        std::fs::write(self.path("prestaged.toml"), text).unwrap();
-        let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_prestaged"));
-        self.daemon = Some(command.arg("--config").arg(self.path("prestaged.toml")).stderr(log).spawn().unwrap());
-        let deadline = Instant::now() + LONG;
-        while self.ctl(&["status"]).status.code() != Some(0) {
-            assert!(Instant::now() < deadline, "prestaged does not start:\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn stop(&mut self) {
-        let mut daemon = self.daemon.take().unwrap();
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(daemon.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-        assert!(daemon.wait().unwrap().success(), "{}", self.log());
-        assert!(!self.log().contains("panicked"), "{}", self.log());
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.path("log")).unwrap_or_default()
-    }
-
-    fn ctl(&self, words: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_prestagectl"));
-        command.arg("--socket").arg(self.path("run/prestaged.sock")).args(words);
-        command.stdin(Stdio::null()).output().unwrap()
-    }
-
-    fn refuses(&self, words: &[&str], says: &str) {
-        let output = self.ctl(words);
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{words:?}: {text}");
-        assert!(text.contains(says), "{words:?} should say {says:?}, says {text}");
-    }
-
-    fn does(&self, words: &[&str]) -> String {
-        let output = self.ctl(words);
-        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-    }
-}
+/// Nothing is trained but what is asked for.
+const IDLE: &str = "[model]\ntraining = false\n";
 
 /// A shadow of all storages; returns its id.
 fn add_model(store: &Store, weights: Vec<u8>) -> i64 {
@@ -109,22 +42,22 @@ fn weights(value: f32) -> Vec<u8> {
 #[test]
 fn models_are_promoted_and_rolled_back_and_damaged_ones_are_not_used() {
     let mut host = Host::new();
-    host.store(|store| {
+    database(&host, |store| {
         add_model(store, weights(0.01));
         add_model(store, weights(0.02));
         let mut damaged = weights(0.03);
         damaged[1000] ^= 1;
         add_model(store, damaged);
     });
-    host.start();
-    host.refuses(&["model", "promote", "3"], "model 3 cannot be used: the model's checksum");
-    host.refuses(&["model", "promote", "4"], "there is no model 4");
-    host.refuses(&["model", "rollback"], "there is no champion of global to roll back");
+    host.start(IDLE);
+    host.refuses(&["model", "promote", "3"], 1, &["model 3 cannot be used: the model's checksum"]);
+    host.refuses(&["model", "promote", "4"], 1, &["there is no model 4"]);
+    host.refuses(&["model", "rollback"], 1, &["there is no champion of global to roll back"]);
     assert_eq!(host.does(&["model", "promote", "1"]), "model 1 predicts for global now\n");
     assert_eq!(host.does(&["model", "promote", "2"]), "model 2 predicts for global now, in place of model 1\n");
-    host.refuses(&["model", "promote", "2"], "model 2 is champion already");
+    host.refuses(&["model", "promote", "2"], 1, &["model 2 is champion already"]);
     host.stop();
-    host.start();
+    host.start(IDLE);
     assert!(host.does(&["model", "show", "2"]).contains("state:  champion"));
     assert_eq!(host.does(&["model", "rollback"]), "model 1 predicts for global now, in place of model 2\n");
     let list = host.does(&["model", "list"]);
@@ -134,13 +67,13 @@ fn models_are_promoted_and_rolled_back_and_damaged_ones_are_not_used() {
     host.stop();
 
     // The champion rots on the disk: the next start goes on with the one before it and says so.
-    host.start();
+    host.start(IDLE);
     host.does(&["model", "promote", "2"]);
     host.stop();
     let raw = rusqlite::Connection::open(host.path("state/prestage.db")).unwrap();
     raw.execute("UPDATE models SET weights = zeroblob(length(weights)) WHERE id = 2", []).unwrap();
     drop(raw);
-    host.start();
+    host.start(IDLE);
     let status = host.does(&["status"]);
     assert!(status.contains("model 2 of global cannot be used"), "{status}");
     assert!(host.does(&["model", "show", "1"]).contains("state:  champion"));
@@ -150,7 +83,7 @@ fn models_are_promoted_and_rolled_back_and_damaged_ones_are_not_used() {
 #[test]
 fn too_little_history_is_refused_with_what_there_is() {
     let mut host = Host::new();
-    host.store(|store| {
+    database(&host, |store| {
         // Old history would be removed at the start.
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let now = u64::try_from(since.as_micros()).unwrap();
@@ -159,11 +92,11 @@ fn too_little_history_is_refused_with_what_there_is() {
         let accesses = Accesses { storage: "file:/a".into(), vm: "v".into(), program: String::new(), records };
         store.append_accesses(accesses).wait().unwrap();
     });
-    host.start();
-    host.refuses(&["model", "train"], "global: not enough history: 1234 accesses, at least");
-    host.refuses(&["model", "train", "--storage", "file:/a"], "file:/a: not enough history: 1234 accesses");
-    host.refuses(&["model", "train", "--storage", "nowhere"], "there is no disk or storage `nowhere`");
-    host.refuses(&["model", "train", "--resume"], "no training of global was interrupted");
+    host.start(IDLE);
+    host.refuses(&["model", "train"], 1, &["global: not enough history: 1234 accesses, at least"]);
+    host.refuses(&["model", "train", "--storage", "file:/a"], 1, &["file:/a: not enough history: 1234 accesses"]);
+    host.refuses(&["model", "train", "--storage", "nowhere"], 1, &["there is no disk or storage `nowhere`"]);
+    host.refuses(&["model", "train", "--resume"], 1, &["no training of global was interrupted"]);
     assert!(host.does(&["model", "list"]).contains("no models yet"));
     host.stop();
 }
@@ -173,16 +106,18 @@ fn thresholds_are_kept_over_restarts() {
     let mut host = Host::new();
     let disk = host.path("disk");
     std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
-    host.start();
+    host.start(IDLE);
     host.does(&["disk", "add", "d", &disk.display().to_string()]);
     assert_eq!(host.does(&["model", "threshold"]), "default: 0.125 (as configured)\n");
     host.does(&["model", "threshold", "0.6"]);
     host.does(&["model", "threshold", "d", "0.1"]);
-    host.refuses(&["model", "threshold", "nowhere", "0.1"], "there is no disk or storage `nowhere`");
+    host.refuses(&["model", "threshold", "nowhere", "0.1"], 1, &["there is no disk or storage `nowhere`"]);
     let explained = host.does(&["explain", "d", "0"]);
-    assert!(explained.contains("from probability 0.10 on; proposed from 0.10 on"), "{explained}");
+    assert!(explained.contains("from probability 0.10 on\n"), "{explained}");
+    assert!(explained.contains("a page costs 0.11 of a miss"), "{explained}");
+    assert!(explained.contains("hands out from 0.10 on; 8.0 MiB of 16 MiB left"), "{explained}");
     host.stop();
-    host.start();
+    host.start(IDLE);
     assert_eq!(host.does(&["model", "threshold"]), "default: 0.6 (configured: 0.125)\nd: 0.1\n");
     host.does(&["model", "threshold", "d", "default"]);
     assert_eq!(host.does(&["model", "threshold", "default"]), "default: 0.125 (as configured)\n");
