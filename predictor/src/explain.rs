@@ -30,8 +30,21 @@ pub enum Decision {
     Proposed { probability: f32 },
     /// The likeliest vote is below the floor.
     Unlikely,
+    /// Likely enough for the operator, but not for the governor at this moment: see [`Spending`].
+    Withheld,
     /// No expert names it.
     Unforeseen,
+}
+
+/// What the governor lets the experts spend at this moment. Learned sets do not ask it: they shrink their own window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spending {
+    /// Candidates less likely than this are not handed out; `None`: none is.
+    pub floor: Option<f32>,
+    /// Pages that may still be handed out and turn out in vain; below zero: what was handed out last went beyond.
+    pub budget_pages: f32,
+    /// The most that it can grow to.
+    pub most_pages: f32,
 }
 
 /// What is known of a page.
@@ -44,6 +57,8 @@ pub struct Explanation {
     pub probability: Option<f32>,
     /// Candidates less likely than this are not handed out.
     pub floor: f32,
+    /// Where the governor's floor is now, at or above `floor`.
+    pub spending: Spending,
     pub decision: Decision,
     /// Last activity in the page's block (a touch or a proposal), to a tenth of a second; `None` if none is remembered.
     pub active_us: Option<u64>,

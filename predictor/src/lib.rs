@@ -35,6 +35,6 @@ mod wire;
 
 pub use access::{Access, BLOCK_PAGES, Candidate, Expert, Op, Outcome, PAGE_BYTES, Phase};
 pub use experts::ExpertSet;
-pub use explain::{Decision, Explanation, Vote};
+pub use explain::{Decision, Explanation, Spending, Vote};
 pub use predictor::{AccessConfig, AccessPredictor, AccessStats, CalibrationStats, DEFAULT_THRESHOLD};
 pub use profile::{PhaseSummary, ProfileError, ProfileSummary};

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use clap::Args;
-use prestage_integration::api::types::{Attempt, Explained, Fate};
+use prestage_integration::api::types::{Attempt, Explained, Fate, Governor};
 
 use super::args::disk_name;
 use super::table::{Align, Fields, Table, printable};
@@ -18,7 +18,11 @@ use crate::config::units::{human_bytes, parse_bytes};
     SCORE        the expert's own\n  \
     PROBABILITY  by the record of such predictions\n  \
     WEIGHT       in the combination; - where the likeliest vote alone decides\n  \
-    DUE          when the guest is expected to read it"
+    DUE          when the guest is expected to read it\n\n\
+    A page is worth loading where the wait that it saves if the guest reads it (gain) is\n\
+    more than what it costs if not (waste). The threshold says what that is: at 0.125,\n\
+    seven pages in vain cost as much as one miss. The governor bounds what is loaded in\n\
+    vain whatever the probabilities say; learned sets (phase) do not ask it."
 )]
 pub struct ExplainArgs {
     /// Name of the disk
@@ -53,23 +57,43 @@ fn text(explained: &Explained) -> String {
             format!("read or wrote it within the last {}", short(touched.ago_us.saturating_add(1_000_000))),
         );
     }
-    let prefetch = if explained.prefetch { "on" } else { "OFF (prefetch.enabled)" };
-    let (threshold, floor) = (explained.threshold, explained.floor);
-    fields.add("prefetch", format!("{prefetch}, from probability {threshold:.2} on; proposed from {floor:.2} on"));
+    let on = if explained.prefetch { "on" } else { "OFF (prefetch.enabled)" };
+    fields.add("prefetch", format!("{on}, from probability {} on", least(explained.threshold)));
+    if let Some(vain_cost) = explained.vain_cost {
+        fields.add("in vain", format!("a page costs {vain_cost:.2} of a miss, by that probability"));
+    }
+    fields.add("governor", governor(&explained.governor));
     if let Some(miss_us) = explained.miss_us {
-        let gain = explained.votes.first().map(|vote| {
-            let p = vote.calibrated;
-            format!("; expected gain {p:.2} x that = {}", short_us(miss_us * f64::from(p)))
-        });
-        fields.add("a miss costs", format!("{} on this disk{}", short_us(miss_us), gain.unwrap_or_default()));
+        fields.add("a miss costs", format!("{} on this disk", short_us(miss_us)));
+        if let (Some(vote), Some(vain_cost)) = (explained.votes.first(), explained.vain_cost) {
+            fields.add("expected", expected(f64::from(vote.calibrated), miss_us, miss_us * f64::from(vain_cost)));
+        }
     }
     let budget = explained.budget;
     let (under_way, window) = (human_bytes(budget.in_flight_bytes), human_bytes(budget.window_bytes));
-    fields.add("budget", format!("{under_way} of {window} under way, {} waiting", human_bytes(budget.queued_bytes)));
+    fields.add("store", format!("{under_way} of {window} under way, {} waiting", human_bytes(budget.queued_bytes)));
     fields.add("record", format!("proposals of the last {}", short(explained.record_us)));
     text.push('\n');
     text.push_str(&fields.render());
     text
+}
+
+fn governor(governor: &Governor) -> String {
+    let left = match u64::try_from(governor.budget_bytes) {
+        Ok(left) => human_bytes(left),
+        Err(_) => format!("-{}", human_bytes(governor.budget_bytes.unsigned_abs())),
+    };
+    let lets = match governor.floor {
+        Some(floor) => format!("from {} on", least(floor)),
+        None => "nothing".to_owned(),
+    };
+    format!("hands out {lets}; {left} of {} left to waste", human_bytes(governor.most_bytes))
+}
+
+/// Gain against waste at a probability, where a hit saves and a page in vain costs so many microseconds.
+fn expected(p: f64, saves_us: f64, costs_us: f64) -> String {
+    let part = |p: f64, us: f64| format!("{p:.2} x {} = {}", short_us(us), short_us(p * us));
+    format!("gain {}, waste {}", part(p, saves_us), part(1.0 - p, costs_us))
 }
 
 /// The answer.
@@ -104,9 +128,23 @@ fn sentence(explained: &Explained) -> String {
         None => "no expert expects it to be read".to_owned(),
         Some(vote) if vote.calibrated < explained.floor => {
             format!(
-                "the likeliest vote ({}, {:.2}) is below the threshold of {:.2}",
-                vote.expert, vote.calibrated, explained.floor
+                "the likeliest vote ({}, {:.2}) is below the threshold of {}",
+                vote.expert,
+                vote.calibrated,
+                least(explained.floor)
             )
+        }
+        Some(vote) if explained.governor.withholds => {
+            let (expert, p) = (&vote.expert, vote.calibrated);
+            match explained.governor.floor {
+                Some(floor) => {
+                    let floor = least(floor);
+                    format!("{expert} expects it ({p:.2}), but after pages in vain the governor asks for {floor}")
+                }
+                None => {
+                    format!("{expert} expects it ({p:.2}), but after pages in vain the governor lets nothing through")
+                }
+            }
         }
         Some(_) if explained.touched.is_some() => "the guest touched it lately, there is nothing to fetch".to_owned(),
         Some(vote) => format!("{} expects it ({:.2}), but has not proposed it yet", vote.expert, vote.calibrated),
@@ -233,6 +271,7 @@ pub(super) fn short_us(us: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use prestage_integration::api::types::Vote;
 
     #[test]
     fn a_threshold_keeps_the_digits_that_decide() {
@@ -253,5 +292,21 @@ mod tests {
         assert!(sentence(&explained).ends_with("but the SSD tier has it"), "{}", sentence(&explained));
         explained.place.ram = true;
         assert!(sentence(&explained).ends_with("or it was cached already"), "{}", sentence(&explained));
+    }
+
+    #[test]
+    fn what_the_governor_holds_back_is_said_with_its_floor() {
+        let vote = Vote { expert: "log".into(), calibrated: 0.31, weight: Some(1.0), ..Vote::default() };
+        let governor = Governor { floor: Some(0.62), budget_bytes: -4096, most_bytes: 16 << 20, withholds: true };
+        let mut explained =
+            Explained { votes: vec![vote], threshold: 0.125, floor: 0.125, governor, ..Explained::default() };
+        let expects = "not prefetched: log expects it (0.31), but after pages in vain the governor";
+        assert_eq!(sentence(&explained), format!("{expects} asks for 0.62"));
+        assert!(text(&explained).contains("hands out from 0.62 on; -4.0 KiB of 16 MiB left to waste"));
+        explained.governor.floor = None;
+        assert_eq!(sentence(&explained), format!("{expects} lets nothing through"));
+        // What the threshold rules out is not the governor's doing.
+        explained.floor = 0.5;
+        assert!(sentence(&explained).contains("below the threshold of 0.50"));
     }
 }

@@ -3,8 +3,20 @@
 use super::model::{Model, micros};
 use prestage_cache::Cache;
 use prestage_cache::types::{PAGE_BYTES, PageRange};
-use prestage_integration::api::types::{BudgetUse, Explained, Place, Touch, Vote};
-use prestage_predictor::Decision;
+use prestage_integration::api::types::{BudgetUse, Explained, Governor, Place, Touch, Vote};
+use prestage_predictor::{Decision, Explanation};
+
+fn governor(explanation: &Explanation) -> Governor {
+    let spending = explanation.spending;
+    // Whole pages: the parts of one that reads earn are the governor's own business.
+    let bytes = |pages: f32| pages.floor() as i64 * PAGE_BYTES as i64;
+    Governor {
+        floor: spending.floor,
+        budget_bytes: bytes(spending.budget_pages),
+        most_bytes: bytes(spending.most_pages).unsigned_abs(),
+        withholds: explanation.decision == Decision::Withheld,
+    }
+}
 
 impl Model {
     /// All but the disk's name and its latency.
@@ -46,6 +58,8 @@ impl Model {
             attempts: self.journal.attempts(page, place, now_us),
             record_us: self.journal.span_us(now_us),
             miss_us: None,
+            vain_cost: (threshold < 1.0).then(|| threshold / (1.0 - threshold)),
+            governor: governor(&explanation),
             budget: BudgetUse {
                 window_bytes: budget.window_bytes,
                 in_flight_bytes: budget.in_flight_bytes,

@@ -229,6 +229,8 @@ impl Control for Fake {
             attempts: vec![attempt(3_210_000, 0.81, Fate::Late), attempt(95_000_000, 0.31, Fate::BelowThreshold)],
             record_us: 7_200_000_000,
             miss_us: Some(5200.0),
+            vain_cost: Some(1.0),
+            governor: Governor { floor: Some(0.62), budget_bytes: 6 << 20, most_bytes: 16 << 20, withholds: false },
             budget: BudgetUse { window_bytes: 2 << 20, in_flight_bytes: 1 << 20, queued_bytes: 65536 },
         }))
     }

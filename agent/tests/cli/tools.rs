@@ -24,9 +24,12 @@ WHEN            EXPERT  PROBABILITY  THRESHOLD  WHAT BECAME OF IT
 1 min 35 s ago  markov         0.31       0.50  below the threshold
 
 cached:        on the SSD
-prefetch:      on, from probability 0.50 on; proposed from 0.25 on
-a miss costs:  5.20 ms on this disk; expected gain 0.81 x that = 4.21 ms
-budget:        1.0 MiB of 2.0 MiB under way, 64 KiB waiting
+prefetch:      on, from probability 0.50 on
+in vain:       a page costs 1.00 of a miss, by that probability
+governor:      hands out from 0.62 on; 6.0 MiB of 16 MiB left to waste
+a miss costs:  5.20 ms on this disk
+expected:      gain 0.81 x 5.20 ms = 4.21 ms, waste 0.19 x 5.20 ms = 988 us
+store:         1.0 MiB of 2.0 MiB under way, 64 KiB waiting
 record:        proposals of the last 2 h 0 min
 ",
     );

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use super::counters::Counters;
-pub use explained::{Attempt, BudgetUse, Explained, Fate, Place, Touch, Vote};
+pub use explained::{Attempt, BudgetUse, Explained, Fate, Governor, Place, Touch, Vote};
 
 /// Whether a part works as it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]

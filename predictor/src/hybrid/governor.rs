@@ -5,6 +5,9 @@
 //! handed out: a guest that cannot be foreseen, or that turns against what was learned of it, costs at most [`FREE_SHARE`]
 //! of its own reads in wasted ones (plus what was saved up, which is bounded).
 
+use super::Hybrid;
+use crate::explain::Spending;
+
 /// Wasted pages that a missed page earns: the loss that is borne to find out whether prediction works.
 const FREE_SHARE: f32 = 0.01;
 /// Most that is saved up, as a share of the cache's pages: what is on its way or waits there unread counts against the
@@ -56,6 +59,20 @@ impl Governor {
             return None;
         }
         Some(floor + (HIGHEST_FLOOR - floor).max(0.0) * (1.0 - level).max(0.0))
+    }
+}
+
+impl Hybrid {
+    /// What may be spent now, where the operator's floor is `floor`.
+    pub(crate) fn spending(&self, floor: f32) -> Spending {
+        let Governor { budget, most } = self.governor;
+        Spending { floor: self.governor.floor(floor), budget_pages: budget, most_pages: most }
+    }
+
+    /// As if so many pages had been handed out.
+    #[cfg(test)]
+    pub(crate) fn spend(&mut self, pages: u32) {
+        self.governor.spent(pages);
     }
 }
 

@@ -45,6 +45,12 @@ impl AccessPredictor {
         votes.sort_by(|a, b| b.calibrated.total_cmp(&a.calibrated).then(weight(b).total_cmp(&weight(a))));
         let probability = votes.first().map(|vote| vote.calibrated);
         let floor = self.config.min_probability;
+        let spending = self.hybrid.spending(floor);
+        // A learned set is not held back: it hands the page out whatever the others may spend.
+        let goes_out = |vote: &Vote| match vote.expert {
+            Expert::Phase => vote.calibrated >= floor,
+            _ => spending.floor.is_some_and(|floor| vote.calibrated >= floor),
+        };
         let decision = match (knowledge, probability) {
             (Some(knowledge), _) if knowledge.cached => Decision::Touched,
             (Some(knowledge), probability) if knowledge.issued => {
@@ -52,10 +58,11 @@ impl AccessPredictor {
             }
             (_, None) => Decision::Unforeseen,
             (_, Some(probability)) if probability < floor => Decision::Unlikely,
+            _ if !votes.iter().any(goes_out) => Decision::Withheld,
             _ => Decision::Propose,
         };
         let active_us = knowledge.map(|knowledge| knowledge.seen_us);
-        Explanation { page, votes, probability, floor, decision, active_us }
+        Explanation { page, votes, probability, floor, spending, decision, active_us }
     }
 }
 
@@ -99,6 +106,26 @@ mod tests {
         let vote = explained.votes.iter().find(|vote| vote.expert == Expert::Phase).unwrap();
         assert_eq!(vote.due_us, Some(1_000_200_000));
         assert_eq!(explained.decision, Decision::Propose);
+    }
+
+    #[test]
+    fn what_the_governor_does_not_let_through_is_withheld() {
+        let mut predictor = AccessPredictor::new(AccessConfig { cache_pages: 0, ..AccessConfig::default() });
+        let fresh = predictor.explain(0);
+        assert_eq!(fresh.spending.floor, Some(fresh.floor));
+        assert!(fresh.spending.budget_pages > 0.0 && fresh.spending.budget_pages <= fresh.spending.most_pages);
+        let stream = |predictor: &mut AccessPredictor, first: u64| {
+            (0..8).for_each(|i| read(predictor, first + i * 8, 8, first + i * 1000));
+            predictor.predict(first + 8000, &mut Vec::new());
+            predictor.explain(first + 64)
+        };
+        assert!(matches!(stream(&mut predictor, 0).decision, Decision::Proposed { .. }));
+        // All in vain.
+        predictor.hybrid.spend(fresh.spending.most_pages as u32);
+        let withheld = stream(&mut predictor, 1 << 20);
+        assert_eq!((withheld.decision, withheld.spending.floor), (Decision::Withheld, None), "{withheld:?}");
+        assert!(withheld.probability.is_some_and(|probability| probability >= withheld.floor), "{withheld:?}");
+        assert!(withheld.spending.budget_pages < 0.0, "{withheld:?}");
     }
 
     #[test]

@@ -28,7 +28,26 @@ pub struct Explained {
     /// Mean time of this disk's reads that RAM did not serve: what a hit saves. Absent before the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub miss_us: Option<f64>,
+    /// What a page loaded in vain counts for in reads that miss, by the threshold: at threshold t, t / (1 - t). Absent at 1: nothing
+    /// is worth it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vain_cost: Option<f32>,
+    pub governor: Governor,
     pub budget: BudgetUse,
+}
+
+/// What the governor lets predictions cost at this moment. Learned sets do not ask it.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Governor {
+    /// Least probability that it lets through; absent: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub floor: Option<f32>,
+    /// Bytes that may still be loaded and not read; below zero: the last went beyond.
+    pub budget_bytes: i64,
+    /// The most that it can grow to.
+    pub most_bytes: u64,
+    /// The page is likely enough by the threshold, and not for the governor.
+    pub withholds: bool,
 }
 
 /// Where a page is now.
