@@ -8,6 +8,9 @@ pub const BLOCK_PAGES: u64 = 16;
 /// Largest storage the predictor reasons about, in pages (just under 256 TiB), so that a block index fits in 32 bits.
 pub const MAX_PAGES: u64 = (u32::MAX as u64) * BLOCK_PAGES;
 
+/// Pages of one read that are looked at (16 MiB); what a longer one touches beyond is not learned.
+pub(crate) const MAX_READ_PAGES: u32 = 4096;
+
 /// What a guest did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
@@ -30,6 +33,13 @@ pub struct Access {
     pub pages: u32,
 }
 
+impl Access {
+    /// Pages of a read that are looked at (16 MiB at most); what a longer one touches beyond is not learned.
+    pub(crate) fn read_pages(&self) -> u32 {
+        self.pages.min(MAX_READ_PAGES)
+    }
+}
+
 /// Who proposed a candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Expert {
@@ -47,12 +57,22 @@ pub enum Expert {
     Log,
     /// First-touch set of a named phase.
     Phase,
+    /// The LSTM: names no pages of its own, and speaks for or against those that others name.
+    Lstm,
 }
 
 impl Expert {
     /// All experts, in the order of [`Expert::index`].
-    pub const ALL: [Self; 7] =
-        [Self::Sequential, Self::Backward, Self::Stride, Self::Spatial, Self::Markov, Self::Log, Self::Phase];
+    pub const ALL: [Self; 8] = [
+        Self::Sequential,
+        Self::Backward,
+        Self::Stride,
+        Self::Spatial,
+        Self::Markov,
+        Self::Log,
+        Self::Phase,
+        Self::Lstm,
+    ];
 
     /// Position in [`Expert::ALL`], for tables by expert.
     #[must_use]
@@ -71,6 +91,7 @@ impl Expert {
             Self::Markov => "markov",
             Self::Log => "log",
             Self::Phase => "phase",
+            Self::Lstm => "lstm",
         }
     }
 }

@@ -15,6 +15,7 @@
 //! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
 //! | `experts` | sets of experts |
 //! | [`lstm`] | LSTM over ordinals: weights as bytes, inference kernels; re-ranks candidates |
+//! | [`ordinals`] | which of the things on offer a read turned out to be: what the LSTM reads |
 //! | `odds`, `pageset`, `wire` | counts that become probabilities, page masks, byte encoding |
 
 pub mod access;
@@ -25,6 +26,7 @@ pub mod explain;
 mod hybrid;
 pub mod lstm;
 mod odds;
+pub mod ordinals;
 mod pageset;
 mod phase;
 pub mod predictor;

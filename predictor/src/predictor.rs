@@ -10,22 +10,22 @@
 mod explain;
 mod vm;
 
-use crate::access::{Access, Candidate, Expert, MAX_PAGES, Op, Outcome, Phase};
+use crate::access::{Access, Candidate, Expert, MAX_PAGES, MAX_READ_PAGES, Op, Outcome, Phase};
 use crate::experts::ExpertSet;
 use crate::hybrid::{Hybrid, HybridConfig, Moment};
+use crate::lstm::{Token, Weights};
 use crate::pageset::{RunJoiner, block_masks};
 use crate::phase::PhaseSet;
 use crate::record::Recording;
 use crate::replay::Window;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use vm::{Vm, close_phase};
 
 /// Probability from which on a prefetch is worth it by default: a store that takes milliseconds for a read is asked seven
 /// times in vain for less than one miss costs.
 pub const DEFAULT_THRESHOLD: f32 = 0.125;
-/// Pages of one read that are looked at (16 MiB); what a longer one touches beyond is not learned.
-const MAX_READ_PAGES: u32 = 4096;
 /// Pages of one write or discard that are noted (256 MiB): a guest may discard a whole disk in one request.
 const MAX_WRITE_PAGES: u32 = 65_536;
 /// Pages of a candidate, at most (512 KiB).
@@ -73,6 +73,9 @@ pub struct AccessConfig {
     pub writes_cached: bool,
     /// Experts that may propose; the others learn and keep silent. Default all.
     pub experts: ExpertSet,
+    /// Only the LSTM's word counts: the other experts name pages and say nothing of how likely they are. To measure what it
+    /// is worth by itself. Default no.
+    pub model_alone: bool,
 }
 
 impl Default for AccessConfig {
@@ -93,6 +96,7 @@ impl Default for AccessConfig {
             cache_pages: 1 << 18,
             writes_cached: false,
             experts: ExpertSet::ALL,
+            model_alone: false,
         }
     }
 }
@@ -113,7 +117,7 @@ impl AccessConfig {
         u64::try_from(self.phase_duration.as_micros()).unwrap_or(u64::MAX)
     }
 
-    fn hybrid(&self) -> HybridConfig {
+    pub(crate) fn hybrid(&self) -> HybridConfig {
         HybridConfig {
             blocks: self.recent_blocks,
             log_reads: self.log_reads,
@@ -124,6 +128,7 @@ impl AccessConfig {
             experts: self.experts,
             cache_pages: self.cache_pages,
             writes_cached: self.writes_cached,
+            model_alone: self.model_alone,
         }
     }
 }
@@ -135,13 +140,13 @@ pub struct AccessStats {
     pub writes: u64,
     pub candidates: u64,
     /// By [`Expert::index`].
-    pub proposed_pages: [u64; 7],
+    pub proposed_pages: [u64; Expert::ALL.len()],
     /// By [`Expert::index`], from outcomes: read by a guest.
-    pub used_pages: [u64; 7],
+    pub used_pages: [u64; Expert::ALL.len()],
     /// Part of `used_pages`: the guest had to wait.
-    pub late_pages: [u64; 7],
+    pub late_pages: [u64; Expert::ALL.len()],
     /// By [`Expert::index`], from outcomes: lost before any read.
-    pub unused_pages: [u64; 7],
+    pub unused_pages: [u64; Expert::ALL.len()],
 }
 
 /// How well probabilities were kept: settled predictions against what happened.
@@ -172,6 +177,7 @@ pub struct AccessPredictor {
     pub(crate) uses: u64,
     pub(crate) hybrid: Hybrid,
     vms: BTreeMap<u64, Box<Vm>>,
+    model: Option<Arc<Weights>>,
     pending: Vec<Candidate>,
     stats: AccessStats,
 }
@@ -186,6 +192,7 @@ impl AccessPredictor {
             phases: Vec::new(),
             uses: 0,
             vms: BTreeMap::new(),
+            model: None,
             pending: Vec::with_capacity(PENDING_ROOM),
             stats: AccessStats::default(),
             config,
@@ -334,6 +341,43 @@ impl AccessPredictor {
                     joiner.flush(&mut add);
                 });
             }
+        }
+    }
+
+    /// The LSTM that speaks in the mixer from now on; `None`: none does. It starts from an empty state.
+    pub fn set_model(&mut self, model: Option<Arc<Weights>>) {
+        self.model = model;
+        self.vms.values_mut().for_each(|vm| vm.trail.mind.forget());
+    }
+
+    /// Lets the LSTM read the tokens of the reads since the last call, all VMs in one batch, and say what it expects. Not
+    /// part of the hot path: call it when there is time; what it says counts for the eight reads that follow, and the less
+    /// the later. Of more than 64 reads between two calls the model misses the oldest. `told` is given each VM's tokens, also
+    /// without a model.
+    pub fn foretell(&mut self, mut told: impl FnMut(u64, Token)) {
+        let Some(model) = &self.model else {
+            for (id, vm) in &mut self.vms {
+                std::iter::from_fn(|| vm.trail.mind.pop()).for_each(|token| told(*id, token));
+            }
+            return;
+        };
+        let mut spoken = false;
+        loop {
+            let next = self.vms.iter_mut().filter_map(|(id, vm)| {
+                let token = vm.trail.mind.pop()?;
+                told(*id, token);
+                Some((vm.trail.mind.heed(), token))
+            });
+            let mut batch: Vec<_> = next.collect();
+            match batch.as_mut_slice() {
+                [] => break,
+                [(state, token)] => model.step(state, *token),
+                batch => model.step_batch(batch),
+            }
+            spoken = true;
+        }
+        if spoken {
+            self.vms.values_mut().for_each(|vm| vm.trail.mind.speak(model));
         }
     }
 

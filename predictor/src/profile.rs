@@ -24,7 +24,7 @@ use thiserror::Error;
 
 const MAGIC: [u8; 8] = *b"PSTGPROF";
 /// Version of the format; raised whenever the payload's meaning changes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 24;
 
 /// Why bytes are not a profile of this program.

@@ -15,11 +15,13 @@ use crate::wire::{Reader, WireError, put, put_f32};
 /// Contexts looked up for one candidate; the last places may be unused.
 pub(crate) const INPUTS: usize = SHARED + OWN;
 /// Of these, common to the pages of a block, and a page's own.
-pub(crate) const SHARED: usize = 7;
+pub(crate) const SHARED: usize = 8;
 pub(crate) const OWN: usize = 5;
 /// What [`Contexts::inputs`] works on at once.
 const LANES: usize = 8;
 const _: () = assert!(SHARED <= LANES && OWN <= LANES);
+/// Of the shared ones, what the LSTM says.
+pub(crate) const MODEL: usize = 7;
 /// Places of one context's table.
 const PLACES: usize = 4096;
 /// Sets of weights: one for each combination of experts that stand behind a candidate.
@@ -44,7 +46,7 @@ struct Counter {
     good: u16,
 }
 
-/// The counters of all contexts: `INPUTS × PLACES × 4` bytes (192 KiB).
+/// The counters of all contexts: `INPUTS × PLACES × 4` bytes (208 KiB).
 #[derive(Clone, Debug)]
 pub(crate) struct Contexts {
     counters: Vec<Counter>,

@@ -23,6 +23,8 @@ mod view;
 
 use crate::access::{BLOCK_PAGES, Candidate, Expert};
 use crate::experts::ExpertSet;
+use crate::ordinals::mind::{Mind, Word};
+use crate::ordinals::{Found, Slate};
 use crate::pageset::{block_masks, mask_runs};
 use crate::predictor::CalibrationStats;
 use crate::wire::{Reader, WireError};
@@ -30,7 +32,7 @@ use blocks::Blocks;
 use flow::Flow;
 use governor::Governor;
 use granules::Granules;
-use mixer::{Contexts, INPUTS, MAX_SCORE, Mixer, OWN, Places, Reliability, SETS, SHARED};
+use mixer::{Contexts, INPUTS, MAX_SCORE, MODEL, Mixer, OWN, Places, Reliability, SETS, SHARED};
 use pending::{NO_PREDICTION, Pending, Prediction};
 use propose::{CHAIN, Limits, NEAR, Proposal, Proposals, log2};
 use runs::Runs;
@@ -44,10 +46,11 @@ const MAX_PACE_US: u64 = 1_000_000;
 
 /// Whose contexts the mixer's inputs are (see [`view`]): by place in [`SPEAKERS`]; `None`: of whoever speaks first.
 const SPEAKER_OF: [Option<usize>; INPUTS] =
-    [Some(0), Some(1), Some(1), Some(1), Some(2), Some(3), None, Some(3), Some(3), Some(3), Some(3), Some(3)];
-/// Bit of each speaker in an evidence's set.
+    [Some(0), Some(1), Some(1), Some(1), Some(2), Some(3), None, Some(4), Some(3), Some(3), Some(3), Some(3), Some(3)];
+/// Bit of each speaker in an evidence's set; the LSTM names nothing and has none.
 const SET_BIT: [u8; 4] = [0, 1, 3, 2];
-pub(crate) const SPEAKERS: [Expert; 4] = [Expert::Sequential, Expert::Log, Expert::Markov, Expert::Spatial];
+pub(crate) const SPEAKERS: [Expert; 5] =
+    [Expert::Sequential, Expert::Log, Expert::Markov, Expert::Spatial, Expert::Lstm];
 
 /// What the hybrid knows of a page: its probability, and by [`SPEAKERS`] the part of the score in nats.
 #[derive(Clone, Copy, Debug)]
@@ -58,9 +61,11 @@ pub(crate) struct Knowledge {
     pub(crate) said: Option<(f32, [f32; SPEAKERS.len()])>,
 }
 
-/// What is kept of one VM: its runs and its place in the log. About 3 KiB.
+/// What is kept of one VM: its runs and its place in the log, and what the LSTM makes of it. About 4 KiB.
 #[derive(Clone, Debug)]
 pub(crate) struct Trail {
+    pub(crate) slate: Slate,
+    pub(crate) mind: Mind,
     runs: Runs,
     follower: Follower,
     flow: Flow,
@@ -96,6 +101,8 @@ pub(crate) struct HybridConfig {
     pub(crate) cache_pages: u64,
     /// Whether what a guest writes is cached by that.
     pub(crate) writes_cached: bool,
+    /// Only the LSTM's word counts; the others name pages and say nothing of them.
+    pub(crate) model_alone: bool,
 }
 
 /// See the module's head.
@@ -191,6 +198,8 @@ impl Hybrid {
     /// A VM that has read nothing yet.
     pub(crate) fn trail(&mut self) -> Trail {
         Trail {
+            slate: Slate::default(),
+            mind: Mind::new(),
             runs: Runs::default(),
             follower: self.log.follower(),
             flow: Flow::default(),
@@ -226,6 +235,9 @@ impl Hybrid {
             }
             trail.block = block;
         }
+        let (at_us, ahead) = (moment.at_us, self.ahead.as_slice());
+        let found = Found { block, first, pages, at_us, run, cursor, ahead };
+        trail.mind.push(trail.slate.read(&found, &self.granules));
         let pause = moment.at_us.saturating_sub(trail.at_us).min(MAX_PACE_US);
         trail.pace_us = (trail.pace_us * 7 + pause) / 8;
         trail.at_us = moment.at_us;
@@ -259,14 +271,25 @@ impl Hybrid {
             pace_us: trail.pace_us,
             gap_us: run.map_or(0, |run| run.gap_us),
         };
-        self.weigh(&context, &mut trail.flow, moment, out);
+        self.weigh(&context, trail.mind.word(), &mut trail.flow, moment, out);
     }
 
-    fn weigh(&mut self, reading: &Reading, flow: &mut Flow, moment: &Moment, out: &mut Vec<Candidate>) {
+    fn weigh(
+        &mut self,
+        reading: &Reading,
+        word: Option<&Word>,
+        flow: &mut Flow,
+        moment: &Moment,
+        out: &mut Vec<Candidate>,
+    ) {
         for index in 0..self.proposals.len().min(MAX_WEIGHED) {
             let mut proposal = self.proposals.get(index);
             if proposal.evidence.temporal == 0 {
                 proposal.evidence.unnamed = reading.follows;
+            }
+            if let Some(word) = word {
+                let beyond = proposal.block as i64 - (reading.request.0 / BLOCK_PAGES) as i64;
+                proposal.evidence.model = proposal.evidence.heard(word, beyond);
             }
             let floor = self.governor.floor(moment.floor).unwrap_or(f32::INFINITY);
             let (issue, probability) = self.weigh_block(reading.request, &proposal, flow, floor);
@@ -304,6 +327,13 @@ impl Hybrid {
         let mut places = view.shared(&evidence, size_class, mask, flow.yields(evidence.set()));
         let mut inputs = [0f32; INPUTS];
         inputs[..SHARED].copy_from_slice(&self.contexts.inputs::<SHARED>(&places));
+        if self.config.model_alone {
+            inputs[..SHARED]
+                .iter_mut()
+                .enumerate()
+                .filter(|(input, _)| *input != MODEL)
+                .for_each(|(_, odds)| *odds = 0.0);
+        }
         let shared = self.mixer.partial(evidence.set(), 0, &inputs[..SHARED]);
         let (mut issue, mut sum) = (0u16, 0f32);
         let mut left = mask;
@@ -312,7 +342,9 @@ impl Hybrid {
             left &= !group;
             let own = view.own(&evidence, block * BLOCK_PAGES, group, request, size_class);
             places[SHARED..].copy_from_slice(&own);
-            inputs[SHARED..].copy_from_slice(&self.contexts.inputs::<OWN>(&own));
+            if !self.config.model_alone {
+                inputs[SHARED..].copy_from_slice(&self.contexts.inputs::<OWN>(&own));
+            }
             let score = shared + self.mixer.partial(evidence.set(), SHARED, &inputs[SHARED..]);
             let said = Said { set: evidence.set(), score: score.clamp(-MAX_SCORE, MAX_SCORE), places, inputs };
             let (issued, probability) = self.say(block, group, &said, flow, floor);

@@ -9,6 +9,8 @@ use super::runs::{Course, Run};
 use super::temporal::Cursor;
 use crate::access::{BLOCK_PAGES, Expert, MAX_PAGES};
 use crate::experts::ExpertSet;
+use crate::ordinals;
+use crate::ordinals::mind::Word;
 use crate::pageset::block_masks;
 
 /// Proposals kept of one read.
@@ -34,6 +36,8 @@ pub(super) struct Evidence {
     pub(super) course: u8,
     /// How long the cursor has been right that does not name the candidate.
     pub(super) unnamed: u8,
+    /// How likely the LSTM holds what the evidence says; 0: it says nothing.
+    pub(super) model: u8,
     pub(super) distance: u16,
 }
 
@@ -51,6 +55,31 @@ impl Evidence {
         }
         self.chain = self.chain.max(other.chain);
         self.distance = self.distance.min(other.distance);
+    }
+
+    /// What the LSTM says of it: its word for the surest of the symbols that this evidence stands for (see [`ordinals`]).
+    /// `block` lies so many blocks beyond the read's.
+    pub(super) fn heard(&self, word: &Word, block: i64) -> u8 {
+        let mut level = 0;
+        let mut hear = |symbol: usize| level = level.max(word[symbol]);
+        if self.run > 0 {
+            hear(0);
+        }
+        if self.temporal > 0 {
+            hear(ordinals::LOG + usize::from(self.distance).clamp(1, ordinals::AHEAD) - 1);
+        }
+        if self.chain > 0 {
+            let place = usize::from((self.chain - 1) / 8);
+            // Further along the chain the first step has to be right before.
+            hear(ordinals::CHAIN + if place >= 12 { 15 - place } else { 0 });
+        }
+        match block {
+            0 => hear(ordinals::RECENT),
+            1 => hear(ordinals::NEAR),
+            -1 => hear(ordinals::NEAR + 1),
+            _ => {}
+        }
+        level
     }
 
     /// Which experts speak: selects the mixer's weights.

@@ -33,6 +33,8 @@ pub(crate) struct Run {
     pub(crate) stride: i64,
     /// Smoothed time between requests.
     pub(crate) gap_us: u64,
+    /// Place in the table: the same for as long as the run is kept.
+    pub(crate) slot: u8,
 }
 
 #[derive(Clone, Debug)]
@@ -98,7 +100,8 @@ impl Runs {
         self.end[run] = if course == Course::Forward { end.max(self.end[run].min(end + BEHIND)) } else { end };
         self.first[run] = first;
         self.latest = run;
-        Some(Run { course, length: self.length[run], stride: self.stride[run], gap_us: self.gap_us[run] })
+        let (length, stride, gap_us) = (self.length[run], self.stride[run], self.gap_us[run]);
+        Some(Run { course, length, stride, gap_us, slot: run as u8 })
     }
 
     fn latest_of(&self, matching: u32) -> usize {

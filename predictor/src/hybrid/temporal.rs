@@ -110,10 +110,24 @@ pub(crate) struct Cursor {
     /// Last place that was proposed, and how far ahead it lies.
     frontier: u32,
     proposed: u32,
+    /// Place among its VM's cursors: the same for as long as it is kept.
+    pub(crate) slot: u8,
+    /// How many reads ago the place was read that the cursor is at.
+    pub(crate) age: u64,
 }
 
-const NO_CURSOR: Cursor =
-    Cursor { at: NONE, generation: 0, ordinal: 0, hits: 0, closeness: 0.0, used: 0, frontier: NONE, proposed: 0 };
+const NO_CURSOR: Cursor = Cursor {
+    at: NONE,
+    generation: 0,
+    ordinal: 0,
+    hits: 0,
+    closeness: 0.0,
+    used: 0,
+    frontier: NONE,
+    proposed: 0,
+    slot: 0,
+    age: 0,
+};
 
 impl Follower {
     fn new(owner: u32) -> Self {
@@ -183,6 +197,8 @@ impl Log {
         let found = self.find(follower, bucket, first);
         self.append(follower, bucket, first, pages);
         let cursor = &mut follower.cursors[found?];
+        // Of another VM's log it is a guess: their numbers run side by side.
+        cursor.age = follower.written.saturating_sub(cursor.ordinal);
         self.look_ahead(cursor, ahead);
         Some(*cursor)
     }
@@ -234,6 +250,8 @@ impl Log {
             used: follower.clock,
             frontier: at,
             proposed: 0,
+            slot: index as u8,
+            age: 0,
         };
         Some(index)
     }

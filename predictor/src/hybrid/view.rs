@@ -1,8 +1,9 @@
 //! The contexts in which a candidate appears: what is known of its block and of the pages around it.
 
 use super::blocks::Blocks;
-use super::mixer::{Contexts, INPUTS, NOWHERE, OWN, Places, SHARED};
+use super::mixer::{Contexts, INPUTS, MODEL, NOWHERE, OWN, Places, SHARED};
 use super::propose::{AROUND, Evidence, log2, run_evidence, temporal_evidence};
+use crate::ordinals::mind::LEVELS;
 
 /// Predictions that the expectations of [`expected`] are worth.
 const EXPECTED: u16 = 8;
@@ -101,6 +102,11 @@ impl View {
         }
         places[5] = Contexts::place(5, (self.visits * 16 + self.filled) * 16 + self.region);
         places[6] = Contexts::place(6, yields * 16 + u32::from(evidence.set()));
+        if evidence.model > 0 {
+            let far = u32::from(log2(u32::from(evidence.distance)).min(7));
+            let said = (u32::from(evidence.set()) * 8 + far) * LEVELS + u32::from(evidence.model);
+            places[MODEL] = Contexts::place(MODEL, said);
+        }
         places
     }
 

@@ -16,6 +16,11 @@ impl Token {
             .then(|| Self(u16::from(symbol) | u16::from(op) << 6 | u16::from(size) << 8 | u16::from(gap) << 11))
     }
 
+    /// [`Token::new`] of parts that are known to be in range; those that are not lose their upper bits.
+    pub(crate) fn of(symbol: u8, op: u8, size: u8, gap: u8) -> Self {
+        Self(u16::from(symbol & 63) | u16::from(op & 3) << 6 | u16::from(size & 7) << 8 | u16::from(gap & 7) << 11)
+    }
+
     /// The token that [`Token::bits`] gave; `None` if `bits` are not a token's.
     #[must_use]
     pub fn from_bits(bits: u16) -> Option<Self> {
