@@ -159,6 +159,8 @@ pub struct CalibrationStats {
     pub brier: f64,
     /// Mean code length of the outcomes, bits a prediction.
     pub bits: f64,
+    /// Sum of what happened less what was said: 0 on average while the probabilities hold.
+    pub surplus: f64,
 }
 
 /// A learned set and when it was last needed.
@@ -352,7 +354,7 @@ impl AccessPredictor {
 
     /// Lets the LSTM read the tokens of the reads since the last call, all VMs in one batch, and say what it expects. Not
     /// part of the hot path: call it when there is time; what it says counts for the eight reads that follow, and the less
-    /// the later. Of more than 64 reads between two calls the model misses the oldest. `told` is given each VM's tokens, also
+    /// the later. Of more than 256 reads between two calls the model misses the oldest. `told` is given each VM's tokens, also
     /// without a model.
     pub fn foretell(&mut self, mut told: impl FnMut(u64, Token)) {
         let Some(model) = &self.model else {

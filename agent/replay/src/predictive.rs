@@ -4,14 +4,20 @@ use crate::marks::{Mark, MarkKind};
 use crate::prefetcher::{Outcome, Prefetcher, Wish};
 use crate::trace::{Request, TraceError};
 use prestage_cache::types::PageRange;
+use prestage_predictor::lstm::Weights;
 use prestage_predictor::{
     Access, AccessConfig, AccessPredictor, CalibrationStats, Candidate, Expert, ExpertSet, PAGE_BYTES,
 };
+use std::sync::Arc;
 
 /// The guest of a trace.
 const VM: u64 = 1;
 /// Between the end of what was trained on and the replay: the machine was off.
 const PAUSE_US: u64 = 3_600_000_000;
+
+/// Requests between two turns of the LSTM. The daemon gives it a turn when it has handed on what was foreseen, which with
+/// one guest at work is after each of its requests.
+const FORETELL_EVERY: u32 = 1;
 
 /// Which of the predictor's experts propose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +28,8 @@ pub enum PolicyKind {
     Markov,
     /// First-touch sets of phases.
     Sets,
+    /// All name pages, and the LSTM alone says how likely they are.
+    Lstm,
     /// All.
     Prestage,
 }
@@ -34,6 +42,7 @@ impl PolicyKind {
             Self::Readahead => "readahead",
             Self::Markov => "markov",
             Self::Sets => "sets",
+            Self::Lstm => "lstm",
             Self::Prestage => "prestage",
         }
     }
@@ -43,6 +52,15 @@ impl PolicyKind {
             Self::Readahead => ExpertSet::of(&[Expert::Sequential, Expert::Backward, Expert::Stride]),
             Self::Markov => ExpertSet::of(&[Expert::Markov, Expert::Log]),
             Self::Sets => ExpertSet::of(&[Expert::Phase]),
+            Self::Lstm => ExpertSet::of(&[
+                Expert::Sequential,
+                Expert::Backward,
+                Expert::Stride,
+                Expert::Spatial,
+                Expert::Markov,
+                Expert::Log,
+                Expert::Lstm,
+            ]),
             Self::Prestage => ExpertSet::ALL,
         }
     }
@@ -56,6 +74,8 @@ pub struct Predictive {
     threshold: f32,
     /// Added to the trace's times: the predictor's clock runs on from what it was trained on.
     shift_us: u64,
+    /// Requests since the LSTM has read them.
+    unread: u32,
     candidates: Vec<Candidate>,
 }
 
@@ -73,9 +93,22 @@ impl Predictive {
             // As the driver has it, to compare like with like.
             writes_cached: true,
             experts: kind.experts(),
+            model_alone: kind == PolicyKind::Lstm,
             ..defaults
         };
-        Self { kind, predictor: AccessPredictor::new(config), threshold, shift_us: 0, candidates: Vec::new() }
+        Self {
+            kind,
+            predictor: AccessPredictor::new(config),
+            threshold,
+            shift_us: 0,
+            unread: 0,
+            candidates: Vec::new(),
+        }
+    }
+
+    /// The LSTM that speaks from now on.
+    pub fn set_model(&mut self, model: Arc<Weights>) {
+        self.predictor.set_model(Some(model));
     }
 
     /// The predictor itself.
@@ -106,6 +139,7 @@ impl Predictive {
             self.predictor.observe(&self.access(&request));
             self.predictor.predict(self.clock(latest_us), &mut self.candidates);
             self.candidates.clear();
+            self.foretell();
             count += 1;
             if count.is_multiple_of(crate::driver::PROGRESS_EVERY) && !progress(count) {
                 break;
@@ -150,6 +184,14 @@ impl Predictive {
         }
     }
 
+    fn foretell(&mut self) {
+        self.unread += 1;
+        if self.unread >= FORETELL_EVERY {
+            self.unread = 0;
+            self.predictor.foretell(|_, _| ());
+        }
+    }
+
     fn predict(&mut self, now_us: u64, out: &mut Vec<Wish>) {
         self.predictor.predict(self.clock(now_us), &mut self.candidates);
         let (threshold, shift_us) = (self.threshold, self.shift_us);
@@ -172,6 +214,7 @@ impl Prefetcher for Predictive {
     fn observe(&mut self, request: &Request, _: bool, now_us: u64, _: &dyn Fn(u64) -> bool, out: &mut Vec<Wish>) {
         self.predictor.observe(&self.access(request));
         self.predict(now_us, out);
+        self.foretell();
     }
 
     fn outcome(&mut self, outcome: &Outcome) {

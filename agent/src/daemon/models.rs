@@ -13,6 +13,7 @@ use prestage_integration::api::models::{
     ThresholdRequest, Thresholds, TrainRequest, TrainStarted,
 };
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
+use prestage_predictor::ordinals::Tokeniser as Ordinals;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -27,17 +28,9 @@ pub(super) fn settings(config: &Config) -> ModelSettings {
     }
 }
 
-struct Unread;
-
-impl Tokeniser for Unread {
-    fn push(&mut self, _: &prestage_predictor::Access) -> Option<crate::models::Token> {
-        None
-    }
-}
-
 /// What turns accesses into what a model reads.
 fn tokeniser() -> Box<dyn Tokeniser> {
-    Box::new(Unread)
+    Box::new(Ordinals::new())
 }
 
 /// # Errors

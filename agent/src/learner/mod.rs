@@ -4,6 +4,7 @@
 //! - [`LearnerHandle`]: messages to the thread, from anywhere
 //! - `run.rs`: the thread's loop
 //! - `model.rs`: one storage's predictor and the life of its disks (which start is a boot)
+//! - `minds.rs`: the model in use of each storage, and those on trial beside it
 //! - `threshold.rs`: lowest probability by storage
 //! - [`history`]: accesses and runs on their way to the database
 //! - `tap.rs`: live recordings of accesses
@@ -12,6 +13,7 @@
 mod explain;
 pub mod history;
 mod journal;
+mod minds;
 mod model;
 pub(crate) mod run;
 pub(crate) mod tap;

@@ -2,6 +2,7 @@
 
 use super::DiskEvent;
 use super::journal::Journal;
+use super::minds::Minds;
 use super::threshold::Thresholds;
 use prestage_cache::StorageHandle;
 use prestage_predictor::{AccessConfig, AccessPredictor, PAGE_BYTES, Phase, ProfileError};
@@ -35,6 +36,8 @@ pub(super) struct Model {
     pub(super) journal: Journal,
     /// Something was observed since the last call of `predict`.
     pub(super) stirred: bool,
+    /// The LSTM that speaks in the predictor, and those on trial beside it.
+    pub(super) minds: Minds,
     /// 1 for a read that the cache had, 0 for one that it had not, since they were last handed on.
     pub(super) hits: Vec<f32>,
     lives: HashMap<u32, Life>,
@@ -74,13 +77,14 @@ impl Model {
             dirty: false,
             journal: Journal::default(),
             stirred: false,
+            minds: Minds::default(),
             hits: Vec::new(),
             lives: HashMap::new(),
         }
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.predictor.memory_bytes() + self.journal.memory_bytes()
+        self.predictor.memory_bytes() + self.journal.memory_bytes() + self.minds.memory_bytes()
     }
 
     /// The threshold that holds for the storage, which the predictor is told.
@@ -94,6 +98,7 @@ impl Model {
     /// Forgets everything learned.
     pub(super) fn forget(&mut self, ram_bytes: u64) {
         self.predictor = AccessPredictor::new(config(&self.handle, ram_bytes));
+        self.minds.install(&mut self.predictor);
         self.refused = None;
         self.dirty = false;
     }
@@ -142,6 +147,7 @@ impl Model {
     pub(super) fn remove_disk(&mut self, disk: u32) {
         self.lives.remove(&disk);
         self.predictor.vm_forget(u64::from(disk));
+        self.minds.forget(u64::from(disk));
     }
 }
 

@@ -36,6 +36,8 @@ pub(super) struct Learner {
     /// Told what tells of drift.
     watch: ModelsHandle,
     settings: LearnerSettings,
+    /// Of the models in use that the predictors have.
+    generation: u64,
     thresholds: Thresholds,
     counters: Arc<LearnerCounters>,
     models: HashMap<StorageId, Model>,
@@ -66,6 +68,7 @@ impl Learner {
             store,
             watch,
             settings,
+            generation: 0,
             thresholds: Thresholds::default(),
             counters,
             models: HashMap::new(),
@@ -93,6 +96,8 @@ impl Learner {
             self.runs(now);
             self.outcomes();
             self.predict(now);
+            // What was foreseen is on its way: now there is time for the LSTM.
+            self.foretell();
             self.housekeeping(now);
             if taken == BATCH {
                 continue;
@@ -201,6 +206,19 @@ impl Learner {
             }
             self.counters.predictions.fetch_add(requests.len() as u64, Ordering::Relaxed);
             model.journal.refused(self.cache.prefetch(&model.handle, &requests));
+        }
+    }
+
+    /// Lets the models read what the guests did, and tells what they were worth.
+    fn foretell(&mut self) {
+        let generation = self.watch.generation();
+        let changed = (generation != self.generation).then(|| self.watch.active());
+        self.generation = generation;
+        for model in self.models.values_mut() {
+            if let Some(active) = &changed {
+                model.minds.follow(model.handle.identity(), active, &mut model.predictor);
+            }
+            model.minds.foretell(model.handle.identity(), &mut model.predictor, &self.watch);
         }
     }
 
@@ -313,7 +331,8 @@ impl Learner {
         });
         // The profile's number, which the operator names it by, is there before the first save.
         drop(self.store.add_storage(handle.identity()));
-        let model = Model::new(handle, saved.as_ref().map(|(_, bytes)| bytes.as_slice()), self.ram_bytes());
+        let mut model = Model::new(handle, saved.as_ref().map(|(_, bytes)| bytes.as_slice()), self.ram_bytes());
+        model.minds.follow(model.handle.identity(), &self.watch.active(), &mut model.predictor);
         self.models.insert(model.handle.id(), model);
         self.gauges();
     }

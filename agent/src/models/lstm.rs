@@ -3,7 +3,9 @@
 use prestage_integration::api::models::{LeadMetrics, ModelMetrics};
 use prestage_predictor::lstm::Weights;
 use prestage_train::corpus::MINIMUM_TOKENS;
-use prestage_train::{Backend, Corpus, CorpusError, Pause, ResumeError, TrainConfig, Trainer as Lstm, evaluate, markov};
+use prestage_train::{
+    Backend, Corpus, CorpusError, Pause, ResumeError, TrainConfig, Trainer as Lstm, evaluate, markov,
+};
 
 use super::train::{ShouldStop, Tokens, TrainError, Trainer, Training};
 

@@ -16,6 +16,12 @@ pub trait Tokeniser {
     fn push(&mut self, access: &Access) -> Option<Token>;
 }
 
+impl Tokeniser for prestage_predictor::ordinals::Tokeniser {
+    fn push(&mut self, access: &Access) -> Option<Token> {
+        prestage_predictor::ordinals::Tokeniser::push(self, access)
+    }
+}
+
 /// Makes a tokeniser for a stream that begins.
 pub type NewTokeniser = fn() -> Box<dyn Tokeniser>;
 

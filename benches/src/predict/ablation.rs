@@ -1,11 +1,16 @@
 //! What each part of the predictor contributes: the parts alone, all together, and all but the LSTM.
+//!
+//! Measured is what follows after something to learn from: a trace with marks after the one with marks before it, of any
+//! other its second half after its first (see [`Split`]). The LSTM is trained on the first part alone, with a fixed seed.
 
 use anyhow::Result;
 use serde::Serialize;
 
-use super::ours::{self, Foretold, Policy, Setup};
+use super::foretold::Foretold;
+use super::ours::{self, Policy, Setup};
 use super::pool;
 use super::row::Row;
+use super::split::Split;
 use super::tables::{aligned, share};
 use super::verdict::Claim;
 use crate::trace::Trace;
@@ -22,8 +27,8 @@ const TOP1: f64 = 0.005;
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Part {
     pub(crate) trace: String,
-    /// The trace with marks before it, if both have any: phase sets have to be learned somewhere.
-    pub(crate) trained_on: Option<String>,
+    /// What was shown to the predictor before and the LSTM was trained on.
+    pub(crate) learned_from: String,
     pub(crate) parts: &'static str,
     pub(crate) read_hit_ratio: f64,
     pub(crate) precision: f64,
@@ -33,35 +38,56 @@ pub(crate) struct Part {
     pub(crate) lstm_adds: Option<f64>,
 }
 
-pub(super) fn run(traces: &[Trace]) -> Result<Vec<Part>> {
+pub(super) fn run(traces: &[Trace], skipped: &mut Vec<String>) -> Result<Vec<Part>> {
     let marked: Vec<&Trace> = traces.iter().filter(|trace| !trace.marks.is_empty()).collect();
     let before = |trace: &Trace| {
         let at = marked.iter().position(|other| other.name == trace.name)?;
         at.checked_sub(1).map(|at| marked[at])
     };
-    let jobs: Vec<(&Trace, Policy)> = traces.iter().flat_map(|trace| PARTS.map(|policy| (trace, policy))).collect();
-    let rows = pool::each(&jobs, |&(trace, policy)| {
-        let setup = Setup { trained_on: before(trace), ..Setup::new(policy, trace.capacity(CACHE)) };
-        let Some(report) = ours::replay(trace, &setup)? else { return Ok(None) };
-        let row = Row::ours(trace, CACHE, &setup, &report);
-        Ok(Some((row, before(trace).map(|trace| trace.name.clone()), policy, ours::foretell(trace, &setup))))
+    let splits = pool::each(traces, |trace| Ok(Split::new(trace, before(trace))))?;
+    for split in &splits {
+        if let Err(reason) = &split.model {
+            skipped.push(format!("the LSTM on {}: {reason}", split.name));
+        }
+    }
+    let jobs: Vec<(&Split, Policy)> = splits.iter().flat_map(|split| PARTS.map(|policy| (split, policy))).collect();
+    let rows = pool::each(&jobs, |&(split, policy)| {
+        let model = split.model.as_ref().ok();
+        if policy == Policy::Lstm && model.is_none() {
+            return Ok(None);
+        }
+        let trace = &split.measured;
+        let setup = Setup { trained_on: Some(&split.before), model, ..Setup::new(policy, trace.capacity(CACHE)) };
+        Ok(Some(Row::ours(trace, CACHE, &setup, &ours::replay(trace, &setup)?)))
     })?;
-    let rows: Vec<_> = rows.into_iter().flatten().collect();
-    let without = |trace: &str| {
-        let same = rows.iter().find(|(row, _, policy, _)| row.trace == trace && *policy == Policy::WithoutLstm);
-        same.map(|(row, ..)| row.read_hit_ratio)
+    let foretold = pool::each(&splits, |split| ours::foretell(split, &PARTS))?.concat();
+    let hit = |name: &str, policy: Policy| {
+        let mut same = jobs.iter().zip(&rows).filter(|((split, of), _)| split.name == name && *of == policy);
+        same.find_map(|(_, row)| Some(row.as_ref()?.read_hit_ratio))
     };
-    let part = |(row, trained_on, policy, foretold): &(Row, Option<String>, Policy, Option<Foretold>)| Part {
-        trace: row.trace.clone(),
-        trained_on: trained_on.clone(),
-        parts: policy.name(),
-        read_hit_ratio: row.read_hit_ratio,
-        precision: row.precision,
-        foretold: *foretold,
-        lstm_adds: without(&row.trace).filter(|_| *policy == Policy::Prestage).map(|hit| row.read_hit_ratio - hit),
-    };
-    Ok(rows.iter().map(part).collect())
+    let parts = jobs.iter().zip(&rows).zip(foretold).filter_map(|((&(split, policy), row), foretold)| {
+        let row = row.as_ref()?;
+        let adds = |without: f64| row.read_hit_ratio - without;
+        let without =
+            hit(&split.name, Policy::WithoutLstm).filter(|_| policy == Policy::Prestage && split.model.is_ok());
+        Some(Part {
+            trace: split.name.clone(),
+            learned_from: split.learned.clone(),
+            parts: policy.name(),
+            read_hit_ratio: row.read_hit_ratio,
+            precision: row.precision,
+            foretold,
+            lstm_adds: without.map(adds),
+        })
+    });
+    Ok(parts.collect())
 }
+
+/// What the columns mean.
+const LEGEND: &str = "\
+bits: to say in which 64 KiB block the next read starts; top 1: that block was
+the first guess (see `foretold`). LSTM adds: hit ratio of all beyond all but it.
+";
 
 pub(super) fn table(parts: &[Part]) -> String {
     let heads = ["", "", "hit", "prec", "bits", "top 1", "LSTM adds"].map(str::to_owned).to_vec();
@@ -78,7 +104,16 @@ pub(super) fn table(parts: &[Part]) -> String {
         ]);
     }
     let size = CACHE * 100.0;
-    format!("\nParts alone, cache of {size} %; a trace with marks after the one before it\n{}", aligned(&rows))
+    let mut text = format!("\nParts alone, cache of {size} %, after what came before; LSTM trained on that alone\n");
+    let mut named: Vec<(&str, &str)> = Vec::new();
+    for part in parts {
+        let pair = (part.trace.as_str(), part.learned_from.as_str());
+        if !named.contains(&pair) {
+            named.push(pair);
+            text += &format!("{}: learned from {}\n", pair.0, pair.1);
+        }
+    }
+    text + &aligned(&rows) + LEGEND
 }
 
 pub(super) fn claims(parts: &[Part]) -> Vec<Claim> {

@@ -56,7 +56,7 @@ pub(super) fn run(traces: &[Trace], options: &Options) -> Result<Vec<Boot>> {
     pool::each(&jobs, |&(trained_on, trace, latency_us)| {
         let setup =
             Setup { latency_us, trained_on: Some(trained_on), ..Setup::new(Policy::Prestage, trace.capacity(CACHE)) };
-        let phases = ours::replay(trace, &setup)?.map(|report| phases(&report)).unwrap_or_default();
+        let phases = phases(&ours::replay(trace, &setup)?);
         let (trained_on, trace) = (trained_on.name.clone(), trace.name.clone());
         Ok(Boot { trained_on, trace, cache: CACHE, latency_us, phases })
     })

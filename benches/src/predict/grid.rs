@@ -39,7 +39,7 @@ fn one(trace: &Trace, share: f64, latency_us: Option<f64>) -> Result<Vec<Row>> {
     }
     for policy in Policy::ALL {
         let setup = Setup { latency_us, ..Setup::new(policy, trace.capacity(share)) };
-        rows.extend(ours::replay(trace, &setup)?.map(|report| Row::ours(trace, share, &setup, &report)));
+        rows.push(Row::ours(trace, share, &setup, &ours::replay(trace, &setup)?));
     }
     Ok(rows)
 }
@@ -85,7 +85,7 @@ fn costs(trace: &Trace, share: f64, rows: &mut [Row]) -> Result<()> {
     for policy in Policy::ALL.into_iter().filter(|policy| *policy != Policy::None) {
         let setup = Setup { cost: true, ..Setup::new(policy, trace.capacity(share)) };
         let report = ours::replay(trace, &setup)?;
-        if let Some(ns) = report.and_then(|report| report.cost.predictor_ns_per_access) {
+        if let Some(ns) = report.cost.predictor_ns_per_access {
             set(By::Prestage, policy.name(), ns);
         }
     }

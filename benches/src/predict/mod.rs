@@ -10,6 +10,7 @@
 //! | [`bounded`] | what is lost where nothing can be gained |
 //! | [`foresight`] | the predictor alone on the misses of a cache |
 //! | [`ablation`] | what each part contributes |
+//! | [`split`], [`sets`], [`foretold`] | what it learns from, with a model trained on that; how well the next read is foretold |
 //! | [`row`] | one replay's figures |
 //! | [`tables`], [`verdict`] | what is printed: figures, and what they say |
 //! | [`pool`] | jobs side by side |
@@ -19,11 +20,14 @@ mod boot;
 mod bounded;
 mod chart;
 mod foresight;
+mod foretold;
 mod grid;
 mod libcachesim;
 mod ours;
 mod pool;
 mod row;
+mod sets;
+mod split;
 mod sweep;
 mod tables;
 mod verdict;
@@ -37,7 +41,6 @@ use crate::host::Host;
 use crate::progress::Progress;
 use crate::record::write_json;
 use crate::trace::Trace;
-use ours::Policy;
 use row::Row;
 use verdict::Claim;
 
@@ -185,13 +188,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if options.wants(Section::Ablation) {
         progress.now("ablation");
-        run.ablation = ablation::run(&traces)?;
+        run.ablation = ablation::run(&traces, &mut run.skipped)?;
         print!("{}", ablation::table(&run.ablation));
         run.verdict.extend(ablation::claims(&run.ablation));
         progress.step("ablation");
     }
-    let policies = Policy::EVERY.into_iter();
-    run.skipped.extend(policies.filter_map(|policy| Some(format!("our {}: {}", policy.name(), policy.missing()?))));
     print!("{}", verdict::render(&run.verdict));
     run.skipped.iter().for_each(|skipped| println!("not measured: {skipped}"));
     if let Some(path) = &options.json {

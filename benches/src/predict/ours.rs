@@ -1,11 +1,20 @@
 //! This project's policies on a trace: the production policy core and predictor in the replay driver.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use prestage_cache::policy::Eviction;
-use prestage_predictor::{Op, PAGE_BYTES};
+use prestage_predictor::lstm::Weights;
+use prestage_predictor::ordinals::Tokeniser;
+use prestage_predictor::{BLOCK_PAGES, Op, PAGE_BYTES};
 use prestage_replay::{DeviceConfig, Mark, Nothing, PolicyKind, Predictive, Prefetcher, ReplayConfig, Report};
 
+use rustc_hash::FxHashSet;
+
+use super::foretold::{Foreteller, Foretold, Voices};
 use super::row::{By, Row};
+use super::sets::LearnedSet;
+use super::split::{Split, accesses};
 use crate::peers::{Latency, MEGABYTES_PER_S};
 use crate::trace::{Request, Trace};
 
@@ -32,10 +41,8 @@ pub(super) enum Policy {
 }
 
 impl Policy {
-    pub(super) const EVERY: [Self; 7] =
-        [Self::None, Self::Readahead, Self::Markov, Self::Sets, Self::Lstm, Self::WithoutLstm, Self::Prestage];
-    /// Those of the tables.
-    pub(super) const ALL: [Self; 5] = [Self::None, Self::Readahead, Self::Markov, Self::Lstm, Self::Prestage];
+    /// Those of the tables, which start knowing nothing: no model is trained yet.
+    pub(super) const ALL: [Self; 4] = [Self::None, Self::Readahead, Self::Markov, Self::Prestage];
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -49,22 +56,36 @@ impl Policy {
         }
     }
 
-    /// What proposes in it; `Err` says why it cannot run, `None` that nothing does.
-    fn kind(self) -> Result<Option<PolicyKind>, &'static str> {
+    /// What proposes in it; `None`: nothing does.
+    fn kind(self) -> Option<PolicyKind> {
         match self {
-            Self::None => Ok(None),
-            Self::Readahead => Ok(Some(PolicyKind::Readahead)),
-            Self::Markov => Ok(Some(PolicyKind::Markov)),
-            Self::Sets => Ok(Some(PolicyKind::Sets)),
-            Self::Lstm => Err("no model; prestagectl model train makes one"),
-            Self::WithoutLstm => Err("the predictor has no LSTM to leave out"),
-            Self::Prestage => Ok(Some(PolicyKind::Prestage)),
+            Self::None => None,
+            Self::Readahead => Some(PolicyKind::Readahead),
+            Self::Markov => Some(PolicyKind::Markov),
+            Self::Sets => Some(PolicyKind::Sets),
+            Self::Lstm => Some(PolicyKind::Lstm),
+            Self::WithoutLstm | Self::Prestage => Some(PolicyKind::Prestage),
         }
     }
 
-    /// Why it cannot run, where it cannot.
-    pub(super) fn missing(self) -> Option<&'static str> {
-        self.kind().err()
+    /// Whether it listens to a model.
+    fn listens(self) -> bool {
+        matches!(self, Self::Lstm | Self::Prestage)
+    }
+
+    /// What it may use to foretell an access; `None`: nothing.
+    fn voices(self) -> Option<Voices> {
+        let one = Voices { streams: false, markov: false, near: false, sets: false, counts: true, lstm: false };
+        let slate = Voices { streams: true, markov: true, near: true, ..one };
+        match self {
+            Self::None => None,
+            Self::Readahead => Some(Voices { streams: true, ..one }),
+            Self::Markov => Some(Voices { markov: true, ..one }),
+            Self::Sets => Some(Voices { sets: true, ..one }),
+            Self::Lstm => Some(Voices { counts: false, lstm: true, ..slate }),
+            Self::WithoutLstm => Some(Voices { sets: true, ..slate }),
+            Self::Prestage => Some(Voices { sets: true, lstm: true, ..slate }),
+        }
     }
 }
 
@@ -80,6 +101,8 @@ pub(super) struct Setup<'a> {
     pub(super) threshold: f64,
     /// Observed before, with its marks; then the cache is empty and the trace starts with its own marks.
     pub(super) trained_on: Option<&'a Trace>,
+    /// For policies with an LSTM.
+    pub(super) model: Option<&'a Arc<Weights>>,
     /// Time the predictor.
     pub(super) cost: bool,
 }
@@ -87,13 +110,24 @@ pub(super) struct Setup<'a> {
 impl Setup<'_> {
     /// Defaults, untimed and untrained.
     pub(super) fn new(policy: Policy, capacity: usize) -> Self {
-        Self { policy, capacity, latency_us: None, threshold: DEFAULT_THRESHOLD, trained_on: None, cost: false }
+        Self {
+            policy,
+            capacity,
+            latency_us: None,
+            threshold: DEFAULT_THRESHOLD,
+            trained_on: None,
+            model: None,
+            cost: false,
+        }
     }
 
     /// The production predictor, trained as asked for; for [`Policy::None`] one that never speaks.
     pub(super) fn prefetcher(&self) -> Result<Box<dyn Prefetcher>> {
-        let Some(kind) = self.policy.kind().map_err(anyhow::Error::msg)? else { return Ok(Box::new(Nothing)) };
+        let Some(kind) = self.policy.kind() else { return Ok(Box::new(Nothing)) };
         let mut predictive = Predictive::new(kind, self.threshold as f32, self.capacity as u64);
+        if let Some(model) = self.model.filter(|_| self.policy.listens()) {
+            predictive.set_model(Arc::clone(model));
+        }
         if let Some(trace) = self.trained_on {
             predictive.train(requests(trace.requests.iter().copied()), &trace.marks, |_| true)?;
         }
@@ -140,30 +174,43 @@ pub(super) fn requests(
     })
 }
 
-/// Runs a policy over a trace; `None` where it needs what there is not (see [`Policy::missing`]).
-pub(super) fn replay(trace: &Trace, setup: &Setup) -> Result<Option<Report>> {
-    if setup.policy.missing().is_some() {
-        return Ok(None);
-    }
+/// Runs a policy over a trace.
+pub(super) fn replay(trace: &Trace, setup: &Setup) -> Result<Report> {
     let marks = if setup.trained_on.is_some() { trace.marks.as_slice() } else { &[] };
     let mut prefetcher = setup.prefetcher()?;
     let report = setup.run(requests(trace.requests.iter().copied()), trace.last_page + 1, marks, prefetcher.as_mut());
-    report.with_context(|| trace.name.clone()).map(Some)
+    report.with_context(|| trace.name.clone())
 }
 
-/// How well the next access was foretold.
-#[derive(Debug, Clone, Copy, serde::Serialize)]
-pub(super) struct Foretold {
-    /// Mean of −log2 of the probability given to the block that was read next.
-    pub(super) bits_per_access: f64,
-    /// Share of the accesses whose block was the first guess.
-    pub(super) top1: f64,
-}
-
-/// What the setup's predictor foretells of each access of a trace; `None`: it names candidates, and no probability for
-/// every block that may come.
-pub(super) fn foretell(_trace: &Trace, _setup: &Setup) -> Option<Foretold> {
-    None
+/// How well each of the policies foretells the reads of a trace, having seen what came before it; `None` where a policy has
+/// nothing to foretell with.
+pub(super) fn foretell(split: &Split, policies: &[Policy]) -> Result<Vec<Option<Foretold>>> {
+    let model = split.model.as_deref().ok();
+    let blocks: FxHashSet<u64> = split
+        .measured
+        .requests
+        .iter()
+        .flat_map(|request| request.first / BLOCK_PAGES..=request.last / BLOCK_PAGES)
+        .collect();
+    let voices = policies.iter().map(|policy| policy.voices().filter(|voices| !voices.lstm || model.is_some()));
+    let mut tellers: Vec<_> =
+        voices.map(|voices| voices.map(|voices| Foreteller::new(voices, blocks.len(), model))).collect();
+    let mut tokeniser = Tokeniser::new();
+    for (trace, counted) in [(&split.before, false), (&split.measured, true)] {
+        let mut set = LearnedSet::of(split, counted)?;
+        for access in accesses(trace) {
+            let slate = tokeniser.slate().clone();
+            set.advance(&access);
+            if let Some(token) = tokeniser.push(&access) {
+                let (offered, block) = (set.offered(), access.first / BLOCK_PAGES);
+                for teller in tellers.iter_mut().flatten() {
+                    teller.read(&slate, &offered, block, token, counted);
+                }
+            }
+            set.read(&access);
+        }
+    }
+    Ok(tellers.iter().map(|teller| teller.as_ref().and_then(Foreteller::foretold)).collect())
 }
 
 impl Row {

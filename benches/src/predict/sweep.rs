@@ -21,11 +21,10 @@ pub(super) fn run(traces: &[Trace], options: &Options) -> Result<Vec<Row>> {
             jobs.extend(THRESHOLDS.map(|threshold| (trace, share, threshold)));
         }
     }
-    let rows = pool::each(&jobs, |&(trace, share, threshold)| {
+    pool::each(&jobs, |&(trace, share, threshold)| {
         let setup = Setup { threshold, ..Setup::new(Policy::Prestage, trace.capacity(share)) };
-        Ok(ours::replay(trace, &setup)?.map(|report| Row::ours(trace, share, &setup, &report)))
-    })?;
-    Ok(rows.into_iter().flatten().collect())
+        Ok(Row::ours(trace, share, &setup, &ours::replay(trace, &setup)?))
+    })
 }
 
 /// The rows of one curve.

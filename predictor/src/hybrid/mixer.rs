@@ -311,6 +311,11 @@ impl Reliability {
         self.kept.iter().map(|(_, said, happened)| (said - happened).abs() / total).sum()
     }
 
+    /// What happened less what was said, over all settled predictions.
+    pub(crate) fn surplus(&self) -> f64 {
+        self.kept.iter().map(|(_, said, happened)| happened - said).sum()
+    }
+
     /// Brier score: mean squared error of the probabilities.
     pub(crate) fn brier(&self) -> f64 {
         self.squares / self.settled().max(1.0)

@@ -509,7 +509,8 @@ impl Hybrid {
     /// How well the probabilities were kept.
     pub(crate) fn calibration(&self) -> CalibrationStats {
         let kept = &self.reliability;
-        CalibrationStats { settled: kept.settled(), error: kept.error(), brier: kept.brier(), bits: kept.bits() }
+        let (settled, error, brier) = (kept.settled(), kept.error(), kept.brier());
+        CalibrationStats { settled, error, brier, bits: kept.bits(), surplus: kept.surplus() }
     }
 
     /// Reads in the log.

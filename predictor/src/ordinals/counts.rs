@@ -37,6 +37,12 @@ impl<const N: usize> Counts<N> {
         Self { none: [0; N], one: vec![[0; N]; N], two: vec![[0; N]; ROWS], before: 0, last: 0 }
     }
 
+    /// Heap memory, in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        (self.one.capacity() + self.two.capacity()) * size_of::<[u16; N]>()
+    }
+
     fn row(&self) -> usize {
         (self.before * N + self.last).wrapping_mul(0x9E37_79B1) >> 7 & (ROWS - 1)
     }

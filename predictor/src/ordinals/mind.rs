@@ -6,7 +6,7 @@
 use crate::lstm::{Lead, SYMBOLS, State, Token, Weights};
 
 /// Tokens kept for the model; of more, the oldest are lost to it.
-const QUEUE: usize = 64;
+const QUEUE: usize = 256;
 /// Log odds below and above which all are alike, in nats.
 const LEAST: f32 = -7.0;
 const MOST: f32 = 7.0;
@@ -19,8 +19,8 @@ pub(crate) type Word = [u8; SYMBOLS];
 #[derive(Clone, Debug)]
 pub(crate) struct Mind {
     tokens: [u16; QUEUE],
-    head: u8,
-    len: u8,
+    head: u16,
+    len: u16,
     /// Reads since the model spoke; more than the last lead: nothing counts.
     age: u32,
     state: State,
@@ -50,7 +50,7 @@ impl Mind {
         if usize::from(self.len) < QUEUE {
             self.len += 1;
         } else {
-            self.head = (self.head + 1) % QUEUE as u8;
+            self.head = (self.head + 1) % QUEUE as u16;
         }
         self.age = self.age.saturating_add(1);
     }
@@ -67,7 +67,7 @@ impl Mind {
             return None;
         }
         let token = Token::from_bits(self.tokens[usize::from(self.head)]);
-        self.head = (self.head + 1) % QUEUE as u8;
+        self.head = (self.head + 1) % QUEUE as u16;
         self.len -= 1;
         token
     }
@@ -136,11 +136,9 @@ mod tests {
             mind.push(token(1));
         }
         assert!(mind.word().is_none());
-        for symbol in 0..QUEUE as u8 {
-            mind.push(token(symbol));
-        }
-        let left: Vec<u8> = std::iter::from_fn(|| mind.pop()).map(Token::symbol).collect();
-        assert_eq!(left, (0..QUEUE as u8).collect::<Vec<_>>());
+        let tokens: Vec<Token> = (0..QUEUE as u16).map(|bits| Token::from_bits(bits).unwrap()).collect();
+        tokens.iter().for_each(|token| mind.push(*token));
+        assert!(std::iter::from_fn(|| mind.pop()).eq(tokens));
         mind.heed();
         mind.speak(&weights);
         mind.forget();
