@@ -30,7 +30,7 @@ pub use device::DeviceConfig;
 pub use driver::{Interrupted, ReplayConfig, ReplayError, replay};
 pub use footprint::{CacheSize, Footprint};
 pub use marks::{Mark, MarkKind};
-pub use predictive::{PolicyKind, Predictive};
+pub use predictive::{PolicyKind, Predictive, access};
 pub use prefetcher::{Nothing, Prefetcher, Wish};
 pub use report::Report;
 pub use trace::{Request, TraceError, TraceFormat, TraceReader};

@@ -66,6 +66,14 @@ impl PolicyKind {
     }
 }
 
+/// A request as the predictor takes it, all of one guest.
+#[must_use]
+pub fn access(request: &Request) -> Access {
+    let range = PageRange::covering(request.offset, u64::from(request.len));
+    let pages = u32::try_from(range.count).unwrap_or(u32::MAX);
+    Access { at_us: request.at_us, vm: VM, op: request.op, first: range.first, pages }
+}
+
 /// [`AccessPredictor`] with the daemon's threshold in front of it.
 #[derive(Debug)]
 pub struct Predictive {
@@ -166,14 +174,7 @@ impl Predictive {
     }
 
     fn access(&self, request: &Request) -> Access {
-        let range = PageRange::covering(request.offset, u64::from(request.len));
-        Access {
-            at_us: self.clock(request.at_us),
-            vm: VM,
-            op: request.op,
-            first: range.first,
-            pages: u32::try_from(range.count).unwrap_or(u32::MAX),
-        }
+        Access { at_us: self.clock(request.at_us), ..access(request) }
     }
 
     fn begin_or_end(&mut self, mark: &Mark) {

@@ -1,10 +1,12 @@
 //! `trace replay`: the policy core and the predictor that the daemon runs, on recorded traces. Runs in this process.
 //!
 //! - `args`: options
+//! - `model`: the LSTM it listens to
 //! - `render`: text for people
 //! - `progress`: the line on standard error
 
 mod args;
+mod model;
 mod progress;
 mod render;
 
@@ -89,6 +91,9 @@ fn one(args: &ReplayArgs, file: &Path, stop: &AtomicBool) -> Result<Replayed, Fa
         None => Box::new(Nothing),
         Some(kind) => {
             let mut policy = Predictive::new(kind, args.threshold as f32, capacity_pages);
+            if let Some(model) = model::of(args, stop)? {
+                policy.set_model(model);
+            }
             for Input { path, marks: programs } in &args.train {
                 let reader = open(path)?;
                 let mut progress = Progress::new("training on", path, &reader, stop);

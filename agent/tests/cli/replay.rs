@@ -82,7 +82,7 @@ fn wrong_usage_and_bad_traces_say_what_to_do() {
     refused(&[HEAD, "--cache", "5%", "--threshold", "2"], 2, "a probability, 0 to 1");
     refused(&[HEAD, HEAD, "--cache", "5%", "--programs", "m"], 2, "replay the traces one by one");
     refused(&[HEAD, "--cache", "5%", "--mbps", "100"], 2, "--latency-us <N>");
-    refused(&[HEAD, "--cache", "5%", "--policy", "lstm"], 2, "prestagectl model train");
+    refused(&[HEAD, "--cache", "5%", "--policy", "lstm"], 2, "or --train FILE to train one on");
     refused(&[HEAD, "--cache", "5"], 2, "`5` is less than 256KiB, the smallest cache; a share is written 5%");
     refused(&["/nonexistent.csv", "--cache", "5%"], 1, "/nonexistent.csv: No such file");
     let folder = tempfile::tempdir().unwrap();
@@ -127,4 +127,27 @@ fn ctrl_c_ends_a_replay_in_a_line_that_has_no_end() {
     let output = replay.wait_with_output().unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), error.as_str()), (Some(1), "prestagectl: interrupted\n"));
+}
+
+#[test]
+fn an_lstm_is_trained_on_what_came_before_kept_and_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (trace, model) = (folder.path().join("loop.csv"), folder.path().join("model"));
+    let mut rows = String::from("ts_us,op,offset,len\n");
+    // Blocks far apart, always in the same order.
+    for n in 0..9000u64 {
+        rows += &format!("{},R,{},4096\n", n * 1000, n * 7919 % 3000 * 65536);
+    }
+    std::fs::write(&trace, rows).unwrap();
+    let (trace, model) = (trace.to_str().unwrap(), model.to_str().unwrap());
+    let common = [trace, "--cache", "5%", "--policy", "lstm"];
+    refused(&[&common[..], &["--model", "/nonexistent"]].concat(), 1, "/nonexistent: No such file");
+    refused(&[&common[..], &["--model", trace]].concat(), 1, "not a prestage model");
+    refused(&[HEAD, "--cache", "5%", "--policy", "markov", "--model", "m"], 2, "--model is for --policy lstm");
+    refused(&[&common[..], &["--train", HEAD]].concat(), 1, "too little to train on");
+    let trained = replay(&[&common[..], &["--train", trace, "--save-model", model]].concat());
+    assert_eq!((trained.code, trained.err.as_str()), (0, ""));
+    // The same model, from its file: the same replay.
+    let kept = replay(&[&common[..], &["--train", trace, "--model", model]].concat());
+    assert_eq!((kept.code, kept.out), (0, trained.out));
 }

@@ -133,7 +133,12 @@ pub(super) fn claims(parts: &[Part]) -> Vec<Claim> {
         let fails = all.top1 < markov.top1 - TOP1;
         fails.then(|| format!("{trace}: {}, markov {}", share(Some(all.top1)), share(Some(markov.top1))))
     });
+    let adds = parts
+        .iter()
+        .filter_map(|part| Some((part, part.lstm_adds?)))
+        .map(|(part, adds)| (adds <= 0.0).then(|| format!("{}: {adds:+.4}", part.trace)));
     vec![
+        Claim::new("Ablation: the LSTM adds hits", adds),
         Claim::new("Ablation: >= 10 % fewer bits an access than Markov alone", bits),
         Claim::new("Ablation: top-1 no more than .005 below Markov's", top1),
     ]

@@ -3,8 +3,8 @@
 //! What is coded is the 64 KiB block in which each read starts. Before each read the predictor's slate
 //! ([`prestage_predictor::ordinals`]) says which block each symbol means; of it a policy may use the symbols of its experts:
 //!
-//! - streams: runs (0–15); Markov: the log and the chain of blocks (16–35); sets: the next sixteen blocks of the learned set
-//!   of the phase that runs (symbols of their own, 64–79); all: these, and neighbours and blocks read lately (36–55)
+//! - streams: runs (0–15); Markov: the log and the chain of blocks (16–35); sets: the next 64 blocks of the learned set of
+//!   the phase that runs (symbols of their own, 64–127); all: these, and neighbours and blocks read lately (36–55)
 //! - whatever is not on offer is the escape: it may be any of the trace's distinct blocks, D, with equal probability.
 //!
 //! A read is the first symbol that means its block, or the escape. The probability of the next symbol comes from counts by
@@ -17,10 +17,10 @@
 use prestage_predictor::lstm::{Lead, SYMBOLS, State, Token, Weights};
 use prestage_predictor::ordinals::{Counts, OFFERED, Slate};
 
-/// Symbols of the slate, and sixteen of a learned set.
+/// Symbols of the slate, and those of a learned set.
 const ALL: usize = SYMBOLS + SET;
 /// Blocks of a learned set on offer.
-pub(crate) const SET: usize = 16;
+pub(crate) const SET: usize = 64;
 const ESCAPE: u8 = SYMBOLS as u8 - 1;
 /// Distributions that are mixed: three orders and the LSTM's.
 const SOURCES: usize = 4;

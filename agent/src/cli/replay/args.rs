@@ -43,6 +43,12 @@ pub struct ReplayArgs {
     /// Who proposes what to read ahead
     #[arg(long, value_enum, default_value_t = PolicyArg::Prestage)]
     pub(super) policy: PolicyArg,
+    /// LSTM that speaks in it [default: lstm trains one on the traces of --train, prestage has none]
+    #[arg(long, value_name = "FILE")]
+    pub(super) model: Option<PathBuf>,
+    /// Keep the LSTM that was trained, for --model
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    pub(super) save_model: Option<PathBuf>,
     /// What leaves when the cache is full
     #[arg(long, value_enum, default_value_t = EvictionArg::S3Fifo)]
     pub(super) eviction: EvictionArg,
@@ -81,11 +87,14 @@ impl ReplayArgs {
         if self.programs.is_some() && self.files.len() > 1 {
             return Err("--programs belongs to one trace; replay the traces one by one".to_owned());
         }
-        if self.policy == PolicyArg::Lstm {
-            return Err(
-                "--policy lstm needs a trained model and there is none; train one with `prestagectl model train`"
-                    .to_owned(),
-            );
+        if self.policy == PolicyArg::Lstm && self.model.is_none() && self.train.is_empty() {
+            return Err("--policy lstm needs a model: --model FILE, or --train FILE to train one on".to_owned());
+        }
+        if self.save_model.is_some() && self.policy != PolicyArg::Lstm {
+            return Err("--save-model is for --policy lstm, which trains a model on --train".to_owned());
+        }
+        if self.model.is_some() && !matches!(self.policy, PolicyArg::Lstm | PolicyArg::Prestage) {
+            return Err("--model is for --policy lstm and --policy prestage; the others listen to none".to_owned());
         }
         Ok(())
     }
@@ -129,7 +138,7 @@ pub(super) enum PolicyArg {
     Readahead,
     /// The predictor's Markov contexts alone
     Markov,
-    /// Candidates ranked by the LSTM alone
+    /// Candidates ranked by the LSTM alone; needs --model or --train
     Lstm,
     /// The whole predictor, as prestaged runs it
     Prestage,
@@ -139,8 +148,8 @@ impl PolicyArg {
     /// `None`: nothing is proposed.
     pub(super) fn kind(self) -> Option<PolicyKind> {
         match self {
-            // Refused by `ReplayArgs::check`.
-            Self::None | Self::Lstm => None,
+            Self::None => None,
+            Self::Lstm => Some(PolicyKind::Lstm),
             Self::Readahead => Some(PolicyKind::Readahead),
             Self::Markov => Some(PolicyKind::Markov),
             Self::Prestage => Some(PolicyKind::Prestage),
