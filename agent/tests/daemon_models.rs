@@ -4,7 +4,7 @@
 #[path = "daemon_host/mod.rs"]
 mod host;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use host::Host;
 use prestage_agent::store::models::{Change, NewModel};
@@ -24,6 +24,20 @@ fn database(host: &Host, fill: impl FnOnce(&Store)) {
 
 /// Nothing is trained but what is asked for.
 const IDLE: &str = "[model]\ntraining = false\n";
+
+/// What `model show 1` says as soon as it contains `says`.
+fn shows(host: &Host, says: &str) -> String {
+    // Training is of idle priority: it waits for whatever else the machine does.
+    let deadline = Instant::now() + 10 * LONG;
+    loop {
+        let shown = host.does(&["model", "show", "1"]);
+        if shown.contains(says) {
+            return shown;
+        }
+        assert!(Instant::now() < deadline, "no {says:?} in {shown}\n{}", host.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
 
 /// A shadow of all storages; returns its id.
 fn add_model(store: &Store, weights: Vec<u8>) -> i64 {
@@ -115,11 +129,56 @@ fn thresholds_are_kept_over_restarts() {
     let explained = host.does(&["explain", "d", "0"]);
     assert!(explained.contains("from probability 0.10 on\n"), "{explained}");
     assert!(explained.contains("a page costs 0.11 of a miss"), "{explained}");
-    assert!(explained.contains("hands out from 0.10 on; 8.0 MiB of 16 MiB left"), "{explained}");
+    assert!(explained.contains("hands out from 0.10 on; 4.0 MiB of 16 MiB left"), "{explained}");
     host.stop();
     host.start(IDLE);
     assert_eq!(host.does(&["model", "threshold"]), "default: 0.6 (configured: 0.125)\nd: 0.1\n");
     host.does(&["model", "threshold", "d", "default"]);
     assert_eq!(host.does(&["model", "threshold", "default"]), "default: 0.125 (as configured)\n");
+    host.stop();
+}
+
+/// Reads of a guest that goes on with one of four runs or reads somewhere in a file, by a rule that its history tells.
+fn history(store: &Store, accesses: u64) {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let from = u64::try_from(since.as_micros()).unwrap();
+    let mut seed = 7u64;
+    let mut runs = [0u64; 4];
+    let records = (0..accesses).map(|n| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let page = if n % 3 == 2 {
+            4_000_000 + (seed >> 40) % 50_000
+        } else {
+            let run = (n / 3 % 4) as usize;
+            runs[run] += 4;
+            run as u64 * 1_000_000 + runs[run]
+        };
+        AccessRecord { at_us: from + n, op: AccessOp::Read, page, pages: 4 }
+    });
+    let (storage, vm, records) = ("file:/a".into(), "v".into(), records.collect());
+    store.append_accesses(Accesses { storage, vm, program: String::new(), records }).wait().unwrap();
+}
+
+#[test]
+fn a_model_is_trained_from_history_over_a_restart_and_put_to_use() {
+    let mut host = Host::new();
+    database(&host, |store| history(store, 12_000));
+    host.start(IDLE);
+    assert_eq!(host.does(&["model", "train"]), "model 1 of global: training, 12000 accesses to learn from\n");
+    shows(&host, "state:  training");
+    host.refuses(&["model", "promote", "1"], 1, &["training"]);
+    host.stop();
+
+    // A training that was stopped goes on where it was.
+    host.start(IDLE);
+    assert!(host.does(&["model", "list"]).contains("interrupted"));
+    assert_eq!(host.does(&["model", "train", "--resume"]), "model 1 of global: training goes on\n");
+    shows(&host, "state:  shadow");
+    assert_eq!(host.does(&["model", "promote", "1"]), "model 1 predicts for global now\n");
+    assert!(host.does(&["model", "list"]).lines().any(|line| line.starts_with(" 1  champion")));
+    // Two reads in three go on with a run: a model that has learned that guesses them.
+    let measured: serde_json::Value = serde_json::from_str(&host.does(&["model", "evaluate", "1", "--json"])).unwrap();
+    let next = &measured["leads"][0];
+    assert!(next["top1"].as_f64().unwrap() > 0.6, "{measured}");
     host.stop();
 }

@@ -14,7 +14,7 @@
 //! | `hybrid` | runs, the log of earlier reads, chains of blocks and neighbourhoods, mixed into one calibrated probability |
 //! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
 //! | `experts` | sets of experts |
-//! | [`lstm`] | LSTM over ordinals: weights as bytes, inference kernels; re-ranks candidates |
+//! | [`lstm`] | LSTM over ordinals: weights as bytes, inference kernels |
 //! | [`ordinals`] | which of the things on offer a read turned out to be: what the LSTM reads |
 //! | `odds`, `pageset`, `wire` | counts that become probabilities, page masks, byte encoding |
 

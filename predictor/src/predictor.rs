@@ -64,7 +64,7 @@ pub struct AccessConfig {
     pub markov_contexts: usize,
     /// 64 KiB blocks of which touches and proposals are remembered, 28 bytes each. Default 8192 (224 KiB).
     pub recent_blocks: usize,
-    /// Predictions that wait for their label, 60 bytes each, at most 65,534. Default 12288 (720 KiB).
+    /// Predictions that wait for their label, 64 bytes each, at most 65,534. Default 12288 (768 KiB).
     pub predictions: usize,
     /// Pages of cache that the storage can expect to have: a prediction must come true within a fifth as many reads (64 to
     /// 2048), and no stream window is larger than a sixteenth. Default 1 GiB.

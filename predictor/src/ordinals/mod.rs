@@ -26,6 +26,8 @@
 
 pub mod counts;
 pub(crate) mod mind;
+#[cfg(test)]
+mod tests;
 pub mod tokeniser;
 
 pub use counts::Counts;
