@@ -64,10 +64,11 @@ pub struct AccessConfig {
     pub markov_contexts: usize,
     /// 64 KiB blocks of which touches and proposals are remembered, 28 bytes each. Default 8192 (224 KiB).
     pub recent_blocks: usize,
-    /// Predictions that wait for their label, 64 bytes each, at most 65,534. Default 12288 (768 KiB).
+    /// Predictions that wait for their label, 64 bytes each, at most 65,534. Default 11264 (704 KiB).
     pub predictions: usize,
-    /// Pages of cache that the storage can expect to have: a prediction must come true within a fifth as many reads (64 to
-    /// 2048), and no stream window is larger than a sixteenth. Default 1 GiB.
+    /// Pages of cache that the storage can expect to have: a prediction must come true before three fifths as many came
+    /// in, and within a fifth as many
+    /// reads (64 to 2048), and no stream window is larger than a sixteenth. Default 1 GiB.
     pub cache_pages: u64,
     /// Whether the cache takes in what a guest writes and it did not hold. Default no, as the daemon's.
     pub writes_cached: bool,
@@ -92,7 +93,7 @@ impl Default for AccessConfig {
             log_reads: 65_536,
             markov_contexts: 4096,
             recent_blocks: 8192,
-            predictions: 12_288,
+            predictions: 11_264,
             cache_pages: 1 << 18,
             writes_cached: false,
             experts: ExpertSet::ALL,

@@ -198,3 +198,9 @@ fn a_clock_that_leaps_to_its_end_overflows_nothing() {
         drain(&mut predictor, at_us);
     }
 }
+
+#[test]
+fn a_storage_takes_two_mebibytes_by_default() {
+    let predictor = AccessPredictor::new(AccessConfig::default());
+    assert!(predictor.memory_bytes() <= 2 << 20, "{}", predictor.memory_bytes());
+}

@@ -11,8 +11,8 @@ const DECAY: f32 = 0.984;
 /// A flow that is nothing yet counts as so much.
 const PRIOR: (f32, f32) = (0.3, 1.0);
 
-/// A yield below this is not worth weighing every candidate: a page in 32.
-const LITTLE: f32 = 1.0 / 32.0;
+/// A yield below this is not worth weighing every candidate: a page in 64.
+const LITTLE: f32 = 1.0 / 64.0;
 const SELDOM: u32 = 8;
 
 /// Pages predicted and pages come true of one VM, by expert.

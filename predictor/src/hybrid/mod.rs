@@ -33,7 +33,7 @@ use flow::Flow;
 use governor::Governor;
 use granules::Granules;
 use mixer::{Contexts, INPUTS, MAX_SCORE, MODEL, Mixer, OWN, Places, Reliability, SETS, SHARED};
-use pending::{NO_PREDICTION, Pending, Prediction};
+use pending::{Lifetime, NO_PREDICTION, Pending, Prediction};
 use propose::{CHAIN, Limits, NEAR, Proposal, Proposals, log2};
 use runs::Runs;
 use temporal::{Follower, Log};
@@ -94,7 +94,7 @@ pub(crate) struct HybridConfig {
     pub(crate) log_reads: usize,
     pub(crate) contexts: usize,
     pub(crate) predictions: usize,
-    /// Reads within which a prediction must come true.
+    /// Reads within which a prediction must come true, at most; see [`Lifetime`].
     pub(crate) window: u32,
     pub(crate) max_window_pages: u64,
     pub(crate) experts: ExpertSet,
@@ -117,6 +117,9 @@ pub(crate) struct Hybrid {
     log: Log,
     granules: Granules,
     governor: Governor,
+    lifetime: Lifetime,
+    /// Pages that came into the cache, on demand or as asked for here.
+    inserted: u32,
     /// Reads so far, and the time in tenths of a second.
     clock: u32,
     now_ds: u32,
@@ -136,6 +139,8 @@ impl Hybrid {
             log: Log::new(config.log_reads),
             granules: Granules::new(config.contexts),
             governor: Governor::new(config.cache_pages),
+            lifetime: Lifetime::new(config.window, config.cache_pages),
+            inserted: 0,
             clock: 0,
             now_ds: 0,
             proposals: Proposals::new(),
@@ -149,7 +154,9 @@ impl Hybrid {
         let (pending, contexts, clock) = (&mut self.pending, &mut self.contexts, self.clock);
         let (cached, issued) = self.blocks.find(block).map_or((0, 0), |entry| (entry.cached, entry.issued));
         self.governor.useful((mask & issued).count_ones(), floor);
-        self.governor.missed((mask & !issued & !cached).count_ones());
+        let missed = (mask & !issued & !cached).count_ones();
+        self.governor.missed(missed);
+        self.inserted = self.inserted.wrapping_add(missed);
         if let Some(entry) = self.blocks.find_mut(block)
             && entry.predicted & mask != 0
         {
@@ -172,7 +179,9 @@ impl Hybrid {
     /// Settles what is due.
     fn settle(&mut self) {
         let mut settled = false;
-        while let Some((index, prediction)) = self.pending.pop(self.clock, false) {
+        while let Some((index, prediction)) =
+            self.pending.pop(|oldest| self.lifetime.is_over(oldest, self.clock, self.inserted))
+        {
             settled |= prediction.is_live();
             self.settle_one(index, &prediction);
         }
@@ -359,7 +368,7 @@ impl Hybrid {
         let probability = self.reliability.probability(said.set, said.score);
         let issue = probability >= floor;
         if self.pending.is_full()
-            && let Some((index, oldest)) = self.pending.pop(self.clock, true)
+            && let Some((index, oldest)) = self.pending.pop(|_| true)
         {
             self.settle_one(index, &oldest);
         }
@@ -394,7 +403,8 @@ impl Hybrid {
         flow.made(said.set, fresh.count_ones());
         let prediction = Prediction {
             block: block as u32,
-            due: self.clock.wrapping_add(self.config.window),
+            due: self.lifetime.due(self.inserted),
+            at: self.clock as u16,
             pages: fresh,
             set: said.set,
             score: said.score,
@@ -410,6 +420,7 @@ impl Hybrid {
         entry.issued |= fresh;
         entry.seen_ds = self.now_ds;
         self.governor.spent(fresh.count_ones());
+        self.inserted = self.inserted.wrapping_add(fresh.count_ones());
         (fresh, probability)
     }
 

@@ -11,8 +11,9 @@ pub(crate) const NO_PREDICTION: u16 = u16::MAX;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Prediction {
     pub(crate) block: u32,
-    /// Clock at which it is settled.
-    pub(crate) due: u32,
+    /// When it is settled, see [`Lifetime`], and the low bits of the clock when it was made.
+    pub(crate) due: u16,
+    pub(crate) at: u16,
     pub(crate) pages: u16,
     pub(crate) read: u16,
     pub(super) next: u16,
@@ -23,6 +24,40 @@ pub(crate) struct Prediction {
     pub(crate) places: Places,
     /// Inputs of the mixer in sixteenths of a nat.
     pub(crate) inputs: [i8; INPUTS],
+}
+
+/// How long a prediction may take to come true: as long as its pages would stay in the cache if they were prefetched, which
+/// is so many insertions later and no number of reads; and at most a number of reads, so that nothing waits for ever.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lifetime {
+    reads: u16,
+    /// Insertions in units of 2 to the power of `shift`, so that they fit.
+    insertions: u16,
+    shift: u32,
+}
+
+/// Share of the cache's pages that come in while an unread one stays: probation takes half to nine tenths.
+const STAY: f64 = 0.6;
+
+impl Lifetime {
+    /// At most `reads` (below 32,768) in a cache of `cache_pages`.
+    pub(crate) fn new(reads: u32, cache_pages: u64) -> Self {
+        let stay = (cache_pages as f64 * STAY) as u64;
+        let shift = (u64::BITS - stay.leading_zeros()).saturating_sub(14);
+        let insertions = if shift < u32::BITS { (stay >> shift).max(1) as u16 } else { u16::MAX / 2 };
+        Self { reads: reads.min(32_767) as u16, insertions, shift: shift.min(u32::BITS - 1) }
+    }
+
+    /// When a prediction is due that is made after so many insertions.
+    pub(crate) fn due(&self, inserted: u32) -> u16 {
+        ((inserted >> self.shift) as u16).wrapping_add(self.insertions)
+    }
+
+    /// Whether a prediction's time has passed. Both clocks wrap: what has passed lies less than half a turn back.
+    pub(crate) fn is_over(&self, prediction: &Prediction, clock: u32, inserted: u32) -> bool {
+        let past = ((inserted >> self.shift) as u16).wrapping_sub(prediction.due);
+        past <= u16::MAX / 2 || (clock as u16).wrapping_sub(prediction.at) >= self.reads
+    }
 }
 
 #[derive(Debug)]
@@ -43,15 +78,14 @@ impl Pending {
         self.len == self.ring.len()
     }
 
-    /// The oldest prediction, taken out together with its index, if it is due or `force`d.
-    pub(crate) fn pop(&mut self, clock: u32, force: bool) -> Option<(u16, Prediction)> {
+    /// The oldest prediction, taken out together with its index, if it is `over` or was taken back.
+    pub(crate) fn pop(&mut self, over: impl Fn(&Prediction) -> bool) -> Option<(u16, Prediction)> {
         if self.len == 0 {
             return None;
         }
         let index = self.head;
         let oldest = self.ring[index];
-        // The clock wraps: "due" lies less than half a turn back.
-        if oldest.live && !force && clock.wrapping_sub(oldest.due) >= u32::MAX / 2 {
+        if oldest.live && !over(&oldest) {
             return None;
         }
         self.head = (self.head + 1) % self.ring.len();
@@ -129,6 +163,7 @@ impl Prediction {
         Self {
             block: 0,
             due: 0,
+            at: 0,
             pages: 0,
             read: 0,
             next: NO_PREDICTION,
@@ -138,6 +173,29 @@ impl Prediction {
             probability: 0.0,
             places: [0; INPUTS],
             inputs: [0; INPUTS],
+        }
+    }
+}
+
+const _: () = assert!(size_of::<Prediction>() <= 64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prediction_is_over_by_insertions_or_by_reads_whichever_comes_first() {
+        for (pages, stays) in [(1000u64, 600u32), (1 << 20, 629_000), (1 << 40, u32::MAX)] {
+            let lifetime = Lifetime::new(2048, pages);
+            for start in [0u32, 1 << 20, u32::MAX - 100] {
+                let made = Prediction { due: lifetime.due(start), at: start as u16, ..Prediction::blank() };
+                let over = |reads: u32, inserted: u32| {
+                    lifetime.is_over(&made, start.wrapping_add(reads), start.wrapping_add(inserted))
+                };
+                assert!(!over(0, 0) && !over(2047, 0) && over(2048, 0), "{pages} {start}");
+                assert!(!over(1, stays / 100 * 97), "{pages} {start}");
+                assert!(pages == 1 << 40 || start == u32::MAX - 100 || over(1, stays / 100 * 103), "{pages} {start}");
+            }
         }
     }
 }
