@@ -25,7 +25,7 @@ const ESCAPE: u8 = SYMBOLS as u8 - 1;
 /// Distributions that are mixed: three orders and the LSTM's.
 const SOURCES: usize = 4;
 /// Step of the mixing weights.
-const RATE: f32 = 0.01;
+const RATE: f32 = 0.005;
 
 /// What a policy may use.
 #[derive(Debug, Clone, Copy)]

@@ -6,7 +6,7 @@
 /// Weight of the shorter context in a longer one, in observations.
 const BACK_OFF: f32 = 3.0;
 /// A row's sum at which its counts are halved.
-const LIMIT: u16 = 4096;
+const LIMIT: u16 = 512;
 /// An observation, in the unit of the counts.
 const SEEN: u16 = 2;
 
