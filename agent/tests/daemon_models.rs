@@ -25,16 +25,17 @@ fn database(host: &Host, fill: impl FnOnce(&Store)) {
 /// Nothing is trained but what is asked for.
 const IDLE: &str = "[model]\ntraining = false\n";
 
-/// What `model show 1` says as soon as it contains `says`.
-fn shows(host: &Host, says: &str) -> String {
+/// Waits until a line of what is shown of model 1 begins with `label` and goes on with `says`.
+fn shows(host: &Host, label: &str, says: &str) {
     // Training is of idle priority: it waits for whatever else the machine does.
     let deadline = Instant::now() + 10 * LONG;
     loop {
         let shown = host.does(&["model", "show", "1"]);
-        if shown.contains(says) {
-            return shown;
+        let mut said = shown.lines().filter_map(|line| line.strip_prefix(label));
+        if said.any(|said| said.trim_start().starts_with(says)) {
+            return;
         }
-        assert!(Instant::now() < deadline, "no {says:?} in {shown}\n{}", host.log());
+        assert!(Instant::now() < deadline, "{label} is not {says}: {shown}\n{}", host.log());
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -162,10 +163,12 @@ fn history(store: &Store, accesses: u64) {
 #[test]
 fn a_model_is_trained_from_history_over_a_restart_and_put_to_use() {
     let mut host = Host::new();
-    database(&host, |store| history(store, 12_000));
+    database(&host, |store| history(store, 30_000));
     host.start(IDLE);
-    assert_eq!(host.does(&["model", "train"]), "model 1 of global: training, 12000 accesses to learn from\n");
-    shows(&host, "state:  training");
+    assert_eq!(host.does(&["model", "train"]), "model 1 of global: training, 30000 accesses to learn from\n");
+    // The history is read, and there is a training to interrupt.
+    shows(&host, "trained on:", "30000 accesses");
+    shows(&host, "state:", "training");
     host.refuses(&["model", "promote", "1"], 1, &["training"]);
     host.stop();
 
@@ -173,7 +176,7 @@ fn a_model_is_trained_from_history_over_a_restart_and_put_to_use() {
     host.start(IDLE);
     assert!(host.does(&["model", "list"]).contains("interrupted"));
     assert_eq!(host.does(&["model", "train", "--resume"]), "model 1 of global: training goes on\n");
-    shows(&host, "state:  shadow");
+    shows(&host, "state:", "shadow");
     assert_eq!(host.does(&["model", "promote", "1"]), "model 1 predicts for global now\n");
     assert!(host.does(&["model", "list"]).lines().any(|line| line.starts_with(" 1  champion")));
     // Two reads in three go on with a run: a model that has learned that guesses them.
