@@ -181,6 +181,7 @@ pub struct AccessPredictor {
     pub(crate) hybrid: Hybrid,
     vms: BTreeMap<u64, Box<Vm>>,
     model: Option<Arc<Weights>>,
+    listening: bool,
     pending: Vec<Candidate>,
     stats: AccessStats,
 }
@@ -196,6 +197,7 @@ impl AccessPredictor {
             uses: 0,
             vms: BTreeMap::new(),
             model: None,
+            listening: false,
             pending: Vec::with_capacity(PENDING_ROOM),
             stats: AccessStats::default(),
             config,
@@ -296,8 +298,13 @@ impl AccessPredictor {
             None => false,
         };
         let known = known && self.config.experts.contains(Expert::Phase);
-        let moment =
-            Moment { at_us, size_pages: self.config.size_pages, floor: self.config.min_probability, silent: known };
+        let moment = Moment {
+            at_us,
+            size_pages: self.config.size_pages,
+            floor: self.config.min_probability,
+            silent: known,
+            tokens: self.model.is_some() || self.listening,
+        };
         self.hybrid.read(&mut vm.trail, first, pages, &moment, &mut self.pending);
     }
 
@@ -353,10 +360,16 @@ impl AccessPredictor {
         self.vms.values_mut().for_each(|vm| vm.trail.mind.forget());
     }
 
+    /// Whether [`AccessPredictor::foretell`] is to tell tokens without a model too. Otherwise none are made then: they
+    /// cost an access some 600 instructions. Who begins to listen hears from the next read on.
+    pub fn listen(&mut self, listening: bool) {
+        self.listening = listening;
+    }
+
     /// Lets the LSTM read the tokens of the reads since the last call, all VMs in one batch, and say what it expects. Not
     /// part of the hot path: call it when there is time; what it says counts for the eight reads that follow, and the less
     /// the later. Of more than 256 reads between two calls the model misses the oldest. `told` is given each VM's tokens, also
-    /// without a model.
+    /// without a model where somebody [listens](AccessPredictor::listen).
     pub fn foretell(&mut self, mut told: impl FnMut(u64, Token)) {
         let Some(model) = &self.model else {
             for (id, vm) in &mut self.vms {

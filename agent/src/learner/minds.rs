@@ -84,6 +84,7 @@ impl Minds {
     /// The models read what came since the last call; contests and drift are told.
     pub(super) fn foretell(&mut self, storage: &str, predictor: &mut AccessPredictor, watch: &ModelsHandle) {
         let trials = &mut self.trials;
+        predictor.listen(!trials.is_empty());
         predictor.foretell(|vm, token| trials.iter_mut().for_each(|trial| trial.read(vm, token)));
         for trial in trials.iter_mut().filter(|trial| !trial.losses.is_empty()) {
             watch.losses(&trial.scope, trial.pair, &trial.losses);

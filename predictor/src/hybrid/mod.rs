@@ -85,6 +85,8 @@ pub(crate) struct Moment {
     pub(crate) floor: f32,
     /// Learn, and say nothing.
     pub(crate) silent: bool,
+    /// Somebody wants the reads as tokens.
+    pub(crate) tokens: bool,
 }
 
 /// Sizes and limits.
@@ -244,9 +246,11 @@ impl Hybrid {
             }
             trail.block = block;
         }
-        let (at_us, ahead) = (moment.at_us, self.ahead.as_slice());
-        let found = Found { block, first, pages, at_us, run, cursor, ahead };
-        trail.mind.push(trail.slate.read(&found, &self.granules));
+        if moment.tokens {
+            let (at_us, ahead) = (moment.at_us, self.ahead.as_slice());
+            let found = Found { block, first, pages, at_us, run, cursor, ahead };
+            trail.mind.push(trail.slate.read(&found, &self.granules));
+        }
         let pause = moment.at_us.saturating_sub(trail.at_us).min(MAX_PACE_US);
         trail.pace_us = (trail.pace_us * 7 + pause) / 8;
         trail.at_us = moment.at_us;

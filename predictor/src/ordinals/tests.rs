@@ -59,8 +59,12 @@ fn a_symbol_is_the_first_that_means_the_block_and_the_recent_ones_are_exact() {
 
 #[test]
 fn the_predictor_makes_the_tokens_that_the_tokeniser_makes() {
-    let (mut tokeniser, mut predictor) = (Tokeniser::new(), AccessPredictor::new(AccessConfig::default()));
+    let mut predictor = AccessPredictor::new(AccessConfig::default());
     let (mut expected, mut found) = (Vec::new(), Vec::new());
+    predictor.observe(&reads(1, 9)[0]);
+    predictor.foretell(|_, _| panic!("nobody listens"));
+    let (mut tokeniser, mut predictor) = (Tokeniser::new(), AccessPredictor::new(AccessConfig::default()));
+    predictor.listen(true);
     for (n, access) in reads(5000, 9).into_iter().enumerate() {
         expected.extend(tokeniser.push(&access));
         predictor.observe(&access);

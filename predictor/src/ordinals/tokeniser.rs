@@ -39,7 +39,7 @@ impl Tokeniser {
         if access.op != Op::Read || pages == 0 {
             return None;
         }
-        let moment = Moment { at_us: access.at_us, size_pages: MAX_PAGES, floor: 1.0, silent: true };
+        let moment = Moment { at_us: access.at_us, size_pages: MAX_PAGES, floor: 1.0, silent: true, tokens: true };
         self.hybrid.read(&mut self.trail, access.first, pages, &moment, &mut Vec::new());
         self.trail.mind.pop()
     }
