@@ -125,11 +125,18 @@ impl Setup<'_> {
     pub(super) fn prefetcher(&self) -> Result<Box<dyn Prefetcher>> {
         let Some(kind) = self.policy.kind() else { return Ok(Box::new(Nothing)) };
         let mut predictive = Predictive::new(kind, self.threshold as f32, self.capacity as u64);
-        if let Some(model) = self.model.filter(|_| self.policy.listens()) {
+        let model = self.model.filter(|_| self.policy.listens());
+        // Reads that a model was trained on make it look better than it is: beside other experts it comes in after them,
+        // as in a daemon. Alone it has no other place to learn what its word is worth.
+        let alone = kind == PolicyKind::Lstm;
+        if let Some(model) = model.filter(|_| alone) {
             predictive.set_model(Arc::clone(model));
         }
         if let Some(trace) = self.trained_on {
             predictive.train(requests(trace.requests.iter().copied()), &trace.marks, |_| true)?;
+        }
+        if let Some(model) = model.filter(|_| !alone) {
+            predictive.set_model(Arc::clone(model));
         }
         Ok(Box::new(predictive))
     }

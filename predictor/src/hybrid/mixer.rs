@@ -182,9 +182,14 @@ pub(crate) struct Mixer {
 }
 
 impl Mixer {
-    pub(crate) fn new() -> Self {
+    /// A model that is put to experts with a record starts without weight: it is heard as far as it lowers their error. Alone
+    /// it starts with the weight of the others.
+    pub(crate) fn new(model_alone: bool) -> Self {
         let mut start = [START_WEIGHT; INPUTS + 1];
         start[INPUTS] = 0.0;
+        if !model_alone {
+            start[MODEL] = 0.0;
+        }
         Self { weights: vec![start; SETS], gradients: vec![Gradient::ZERO; SETS], stirred: 0 }
     }
 
@@ -231,7 +236,7 @@ impl Mixer {
     }
 
     pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, WireError> {
-        let mut mixer = Self::new();
+        let mut mixer = Self::new(false);
         for weight in mixer.weights.iter_mut().flatten() {
             *weight = reader.f32()?;
             if !(-4.0..=4.0).contains(weight) {

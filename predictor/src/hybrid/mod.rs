@@ -135,7 +135,7 @@ impl Hybrid {
         Self {
             blocks: Blocks::new(config.blocks),
             contexts: view::expected(),
-            mixer: Mixer::new(),
+            mixer: Mixer::new(config.model_alone),
             reliability: Reliability::new(SETS),
             pending: Pending::new(config.predictions),
             log: Log::new(config.log_reads),
