@@ -293,3 +293,47 @@ fn a_configuration_that_is_wrong_at_reload_changes_nothing() {
     assert!(host.does(&["disk", "list"]).contains("no disks"));
     host.stop();
 }
+
+#[test]
+fn a_database_that_cannot_be_used_keeps_no_disk_from_its_guest() {
+    let mut host = Host::new();
+    host.start("");
+    let (store, other) = (host.store("store", 1 << 20), host.store("other", 1 << 20));
+    host.does(&["disk", "add", "d", &store]);
+    host.stop();
+
+    // Of a version that this program does not know: left as it is, and stood in for.
+    let database = host.path("state/prestage.db");
+    let version = |number: i64| {
+        rusqlite::Connection::open(&database).unwrap().pragma_update(None, "user_version", number).unwrap();
+    };
+    let known: i64 = {
+        let database = rusqlite::Connection::open(&database).unwrap();
+        database.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap()
+    };
+    version(99);
+    host.start("");
+    assert!(host.does(&["disk", "list"]).contains(&store));
+    let status = host.does(&["status"]);
+    assert!(status.contains("is of version 99") && status.contains("stand-in.db stands in"), "{status}");
+    host.refuses(&["disk", "add", "e", &other], 1, &["would be forgotten", "is of version 99"]);
+    host.stop();
+    version(known);
+
+    // Damaged: set aside, and a new one begun.
+    let garbage = vec![b'x'; 8192];
+    std::fs::write(&database, &garbage).unwrap();
+    host.start("");
+    let status = host.does(&["status"]);
+    assert!(status.contains("was damaged") && status.contains("must be added again"), "{status}");
+    assert!(host.log().contains("ERROR database"), "{}", host.log());
+    host.does(&["disk", "add", "d", &store]);
+    host.stop();
+    let kept = |entry: std::io::Result<std::fs::DirEntry>| std::fs::read(entry.unwrap().path()).unwrap_or_default();
+    assert!(std::fs::read_dir(host.path("state")).unwrap().map(kept).any(|bytes| bytes == garbage));
+    host.start("");
+    assert!(host.does(&["disk", "list"]).contains(&store));
+    let status = host.does(&["status"]);
+    assert!(!status.contains("damaged"), "{status}");
+    host.stop();
+}

@@ -204,6 +204,11 @@ pub(super) enum Opening {
 
 /// Opens and exports a disk and remembers it over restarts.
 pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: Opening) -> Result<(), ApiError> {
+    if let (true, Some(trouble)) = (daemon.stand_in, &daemon.store_trouble) {
+        // Served but forgotten at the next restart would be a trap.
+        let detail = format!("disk `{}` would be forgotten at the next restart: {trouble}", definition.name);
+        return Err(ApiError::new(ErrorCode::Unavailable, detail));
+    }
     let _reserved = daemon.disks.reserve(&definition.name)?;
     let row = DiskRow {
         name: definition.name.clone(),

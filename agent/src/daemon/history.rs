@@ -1,7 +1,7 @@
 //! Questions about history, on a thread for what blocks.
 
-use super::control::{blocking, served, store_error};
-use super::{Daemon, Shared};
+use super::control::{served, store_error};
+use super::{Daemon, Shared, learner_settings};
 use crate::learner::run::unix_ms;
 use crate::store::{BLOCK_PAGES, NEAR_LIMIT, RunRow, RunsOf, StoreError};
 use prestage_cache::types::PAGE_BYTES;
@@ -33,7 +33,7 @@ pub(super) async fn status(daemon: &Shared) -> Result<HistoryStatus, ApiError> {
         index_bytes: status.index_bytes,
         hours_bytes: status.hours_bytes,
         size_bytes: status.size_bytes(),
-        limit_bytes: learner.retention_bytes.0,
+        limit_bytes: learner_settings(&daemon.config.lock(), daemon.stand_in).retention_bytes,
         limit_days: learner.retention_days,
         oldest_unix_ms: at(status.oldest_us),
         newest_unix_ms: at(status.newest_us),

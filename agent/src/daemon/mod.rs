@@ -49,17 +49,25 @@ struct Daemon {
     machine_names: Mutex<HashMap<String, String>>,
     /// Counters by disk that are in the database already.
     outcomes: Mutex<HashMap<String, Counters>>,
+    /// Why the database is not the one of the last run.
+    store_trouble: Option<String>,
+    /// The database ends with the daemon.
+    stand_in: bool,
 }
 
 type Shared = Arc<Daemon>;
 
-fn learner_settings(config: &Config) -> LearnerSettings {
+/// Most bytes of history in a stand-in for the database, which lies in memory as a rule.
+const STAND_IN_BYTES: u64 = 16 << 20;
+
+fn learner_settings(config: &Config, stand_in: bool) -> LearnerSettings {
+    let most = if stand_in { STAND_IN_BYTES } else { u64::MAX };
     LearnerSettings {
         prefetch: config.prefetch.enabled,
         threshold: config.prefetch.threshold,
         history: config.learner.history,
         save_interval: config.learner.save_interval,
         retention_age: Duration::from_secs(u64::from(config.learner.retention_days) * 86_400),
-        retention_bytes: config.learner.retention_bytes.0,
+        retention_bytes: config.learner.retention_bytes.0.min(most),
     }
 }

@@ -138,7 +138,8 @@ impl Daemon {
             );
             trouble("libvirt", &detail);
         }
-        let condition = self.store.condition();
+        let mut condition = self.store.condition();
+        condition.degraded = condition.degraded.or_else(|| self.store_trouble.clone());
         if let Some(reason) = &condition.degraded {
             trouble("database", reason);
         }

@@ -1,6 +1,6 @@
 //! From the configuration to a running daemon, and back down.
 //!
-//! Order of the way up: API socket (tells a second daemon apart), database, tiers, learner, disks, libvirt; ready. The
+//! Order of the way up: API socket (tells a second daemon apart), database (or what stands in for it), tiers, learner, disks, libvirt; ready. The
 //! way down is the reverse: no more requests, guests' requests under way end, blocks on their way to the SSD tier are
 //! written, profiles saved, the SSD tier marked clean.
 
@@ -9,7 +9,8 @@ use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
 use crate::config::{Change, Config, ConfigError, Engine, HugePages, RateLimit, diff};
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
-use crate::store::{Store, StoreError};
+use crate::store::StoreError;
+use crate::store::rescue::{Rescued, open_or_rescue};
 use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
@@ -86,7 +87,10 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     raise_limits();
-    make_folder(&config.daemon.state_dir, 0o750)?;
+    if let Err(error) = make_folder(&config.daemon.state_dir, 0o750) {
+        // The database says so again, and a stand-in takes its place.
+        tracing::error!(%error, "no folder for the database");
+    }
     // QEMU, another user, must reach its socket through these.
     make_folder(&config.daemon.run_dir, 0o755)?;
     make_folder(&config.daemon.run_dir.join("vm"), 0o755)?;
@@ -96,7 +100,8 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         group: config.api.group.clone(),
     })?;
     let _state = lock_state(&config.daemon.state_dir)?;
-    let (daemon, threads) = start(config)?;
+    // The database may be locked, and waited for.
+    let (daemon, threads) = tokio::task::block_in_place(|| start(config))?;
     if let Err(error) = expect_disks(&daemon).await {
         tracing::error!(%error, "disks not restored");
     }
@@ -177,11 +182,21 @@ fn shut_down(daemon: &Shared, threads: Threads) {
     tracing::info!("stopped");
 }
 
-/// Two daemons on one database would undo each other's changes.
-fn lock_state(folder: &Path) -> Result<Flock<std::fs::File>, RunError> {
+/// Two daemons on one database would undo each other's changes. `None`: nothing can be written there.
+fn lock_state(folder: &Path) -> Result<Option<Flock<std::fs::File>>, RunError> {
     let path = folder.join("lock");
-    let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| RunError::StateInUse { path: folder.to_owned() })
+    let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path);
+    // A file system that takes no writes still knows locks.
+    match file.or_else(|error| std::fs::File::open(&path).map_err(|_| error)) {
+        Ok(file) => match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err(_) => Err(RunError::StateInUse { path: folder.to_owned() }),
+        },
+        Err(error) => {
+            tracing::error!(path = %path.display(), %error, "the state is not locked against a second prestaged");
+            Ok(None)
+        }
+    }
 }
 
 /// Many disks need many descriptors; the soft limit of 1024 is for programs that use select(2).
@@ -207,7 +222,11 @@ fn budget(config: &Config) -> BudgetConfig {
 }
 
 fn start(config: Config) -> Result<(Shared, Threads), RunError> {
-    let store = Store::open(&config.store_path())?;
+    let Rescued { store, trouble: store_trouble, stand_in } =
+        open_or_rescue(&config.store_path(), &config.daemon.run_dir.join("stand-in.db"))?;
+    if let Some(trouble) = &store_trouble {
+        tracing::error!("{trouble}");
+    }
     let (ssd, ssd_trouble) = open_ssd(&config);
     let ram_bytes = config.ram_bytes().map_err(RunError::HostMemory)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -230,7 +249,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
     let (models, models_thread) = models::start(&store, &config)?;
     let (learner, learner_thread) =
-        LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config))?;
+        LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config, stand_in))?;
     match store.thresholds() {
         Ok(thresholds) => learner.thresholds(thresholds.into_iter().collect()),
         // Guests need their disks more than an operator's fine tuning.
@@ -257,6 +276,8 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         ssd_trouble,
         machine_names: Mutex::default(),
         outcomes: Mutex::default(),
+        store_trouble,
+        stand_in,
     };
     Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread }))
 }
@@ -397,7 +418,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         }
     }
     set_log(&new.daemon.log);
-    let settings: LearnerSettings = learner_settings(&new);
+    let settings: LearnerSettings = learner_settings(&new, daemon.stand_in);
     daemon.learner.settings(settings);
     daemon.models.settings(models::settings(&new));
     daemon.cache.set_budget(budget(&new));

@@ -6,6 +6,7 @@
 //! - `history/`: accesses: ingest, retention, and the questions they answer
 //! - `models.rs`: models, their audit, thresholds
 //! - `segment/`: accesses as compressed columns
+//! - `rescue.rs`: what is done with a database that cannot be used
 //!
 //! Guests never wait for this: writes are queued, a full queue or a full disk loses history and says so in [`Store::condition`], and the
 //! data path does not know the database exists. Reads use a connection of their own, which writers do not block. Reads and
@@ -18,6 +19,7 @@ pub mod models;
 #[cfg(test)]
 mod models_tests;
 mod records;
+pub mod rescue;
 mod schema;
 pub mod segment;
 #[cfg(test)]

@@ -197,24 +197,26 @@ impl Store {
 
     /// Disks remembered, by name.
     pub fn disks(&self) -> Result<Vec<DiskRow>, StoreError> {
-        self.read("read disks from", |connection| {
-            let sql =
-                "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
-            let row = |row: &Row<'_>| {
-                Ok(DiskRow {
-                    name: row.get(0)?,
-                    store: row.get(1)?,
-                    read_only: row.get(2)?,
-                    socket: row.get(3)?,
-                    vm: row.get(4)?,
-                    target: row.get(5)?,
-                    serial: row.get(6)?,
-                    added_unix_ms: unsigned(row, 7)?,
-                })
-            };
-            connection.prepare(sql)?.query_map([], row)?.collect()
-        })
+        self.read("read disks from", disks)
     }
+}
+
+/// Disks remembered, by name.
+pub(super) fn disks(connection: &Connection) -> rusqlite::Result<Vec<DiskRow>> {
+    let sql = "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
+    let row = |row: &Row<'_>| {
+        Ok(DiskRow {
+            name: row.get(0)?,
+            store: row.get(1)?,
+            read_only: row.get(2)?,
+            socket: row.get(3)?,
+            vm: row.get(4)?,
+            target: row.get(5)?,
+            serial: row.get(6)?,
+            added_unix_ms: unsigned(row, 7)?,
+        })
+    };
+    connection.prepare(sql)?.query_map([], row)?.collect()
 }
 
 const PROFILES: &str = "SELECT id, identity, saved_unix_ms, runs, length(data)";
