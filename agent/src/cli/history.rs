@@ -240,6 +240,10 @@ fn near(near: &Near, now_unix_ms: u64) -> String {
             fields.add("covers", format!("since {} only, older reads are too many", ago(after, now_unix_ms)))
         }
     };
+    if near.damaged_segments > 0 {
+        let segments = count(near.damaged_segments, "segment", "segments");
+        fields.add("left out", format!("{segments} of history, damaged; the log of prestaged says more"));
+    }
     fields.render()
 }
 

@@ -155,7 +155,8 @@ pub(super) async fn near(daemon: &Shared, disk: String, query: NearQuery) -> Res
         reads_b: answer.reads_b,
         near: answer.near,
         then: answer.then,
-        complete: answer.after_us == 0,
+        complete: answer.after_us == 0 && answer.damaged == 0,
+        damaged_segments: answer.damaged,
         after_unix_ms: (answer.after_us > 0).then_some(answer.after_us / 1000),
     })
 }

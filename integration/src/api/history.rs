@@ -185,9 +185,13 @@ pub struct Near {
     pub near: u64,
     /// Reads of A with one of B at the same time or at most so long after.
     pub then: u64,
-    /// `near` and `then` are of all history, not just of the time since `after_unix_ms`.
+    /// `near` and `then` are of all history, not just of the time since `after_unix_ms`, and nothing is damaged.
     pub complete: bool,
-    /// Older reads of A were too many to look at; absent when complete.
+    /// Segments of the history (up to 65,536 accesses each) that are missing from the answer, at least in part: they or their
+    /// index are damaged.
+    #[serde(default)]
+    pub damaged_segments: u64,
+    /// Older reads of A were too many to look at; absent when none were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after_unix_ms: Option<u64>,
 }

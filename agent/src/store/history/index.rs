@@ -144,7 +144,7 @@ impl RowDecoder {
             segment = if further == 0 && begun { segment } else { lowest }.wrapping_add(later);
             begun = true;
             let chunks = if chunks < CHUNKS_MAX as u64 { 1 << chunks } else { chunks.saturating_sub(16) as u16 };
-            found(Touch { block, segment, chunks, reads: u32::try_from(reads + 1).unwrap_or(u32::MAX) });
+            found(Touch { block, segment, chunks, reads: u32::try_from(reads.saturating_add(1)).unwrap_or(u32::MAX) });
         }
         Ok(())
     }
@@ -321,8 +321,17 @@ pub(super) fn shrink_groups(connection: &Connection) -> Result<(), WorkError> {
     small.into_iter().try_for_each(|(group, storage)| merge(connection, storage, &[group]))
 }
 
-/// Touches of a block in all groups of a storage, each with its group. A damaged row is an error.
-pub(super) fn find(connection: &Connection, storage: i64, block: u64) -> Result<Vec<(i64, Touch)>, WorkError> {
+/// What the index has of a block.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Each with its group.
+    pub(super) touches: Vec<(i64, Touch)>,
+    /// Groups whose row is damaged: what their segments read of the block is not known.
+    pub(super) damaged: Vec<i64>,
+}
+
+/// Touches of a block in all groups of a storage. A damaged row costs its own group's.
+pub(super) fn find(connection: &Connection, storage: i64, block: u64) -> Result<Found, WorkError> {
     let groups: Vec<i64> = connection
         .prepare("SELECT id FROM groups WHERE storage_id = ? ORDER BY id")?
         .query_map([storage], |row| row.get(0))?
@@ -330,17 +339,22 @@ pub(super) fn find(connection: &Connection, storage: i64, block: u64) -> Result<
     let sql = "SELECT first_block, data FROM touches WHERE group_id = ? AND first_block <= ? ORDER BY first_block DESC LIMIT 1";
     let mut statement = connection.prepare(sql)?;
     let mut decoder = RowDecoder::new().map_err(crate::store::StoreError::from)?;
-    let mut found = Vec::new();
+    let mut found = Found::default();
     for group in groups {
         let row: Option<(i64, Vec<u8>)> =
             statement.query_row(params![group, int(block)], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
         let Some((first_block, data)) = row else { continue };
+        let known = found.touches.len();
         let keep = |touch: Touch| {
             if touch.block == block {
-                found.push((group, touch));
+                found.touches.push((group, touch));
             }
         };
-        decoder.row(first_block as u64, &data, keep).map_err(crate::store::StoreError::from)?;
+        if let Err(error) = decoder.row(first_block as u64, &data, keep) {
+            tracing::warn!(group, first_block, %error, "a row of the history's index is left out of an answer");
+            found.touches.truncate(known);
+            found.damaged.push(group);
+        }
     }
     Ok(found)
 }

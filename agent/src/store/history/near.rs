@@ -4,7 +4,7 @@
 //! that of a chunk that reads the other can hold a pair; those are decoded, newest first, up to a limit of chunks and of time. For two
 //! blocks that every chunk reads that is all of history, which no index shortens: the answer then says from when on it is complete.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
 use rusqlite::Connection;
@@ -51,6 +51,8 @@ pub struct Near {
     pub after_us: u64,
     /// Chunks decoded.
     pub chunks: u64,
+    /// Segments that are missing from the answer, at least in part, because they or their index are damaged.
+    pub damaged: u64,
 }
 
 /// A chunk that reads A, B or both.
@@ -66,7 +68,7 @@ struct Chunk {
 
 impl Store {
     /// How often blocks `a` and `b` (64 KiB, not the same) of a storage are read within `within_us` of each other by the same machine.
-    /// Errors: `NotFound`, `Segment` when the index is damaged.
+    /// Errors: `NotFound`. What is damaged costs itself, and is counted.
     pub fn near(
         &self,
         storage: &str,
@@ -77,7 +79,8 @@ impl Store {
         self.ask(|connection| {
             let storage = storage_number(connection, storage)?;
             let mut answer = Near::default();
-            let (streams, unindexed_us) = candidates(connection, storage, (a, b), &mut answer)?;
+            let mut damaged = HashSet::new();
+            let (streams, unindexed_us) = candidates(connection, storage, (a, b), &mut answer, &mut damaged)?;
             let mut wanted: BTreeMap<i64, Vec<(usize, Chunk)>> = BTreeMap::new();
             for (stream, chunks) in streams.values().enumerate() {
                 for chunk in meeting(chunks, within_us) {
@@ -102,12 +105,14 @@ impl Store {
                 match search.segment(chunks) {
                     Err(WorkError::Request(error)) => {
                         tracing::warn!(%error, "a segment of history is left out of an answer");
+                        damaged.extend(chunks.first().map(|(_, chunk)| chunk.segment));
                     }
                     searched => searched?,
                 }
             }
             let Search { mut times, chunks, missing_us, .. } = search;
             answer.chunks = chunks as u64;
+            answer.damaged = damaged.len() as u64;
             answer.after_us = missing_us.map_or(0, |missing| missing.saturating_add(within_us));
             for (of_a, of_b) in &mut times {
                 count(of_a, of_b, within_us, &mut answer);
@@ -121,17 +126,21 @@ impl Store {
 type Streams = BTreeMap<String, Vec<Chunk>>;
 
 /// Chunks of each machine that read one of the blocks, and the latest access that is not in the index; how often the blocks were read goes
-/// into the answer.
+/// into the answer, and segments of which that is not known into `damaged`.
 fn candidates(
     connection: &Connection,
     storage: i64,
     (a, b): (u64, u64),
     answer: &mut Near,
+    damaged: &mut HashSet<i64>,
 ) -> Result<(Streams, Option<u64>), WorkError> {
     // By segment: its group, chunks and reads of A, of B.
     let mut segments: BTreeMap<i64, (i64, [(u16, u32); 2])> = BTreeMap::new();
+    let mut damaged_groups = HashSet::new();
     for (which, block) in [a, b].into_iter().enumerate() {
-        for (group, touch) in index::find(connection, storage, block)? {
+        let found = index::find(connection, storage, block)?;
+        damaged_groups.extend(found.damaged);
+        for (group, touch) in found.touches {
             let (_, both) = segments.entry(touch.segment).or_insert((group, Default::default()));
             if let Some(of) = both.get_mut(which) {
                 *of = (touch.chunks, touch.reads);
@@ -151,14 +160,24 @@ fn candidates(
             unindexed_us = unindexed_us.max(Some(unsigned(row, 3)?));
             continue;
         };
+        if damaged_groups.contains(&found_in) {
+            damaged.insert(segment);
+        }
         // The index may still know of a segment that is gone, whose number another has now: that one's group is another.
         let touched = segments.get(&segment).filter(|(group, _)| *group == found_in);
         let Some((_, [(chunks_a, reads_a), (chunks_b, reads_b)])) = touched else { continue };
         answer.reads_a += u64::from(*reads_a);
         answer.reads_b += u64::from(*reads_b);
         let stream = streams.entry(row.get(1)?).or_default();
-        let times = decode_times(unsigned(row, 2)?, row.get_ref(5)?.as_blob().map_err(rusqlite::Error::from)?);
-        for (index, times) in times.map_err(StoreError::from)?.iter().enumerate() {
+        let times = match row.get_ref(5)?.as_blob() {
+            Ok(bytes) => decode_times(unsigned(row, 2)?, bytes).unwrap_or_default(),
+            Err(_) => Vec::new(),
+        };
+        // A touched chunk whose time is not known cannot be looked at.
+        if u32::from(chunks_a | chunks_b) >> times.len().min(16) != 0 {
+            damaged.insert(segment);
+        }
+        for (index, times) in times.iter().enumerate() {
             let has = |chunks: u16| index < 16 && chunks & (1 << index) != 0;
             let (a, b) = (has(*chunks_a), has(*chunks_b));
             if a || b {

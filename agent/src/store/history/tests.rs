@@ -396,3 +396,37 @@ fn a_question_waits_for_no_writer_and_no_other_question() {
     assert_eq!(inner, 1);
     assert!(store.inner.history.lock().len() >= 2);
 }
+
+#[test]
+fn two_blocks_are_answered_from_what_of_the_index_is_sound() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let start = 1_700_000_000_000_000;
+    // Far enough apart to be three groups.
+    for n in 0..3 {
+        let at = start + n * 2 * HOUR_US;
+        append(&store, "s", "vm", &[read(at, 0), read(at + 10, 16), read(at + 1_000_000, 0)]);
+    }
+    let whole = store.near("s", (0, 1), 50, ALL).unwrap();
+    assert_eq!((whole.reads_a, whole.reads_b, whole.near, whole.damaged), (6, 3, 3, 0));
+    let raw = Connection::open(folder.path().join("db")).unwrap();
+    let one = |table: &str, column: &str| -> (i64, Vec<u8>) {
+        let sql = format!("SELECT {column}, data FROM {table} ORDER BY {column} LIMIT 1 OFFSET 1");
+        raw.query_row(&sql, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap()
+    };
+    let rest = Near { reads_a: 4, reads_b: 2, near: 2, then: 2, damaged: 1, ..Near::default() };
+    let (group, row) = one("touches", "group_id");
+    for damaged in [&[][..], &[0x80], &[0xff; 30], &row[..row.len() - 1]] {
+        raw.execute("UPDATE touches SET data = ? WHERE group_id = ?", params![damaged, group]).unwrap();
+        let answer = store.near("s", (0, 1), 50, ALL).unwrap();
+        assert_eq!(Near { chunks: 0, ..answer }, rest, "{damaged:?}");
+    }
+    raw.execute("UPDATE touches SET data = ? WHERE group_id = ?", params![row, group]).unwrap();
+    let counted = Near { reads_a: 6, reads_b: 3, ..rest };
+    let (segment, data) = one("segments", "id");
+    raw.execute("UPDATE segments SET data = ? WHERE id = ?", params![&data[..data.len() / 2], segment]).unwrap();
+    assert_eq!(Near { chunks: 0, ..store.near("s", (0, 1), 50, ALL).unwrap() }, counted);
+    raw.execute("UPDATE segments SET data = ? WHERE id = ?", params![data, segment]).unwrap();
+    raw.execute("UPDATE chunks SET times = x'80' WHERE segment_id = ?", [segment]).unwrap();
+    assert_eq!(Near { chunks: 0, ..store.near("s", (0, 1), 50, ALL).unwrap() }, counted);
+}
