@@ -20,7 +20,7 @@ const HOUR_MS: u64 = 3_600_000;
 pub(super) async fn status(daemon: &Shared) -> Result<HistoryStatus, ApiError> {
     let learner = daemon.config.lock().learner.clone();
     let shared = daemon.clone();
-    let status = blocking(move || shared.store.history(unix_ms().saturating_mul(1000))).await?;
+    let status = daemon.questions.ask(move || shared.store.history(unix_ms().saturating_mul(1000))).await?;
     let status = status.map_err(|error| store_error(&error))?;
     let at = |us: u64| (status.accesses > 0).then_some(us / 1000);
     Ok(HistoryStatus {
@@ -46,14 +46,13 @@ pub(super) async fn status(daemon: &Shared) -> Result<HistoryStatus, ApiError> {
 pub(super) async fn runs(daemon: &Shared, query: RunsQuery) -> Result<RunList, ApiError> {
     let (storage, vm) = whose(daemon, &query.of)?;
     let shared = daemon.clone();
-    blocking(move || {
+    let runs = daemon.questions.ask(move || {
         let of = RunsOf { storage: storage.as_deref(), vm: Some(&vm), program: query.program.as_deref() };
         let runs = shared.store.runs(of, query.last as usize)?;
         let runs = runs.into_iter().map(|row| run(&shared, row, query.extents as usize));
         Ok(RunList { runs: runs.collect::<Result<_, _>>()? })
-    })
-    .await?
-    .map_err(|error: StoreError| store_error(&error))
+    });
+    runs.await?.map_err(|error: StoreError| store_error(&error))
 }
 
 /// Storage and machine of a disk; or a machine, as the database names it.
@@ -111,7 +110,7 @@ pub(super) async fn hot(daemon: &Shared, disk: String, query: HotQuery) -> Resul
     let to = unix_ms() / HOUR_MS;
     let from = to.saturating_sub(u64::from(query.hours) - 1);
     let (shared, identity) = (daemon.clone(), storage.clone());
-    let hours = blocking(move || shared.store.hot(&identity, from, to, query.top as usize)).await?;
+    let hours = daemon.questions.ask(move || shared.store.hot(&identity, from, to, query.top as usize)).await?;
     let block = |hot: crate::store::HotBlock| HotBlock { offset_bytes: hot.block * BLOCK_BYTES, reads: hot.reads };
     let hours = or_nothing(hours)?.into_iter().map(|hour| HotHour {
         hour_unix_ms: hour.hour * HOUR_MS,
@@ -140,7 +139,7 @@ pub(super) async fn near(daemon: &Shared, disk: String, query: NearQuery) -> Res
     }
     let storage = storage.identity().to_owned();
     let (shared, identity) = (daemon.clone(), storage.clone());
-    let answer = blocking(move || {
+    let answer = daemon.questions.ask(move || {
         let limit = NEAR_LIMIT.until(Instant::now() + NEAR_TIME);
         shared.store.near(&identity, pair, query.within_us, limit)
     });

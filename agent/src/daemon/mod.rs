@@ -3,6 +3,7 @@
 //! - [`run`]: from the configuration to a running daemon and back (`run.rs`)
 //! - `disks.rs`: disks on offer: open, export, remove, retry
 //! - `control.rs`, `history.rs`: the API's questions and orders
+//! - `questions.rs`: how many questions about history are answered at a time
 //! - `models.rs`: models and thresholds
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
@@ -13,6 +14,7 @@ mod disks;
 mod history;
 mod machines;
 mod models;
+mod questions;
 mod report;
 mod rows;
 mod run;
@@ -28,6 +30,7 @@ use parking_lot::Mutex;
 use prestage_cache::Cache;
 use prestage_integration::api::Counters;
 use prestage_integration::libvirt::Hypervisor;
+use questions::Questions;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,19 +43,20 @@ struct Daemon {
     learner: LearnerHandle,
     models: ModelsHandle,
     disks: Disks,
+    questions: Questions,
     hypervisor: Option<Hypervisor>,
     started: Instant,
     started_unix_ms: u64,
     /// Why there is no SSD tier although one is configured.
     ssd_trouble: Option<String>,
-    /// Names of machines by UUID, as far as libvirt has told.
-    machine_names: Mutex<HashMap<String, String>>,
-    /// Counters by disk that are in the database already.
-    outcomes: Mutex<HashMap<String, Counters>>,
     /// Why the database is not the one of the last run.
     store_trouble: Option<String>,
     /// The database ends with the daemon.
     stand_in: bool,
+    /// Names of machines by UUID, as far as libvirt has told.
+    machine_names: Mutex<HashMap<String, String>>,
+    /// Counters by disk that are in the database already.
+    outcomes: Mutex<HashMap<String, Counters>>,
 }
 
 type Shared = Arc<Daemon>;

@@ -1,10 +1,10 @@
 //! A disk's requests as CSV, live and from the database, and why one of its pages was or was not prefetched.
 
 use super::Shared;
-use super::control::{blocking, served, store_error};
+use super::control::{served, store_error};
 use crate::learner::tap::{Batch, Reader};
 use crate::store::segment::{AccessOp as StoredOp, AccessRecord};
-use crate::store::{SegmentRow, Store, StoreError};
+use crate::store::{SegmentRow, StoreError};
 use futures_util::stream::unfold;
 use prestage_cache::access::AccessOp;
 use prestage_cache::types::PAGE_BYTES;
@@ -92,22 +92,22 @@ pub(super) async fn trace(daemon: &Shared, name: &str) -> Result<Rows, ApiError>
 pub(super) async fn history(daemon: &Shared, name: &str, since_us: u64) -> Result<Rows, ApiError> {
     let served = served(daemon, name)?;
     let vm = daemon.disks.get(name)?.definition.vm.unwrap_or_default();
+    let place = daemon.questions.stream()?;
     let shared = daemon.clone();
-    let segments = blocking(move || {
+    let segments = daemon.questions.ask(move || {
         shared.store.segments(served.storage.identity(), Some(&vm), since_us, u64::MAX).map_err(|e| store_error(&e))
-    })
-    .await??;
-    let state = (daemon.store.clone(), VecDeque::from(segments), Stage::Header);
-    Ok(Rows::new(unfold(state, move |(store, mut segments, stage)| async move {
+    });
+    let state = (daemon.clone(), VecDeque::from(segments.await??), Stage::Header, place);
+    Ok(Rows::new(unfold(state, move |(daemon, mut segments, stage, place)| async move {
         let (text, stage) = match stage {
             Stage::Header => (Ok(HEADER.to_owned()), Stage::Segments),
             Stage::Segments => match segments.pop_front() {
-                Some(segment) => (stored(store.clone(), segment, since_us).await, Stage::Segments),
+                Some(segment) => (stored(&daemon, segment, since_us).await, Stage::Segments),
                 None => (Ok("# end: so far the history\n".to_owned()), Stage::Nothing),
             },
             Stage::Nothing => return None,
         };
-        Some((text.map(Bytes::from), (store, segments, stage)))
+        Some((text.map(Bytes::from), (daemon, segments, stage, place)))
     })))
 }
 
@@ -118,7 +118,8 @@ enum Stage {
 }
 
 /// One segment of history. What cannot be read is told in its place and holds up nothing.
-async fn stored(store: Store, segment: SegmentRow, since_us: u64) -> io::Result<String> {
+async fn stored(daemon: &Shared, segment: SegmentRow, since_us: u64) -> io::Result<String> {
+    let store = daemon.store.clone();
     let read = move || match store.segment(segment.id) {
         Ok(accesses) => Ok(stored_rows(&accesses, since_us)),
         Err(StoreError::NotFound { .. }) => {
@@ -127,7 +128,7 @@ async fn stored(store: Store, segment: SegmentRow, since_us: u64) -> io::Result<
         Err(StoreError::Segment(error)) => Ok(format!("# missing {}: {error}\n", segment.accesses)),
         Err(error) => Err(io::Error::other(error)),
     };
-    tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?
+    daemon.questions.wait(read).await.map_err(io::Error::other)?
 }
 
 fn stored_rows(accesses: &[AccessRecord], since_us: u64) -> String {

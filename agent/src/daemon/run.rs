@@ -5,6 +5,7 @@
 //! written, profiles saved, the SSD tier marked clean.
 
 use super::disks::Definition;
+use super::questions::Questions;
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
 use crate::config::{Change, Config, ConfigError, Engine, HugePages, RateLimit, diff};
 use crate::learner::run::unix_ms;
@@ -270,14 +271,15 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         learner,
         models,
         disks: Disks::new(),
+        questions: Questions::default(),
         hypervisor,
         started: Instant::now(),
         started_unix_ms: unix_ms(),
         ssd_trouble,
-        machine_names: Mutex::default(),
-        outcomes: Mutex::default(),
         store_trouble,
         stand_in,
+        machine_names: Mutex::default(),
+        outcomes: Mutex::default(),
     };
     Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread }))
 }

@@ -33,6 +33,8 @@ pub enum ErrorCode {
     HypervisorUnavailable,
     /// A part of the daemon that this needs is switched off or degraded.
     Unavailable,
+    /// Too many ask for the same; `Retry-After` says when to come again.
+    Busy,
     /// No room left.
     NoSpace,
     /// It took too long; a change may still complete.
@@ -54,7 +56,7 @@ impl ErrorCode {
             Self::AlreadyExists | Self::InUse => StatusCode::CONFLICT,
             Self::NotPossible => StatusCode::UNPROCESSABLE_ENTITY,
             Self::StoreFailed => StatusCode::BAD_GATEWAY,
-            Self::HypervisorUnavailable | Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Self::HypervisorUnavailable | Self::Unavailable | Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
             Self::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
             Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -76,6 +78,7 @@ impl ErrorCode {
             Self::StoreFailed => "backing store failed",
             Self::HypervisorUnavailable => "libvirt is unavailable",
             Self::Unavailable => "unavailable",
+            Self::Busy => "busy",
             Self::NoSpace => "no space left",
             Self::Timeout => "timed out",
             Self::Internal => "internal error",
@@ -96,6 +99,7 @@ impl ErrorCode {
             Self::StoreFailed => "store-failed",
             Self::HypervisorUnavailable => "hypervisor-unavailable",
             Self::Unavailable => "unavailable",
+            Self::Busy => "busy",
             Self::NoSpace => "no-space",
             Self::Timeout => "timeout",
             Self::Internal => "internal",
@@ -168,7 +172,11 @@ impl IntoResponse for Problem {
         // Plain strings and numbers only: serialising them cannot fail.
         let body = serde_json::to_vec(&self).unwrap_or_default();
         let kind = HeaderValue::from_static("application/problem+json");
-        (status, [(header::CONTENT_TYPE, kind)], body).into_response()
+        let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
+        if self.code == ErrorCode::Busy {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
     }
 }
 
@@ -178,5 +186,19 @@ impl IntoResponse for ApiError {
         // For the layer around all routes, which adds the path and logs it.
         response.extensions_mut().insert(self);
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_told_that_it_is_busy_is_told_when_to_come_again() {
+        let response = ApiError::new(ErrorCode::Busy, "32 wait already").into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers().get(header::RETRY_AFTER), Some(&HeaderValue::from_static("1")));
+        let response = ApiError::new(ErrorCode::Unavailable, "no").into_response();
+        assert_eq!(response.headers().get(header::RETRY_AFTER), None);
     }
 }

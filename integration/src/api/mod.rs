@@ -87,6 +87,7 @@ pub trait Control: models::ModelControl + Send + Sync + 'static {
     /// Writes what was learned to the store and returns when it is durable. Errors: `Unavailable`, `NoSpace`.
     fn profiles_save(&self) -> Reply<'_, Saved>;
 
+    /// Errors of all questions about history: also `Busy`.
     fn history(&self) -> Reply<'_, HistoryStatus>;
     /// Errors: `NotFound`.
     fn history_runs(&self, query: RunsQuery) -> Reply<'_, RunList>;
