@@ -40,7 +40,8 @@ const STORE_US: f64 = 1000.0;
 #[derive(Debug, Args)]
 #[command(long_about = "Replay a machine's recorded history at several sizes of the RAM and SSD tiers and at several \
     thresholds, and recommend the smallest that is within 2 points of the fastest; a point is what one percent of hits is \
-    worth, a hundredth of the store's latency.\n\nThe replay runs here, at the lowest priority, with the policy and the \
+    worth, a hundredth of the store's latency. No prefetch is recommended where it is as fast, within half a point, and loads \
+    less from the store.\n\nThe replay runs here, at the lowest priority, with the policy and the \
     predictor that prestaged runs. Model of a read: from RAM 10 us; from the SSD tier 100 us; otherwise the store's latency, \
     as measured by prestaged for these disks since it started, behind a link of 500 MB/s. RAM starts empty and nothing is \
     learned yet; writes bring nothing in. Blocks that were read are on the SSD at once, the clock algorithm decides which leave; what is there is not \

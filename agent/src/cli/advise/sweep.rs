@@ -30,7 +30,7 @@ const THRESHOLDS: [f64; 5] = [0.05, 0.125, 0.25, 0.5, 0.75];
 pub(super) const THRESHOLD: f64 = 0.125;
 /// A recommendation may be so many points of hit ratio slower than the best that was tried …
 const POINTS: f64 = 2.0;
-/// … and a threshold that loads less from the store this many.
+/// … and a threshold, or none, that loads less from the store this many.
 const THRESHOLD_POINTS: f64 = 0.5;
 
 /// What the history holds.
@@ -87,12 +87,12 @@ pub(super) struct Tried {
 /// Everything that was tried, and what to take.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Advice {
-    /// Without an SSD tier.
+    /// Without an SSD tier; without prefetch (`threshold` is `null`) where that is as good and loads less.
     pub(super) recommended: Tried,
-    /// With one; absent if it saves no RAM.
+    /// With one, again with or without prefetch; absent if it saves no RAM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) with_ssd: Option<Tried>,
-    /// The fastest without an SSD tier.
+    /// The fastest without an SSD tier, with or without prefetch.
     pub(super) best: Tried,
     /// By RAM, SSD and threshold, the ones without prefetch first.
     pub(super) tried: Vec<Tried>,
@@ -139,40 +139,58 @@ pub(super) fn sweep(
         jobs.push((ram, 0, None));
         jobs.extend(ssd_sizes.iter().map(|ssd| (ram, *ssd, Some(THRESHOLD))));
     }
-    let all = jobs.len() + THRESHOLDS.len() - 1;
+    // The other thresholds, and an SSD tier without prefetch.
+    let all = jobs.len() + THRESHOLDS.len();
     let run = |jobs: &[Job], before: usize| run_all(&history, jobs, &|n| progress(before + n, all));
     let mut tried = run(&jobs, 0)?;
     let point_us = store_us / 100.0;
-    let prefetching = |tried: &&Tried| tried.threshold.is_some();
-    let without: Vec<&Tried> = tried.iter().filter(prefetching).filter(|tried| tried.ssd_bytes == 0).collect();
-    let (best, chosen) = choose(&without, point_us).ok_or("nothing was replayed")?;
-    let (best, chosen) = (best.clone(), chosen.clone());
-    let any: Vec<&Tried> = tried.iter().filter(prefetching).collect();
-    let with_ssd =
-        any.iter().filter(|tried| tried.ssd_bytes > 0 && tried.latency_us <= best.latency_us + POINTS * point_us);
-    let with_ssd = with_ssd.min_by_key(|tried| (tried.ram_bytes, tried.ssd_bytes)).copied();
-    let with_ssd = with_ssd.filter(|tried| tried.ram_bytes < chosen.ram_bytes).cloned();
+    let of_ram: Vec<&Tried> = tried.iter().filter(|tried| tried.ssd_bytes == 0).collect();
+    let chosen = smallest(&of_ram, fastest(&of_ram)?.latency_us + POINTS * point_us)?.clone();
     let more: Vec<Job> = THRESHOLDS
         .iter()
         .filter(|threshold| **threshold != THRESHOLD)
         .map(|threshold| (chosen.ram_bytes, 0, Some(*threshold)))
         .collect();
     let more = run(&more, jobs.len())?;
-    let by_threshold: Vec<&Tried> = more.iter().chain([&chosen]).collect();
-    let fastest = by_threshold.iter().map(|tried| tried.latency_us).fold(f64::INFINITY, f64::min);
-    let near = by_threshold.into_iter().filter(|tried| tried.latency_us <= fastest + THRESHOLD_POINTS * point_us);
-    let recommended = near.min_by_key(|tried| tried.store_bytes).unwrap_or(&chosen).clone();
+    let before = jobs.len() + more.len();
     tried.extend(more);
-    let plain = tried.iter().filter(prefetching).filter(|tried| tried.ssd_bytes == 0);
-    let best = plain.min_by(|a, b| a.latency_us.total_cmp(&b.latency_us)).unwrap_or(&best).clone();
+    let of_ram: Vec<&Tried> = tried.iter().filter(|tried| tried.ssd_bytes == 0).collect();
+    let best = fastest(&of_ram)?.clone();
+    // No prefetch is one of them: it has to be as good, and loads least.
+    let at_size: Vec<&Tried> = of_ram.into_iter().filter(|tried| tried.ram_bytes == chosen.ram_bytes).collect();
+    let recommended = lightest(&at_size, point_us)?.clone();
+
+    let of_ssd: Vec<&Tried> =
+        tried.iter().filter(|tried| tried.ssd_bytes > 0 && tried.ram_bytes < chosen.ram_bytes).collect();
+    let with_ssd = match smallest(&of_ssd, best.latency_us + POINTS * point_us) {
+        Err(_) => None,
+        Ok(with) => {
+            let with = with.clone();
+            let plain = run(&[(with.ram_bytes, with.ssd_bytes, None)], before)?;
+            let chosen = lightest(&plain.iter().chain([&with]).collect::<Vec<_>>(), point_us)?.clone();
+            tried.extend(plain);
+            Some(chosen)
+        }
+    };
     Ok(Advice { recommended, with_ssd, best, tried })
 }
 
-/// The fastest, and the smallest that is nearly as fast.
-fn choose<'a>(tried: &[&'a Tried], point_us: f64) -> Option<(&'a Tried, &'a Tried)> {
-    let best = tried.iter().min_by(|a, b| a.latency_us.total_cmp(&b.latency_us))?;
-    let near = tried.iter().filter(|tried| tried.latency_us <= best.latency_us + POINTS * point_us);
-    Some((best, near.min_by_key(|tried| (tried.ram_bytes, tried.ssd_bytes))?))
+fn fastest<'a>(tried: &[&'a Tried]) -> Result<&'a Tried, String> {
+    let fastest = tried.iter().min_by(|a, b| a.latency_us.total_cmp(&b.latency_us));
+    fastest.copied().ok_or_else(|| "nothing was replayed".to_owned())
+}
+
+/// The smallest that is not slower than `most_us`.
+fn smallest<'a>(tried: &[&'a Tried], most_us: f64) -> Result<&'a Tried, String> {
+    let near = tried.iter().filter(|tried| tried.latency_us <= most_us);
+    near.min_by_key(|tried| (tried.ram_bytes, tried.ssd_bytes)).copied().ok_or_else(|| "none is as fast".to_owned())
+}
+
+/// Of one size: what loads least from the store of those that are as fast as the fastest.
+fn lightest<'a>(tried: &[&'a Tried], point_us: f64) -> Result<&'a Tried, String> {
+    let most_us = fastest(tried)?.latency_us + THRESHOLD_POINTS * point_us;
+    let near = tried.iter().filter(|tried| tried.latency_us <= most_us);
+    near.min_by_key(|tried| tried.store_bytes).copied().ok_or_else(|| "none is as fast".to_owned())
 }
 
 /// What every replay replays.
@@ -310,6 +328,32 @@ mod tests {
         let (with, without) = (small(extent.set_bytes), small(0));
         assert!(with.ram_hit_ratio + with.ssd_hit_ratio > 0.9, "{with:?}");
         assert!(with.latency_us < without.latency_us);
+    }
+
+    #[test]
+    fn no_prefetch_is_recommended_where_it_is_as_good_and_loads_less() {
+        // Few blocks in an order that never comes back, far apart in time: nothing can be foretold, and RAM holds them all.
+        let mut state = 7_u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % 400
+        };
+        let requests: Vec<Request> = (0..12_000).map(|i| read(i * 20_000, random() * 48, 4)).collect();
+        let advice = sweep(&requests, &Extent::of(&requests), 5000.0, &|_, _| {}).unwrap();
+        let taken = &advice.recommended;
+        assert_eq!(taken.threshold, None, "{advice:?}");
+        let rivals = advice.tried.iter().filter(|tried| tried.ram_bytes == taken.ram_bytes && tried.ssd_bytes == 0);
+        assert_eq!(rivals.clone().count(), 1 + THRESHOLDS.len());
+        for rival in rivals {
+            assert!(
+                taken.latency_us <= rival.latency_us + 0.5 * 50.0 && taken.store_bytes <= rival.store_bytes,
+                "{rival:?}"
+            );
+        }
+        // A sequential reader is another matter.
+        let requests: Vec<Request> = (0..12_000).map(|i| read(i * 20_000, i * 4, 4)).collect();
+        let advice = sweep(&requests, &Extent::of(&requests), 5000.0, &|_, _| {}).unwrap();
+        assert!(advice.recommended.threshold.is_some(), "{advice:?}");
     }
 
     #[test]

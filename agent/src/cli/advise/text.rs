@@ -16,36 +16,37 @@ pub(super) fn answer(answer: &Answer) -> String {
     let mut text = String::new();
     let advice = &answer.advice;
     let recommended = &advice.recommended;
-    let threshold = recommended.threshold.unwrap_or_default();
     let write = &mut text;
+    let (ram, mean) = (human_bytes(recommended.ram_bytes), short_us(recommended.latency_us));
     // Text cannot fail to be written to.
+    let _ = writeln!(write, "Recommended for {}: {ram} of RAM, {}.", printable(&answer.vm), prefetch(recommended));
+    let other = match recommended.threshold {
+        Some(_) => without(answer, recommended.ram_bytes).map(|tried| (tried, "without prefetch")),
+        None => with(answer, recommended.ram_bytes).map(|tried| (tried, "with prefetch")),
+    };
+    let other = other.map_or_else(String::new, |(tried, how)| format!(" ({} {how})", percent(tried.ram_hit_ratio)));
     let _ = writeln!(
         write,
-        "Recommended for {}: {} of RAM, threshold {threshold}.",
-        printable(&answer.vm),
-        human_bytes(recommended.ram_bytes)
-    );
-    let _ = writeln!(
-        write,
-        "{} of reads from RAM ({} without prefetch);\nmean read {}, the best tried with prefetch {} at {}.",
+        "{} of reads from RAM{other};\nmean read {mean}, the best tried {} at {}.",
         percent(recommended.ram_hit_ratio),
-        without(answer, recommended.ram_bytes).map_or_else(|| "-".to_owned(), |tried| percent(tried.ram_hit_ratio)),
-        short_us(recommended.latency_us),
         short_us(advice.best.latency_us),
         human_bytes(advice.best.ram_bytes)
     );
     if let Some(tried) = &advice.with_ssd {
         let (ram, ssd) = (human_bytes(tried.ram_bytes), human_bytes(tried.ssd_bytes));
-        let _ = writeln!(write, "With an SSD tier of {ssd}: {ram} of RAM, mean read {}.", short_us(tried.latency_us));
+        let (mean, prefetch) = (short_us(tried.latency_us), prefetch(tried));
+        let _ = writeln!(write, "With an SSD tier of {ssd}: {ram} of RAM, {prefetch}, mean read {mean}.");
     }
-    // What is recommended has prefetch, as the daemon has unless it is switched off; the reader is to know when that does harm.
-    if let Some(plain) =
-        without(answer, recommended.ram_bytes).filter(|tried| tried.latency_us < recommended.latency_us)
-    {
+    if recommended.threshold.is_none() {
+        let disk = printable(answer.disks.first().map_or("DISK", String::as_str));
+        let loads = with(answer, recommended.ram_bytes).map_or_else(String::new, |tried| {
+            let (more, less) = (human_bytes(tried.store_bytes), human_bytes(recommended.store_bytes));
+            format!("\nat {THRESHOLD} it loads {more} from the store in place of {less}")
+        });
         let _ = writeln!(
             write,
-            "CAUTION: without prefetch the same RAM would do better on this history: mean\nread {}.",
-            short_us(plain.latency_us)
+            "Prefetch gains nothing on this history{loads}.\nOff for one disk: `prestagectl model threshold {disk} 1`;\n\
+             for all: prefetch.enabled = false.",
         );
     }
     let history = &answer.history;
@@ -93,8 +94,18 @@ fn percent(ratio: f64) -> String {
     format!("{:.1} %", 100.0 * ratio)
 }
 
+fn prefetch(tried: &Tried) -> String {
+    tried.threshold.map_or_else(|| "no prefetch".to_owned(), |threshold| format!("threshold {threshold}"))
+}
+
+/// At the usual threshold.
+fn with(answer: &Answer, ram_bytes: u64) -> Option<&Tried> {
+    let mut usual = answer.advice.tried.iter().filter(|tried| tried.threshold == Some(THRESHOLD));
+    usual.find(|tried| tried.ram_bytes == ram_bytes && tried.ssd_bytes == 0)
+}
+
 fn without(answer: &Answer, ram_bytes: u64) -> Option<&Tried> {
-    answer.advice.tried.iter().find(|tried| tried.threshold.is_none() && tried.ram_bytes == ram_bytes)
+    answer.advice.tried.iter().find(|tried| (tried.ram_bytes, tried.ssd_bytes, tried.threshold) == (ram_bytes, 0, None))
 }
 
 /// By RAM size: without prefetch, and with it at the usual threshold without an SSD.
