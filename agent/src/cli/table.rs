@@ -1,5 +1,7 @@
 //! Aligned text: tables and lists of names and values.
 
+use std::io::IsTerminal;
+
 /// Which side of a column is even.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Align {
@@ -25,17 +27,25 @@ impl Table {
         self.rows.push(cells.into_iter().map(|cell| printable(&cell)).collect());
     }
 
+    /// On a terminal that is too narrow, columns of long text follow below their rows: nothing is cut off, and what goes
+    /// into a file or a pipe is always a row a line.
     pub(super) fn render(&self) -> String {
+        let width = std::io::stdout().is_terminal().then(terminal_size::terminal_size).flatten();
+        self.render_within(width.map_or(usize::MAX, |(width, _)| usize::from(width.0)))
+    }
+
+    fn render_within(&self, most: usize) -> String {
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
             cells.max().unwrap_or(0).max(self.columns[column].0.chars().count())
         };
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
         let header: Vec<String> = self.columns.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let below = self.below(&widths, most);
         let mut text = String::new();
-        for row in std::iter::once(&header).chain(&self.rows) {
+        for (number, row) in std::iter::once(&header).chain(&self.rows).enumerate() {
             let mut line = String::new();
-            for (column, (_, align)) in self.columns.iter().enumerate() {
+            for (column, (_, align)) in self.columns.iter().enumerate().filter(|(column, _)| !below.contains(column)) {
                 let cell = row.get(column).map_or("", String::as_str);
                 let gap = " ".repeat(widths[column] - cell.chars().count());
                 if column > 0 {
@@ -48,8 +58,31 @@ impl Table {
             }
             text.push_str(line.trim_end());
             text.push('\n');
+            if number > 0 {
+                let cells = below.iter().filter_map(|column| Some((&header[*column], row.get(*column)?)));
+                cells.filter(|(_, cell)| !cell.is_empty()).for_each(|(name, cell)| {
+                    text.push_str(&format!("    {name} {cell}\n"));
+                });
+            }
         }
         text
+    }
+
+    /// Columns that are to follow below their rows, in order: the widest text, until the rest fits. The first names the row
+    /// and stays.
+    fn below(&self, widths: &[usize], most: usize) -> Vec<usize> {
+        let mut candidates: Vec<usize> = (1..widths.len()).filter(|at| self.columns[*at].1 == Align::Left).collect();
+        candidates.sort_by_key(|at| widths[*at]);
+        let mut all = widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1);
+        let mut below = Vec::new();
+        while all > most
+            && let Some(at) = candidates.pop()
+        {
+            all -= widths[at] + 2;
+            below.push(at);
+        }
+        below.sort_unstable();
+        below
     }
 }
 
@@ -78,5 +111,42 @@ pub(super) fn printable(text: &str) -> String {
         text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
     } else {
         text.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_that_does_not_fit_follows_below_its_row_and_nothing_is_lost() {
+        let columns = [
+            ("NAME", Align::Left),
+            ("SIZE", Align::Right),
+            ("STORE", Align::Left),
+            ("READS", Align::Right),
+            ("STATE", Align::Left),
+        ];
+        let mut table = Table::new(&columns);
+        table.row(["web1", "1.0 GiB", "/srv/images/production/web1.raw", "12345", "ok"].map(str::to_owned));
+        table.row(["b", "2 B", "/b", "0"].map(str::to_owned));
+        let wide = "\
+NAME     SIZE  STORE                            READS  STATE
+web1  1.0 GiB  /srv/images/production/web1.raw  12345  ok
+b         2 B  /b                                   0
+";
+        assert_eq!((table.render_within(usize::MAX), table.render_within(60)), (wide.to_owned(), wide.to_owned()));
+        let narrow = "\
+NAME     SIZE  READS  STATE
+web1  1.0 GiB  12345  ok
+    STORE /srv/images/production/web1.raw
+b         2 B      0
+    STORE /b
+";
+        assert_eq!(table.render_within(59), narrow);
+        // Numbers stay: a table of them is as wide as it is.
+        let least = table.render_within(1);
+        assert!(least.starts_with("NAME     SIZE  READS\nweb1  1.0 GiB  12345\n    STORE /srv"), "{least}");
+        assert!(least.contains("\n    STATE ok\nb         2 B      0\n    STORE /b\n"), "{least}");
     }
 }
