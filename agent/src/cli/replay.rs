@@ -29,9 +29,17 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What a replay has found, and what the reader had to mend for it.
+#[derive(serde::Serialize)]
 struct Replayed {
+    #[serde(flatten)]
     report: Report,
+    /// Distinct pages of the trace.
+    footprint_pages: u64,
+    /// The cache as a share of them; more than was asked for where that is less than the smallest cache.
+    cache_share: f64,
+    #[serde(skip)]
     skipped_rows: u64,
+    #[serde(skip)]
     clamped_rows: u64,
 }
 
@@ -54,7 +62,7 @@ pub(super) async fn run(args: ReplayArgs, json: bool, out: &mut impl Write) -> R
             }
         };
         match done.map_err(|error| Failure::Failed(error.to_string())).and_then(|done| done) {
-            Ok(one) if json => print_json_line(out, &one.report)?,
+            Ok(one) if json => print_json_line(out, &one)?,
             Ok(one) => replayed.push(one),
             Err(failure) => {
                 failed = Some(failure);
@@ -126,7 +134,14 @@ fn one(args: &ReplayArgs, file: &Path, stop: &AtomicBool) -> Result<Replayed, Fa
     let replayed = replay(&config, reader.by_ref(), policy.as_mut(), |requests| progress.step(requests));
     drop(progress);
     let report = replayed.map_err(|error: ReplayError| failed(error))?;
-    Ok(Replayed { report, skipped_rows: reader.skipped_rows(), clamped_rows: reader.clamped_rows() })
+    let footprint_pages = footprint.distinct_pages;
+    Ok(Replayed {
+        report,
+        footprint_pages,
+        cache_share: capacity_pages as f64 / footprint_pages.max(1) as f64,
+        skipped_rows: reader.skipped_rows(),
+        clamped_rows: reader.clamped_rows(),
+    })
 }
 
 fn interrupted() -> Failure {

@@ -71,6 +71,9 @@ fn json_is_a_line_for_each_trace() {
     assert_eq!(lines[0], lines[1]);
     assert_eq!(lines[0]["policy"], "markov");
     assert_eq!(lines[0]["capacity_pages"], 1469);
+    let (share, footprint) = (lines[0]["cache_share"].as_f64().unwrap(), lines[0]["footprint_pages"].as_u64().unwrap());
+    assert_eq!(footprint / 20, 1469);
+    assert!((share - 1469.0 / footprint as f64).abs() < 1e-9, "{}", lines[0]);
     assert!(lines[0]["read_latency_us"]["p99"].is_f64() && lines[0].get("phases").is_none(), "{}", lines[0]);
 }
 

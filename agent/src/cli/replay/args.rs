@@ -27,7 +27,7 @@ way, when it comes.
   NS/REQ         the predictor's time for a request in nanoseconds, with --cost
   PHASE FROM S   with --programs: what ran, from which second on; `-` between programs
 
-With --json a line of JSON for each trace.";
+With --json a line of JSON for each trace; cache_share there is the cache's share of footprint_pages, the distinct pages.";
 
 #[derive(Debug, Args)]
 pub struct ReplayArgs {

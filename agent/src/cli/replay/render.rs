@@ -22,7 +22,7 @@ pub(super) fn reports(args: &ReplayArgs, replayed: &[Replayed]) -> String {
         text.push('\n');
         text.push_str(&phases(report));
     }
-    for Replayed { report, skipped_rows, clamped_rows } in replayed {
+    for Replayed { report, skipped_rows, clamped_rows, .. } in replayed {
         let name = short(&report.trace, NAME_WIDTH);
         if *skipped_rows > 0 {
             text.push_str(&format!("\n{name}: {} left out\n", count(*skipped_rows, "bad row", "bad rows")));
