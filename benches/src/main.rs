@@ -26,7 +26,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "bench", about = "Measures Prestage beside what it is to be better than")]
+#[command(name = "bench", version, about = "Measures Prestage beside what it is to be better than")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
