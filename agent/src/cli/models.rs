@@ -214,6 +214,9 @@ fn list(list: &ModelList, now: u64) -> String {
         }
         text.push_str(&table.render());
     }
+    for model in list.models.iter().filter(|model| model.state == ModelState::Rejected && !model.reason.is_empty()) {
+        text.push_str(&wrapped(&format!("{} rejected: {}", model.id, model.reason), ""));
+    }
     for scope in &list.waiting {
         text.push_str(&wrapped(&format!("{scope} waits for its training"), ""));
     }

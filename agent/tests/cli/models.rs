@@ -12,10 +12,13 @@ fn models_are_listed_and_shown_within_80_columns() {
         list.out,
         "\
 ID  STATE        ACCESSES  BITS  GAIN%  TOP1%  AGE         SCOPE
+ 2  rejected      2000000  2.31   16.0   61.2  1 h 30 min  global
  3  champion      2000000  2.31   16.0   61.2  1 h 30 min  global
  4  shadow        2000000  2.31   16.0   61.2  1 h 30 min  …-image-debian12
  5  training            -     -      -      -  1 h 30 min  global
  6  interrupted         -     -      -      -  1 h 30 min  global
+2 rejected: saves no more than 0.012 bits an access with 99 % confidence, 0.05
+are needed; undecided no longer
 file:/srv/a\\u{1b}[31m.raw waits for its training
 ",
         "{}",
