@@ -47,7 +47,7 @@ fn stores_and_sockets_that_cannot_be_used_are_refused_and_leave_nothing() {
     assert!(host.does(&["disk", "list"]).contains("no disks"));
     host.does(&["disk", "add", "d", &good]);
     host.refuses(&["disk", "add", "d", &good], 1, &["disk `d` already"]);
-    host.refuses(&["disk", "add", "e", &good], 1, &["open for writing already"]);
+    host.refuses(&["disk", "add", "e", &good], 1, &["file:", "served by disk `d` already", "remove `d` first"]);
     host.stop();
 }
 

@@ -14,7 +14,7 @@ use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
 };
 use crate::ssd::{SsdStats, SsdStorage, SsdTier};
-use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageRange, StorageId};
+use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -55,7 +55,7 @@ pub struct Closing {
 #[derive(Debug, Error)]
 pub enum OpenError {
     #[error(
-        "{identity} is open for writing already; two disks on one store would corrupt it. Make both read-only, or remove the other disk first"
+        "{identity} is open already, and one of the two is to write; two disks on one store would corrupt it. Make both read-only, or remove the other disk first"
     )]
     InUse { identity: String },
     #[error(transparent)]
@@ -318,6 +318,27 @@ impl Cache {
     /// Pages of the range that the RAM tier holds.
     pub fn resident_pages(&self, id: StorageId, range: PageRange) -> u64 {
         self.0.shared.core().resident_pages(id, range)
+    }
+    /// Pages of the range that either tier holds. Looks at no more slots than there are, which may take a second on a large
+    /// SSD tier: not for an event loop.
+    pub fn cached_pages(&self, handle: &StorageHandle, range: PageRange) -> u64 {
+        let in_ram = self.resident_pages(handle.id(), range);
+        let Some((tier, storage)) = self.0.shared.ssd().zip(handle.0.ssd) else { return in_ram };
+        let alone = |block: BlockIndex, found: PageMask| match found.is_empty() {
+            true => 0,
+            false => found.minus(self.0.shared.core().resident_mask(handle.id(), block)).count(),
+        };
+        if range.count / PAGES_PER_BLOCK < tier.stats().slots {
+            let blocks = range.blocks();
+            return in_ram + blocks.map(|(block, mask)| alone(block, tier.lookup(storage, block) & mask)).sum::<u64>();
+        }
+        let mut on_ssd = 0;
+        tier.each_block(storage, |block, valid| {
+            let first = block.0 * PAGES_PER_BLOCK;
+            let (from, to) = (range.first.max(first), range.end().min(first + PAGES_PER_BLOCK));
+            on_ssd += alone(block, valid & PageMask::run(from.saturating_sub(first), to.saturating_sub(from)));
+        });
+        in_ram + on_ssd
     }
     /// Where a page is.
     pub fn place(&self, handle: &StorageHandle, page: u64) -> Whereabouts {

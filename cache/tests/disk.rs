@@ -266,6 +266,10 @@ fn nor_with_room_for_everything() {
     run(EngineMode::Auto, 64 << 20, true);
 }
 
+fn range(first: u64, count: u64) -> PageRange {
+    PageRange { first, count }
+}
+
 /// Reads a page through the cache and says where it came from: (ram, ssd, store) reads.
 fn read_all(cache: &Cache, storage: &StorageHandle) -> (u64, u64, u64) {
     let counters = Arc::new(DiskCounters::default());
@@ -295,16 +299,25 @@ fn what_was_read_once_comes_from_ram_then_from_ssd_after_a_restart() {
         let storage = open(&cache, &store);
         assert_eq!(read_all(&cache, &storage), (0, 0, pages));
         assert_eq!(read_all(&cache, &storage), (pages, 0, 0));
+        assert_eq!(cache.cached_pages(&storage, range(0, u64::MAX)), pages);
         cache.close(&storage, closing(false));
+        assert_eq!(cache.ssd().unwrap().usage(), [(storage.identity().to_owned(), pages.div_ceil(16))]);
         cache.shutdown();
     }
     {
         let cache = cache(64 << 20, Some(&ssd), EngineMode::Auto);
         let storage = open(&cache, &store);
+        // All of it on the SSD: counted block by block, and over the whole index; and once where both tiers have it.
+        assert_eq!(cache.resident_pages(storage.id(), range(0, pages)), 0);
+        assert_eq!(cache.cached_pages(&storage, range(0, pages)), pages);
+        assert_eq!(cache.cached_pages(&storage, range(5, 20)), 20);
+        assert_eq!(cache.cached_pages(&storage, range(5, u64::MAX)), pages - 5);
+        assert_eq!(cache.cached_pages(&storage, range(pages, 1000)), 0);
         let (ram, ssd, from_store) = read_all(&cache, &storage);
         assert_eq!(from_store, 0);
         // A slot is read whole: one read in sixteen goes to the tier.
         assert_eq!((ram, ssd), (pages - pages.div_ceil(16), pages.div_ceil(16)));
+        assert_eq!(cache.cached_pages(&storage, range(0, pages)), pages);
         cache.close(&storage, closing(false));
         cache.shutdown();
     }
@@ -402,7 +415,7 @@ fn one_store_is_not_served_writable_twice() {
     let first = open(&cache, &store);
     let spec: StoreSpec = link.display().to_string().parse().unwrap();
     let error = cache.open(&spec, Default::default()).unwrap_err().to_string();
-    assert!(error.contains("open for writing already"), "{error}");
+    assert!(error.contains("one of the two is to write"), "{error}");
     assert!(cache.close(&first, closing(false)));
     let again = cache.open(&spec, Default::default()).unwrap();
     cache.close(&again, closing(false));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
@@ -30,11 +30,25 @@ pub struct Cli {
     /// Control socket of prestaged
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "PATH", env = "PRESTAGE_SOCKET", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
-    /// Print the daemon's JSON instead of text
+    /// Print JSON instead of text
     #[arg(long, global = true, help_heading = GLOBAL)]
     pub json: bool,
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// The command line with help that offers `--socket` only where a daemon is asked.
+    pub(super) fn as_shown() -> clap::Command {
+        let alone = |command: clap::Command| {
+            // In the place of the global option: taken, for scripts that always give it, and not shown.
+            let socket = Arg::new("socket").long("socket").hide(true).value_parser(clap::value_parser!(PathBuf));
+            command.arg(socket)
+        };
+        Self::command()
+            .mut_subcommand("trace", |trace| trace.mut_subcommand("replay", alone))
+            .mut_subcommand("config", |config| config.mut_subcommand("default", alone).mut_subcommand("check", alone))
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -26,7 +26,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{
     AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList,
@@ -79,7 +79,8 @@ impl Failure {
 
 /// The whole program: parses `arguments` (with the program's name first) and prints to the standard streams.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
+    let parsed = Cli::as_shown().try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are answers and go to standard output; a reader that went away is no failure.
@@ -151,6 +152,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,
         Command::Config(ConfigCommand::Check { file }) => config_check(&file, json, out),
+        Command::Config(ConfigCommand::Default) if json => print_json(out, &Config::default_json()),
         Command::Config(ConfigCommand::Default) => Ok(out.write_all(Config::default_toml().as_bytes())?),
         Command::Version => version(&client, json, out).await,
     }

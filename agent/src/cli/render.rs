@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
-    Attached, CacheTiers, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, Profile, ProfileList, Saved,
-    Status, StoreState, TakesEffect, TierName, VmList, Warmed,
+    Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, Profile,
+    ProfileList, Saved, Status, StoreState, TakesEffect, TierName, VmList, Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -53,6 +53,7 @@ pub(super) fn status(status: &Status) -> String {
     fields.add("up", human_duration(Duration::from_millis(status.uptime_ms)));
     fields.add("health", health(status.health));
     fields.add("engine", format!("{}, {}", status.engine.mode, count(status.engine.shards.into(), "shard", "shards")));
+    fields.add("cache", cache_use(&status.cache)).add("hits", hits(&status.cache));
     let disks = &status.disks;
     fields.add("disks", format!("{} in all, {} connected, {} degraded", disks.total, disks.connected, disks.degraded));
     let libvirt = &status.libvirt;
@@ -102,6 +103,28 @@ pub(super) fn status(status: &Status) -> String {
         }
     }
     text
+}
+
+/// How full the tiers are.
+fn cache_use(cache: &CacheUse) -> String {
+    let of = |used, capacity| format!("{} of {}", human_bytes(used), human_bytes(capacity));
+    let ssd = match cache.ssd_capacity_bytes {
+        0 => "no SSD".to_owned(),
+        capacity => format!("SSD {}", of(cache.ssd_used_bytes, capacity)),
+    };
+    format!("RAM {}, {ssd}", of(cache.ram_used_bytes, cache.ram_capacity_bytes))
+}
+
+/// What they are good for.
+fn hits(cache: &CacheUse) -> String {
+    let (ram, ssd) = (cache.served_ram, cache.served_ssd);
+    match ram + ssd + cache.served_store {
+        0 => "no reads yet".to_owned(),
+        reads => {
+            let [all, ram, ssd] = [ram + ssd, ram, ssd].map(|part| percent(part, reads));
+            format!("{all} % of {reads} reads ({ram} % RAM, {ssd} % SSD)")
+        }
+    }
 }
 
 fn store_state(state: &DiskState) -> String {
@@ -336,15 +359,11 @@ pub(super) fn warmed(disk: &str, reply: &Warmed) -> String {
     if reply.queued_bytes + reply.already_cached_bytes + reply.refused_bytes == 0 {
         return format!("{disk}: nothing to bring: no boot or program is learned yet;\nname ranges with --ranges\n");
     }
-    // Of what a profile learned it is not told before how much of it is cached.
     let already = match reply.already_cached_bytes {
         0 => String::new(),
-        bytes => format!(", {} in RAM already", human_bytes(bytes)),
+        bytes => format!(", {} in RAM or on the SSD already", human_bytes(bytes)),
     };
-    let mut text = format!(
-        "{disk}: {} to bring{already}; what a tier has when its turn comes is not read again\n",
-        human_bytes(reply.queued_bytes)
-    );
+    let mut text = format!("{disk}: {} to bring{already}\n", human_bytes(reply.queued_bytes));
     if reply.refused_bytes > 0 {
         text.push_str(&format!("{} did not fit the cache or its queue\n", human_bytes(reply.refused_bytes)));
     }

@@ -248,6 +248,19 @@ impl Config {
         out.finish()
     }
 
+    /// Every key that has a default, as `{"section": {"key": default}}`, in the words of the file: sizes and durations are text.
+    #[must_use]
+    pub fn default_json() -> serde_json::Value {
+        let text = Self::default_toml();
+        let set = text.lines().map(|line| match line.strip_prefix('#') {
+            // A key; sentences begin with a blank.
+            Some(key) if key.starts_with(|c: char| c.is_ascii_lowercase()) => key,
+            _ => line,
+        });
+        // A test reads the file with all its keys set.
+        toml::from_str(&set.collect::<Vec<_>>().join("\n")).unwrap_or_default()
+    }
+
     fn sections(&self) -> Sections {
         let Config { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks: _ } = self.clone();
         Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api }

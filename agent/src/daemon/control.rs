@@ -8,8 +8,8 @@ use prestage_cache::policy::PrefetchRequest;
 use prestage_cache::types::PageRange;
 use prestage_integration::api::history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use prestage_integration::api::types::{
-    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskOrigin, DropRequest,
-    DropTier, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
+    AttachRequest, Attached, ByteRange, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskOrigin,
+    DropRequest, DropTier, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 use prestage_integration::api::{ApiError, Control, ErrorCode, Reply, Rows};
 use std::sync::Arc;
@@ -267,31 +267,40 @@ async fn warm(daemon: &Shared, request: WarmRequest) -> Result<Warmed, ApiError>
             )));
         }
     }
-    let Some(ranges) = &request.ranges else {
-        let queued_bytes = daemon.learner.warm(storage.id()).await;
-        return Ok(Warmed { queued_bytes, ..Warmed::default() });
+    let requests = match &request.ranges {
+        None => daemon.learner.boot_set(storage.id()).await,
+        Some(ranges) => named(daemon, &request.disk, storage.info().size_bytes, ranges)?,
     };
-    let size = storage.info().size_bytes;
-    let (mut requests, mut asked, mut cached) = (Vec::new(), 0, 0);
-    for range in ranges {
+    let cache = daemon.cache.clone();
+    blocking(move || {
+        let bytes = |count| PageRange { first: 0, count }.bytes();
+        let asked = requests.iter().fold(0_u64, |sum, request| sum.saturating_add(request.range.bytes()));
+        let cached = bytes(requests.iter().map(|request| cache.cached_pages(&storage, request.range)).sum());
+        // Some of what is refused may be cached: it is not missed then.
+        let refused = bytes(cache.prefetch(&storage, &requests)).min(asked.saturating_sub(cached));
+        Warmed {
+            queued_bytes: asked.saturating_sub(cached.saturating_add(refused)),
+            already_cached_bytes: cached,
+            refused_bytes: refused,
+        }
+    })
+    .await
+}
+
+/// Prefetches of ranges that an operator names, on a disk of `size` bytes.
+fn named(daemon: &Daemon, disk: &str, size: u64, ranges: &[ByteRange]) -> Result<Vec<PrefetchRequest>, ApiError> {
+    let due = daemon.cache.now();
+    let request = |range: &ByteRange| {
         if range.offset_bytes.saturating_add(range.length_bytes) > size {
             return Err(ApiError::invalid(format!(
-                "range at {} of {} bytes ends beyond disk `{}` of {size} bytes",
-                range.offset_bytes, range.length_bytes, request.disk
+                "range at {} of {} bytes ends beyond disk `{disk}` of {size} bytes",
+                range.offset_bytes, range.length_bytes
             )));
         }
         let pages = PageRange::covering(range.offset_bytes, range.length_bytes);
-        asked = pages.bytes().saturating_add(asked);
-        cached += PageRange { count: daemon.cache.resident_pages(storage.id(), pages), ..pages }.bytes();
-        let due = daemon.cache.now();
-        requests.push(PrefetchRequest { range: pages, due, probability: 1.0, tag: TAG_OPERATOR });
-    }
-    let refused = PageRange { first: 0, count: daemon.cache.prefetch(&storage, &requests) }.bytes();
-    Ok(Warmed {
-        queued_bytes: asked.saturating_sub(cached.saturating_add(refused)),
-        already_cached_bytes: cached,
-        refused_bytes: refused,
-    })
+        Ok(PrefetchRequest { range: pages, due, probability: 1.0, tag: TAG_OPERATOR })
+    };
+    ranges.iter().map(request).collect()
 }
 
 async fn profiles(daemon: &Shared) -> Result<Vec<Profile>, ApiError> {

@@ -101,6 +101,11 @@ pub(super) enum DiskError {
     Busy(String),
     #[error("socket {} belongs to disk `{disk}`; choose another", socket.display())]
     SocketTaken { socket: PathBuf, disk: String },
+    #[error(
+        "{identity} is served by disk {disks} already, and one of the two is to write; two disks on one store would corrupt \
+         it. Make both read-only, or remove {disks} first"
+    )]
+    StoreTaken { identity: String, disks: String },
     #[error(transparent)]
     Spec(#[from] SpecError),
     #[error(transparent)]
@@ -114,9 +119,10 @@ pub(super) enum DiskError {
 impl From<DiskError> for ApiError {
     fn from(error: DiskError) -> ApiError {
         let code = match &error {
-            DiskError::NameTaken(_) | DiskError::SocketTaken { .. } | DiskError::Open(OpenError::InUse { .. }) => {
-                ErrorCode::AlreadyExists
-            }
+            DiskError::NameTaken(_)
+            | DiskError::SocketTaken { .. }
+            | DiskError::StoreTaken { .. }
+            | DiskError::Open(OpenError::InUse { .. }) => ErrorCode::AlreadyExists,
             DiskError::Busy(_) => ErrorCode::InUse,
             DiskError::Export(ExportError::InUse { .. }) => ErrorCode::AlreadyExists,
             DiskError::Spec(_) | DiskError::Export(ExportError::PathTooLong { .. }) => ErrorCode::InvalidRequest,
@@ -285,13 +291,26 @@ impl Disks {
     fn open(&self, host: &Host, definition: &Definition) -> Result<Arc<Served>, DiskError> {
         let options = export_options(&host.config)?;
         let spec: StoreSpec = definition.store.parse()?;
-        let storage = host.cache.open(&spec, store_options(&host.config, definition.read_only))?;
+        let storage = host.cache.open(&spec, store_options(&host.config, definition.read_only));
+        let storage = storage.map_err(|error| match error {
+            OpenError::InUse { identity } => self.holder(identity),
+            error => error.into(),
+        })?;
         match self.export(host, definition, &storage, &options) {
             Ok(served) => Ok(served),
             Err(error) => {
                 host.cache.close(&storage, Closing { drain: Duration::ZERO, parted: false });
                 Err(error.into())
             }
+        }
+    }
+
+    /// Names who has the store; without a name where nobody has it any more, or not yet.
+    fn holder(&self, identity: String) -> DiskError {
+        let disks: Vec<String> = self.on_storage(&identity).iter().map(|disk| format!("`{disk}`")).collect();
+        match disks.is_empty() {
+            true => OpenError::InUse { identity }.into(),
+            false => DiskError::StoreTaken { identity, disks: disks.join(", ") },
         }
     }
 

@@ -6,12 +6,12 @@ use crate::learner::HeldProfile;
 use crate::store::ProfileRow;
 use prestage_cache::Cache;
 use prestage_cache::engine::EngineKind;
-use prestage_cache::ssd::SsdState;
+use prestage_cache::ssd::{SsdState, SsdTier};
 use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
 use prestage_integration::api::Counters;
 use prestage_integration::api::types::{
-    CacheStat, CacheTiers, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus, LibvirtStatus,
-    Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName, Trouble,
+    CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus,
+    LibvirtStatus, Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName, Trouble,
 };
 use prestage_predictor::Phase;
 use std::sync::atomic::Ordering;
@@ -169,6 +169,7 @@ impl Daemon {
                 .to_owned(),
                 shards: self.cache.shards() as u32,
             },
+            cache: self.cache_use(),
             disks,
             libvirt,
             learner: LearnerStatus {
@@ -189,6 +190,20 @@ impl Daemon {
                 writes_dropped: condition.writes_dropped,
                 detail: condition.degraded,
             },
+        }
+    }
+
+    fn cache_use(&self) -> CacheUse {
+        let (block, stat, ram) = (BLOCK_BYTES as u64, self.stat_report().total, self.cache.occupancy());
+        let (ssd_slots, ssd_used) = self.cache.ssd_stats().map_or((0, 0), |ssd| (ssd.slots, ssd.used_slots));
+        CacheUse {
+            ram_capacity_bytes: u64::from(ram.slots) * block,
+            ram_used_bytes: u64::from(ram.used_slots) * block,
+            ssd_capacity_bytes: ssd_slots * block,
+            ssd_used_bytes: ssd_used * block,
+            served_ram: stat.served_ram,
+            served_ssd: stat.served_ssd,
+            served_store: stat.served_store,
         }
     }
 
@@ -277,7 +292,7 @@ impl Daemon {
                 hits: stat.served_ssd,
                 insertions: stats.inserts,
                 evictions: stats.evictions,
-                storages: Vec::new(),
+                storages: self.on_ssd(),
             },
             None => Tier {
                 tier: TierName::Ssd,
@@ -288,6 +303,17 @@ impl Daemon {
             },
         };
         CacheTiers { block_bytes: block, tiers: vec![ram, ssd] }
+    }
+
+    /// What of the SSD tier is whose, also of storages no disk is on now.
+    fn on_ssd(&self) -> Vec<StorageUse> {
+        let usage = self.cache.ssd().map(SsdTier::usage).unwrap_or_default();
+        let used = |(storage, slots): (String, u64)| StorageUse {
+            disks: self.disks.on_storage(&storage),
+            storage,
+            used_bytes: slots * BLOCK_BYTES as u64,
+        };
+        usage.into_iter().map(used).collect()
     }
 
     /// Profiles held and saved, as one list by storage.

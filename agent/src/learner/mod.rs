@@ -23,6 +23,7 @@ pub use threshold::Thresholds;
 
 use crate::models::ModelsHandle;
 use crate::store::Store;
+use prestage_cache::policy::PrefetchRequest;
 use prestage_cache::types::StorageId;
 use prestage_cache::{Cache, StorageHandle};
 use prestage_integration::api::types::Explained;
@@ -110,8 +111,8 @@ enum Message {
     Forget(String, oneshot::Sender<()>),
     /// The cache was emptied: what was proposed before may be proposed again.
     Emptied(Option<StorageId>),
-    /// Proposes what the storage's boot set holds.
-    Warm(StorageId, oneshot::Sender<u64>),
+    /// What the storage's boot set holds, as prefetches.
+    Warm(StorageId, oneshot::Sender<Vec<PrefetchRequest>>),
     /// A live recording of a disk; `None` if there are too many.
     Trace(u32, oneshot::Sender<Option<tap::Reader>>),
     EndTraces,
@@ -212,11 +213,11 @@ impl LearnerHandle {
         self.send(Message::Forget(storage, reply));
         let _ = done.await;
     }
-    /// Proposes the storage's boot set to the cache, as if a machine were starting. Returns the bytes proposed.
-    pub async fn warm(&self, storage: StorageId) -> u64 {
-        let (reply, bytes) = oneshot::channel();
+    /// What would be prefetched if a machine started now: the storage's boot set.
+    pub async fn boot_set(&self, storage: StorageId) -> Vec<PrefetchRequest> {
+        let (reply, requests) = oneshot::channel();
         self.send(Message::Warm(storage, reply));
-        bytes.await.unwrap_or_default()
+        requests.await.unwrap_or_default()
     }
     /// A disk's accesses from now on. `None` if there are too many readers already, or the learner has stopped.
     pub(crate) async fn trace(&self, disk: u32) -> Option<tap::Reader> {

@@ -287,7 +287,7 @@ impl Learner {
                 }
             }
             Message::Warm(storage, reply) => {
-                let _ = reply.send(self.warm(storage));
+                let _ = reply.send(self.boot_set(storage));
             }
             Message::Trace(disk, reply) => {
                 // What the guest did before is not in it.
@@ -337,18 +337,16 @@ impl Learner {
         self.gauges();
     }
 
-    /// Raises the boot set of a storage without a machine: a copy of the predictor pretends that one starts.
-    fn warm(&mut self, storage: StorageId) -> u64 {
+    /// The boot set of a storage without a machine: a copy of the predictor pretends that one starts.
+    fn boot_set(&mut self, storage: StorageId) -> Vec<PrefetchRequest> {
         let ram = self.ram_bytes();
         let now = self.cache.now();
-        let Some(model) = self.models.get(&storage) else { return 0 };
+        let Some(model) = self.models.get(&storage) else { return Vec::new() };
         let mut pretend = Model::new(model.handle.clone(), Some(&model.predictor.to_bytes()), ram);
         pretend.predictor.phase_start(u64::MAX, Phase::Boot, micros(now));
         let mut candidates = Vec::new();
         pretend.predictor.predict(micros(now), &mut candidates);
-        let requests: Vec<_> = candidates.iter().map(|candidate| request(candidate, now)).collect();
-        self.cache.prefetch(&model.handle, &requests);
-        requests.iter().map(|request| request.range.bytes()).sum()
+        candidates.iter().map(|candidate| request(candidate, now)).collect()
     }
 
     fn housekeeping(&mut self, now: Duration) {

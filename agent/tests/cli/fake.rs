@@ -130,6 +130,15 @@ impl Control for Fake {
                 detail: "store shrunk;\u{1b}[31m restore its size".into(),
             }],
             engine: EngineStatus { mode: "io_uring".into(), shards: 1 },
+            cache: CacheUse {
+                ram_capacity_bytes: 2 << 30,
+                ram_used_bytes: 1 << 30,
+                ssd_capacity_bytes: 16 << 30,
+                ssd_used_bytes: 3 << 30,
+                served_ram: 650,
+                served_ssd: 100,
+                served_store: 250,
+            },
             disks: DiskCounts { total: 2, connected: 1, degraded: 1 },
             libvirt: LibvirtStatus {
                 health: Health::Degraded,

@@ -64,6 +64,8 @@ prestaged:  9.9.9 on hv1, pid 4711
 up:         1 h 2 min
 health:     DEGRADED
 engine:     io_uring, 1 shard
+cache:      RAM 1.0 GiB of 2.0 GiB, SSD 3.0 GiB of 16 GiB
+hits:       75.0 % of 1000 reads (65.0 % RAM, 10.0 % SSD)
 disks:      2 in all, 1 connected, 1 degraded
 libvirt:    qemu:///system, NOT CONNECTED: libvirtd does not answer; see `systemctl status libvirtd`
 learner:    ok, 12345 accesses since start, 0 dropped, 1 profile, 2.0 MiB
@@ -206,7 +208,7 @@ ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
     prints(
         &daemon,
         &["cache", "warm", "web1-vda", "--ranges", "0+64MiB,1GiB+4K"],
-        "web1-vda: 3.0 MiB to bring, 1.0 MiB in RAM already; what a tier has when its turn comes is not read again\n\
+        "web1-vda: 3.0 MiB to bring, 1.0 MiB in RAM or on the SSD already\n\
          4.0 KiB did not fit the cache or its queue\n",
     );
     prints(
@@ -453,6 +455,18 @@ fn config_check_needs_no_daemon() {
     let file = folder.path().join("prestaged.toml");
     let name = file.to_str().unwrap();
     let reference = run(&nowhere, &["config", "default"]);
+    let json = run(&nowhere, &["config", "default", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((&json["cache"]["ram_size"], &json["prefetch"]["threshold"]), (&"10%".into(), &0.125.into()));
+    assert_eq!(json["cache"].get("ssd_path"), None, "it has no default");
+    assert!(json["prefetch"]["enabled"] == true && json.get("disk").is_none(), "{json}");
+    for (words, offered) in [(&["config", "default"][..], false), (&["trace", "replay"], false), (&["status"], true)] {
+        let help = run(&nowhere, &[words, &["--help"]].concat());
+        assert_eq!(help.out.contains("--socket"), offered, "{}", help.out);
+        assert!(help.out.contains("--json"), "{}", help.out);
+    }
+    // Not offered, and still taken after the command.
+    assert_eq!(run(&nowhere, &["config", "default", "--socket", "/x"]).code, 0);
     assert_eq!(reference.code, 0);
     std::fs::write(&file, &reference.out).unwrap();
     let outcome = run(&nowhere, &["config", "check", name]);

@@ -223,3 +223,35 @@ fn ask(host: &Host, path: &str) -> String {
     stream.read_to_string(&mut answer).unwrap();
     answer
 }
+
+#[test]
+fn what_the_ssd_holds_is_listed_and_counts_as_cached() {
+    let mut host = Host::new();
+    let (store, ssd) = (host.store("store", 64 << 20), host.path("ssd"));
+    host.start(&format!(
+        "ssd_path = \"{}\"\nssd_size = \"64MiB\"\n[prefetch]\nenabled = false\n[[disk]]\nname = \"d\"\nstore = \"{store}\"\n",
+        ssd.display()
+    ));
+    assert!(host.does(&["status"]).contains("\nhits:       no reads yet\n"));
+    let mut guest = Guest::start(&host, "d");
+    (0..16).for_each(|i| guest.read(i << 16, 1 << 16));
+    let deadline = Instant::now() + LIMIT;
+    let line = format!("ssd   1.0 MiB  d      file:{store}\n");
+    loop {
+        let tiers = host.does(&["cache", "tiers"]);
+        if tiers.contains(&line) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "no {line} in {tiers}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    host.does(&["cache", "drop", "--tier", "ram"]);
+    let warmed = host.does(&["cache", "warm", "d", "--ranges", "512KiB+1MiB"]);
+    assert_eq!(warmed, "d: 512 KiB to bring, 512 KiB in RAM or on the SSD already\n");
+    guest.read(0, 4096);
+    let status = host.does(&["status"]);
+    let says = ["cache:      RAM ", " of 16 MiB, SSD 1.", "hits:       5.9 % of 17 reads (0.0 % RAM, 5.9 % SSD)\n"];
+    assert!(says.iter().all(|says| status.contains(says)), "{status}");
+    drop(guest);
+    host.stop();
+}

@@ -1,7 +1,7 @@
 //! Where one page is, for whoever asks why: no part of any decision.
 
 use super::{Core, Key};
-use crate::types::{BlockIndex, StorageId};
+use crate::types::{BlockIndex, PageMask, StorageId};
 
 /// Where a page is.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -42,6 +42,11 @@ impl Core {
         let loading = entry.filling.minus(entry.cancelled).has(within);
         let ram = entry.valid.has(within);
         Whereabouts { ram, unread: ram && entry.unused.has(within), loading, queued, ssd: false }
+    }
+
+    /// Pages of a block that the RAM tier holds.
+    pub fn resident_mask(&self, storage: StorageId, block: BlockIndex) -> PageMask {
+        self.find(Key { storage, block }).map_or(PageMask::NONE, |slot| self.entries[slot as usize].valid)
     }
 
     pub fn budget_state(&self, storage: StorageId) -> BudgetState {

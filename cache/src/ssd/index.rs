@@ -305,6 +305,16 @@ impl Index {
         ((end < self.slots.len()).then_some(end), used - self.counters.used_slots)
     }
 
+    /// Shows up to `count` slots from `from` on that can be served: their keys and valid pages. Returns where to go on, if
+    /// not at the end.
+    pub(super) fn look(&self, from: u32, count: u32, mut see: impl FnMut(Key, PageMask)) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.slots.len());
+        for slot in (from..end).map(|number| self.slots.get(number)).filter(|slot| slot.state == SlotState::Live) {
+            see(Key(slot.key), slot.valid);
+        }
+        (end < self.slots.len()).then_some(end)
+    }
+
     /// Takes a live slot out of the index.
     fn drop_live(&mut self, number: u32) {
         let slot = self.slots.get_mut(number);

@@ -139,6 +139,14 @@ impl Storages {
         })
     }
 
+    /// Slots by identity, of storages that have any, most first.
+    pub(super) fn usage(&self) -> Vec<(String, u64)> {
+        let used = self.entries.iter().flatten().filter(|e| e.slots > 0);
+        let mut usage: Vec<_> = used.map(|e| (e.identity.clone(), u64::from(e.slots))).collect();
+        usage.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        usage
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         let strings: usize = self.entries.iter().flatten().map(|e| e.identity.capacity()).sum();
         (strings + self.entries.capacity() * size_of::<Option<Storage>>()) as u64

@@ -150,6 +150,28 @@ impl SsdTier {
         found.map_or(PageMask::NONE, |(state, key)| state.index.lookup(key))
     }
 
+    /// Shows every block of a storage that the tier can serve now, and its valid pages, in no order. Goes through the whole
+    /// index, in parts: not for an event loop.
+    pub fn each_block(&self, s: SsdStorage, mut see: impl FnMut(BlockIndex, PageMask)) {
+        let (mut at, mut found) = (Some(0), Vec::new());
+        while let Some(from) = at {
+            let Some(state) = self.shared.usable(s) else { return };
+            at = state.index.look(from, CHUNK, |key, valid| {
+                if key.storage() == s.index {
+                    found.push((BlockIndex(key.block()), valid));
+                }
+            });
+            // Whoever is shown them may want other locks.
+            drop(state);
+            found.drain(..).for_each(|(block, valid)| see(block, valid));
+        }
+    }
+
+    /// Slots in use by the storages the tier knows, open or not: identity and number, most first.
+    pub fn usage(&self) -> Vec<(String, u64)> {
+        self.shared.state.lock().index.storages.usage()
+    }
+
     /// Begins to read a block's slot; `None` if the tier has nothing of it. To be ended by [`SsdTier::end_read`].
     pub fn begin_read(&self, s: SsdStorage, block: BlockIndex) -> Option<SlotRead> {
         let key = Key::new(s.index, block)?;

@@ -60,6 +60,8 @@ pub struct Status {
     #[serde(default)]
     pub troubles: Vec<Trouble>,
     pub engine: EngineStatus,
+    #[serde(default)]
+    pub cache: CacheUse,
     pub disks: DiskCounts,
     pub libvirt: LibvirtStatus,
     pub learner: LearnerStatus,
@@ -73,6 +75,20 @@ pub struct EngineStatus {
     pub mode: String,
     /// Event-loop threads.
     pub shards: u32,
+}
+
+/// How full the tiers are and what they are good for; more in `/v1/cache`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct CacheUse {
+    pub ram_capacity_bytes: u64,
+    pub ram_used_bytes: u64,
+    /// 0 without an SSD tier.
+    pub ssd_capacity_bytes: u64,
+    pub ssd_used_bytes: u64,
+    /// Guest read requests since the daemon started, by where they were served from.
+    pub served_ram: u64,
+    pub served_ssd: u64,
+    pub served_store: u64,
 }
 
 /// How many disks there are and how they fare.
@@ -465,9 +481,11 @@ impl WarmRequest {
 /// What warming set in motion; it goes on in the background.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Warmed {
+    /// To be read from the store.
     pub queued_bytes: u64,
+    /// In RAM or on the SSD tier.
     pub already_cached_bytes: u64,
-    /// Did not fit the queue or the cache.
+    /// Neither: did not fit the queue or the cache.
     pub refused_bytes: u64,
 }
 
