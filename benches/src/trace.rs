@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use flate2::read::MultiGzDecoder;
+use prestage_predictor::access::MAX_PAGES;
 use prestage_replay::Mark;
-use rustc_hash::FxHashSet;
+use prestage_replay::trace::MAX_REQUEST_BYTES;
 
 /// Bytes in a page, the unit of caching.
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -41,17 +42,19 @@ pub(crate) struct Trace {
 
 impl Trace {
     pub(crate) fn new(name: &str, requests: Vec<Request>) -> Self {
-        let mut pages = FxHashSet::default();
-        for request in &requests {
-            pages.extend(request.first..=request.last);
-        }
+        let distinct_pages = distinct(&requests);
         let last_page = requests.iter().map(|request| request.last).max().unwrap_or(0);
         let (name, path, marks) = (name.to_owned(), PathBuf::new(), Vec::new());
-        Self { name, path, distinct_pages: pages.len(), last_page, requests, marks }
+        Self { name, path, distinct_pages, last_page, requests, marks }
     }
 
     /// Reads a trace, and its marks if a file `NAME.marks.txt` lies beside it.
     pub(crate) fn load(path: &Path) -> Result<Self> {
+        // Looked at before it is opened: a pipe waits for a writer, and a device has no end.
+        let meta = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+        if !meta.is_file() {
+            bail!("{} is no regular file, and a trace is read whole; copy it into one", path.display());
+        }
         let file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let mut text = String::new();
         let gz = path.extension().is_some_and(|ending| ending == "gz");
@@ -99,6 +102,18 @@ impl Trace {
     }
 }
 
+/// Pages that a trace touches, each counted once: the union of its ranges.
+fn distinct(requests: &[Request]) -> usize {
+    let mut ranges: Vec<(u64, u64)> = requests.iter().map(|request| (request.first, request.last)).collect();
+    ranges.sort_unstable();
+    let (mut pages, mut next) = (0, 0);
+    for (first, last) in ranges {
+        pages += (last + 1).saturating_sub(first.max(next));
+        next = next.max(last + 1);
+    }
+    usize::try_from(pages).unwrap_or(usize::MAX)
+}
+
 /// Name of a trace: its file's without `.csv`, `.csv.gz` and `.norm`; nothing for other files.
 fn name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
@@ -115,5 +130,41 @@ fn request(line: &str) -> Option<Option<Request>> {
     let len: u64 = fields.next()?.parse().ok()?;
     let Some(before_end) = len.checked_sub(1) else { return Some(None) };
     let last = offset.checked_add(before_end)? / PAGE_BYTES;
+    if last >= MAX_PAGES || len > MAX_REQUEST_BYTES {
+        return None;
+    }
     Some(Some(Request { at_us, read, first: offset / PAGE_BYTES, last }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(folder: &Path) -> String {
+        format!("{:#}", Trace::load_all(folder).unwrap_err())
+    }
+
+    #[test]
+    fn what_has_no_end_or_no_bounds_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.csv");
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(refused(folder.path()).contains("no regular file"), "{}", refused(folder.path()));
+        std::fs::remove_file(&path).unwrap();
+        let header = "ts_us,op,offset,len\n0,R,0,4096\n";
+        std::fs::write(&path, format!("{header}1,R,18446744073709547520,4096\n")).unwrap();
+        assert!(refused(folder.path()).contains("t.csv:3: expected"), "{}", refused(folder.path()));
+        std::fs::write(&path, format!("{header}1,R,0,100000000000000\n")).unwrap();
+        assert!(refused(folder.path()).contains("t.csv:3: expected"), "{}", refused(folder.path()));
+        std::fs::write(&path, header).unwrap();
+        assert_eq!(Trace::load_all(folder.path()).unwrap()[0].requests.len(), 1);
+    }
+
+    #[test]
+    fn pages_are_counted_once() {
+        let request = |first, last| Request { at_us: 0, read: true, first, last };
+        let requests = [request(9, 9), request(0, 5), request(2, 3), request(5, 6), request(9, 10)];
+        assert_eq!(Trace::new("t", requests.to_vec()).distinct_pages, 9);
+        assert_eq!(distinct(&[]), 0);
+    }
 }

@@ -10,6 +10,10 @@ pub enum TraceError {
     Open { file: String, source: io::Error },
     #[error("{file} is a pipe or device, and a trace is read more than once; copy it into a file")]
     NoFile { file: String },
+    #[error(
+        "the trace's first {requests} requests lie too far apart: more than 2 TiB in over 100000 places; cut it into parts"
+    )]
+    Scattered { requests: u64 },
     #[error("{file} is empty")]
     Empty { file: String },
     #[error(
