@@ -1,4 +1,4 @@
-//! HTTP client of prestagectl over the daemon's unix socket: JSON, and rows of CSV as they come; one connection a request.
+//! HTTP client of prestagectl over the daemon's unix socket: JSON, files, and rows of CSV as they come; one connection a request.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -41,6 +41,13 @@ fn hint(kind: io::ErrorKind) -> &'static str {
 /// Longest wait for the answer to a question. Those about machines wait for libvirt, which has 30 s.
 const QUESTION: Duration = Duration::from_secs(40);
 
+/// What is sent, and of what type it is.
+#[derive(Debug)]
+struct Content {
+    kind: &'static str,
+    bytes: Bytes,
+}
+
 /// Calls the daemon.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -56,35 +63,65 @@ impl Client {
     }
 
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.call(Method::GET, path, None::<&()>).await
+        self.call(Method::GET, path, None).await
     }
 
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
-        self.call(Method::POST, path, Some(body)).await
+        self.call(Method::POST, path, Some(self.json(body)?)).await
     }
 
     pub async fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
-        self.call(Method::PUT, path, Some(body)).await
+        self.call(Method::PUT, path, Some(self.json(body)?)).await
     }
 
     /// Deletes; the answer has no body.
     pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
-        self.call(Method::DELETE, path, None::<&()>).await
+        self.call(Method::DELETE, path, None).await
+    }
+
+    /// Asks for a file.
+    pub async fn get_file(&self, path: &str) -> Result<Bytes, ClientError> {
+        let (status, bytes) = self.timed(Method::GET, path, None).await?;
+        if status.is_success() {
+            return Ok(bytes);
+        }
+        self.decode::<()>(status, &bytes)?;
+        Err(self.protocol(format!("status {status} without an explanation")))
+    }
+
+    /// Sends a file.
+    pub async fn post_file<T: DeserializeOwned>(&self, path: &str, file: Vec<u8>) -> Result<T, ClientError> {
+        let body = Content { kind: "application/octet-stream", bytes: Bytes::from(file) };
+        self.call(Method::POST, path, Some(body)).await
+    }
+
+    fn json(&self, body: &impl Serialize) -> Result<Content, ClientError> {
+        let bytes = serde_json::to_vec(body).map_err(|error| self.protocol(error))?;
+        Ok(Content { kind: "application/json", bytes: Bytes::from(bytes) })
     }
 
     async fn call<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
-        body: Option<&impl Serialize>,
+        body: Option<Content>,
     ) -> Result<T, ClientError> {
+        let (status, bytes) = self.timed(method, path, body).await?;
+        self.decode(status, &bytes)
+    }
+
+    async fn timed(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Content>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
         // Questions are answered from memory; orders may have to wait for a store or libvirt.
         let limit = if method == Method::GET { self.timeout.min(QUESTION) } else { self.timeout };
-        let (status, bytes) = match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
-            Ok(answer) => answer?,
-            Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
-        };
-        self.decode(status, &bytes)
+        match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
+        }
     }
 
     fn decode<T: DeserializeOwned>(&self, status: StatusCode, bytes: &[u8]) -> Result<T, ClientError> {
@@ -103,7 +140,7 @@ impl Client {
         &self,
         method: Method,
         path: &str,
-        body: Option<&impl Serialize>,
+        body: Option<Content>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
         let response = self.send(method, path, body).await?;
         let status = response.status();
@@ -112,7 +149,7 @@ impl Client {
 
     /// Asks for rows; they may come for as long as both sides live.
     pub async fn rows(&self, path: &str) -> Result<RowStream, ClientError> {
-        let response = match tokio::time::timeout(QUESTION, self.send(Method::GET, path, None::<&()>)).await {
+        let response = match tokio::time::timeout(QUESTION, self.send(Method::GET, path, None)).await {
             Ok(response) => response?,
             Err(_) => return Err(self.unreachable(io::Error::from(io::ErrorKind::TimedOut))),
         };
@@ -132,12 +169,7 @@ impl Client {
         Ok(body.map_err(|error| self.protocol(error))?.to_bytes())
     }
 
-    async fn send(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<&impl Serialize>,
-    ) -> Result<Response<Incoming>, ClientError> {
+    async fn send(&self, method: Method, path: &str, body: Option<Content>) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(error))?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.failed(&error))?;
@@ -147,8 +179,8 @@ impl Client {
         let bytes = match body {
             None => Bytes::new(),
             Some(body) => {
-                request = request.header(header::CONTENT_TYPE, "application/json");
-                Bytes::from(serde_json::to_vec(body).map_err(|error| self.protocol(error))?)
+                request = request.header(header::CONTENT_TYPE, body.kind);
+                body.bytes
             }
         };
         let request = request.body(Full::new(bytes)).map_err(|error| self.protocol(error))?;

@@ -96,6 +96,57 @@ fn models_are_promoted_and_rolled_back_and_damaged_ones_are_not_used() {
 }
 
 #[test]
+fn a_model_is_carried_to_another_host_and_has_to_win_there() {
+    let (mut from, mut to) = (Host::new(), Host::new());
+    database(&from, |store| assert_eq!(add_model(store, weights(0.01)), 1));
+    from.start(IDLE);
+    let file = from.path("m").display().to_string();
+    from.does(&["model", "export", "1", "--out", &file]);
+    from.refuses(&["model", "export", "2", "--out", "-"], 1, &["there is no model 2"]);
+    from.refuses(&["model", "import", &file], 1, &["it is model 1 of global, which is in use already"]);
+
+    database(&to, |store| assert_eq!(add_model(store, weights(0.02)), 1));
+    to.start(IDLE);
+    let said = to.does(&["model", "import", &file]);
+    assert!(said.starts_with("model 2 of global is imported and runs in shadow, in place of model 1;"), "{said}");
+    let shown = to.does(&["model", "show", "2"]);
+    assert!(shown.contains("state:  shadow") && shown.contains("imported: model 1 of global on host "), "{shown}");
+    assert!(to.does(&["model", "list"]).contains("1 rejected: another model was imported"));
+    to.does(&["model", "promote", "2"]);
+    // The same model, to the byte.
+    let back = to.path("back");
+    to.does(&["model", "export", "2", "--out", &back.display().to_string()]);
+    let [there, here] = [from.path("m"), back].map(|path| std::fs::read(path).unwrap());
+    let carried = |file: &[u8]| prestage_agent::models::file::decode(file).unwrap().1.to_vec();
+    assert_eq!((carried(&there), carried(&here)), (weights(0.01), weights(0.01)));
+
+    let mut cut = there.clone();
+    cut.pop();
+    let odd = to.path("odd");
+    let path = odd.display().to_string();
+    let refuses = |bytes: &[u8], words: &[&str], says: &str| {
+        std::fs::write(&odd, bytes).unwrap();
+        to.refuses(&[&["model", "import", &path], words].concat(), 1, &[says]);
+    };
+    refuses(&cut, &[], "damaged or cut short");
+    refuses(b"Hello", &[], "this is no model");
+    refuses(&there, &["--storage", "nowhere"], "there is no disk or storage `nowhere`");
+    let (header, known) = prestage_agent::models::file::decode(&there).unwrap();
+    let file = |scope: &str, kind: &str, weights: &[u8]| {
+        let header = prestage_agent::models::file::Header { scope: scope.into(), kind: kind.into(), ..header.clone() };
+        prestage_agent::models::file::encode(&header, weights)
+    };
+    refuses(&file("nbd:elsewhere", "lstm", known), &[], "storage nbd:elsewhere on host");
+    refuses(&file("global", "gru", known), &[], "of kind `gru`; this prestaged runs `lstm`");
+    refuses(&file("global", "lstm", &known[1..]), &[], "does not fit this version");
+    // For a storage unknown here it is taken up by naming what it is for; that it is in use for all is known as well.
+    refuses(&file("nbd:elsewhere", "lstm", known), &["--all"], "model 2 of global, which is in use already");
+    assert!(to.does(&["model", "list"]).contains(" 2  champion"));
+    from.stop();
+    to.stop();
+}
+
+#[test]
 fn too_little_history_is_refused_with_what_there_is() {
     let mut host = Host::new();
     database(&host, |store| {

@@ -1,6 +1,11 @@
 //! `prestagectl model`: commands and what they print, at most 80 columns wide.
+//!
+//! - `transfer.rs`: `export` and `import`
+
+mod transfer;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -56,6 +61,29 @@ pub enum ModelCommand {
         #[arg(long, value_name = "STORAGE")]
         scope: Option<String>,
     },
+    /// Write a model to a file, for another host
+    Export {
+        /// From `model list`
+        id: i64,
+        /// New file, or `-` for standard output [default: model-ID.prestage]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Take up a model that another host exported
+    #[command(long_about = "Take up a model that another host exported.\n\n\
+        It becomes a shadow, in place of the one there is: it predicts beside the champion and is promoted when it proves \
+        better on this host's guests. `model promote` puts it to use at once. A damaged file, and a model that this version \
+        cannot run, are refused.\n\nWithout --storage and --all it is for what it was for on its own host.")]
+    Import {
+        /// What `model export` wrote
+        file: PathBuf,
+        /// For one storage alone: its identity or a disk on it
+        #[arg(long, value_name = "STORAGE", conflicts_with = "all")]
+        storage: Option<String>,
+        /// For all storages
+        #[arg(long)]
+        all: bool,
+    },
     /// Lowest probability at which blocks are read ahead: show or set it
     #[command(long_about = "Lowest probability at which blocks are read ahead.\n\n\
         Without P it is shown, with P it is set, at once and over restarts: of one storage (its identity or a disk on it), or \
@@ -110,6 +138,12 @@ pub(super) async fn run(
         ModelCommand::Rollback { scope } => {
             let reply: ChampionChanged = client.post("/v1/models/rollback", &RollbackRequest { scope }).await?;
             answer(out, json, &reply, champion)
+        }
+        ModelCommand::Export { id, out: file } => transfer::export(client, id, file, json, out).await,
+        ModelCommand::Import { file, storage, all } => {
+            let scope = if all { Some("global".to_owned()) } else { storage };
+            let reply = transfer::import(client, &file, scope.as_deref()).await?;
+            answer(out, json, &reply, transfer::imported)
         }
         ModelCommand::Threshold { words } => threshold(&words, client, json, out).await,
     }

@@ -4,15 +4,16 @@ use super::control::{Handle, blocking, store_error};
 use super::run::RunError;
 use super::{Daemon, Shared};
 use crate::config::Config;
+use crate::models::file::{Header, decode};
 use crate::models::lstm::LstmTrainer;
 use crate::models::tokens::{HistoryTokens, Tokeniser};
 use crate::models::{ModelError, ModelSettings, ModelsHandle, Scope};
 use crate::store::Store;
 use prestage_integration::api::models::{
-    ChampionChanged, ModelControl, ModelDetail, ModelList, ModelMetrics, RollbackRequest, StorageThreshold,
-    ThresholdRequest, Thresholds, TrainRequest, TrainStarted,
+    ChampionChanged, ModelControl, ModelDetail, ModelImported, ModelList, ModelMetrics, RollbackRequest,
+    StorageThreshold, ThresholdRequest, Thresholds, TrainRequest, TrainStarted,
 };
-use prestage_integration::api::{ApiError, ErrorCode, Reply};
+use prestage_integration::api::{ApiError, Bytes, ErrorCode, Reply};
 use prestage_predictor::ordinals::Tokeniser as Ordinals;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -76,6 +77,19 @@ async fn scope(daemon: &Shared, name: Option<&str>) -> Result<Scope, ApiError> {
     }
 }
 
+/// What an imported model is for, by its own account.
+async fn own_scope(daemon: &Shared, header: &Header) -> Result<Scope, ApiError> {
+    let Header { scope, host, .. } = header;
+    let (shared, storage) = (daemon.clone(), scope.clone());
+    let known = scope == Scope::Global.key()
+        || blocking(move || shared.store.storage_id(&storage)).await?.map_err(|error| store_error(&error))?.is_some();
+    known.then(|| Scope::of(scope)).ok_or_else(|| {
+        ApiError::not_found(format!(
+            "the model is of storage {scope} on host {host}, which is not known here; name one with --storage, or --all"
+        ))
+    })
+}
+
 fn thresholds(daemon: &Daemon) -> Result<Thresholds, ApiError> {
     let rows = daemon.store.thresholds().map_err(|error| store_error(&error))?;
     let mut reply = Thresholds { configured: daemon.config.lock().prefetch.threshold, ..Thresholds::default() };
@@ -125,6 +139,25 @@ impl ModelControl for Handle {
         Box::pin(async move {
             let scope = scope(&self.0, request.scope.as_deref()).await?;
             self.0.models.rollback(scope).await.map_err(api_error)
+        })
+    }
+
+    fn model_export(&self, id: i64) -> Reply<'_, Bytes> {
+        Box::pin(async move {
+            let models = self.0.models.clone();
+            let exported = blocking(move || models.export(id, &super::report::host_name())).await?;
+            exported.map(Bytes::from).map_err(api_error)
+        })
+    }
+
+    fn model_import(&self, file: Bytes, scope: Option<String>) -> Reply<'_, ModelImported> {
+        Box::pin(async move {
+            let (header, weights) = decode(&file).map_err(|error| ApiError::invalid(error.to_string()))?;
+            let scope = match scope {
+                Some(name) => self::scope(&self.0, Some(&name)).await?,
+                None => own_scope(&self.0, &header).await?,
+            };
+            self.0.models.import(header, weights.to_vec(), scope).await.map_err(api_error)
         })
     }
 

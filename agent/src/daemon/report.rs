@@ -50,6 +50,11 @@ pub(super) fn counters(cache: &Cache, served: &Served) -> Counters {
     }
 }
 
+/// Of the host; empty if it has none.
+pub(super) fn host_name() -> String {
+    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
 fn disk_state(entry: &Entry) -> DiskState {
     let store = entry.definition.store.clone();
     match &entry.state {
@@ -155,7 +160,7 @@ impl Daemon {
         }
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            host: host_name(),
             pid: std::process::id(),
             started_unix_ms: self.started_unix_ms,
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),

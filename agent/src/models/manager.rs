@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use prestage_integration::api::models::{ChampionChanged, TrainStarted};
+use prestage_integration::api::models::{ChampionChanged, ModelImported, TrainStarted};
 use tokio::sync::oneshot;
 
 use super::scope::Scope;
@@ -16,7 +16,7 @@ use super::train::{TokenSource, TrainError, Trainer};
 use super::watch::Decision;
 use super::worker::{Job, Report};
 use super::{Active, Loaded, ModelError, ModelSettings, Shared};
-use crate::store::models::{Change, ModelRow, ModelState, NewModel};
+use crate::store::models::{Change, ImportedModel, ModelRow, ModelState, NewModel};
 use crate::store::{Store, StoreError};
 
 /// How often the manager asks whether a training is due.
@@ -27,11 +27,30 @@ const DRIFT_PAUSE: Duration = Duration::from_secs(3600);
 pub(super) type Answer<T> = oneshot::Sender<Result<T, ModelError>>;
 
 pub(super) enum Message {
-    Train { scope: Scope, resume: bool, reply: Answer<TrainStarted> },
-    Promote { id: i64, reply: Answer<ChampionChanged> },
-    Rollback { scope: Scope, reply: Answer<ChampionChanged> },
+    Train {
+        scope: Scope,
+        resume: bool,
+        reply: Answer<TrainStarted>,
+    },
+    Promote {
+        id: i64,
+        reply: Answer<ChampionChanged>,
+    },
+    Rollback {
+        scope: Scope,
+        reply: Answer<ChampionChanged>,
+    },
+    /// Checked for its form, and not yet whether it fits.
+    Import {
+        model: Box<ImportedModel>,
+        origin: String,
+        reply: Answer<ModelImported>,
+    },
     Decided(Decision),
-    Drifted { storage: String, reason: String },
+    Drifted {
+        storage: String,
+        reason: String,
+    },
     Report(Report),
     Settings(ModelSettings),
     Stop,
@@ -123,6 +142,9 @@ impl Manager {
             }
             Message::Rollback { scope, reply } => {
                 let _ = reply.send(self.roll_back(&scope, change("operator", "rolled back by hand", now), now));
+            }
+            Message::Import { model, origin, reply } => {
+                let _ = reply.send(self.import(*model, &origin, now));
             }
             Message::Decided(decision) => self.decided(&decision, now),
             Message::Drifted { storage, reason } => self.drifted(storage, &reason, now),
@@ -409,6 +431,34 @@ impl Manager {
         let rows = self.store.models()?;
         let champion = holder(&rows, scope, ModelState::Champion).map(|row| row.id);
         Ok(ChampionChanged { scope: scope.key().to_owned(), champion, before })
+    }
+
+    fn import(&mut self, model: ImportedModel, origin: &str, now: u64) -> Result<ModelImported, ModelError> {
+        let own = self.trainer.kind();
+        if model.kind != own {
+            let kind = &model.kind;
+            return Err(ModelError::NotPossible(format!("the model is of kind `{kind}`; this prestaged runs `{own}`")));
+        }
+        self.trainer.check(&model.weights).map_err(|error| {
+            ModelError::NotPossible(format!("the model does not fit this version of prestaged: {error}"))
+        })?;
+        let scope = Scope::of(&model.scope);
+        let active = Arc::clone(&self.shared.active.lock());
+        let in_use = active.scopes.get(&scope).into_iter().flat_map(|models| [&models.champion, &models.shadow]);
+        if let Some(same) = in_use.flatten().find(|loaded| *loaded.weights == *model.weights) {
+            return Err(ModelError::NotPossible(format!(
+                "it is model {} of {scope}, which is in use already",
+                same.id
+            )));
+        }
+        let before = holder(&self.store.models()?, &scope, ModelState::Shadow).map(|row| row.id);
+        self.store.import_model(model, change("operator", format!("imported: {origin}"), now)).wait()?;
+        self.refresh(now);
+        let rows = self.store.models()?;
+        // Only this thread makes shadows.
+        let id = holder(&rows, &scope, ModelState::Shadow).map(|row| row.id).ok_or(ModelError::Stopped)?;
+        tracing::info!(model = id, %scope, origin, "imported; it runs in shadow now");
+        Ok(ModelImported { scope: scope.key().to_owned(), model: id, before })
     }
 
     fn trouble(&self, scope: &Scope, detail: String) {

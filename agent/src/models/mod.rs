@@ -6,11 +6,13 @@
 //! - [`tokens`]: tokens from the database's history
 //! - `manager.rs`: what is trained when, which model is in use; `worker.rs`: the thread that trains; `priority.rs`: idle
 //! - `watch.rs`: contests and drift
+//! - [`file`]: a model as a file, to carry it to another host
 //! - `report.rs`: models as the API words them; `scope.rs`: all storages, or one
 //!
 //! Two threads: `models`, which decides and writes to the database, and `trainer`, of idle priority, which shares no lock with
 //! anyone. Shutdown stops a training at its next step and keeps its checkpoint; the next start goes on from there.
 
+pub mod file;
 pub mod lstm;
 mod manager;
 pub(crate) mod priority;
@@ -33,7 +35,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use prestage_integration::api::models::{ChampionChanged, ModelDetail, ModelList, ModelMetrics, TrainStarted};
+use prestage_integration::api::models::{
+    ChampionChanged, ModelDetail, ModelImported, ModelList, ModelMetrics, TrainStarted,
+};
 use tokio::sync::oneshot;
 
 pub use prestage_predictor::lstm::Token;
@@ -41,6 +45,7 @@ pub use scope::Scope;
 pub use watch::{Pair, Signal};
 
 use crate::learner::run::unix_ms;
+use crate::store::models::ImportedModel;
 use crate::store::{Store, StoreError};
 use manager::{Manager, Message};
 use train::{TokenSource, TrainError, Trainer};
@@ -334,6 +339,48 @@ impl ModelsHandle {
     /// `NotPossible`: the scope has no champion.
     pub async fn rollback(&self, scope: Scope) -> Result<ChampionChanged, ModelError> {
         self.ask(|reply| Message::Rollback { scope, reply }).await
+    }
+
+    /// A model as [`file::encode`] writes it; `host` is this one's name. Blocks on the database.
+    ///
+    /// # Errors
+    /// `NotFound`; `NotPossible`: no weights yet, or damaged.
+    pub fn export(&self, id: i64, host: &str) -> Result<Vec<u8>, ModelError> {
+        let rows = self.0.store.models()?;
+        let row = rows.into_iter().find(|row| row.id == id).ok_or_else(|| ModelError::unknown(id))?;
+        let weights = self.0.store.model_weights(id)?;
+        let weights = weights.ok_or_else(|| ModelError::NotPossible(format!("model {id} has no weights yet")))?;
+        self.0.trainer.check(&weights).map_err(|error| ModelError::NotPossible(format!("model {id}: {error}")))?;
+        let header = file::Header {
+            kind: row.kind,
+            scope: row.scope,
+            host: host.to_owned(),
+            id,
+            seed: row.seed,
+            tokens: row.tokens,
+            from_us: row.from_us,
+            to_us: row.to_us,
+            metrics: row.metrics.and_then(|json| serde_json::from_str(&json).ok()),
+        };
+        Ok(file::encode(&header, &weights))
+    }
+
+    /// Takes up a model that was trained elsewhere, as the shadow of `scope`: it has to win its contest as any other.
+    ///
+    /// # Errors
+    /// `NotPossible`: of another kind, does not fit, or in use already.
+    pub async fn import(
+        &self,
+        header: file::Header,
+        weights: Vec<u8>,
+        scope: Scope,
+    ) -> Result<ModelImported, ModelError> {
+        let origin = format!("model {} of {} on host {}", header.id, header.scope, header.host);
+        let file::Header { kind, seed, tokens, from_us, to_us, metrics, .. } = header;
+        let metrics = metrics.and_then(|metrics| serde_json::to_string(&metrics).ok());
+        let scope = scope.key().to_owned();
+        let model = Box::new(ImportedModel { kind, scope, seed, tokens, from_us, to_us, metrics, weights });
+        self.ask(|reply| Message::Import { model, origin, reply }).await
     }
 
     /// Measures a model on its scope's latest history, on a thread of idle priority, and keeps what comes out.

@@ -3,6 +3,7 @@
 //! | from | to | by |
 //! | --- | --- | --- |
 //! | – | training | [`Store::start_model`] |
+//! | – | shadow | [`Store::import_model`]; a shadow before it in the scope is rejected |
 //! | training | shadow | [`Store::finish_model`]; a shadow before it in the scope is rejected |
 //! | shadow, retired, rejected | champion | [`Store::promote_model`]; the champion before it is retired |
 //! | champion | retired | [`Store::rollback_model`]; the champion before it is champion again, if there was one |
@@ -134,6 +135,22 @@ pub struct NewModel {
     pub parent: Option<i64>,
     /// 0 to 2^63 − 1.
     pub seed: u64,
+}
+
+/// A model that was trained elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportedModel {
+    pub kind: String,
+    /// `global` or the identity of a storage, here.
+    pub scope: String,
+    pub seed: u64,
+    /// Trained on, of accesses from `from_us` to `to_us` (Unix µs).
+    pub tokens: u64,
+    pub from_us: u64,
+    pub to_us: u64,
+    /// JSON, opaque here.
+    pub metrics: Option<String>,
+    pub weights: Vec<u8>,
 }
 
 /// A model without its blobs.
@@ -295,6 +312,24 @@ impl Store {
             connection.prepare(sql)?.execute(params![weights, metrics, id])?;
             set(connection, id, ModelState::Training, ModelState::Shadow, &change)?;
             Ok(prune(connection, &scope)?)
+        })
+    }
+
+    /// Adds a model that was trained elsewhere, as its scope's shadow. It is found with [`Store::models`].
+    pub fn import_model(&self, model: ImportedModel, change: Change) -> Pending {
+        self.inner.writer.submit(model.weights.len() as u64, false, move |connection| {
+            if let Some(before) = holder(connection, &model.scope, ModelState::Shadow)? {
+                let change = Change { reason: "another model was imported".to_owned(), ..change.clone() };
+                reject(connection, before, ModelState::Shadow, &change)?;
+            }
+            let sql = "INSERT INTO models (kind, scope, parent, state, seed, tokens, from_us, to_us, metrics, weights,
+                created_unix_ms, changed_unix_ms) VALUES (?1, ?2, NULL, 'shadow', ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)";
+            let ImportedModel { kind, scope, seed, tokens, from_us, to_us, metrics, weights } = &model;
+            let [seed, tokens, from, to, at] = [*seed, *tokens, *from_us, *to_us, change.at_unix_ms].map(int);
+            let row = params![kind, scope, seed, tokens, from, to, metrics, weights, at];
+            connection.prepare(sql)?.execute(row)?;
+            audit(connection, connection.last_insert_rowid(), None, ModelState::Shadow, &change)?;
+            Ok(prune(connection, scope)?)
         })
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::models::{AuditRow, Change, KEPT, ModelRow, ModelState, NewModel};
+use super::models::{AuditRow, Change, ImportedModel, KEPT, ModelRow, ModelState, NewModel};
 use super::{Store, StoreError};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -34,6 +34,7 @@ fn state(store: &Store, id: i64) -> Option<ModelState> {
 #[derive(Debug, Clone)]
 enum Step {
     Start(usize),
+    Import(usize),
     Checkpoint(i64),
     Finish(i64),
     Promote(i64),
@@ -46,6 +47,7 @@ fn step() -> impl Strategy<Value = Step> {
     let id = 1..24_i64;
     prop_oneof![
         4 => (0..2_usize).prop_map(Step::Start),
+        1 => (0..2_usize).prop_map(Step::Import),
         1 => id.clone().prop_map(Step::Checkpoint),
         4 => id.clone().prop_map(Step::Finish),
         5 => id.clone().prop_map(Step::Promote),
@@ -113,6 +115,15 @@ impl Registry {
                 self.audit.push((self.next, None, Training));
                 self.prune(scope);
             }
+            Step::Import(scope) => {
+                if let Some(before) = self.holder(scope, Shadow) {
+                    self.set(before, Rejected, at);
+                }
+                self.next += 1;
+                self.models.insert(self.next, Naive { scope, state: Shadow, weights: true, changed: at });
+                self.audit.push((self.next, None, Shadow));
+                self.prune(scope);
+            }
             Step::Checkpoint(_) | Step::Restart => {}
             Step::Finish(id) => {
                 let Some(model) = self.models.get(&id).filter(|model| model.state == Training) else { return false };
@@ -173,6 +184,11 @@ proptest! {
         for (at, step) in (1..).zip(&steps) {
             let outcome = match *step {
                 Step::Start(scope) => { start(&store, SCOPES[scope], at); Ok(()) }
+                Step::Import(scope) => {
+                    let (kind, scope, weights) = ("lstm".to_owned(), SCOPES[scope].to_owned(), vec![9; 100]);
+                    let model = ImportedModel { kind, scope, seed: 1, tokens: 2, from_us: 3, to_us: 4, metrics: None, weights };
+                    store.import_model(model, change("operator", at)).wait()
+                }
                 Step::Checkpoint(id) => store.save_checkpoint(id, vec![7; 9]).wait(),
                 Step::Finish(id) => store.finish_model(id, vec![id as u8; 100], "{}".to_owned(), change("trainer", at)).wait(),
                 Step::Promote(id) => store.promote_model(id, change("operator", at)).wait(),

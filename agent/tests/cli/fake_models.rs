@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::models::*;
-use prestage_integration::api::{ApiError, ErrorCode, Reply};
+use prestage_integration::api::{ApiError, Bytes, ErrorCode, Reply};
 
 use super::fake::{Fake, done};
 
@@ -105,6 +105,19 @@ impl ModelControl for Fake {
     fn model_rollback(&self, request: RollbackRequest) -> Reply<'_, ChampionChanged> {
         self.note(format!("rollback {request:?}"));
         done(Ok(ChampionChanged { scope: "global".into(), champion: None, before: Some(3) }))
+    }
+    fn model_export(&self, id: i64) -> Reply<'_, Bytes> {
+        done(match id {
+            4 => Ok(Bytes::from_static(b"PSTGMODL\xff\x00 and so on")),
+            _ => Err(ApiError::new(ErrorCode::NotPossible, format!("model {id} has no weights yet"))),
+        })
+    }
+    fn model_import(&self, file: Bytes, scope: Option<String>) -> Reply<'_, ModelImported> {
+        self.note(format!("import {} bytes for {scope:?}", file.len()));
+        done(match file.starts_with(b"PSTGMODL") {
+            true => Ok(ModelImported { scope: scope.unwrap_or("global".into()), model: 8, before: Some(4) }),
+            false => Err(ApiError::invalid("this is no model")),
+        })
     }
     fn thresholds(&self) -> Reply<'_, Thresholds> {
         let own =

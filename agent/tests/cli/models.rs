@@ -81,3 +81,39 @@ fn thresholds_are_shown_set_and_unset() {
     assert_eq!(asked[2], "threshold Some(\"a\") Some(0.25)");
     assert_eq!(asked[3], "threshold Some(\"a\") None");
 }
+
+#[test]
+fn a_model_goes_into_a_file_and_comes_out_of_one() {
+    let daemon = Daemon::start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m");
+    let file = path.to_str().unwrap();
+    prints(
+        &daemon,
+        &["model", "export", "4", "--out", file],
+        &format!("model 4, 20 B, is in {file}; `prestagectl model import` takes it up\n"),
+    );
+    let bytes = std::fs::read(&path).unwrap();
+    assert_eq!(bytes, b"PSTGMODL\xff\x00 and so on");
+    fails(&daemon.socket, &["model", "export", "4", "--out", file], 1, "; name another with --out");
+    fails(&daemon.socket, &["model", "export", "5", "--out", "/nonexistent/m"], 1, "model 5 has no weights yet");
+    fails(&daemon.socket, &["model", "export", "4", "--out", "/nonexistent/m"], 1, "cannot make /nonexistent/m");
+    let piped = super::command(&daemon.socket, &["model", "export", "4", "--out", "-"]).output().unwrap();
+    assert_eq!(piped.stdout, bytes);
+
+    let taken = "\
+model 8 of global is imported and runs in shadow, in place of model 4; it is
+promoted when it proves better, or with `prestagectl model promote 8`
+";
+    prints(&daemon, &["model", "import", file], taken);
+    prints(&daemon, &["model", "import", file, "--all"], taken);
+    let json = run(&daemon.socket, &["model", "import", file, "--storage", "file:/srv/a b", "--json"]);
+    assert!(json.out.contains("\"scope\": \"file:/srv/a b\""), "{}", json.out);
+    let asked = daemon.control.asked.lock().join("\n");
+    let scopes = ["import 20 bytes for None", "for Some(\"global\")", "for Some(\"file:/srv/a b\")"];
+    assert!(scopes.iter().all(|scope| asked.contains(scope)), "{asked}");
+    fails(&daemon.socket, &["model", "import", file, "--all", "--storage", "a"], 2, "cannot be used with");
+    fails(&daemon.socket, &["model", "import", "/nonexistent/m"], 1, "cannot read /nonexistent/m");
+    fails(&daemon.socket, &["model", "import", "/dev/zero"], 1, "is no model: it has 1.0 MiB or more");
+    fails(&daemon.socket, &["model", "import", "/dev/null"], 1, "this is no model");
+}

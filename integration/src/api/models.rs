@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Reply;
+use super::{Bytes, Reply};
 
 /// Where a model stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
@@ -169,6 +169,17 @@ pub struct ChampionChanged {
     pub before: Option<i64>,
 }
 
+/// A model from another host was taken up.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct ModelImported {
+    pub scope: String,
+    /// Its number here.
+    pub model: i64,
+    /// Shadow whose place it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<i64>,
+}
+
 /// Lowest probabilities at which predicted blocks are read ahead.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Thresholds {
@@ -231,6 +242,12 @@ pub trait ModelControl {
     fn model_promote(&self, id: i64) -> Reply<'_, ChampionChanged>;
     /// Takes the last promotion back. Errors: `NotPossible` (there is none), `NotFound` (storage).
     fn model_rollback(&self, request: RollbackRequest) -> Reply<'_, ChampionChanged>;
+    /// A model as a file, to be imported elsewhere. Errors: `NotFound`, `NotPossible` (no weights yet, damaged).
+    fn model_export(&self, id: i64) -> Reply<'_, Bytes>;
+    /// Takes up such a file as the shadow of `scope` (`global`, a disk, or the identity of a storage; `None`: as the file
+    /// says). Errors: `InvalidRequest` (no model, damaged, another version), `NotPossible` (does not fit, in use already),
+    /// `NotFound` (storage).
+    fn model_import(&self, file: Bytes, scope: Option<String>) -> Reply<'_, ModelImported>;
     fn thresholds(&self) -> Reply<'_, Thresholds>;
     /// Errors: `NotFound` (storage).
     fn threshold_set(&self, request: ThresholdRequest) -> Reply<'_, Thresholds>;

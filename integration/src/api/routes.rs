@@ -186,13 +186,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
                 essence.eq_ignore_ascii_case("application/json")
             }),
         };
-        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
-            let code = match rejection.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => ErrorCode::TooLarge,
-                _ => ErrorCode::InvalidRequest,
-            };
-            ApiError::new(code, format!("the body could not be read: {}", rejection.body_text()))
-        })?;
+        let Raw(bytes) = Raw::from_request(request, state).await?;
         if !json {
             return Err(ApiError::new(
                 ErrorCode::UnsupportedMediaType,
@@ -203,6 +197,23 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         serde_json::from_slice(text)
             .map(Body)
             .map_err(|error| ApiError::invalid(format!("the body does not fit: {error}")))
+    }
+}
+
+/// A body of any kind.
+struct Raw(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Raw {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        Bytes::from_request(request, state).await.map(Raw).map_err(|rejection| {
+            let code = match rejection.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => ErrorCode::TooLarge,
+                _ => ErrorCode::InvalidRequest,
+            };
+            ApiError::new(code, format!("the body could not be read: {}", rejection.body_text()))
+        })
     }
 }
 

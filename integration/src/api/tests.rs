@@ -47,6 +47,13 @@ impl models::ModelControl for Fake {
     fn model_rollback(&self, _: models::RollbackRequest) -> Reply<'_, models::ChampionChanged> {
         no()
     }
+    fn model_export(&self, id: i64) -> Reply<'_, Bytes> {
+        Box::pin(async move { Ok(Bytes::from(format!("model {id}"))) })
+    }
+    fn model_import(&self, file: Bytes, scope: Option<String>) -> Reply<'_, models::ModelImported> {
+        let scope = format!("{} bytes of {scope:?}", file.len());
+        Box::pin(async { Ok(models::ModelImported { scope, model: 5, before: None }) })
+    }
     fn thresholds(&self) -> Reply<'_, models::Thresholds> {
         no()
     }
@@ -249,10 +256,12 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "get /v1/history/disks/{name}/hot",
         "get /v1/history/disks/{name}/near",
         "get /v1/models",
+        "post /v1/models/import",
         "post /v1/models/rollback",
         "post /v1/models/train",
         "get /v1/models/{id}",
         "post /v1/models/{id}/evaluate",
+        "get /v1/models/{id}/export",
         "post /v1/models/{id}/promote",
         "get /v1/profiles",
         "post /v1/profiles/save",

@@ -1,13 +1,15 @@
 //! Routes of models and thresholds.
 
 use super::{
-    Answer, ApiError, At, Body, Json, OpenApiRouter, Problem, Response, Shared, State, StatusCode, change, routes,
+    Answer, ApiError, Asked, At, Body, Json, OpenApiRouter, Problem, Raw, Response, Shared, State, StatusCode, change,
+    header, routes,
 };
 use crate::api::models::{
-    ChampionChanged, ModelDetail, ModelList, ModelMetrics, RollbackRequest, ThresholdRequest, Thresholds, TrainRequest,
-    TrainStarted,
+    ChampionChanged, ModelDetail, ModelImported, ModelList, ModelMetrics, RollbackRequest, ThresholdRequest,
+    Thresholds, TrainRequest, TrainStarted,
 };
 use axum::response::IntoResponse;
+use serde::Deserialize;
 
 pub(super) fn described() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
@@ -17,6 +19,8 @@ pub(super) fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(evaluate))
         .routes(routes!(promote))
         .routes(routes!(rollback))
+        .routes(routes!(export))
+        .routes(routes!(import))
         .routes(routes!(thresholds, threshold_set))
 }
 
@@ -61,6 +65,37 @@ async fn promote(State(control): State<Shared>, At(id): At<i64>) -> Answer<Champ
     responses((status = 200, body = ChampionChanged), (status = "default", body = Problem, content_type = "application/problem+json")))]
 async fn rollback(State(control): State<Shared>, Body(request): Body<RollbackRequest>) -> Answer<ChampionChanged> {
     change(async move { control.model_rollback(request).await }).await.map(Json)
+}
+
+/// A model as a file, with a checksum, to be imported on another host.
+#[utoipa::path(get, path = "/v1/models/{id}/export", tag = "models", params(("id" = i64, Path, description = "Id of the model")),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn export(State(control): State<Shared>, At(id): At<i64>) -> Result<Response, ApiError> {
+    let file = control.model_export(id).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], file).into_response())
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Import {
+    #[serde(default)]
+    scope: Option<String>,
+}
+
+/// Takes up an exported model: it predicts in shadow, and is promoted when it proves better than what is in use.
+#[utoipa::path(post, path = "/v1/models/import", tag = "models",
+    params(("scope" = Option<String>, Query, description = "`global`, a disk, or the identity of a storage; default: as the file says")),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 201, body = ModelImported), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn import(
+    State(control): State<Shared>,
+    Asked(Import { scope }): Asked<Import>,
+    Raw(file): Raw,
+) -> Result<Response, ApiError> {
+    let imported = change(async move { control.model_import(file, scope).await }).await?;
+    let location = format!("/v1/models/{}", imported.model);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(imported)).into_response())
 }
 
 /// Lowest probabilities at which blocks are read ahead.
