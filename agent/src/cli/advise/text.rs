@@ -39,14 +39,16 @@ pub(super) fn answer(answer: &Answer) -> String {
     }
     if recommended.threshold.is_none() {
         let disk = printable(answer.disks.first().map_or("DISK", String::as_str));
-        let loads = with(answer, recommended.ram_bytes).map_or_else(String::new, |tried| {
+        if let Some(tried) = with(answer, recommended.ram_bytes) {
             let (more, less) = (human_bytes(tried.store_bytes), human_bytes(recommended.store_bytes));
-            format!("\nat {THRESHOLD} it loads {more} from the store in place of {less}")
-        });
+            let _ = writeln!(
+                write,
+                "Prefetch gains nothing here: at threshold {THRESHOLD} {more} are read from the\nstore, without it {less}."
+            );
+        }
         let _ = writeln!(
             write,
-            "Prefetch gains nothing on this history{loads}.\nOff for one disk: `prestagectl model threshold {disk} 1`;\n\
-             for all: prefetch.enabled = false.",
+            "It is off for a disk with a threshold of 1:\n  prestagectl model threshold {disk} 1\nand for all with prefetch.enabled = false."
         );
     }
     let history = &answer.history;
@@ -167,4 +169,55 @@ fn table(answer: &Answer) -> String {
         ]);
     }
     table.render()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sweep::{Advice, Extent};
+    use super::super::{LatencySource, StoreLatency};
+    use super::*;
+
+    #[test]
+    fn without_prefetch_it_says_what_prefetch_would_cost_and_how_to_end_it() {
+        let tried = |threshold: Option<f64>, store_mib: u64| Tried {
+            ram_bytes: 64 << 20,
+            ssd_bytes: 0,
+            threshold,
+            reads: 20_000,
+            ram_hit_ratio: 0.9,
+            ssd_hit_ratio: 0.0,
+            precision: 0.1,
+            store_bytes: store_mib << 20,
+            latency_us: 400.0,
+        };
+        let plain = tried(None, 100);
+        let advice = Advice {
+            recommended: plain.clone(),
+            with_ssd: None,
+            best: plain.clone(),
+            tried: vec![plain, tried(Some(THRESHOLD), 300)],
+        };
+        let answer = Answer {
+            vm: "web1".into(),
+            disks: vec!["web1-vda".into()],
+            history: Extent::default(),
+            left_out: 0,
+            missing: 0,
+            store_latency: StoreLatency { us: 1000.0, source: LatencySource::Given },
+            advice,
+        };
+        let text = super::answer(&answer);
+        let expected = "\
+Recommended for web1: 64 MiB of RAM, no prefetch.
+90.0 % of reads from RAM (90.0 % with prefetch);
+mean read 400 us, the best tried 400 us at 64 MiB.
+Prefetch gains nothing here: at threshold 0.125 300 MiB are read from the
+store, without it 100 MiB.
+It is off for a disk with a threshold of 1:
+  prestagectl model threshold web1-vda 1
+and for all with prefetch.enabled = false.
+";
+        assert!(text.starts_with(expected), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
 }
