@@ -111,7 +111,8 @@ impl Contest {
         bytes
     }
 
-    /// Goes on from [`Contest::to_bytes`]; `None` if these are not such bytes.
+    /// Goes on from [`Contest::to_bytes`]; `None` if these are not such bytes, or of sums that no
+    /// accesses give.
     #[must_use]
     pub fn from_bytes(bytes: &[u8], config: ContestConfig) -> Option<Self> {
         let bytes: &[u8; BYTES] = bytes.try_into().ok()?;
@@ -121,7 +122,10 @@ impl Contest {
             return None;
         }
         let (count, sum, variance) = (u64::from_le_bytes(count), f64::from_le_bytes(sum), f64::from_le_bytes(variance));
-        (sum.is_finite() && variance.is_finite()).then_some(Self { config, count, sum, variance })
+        // Each access adds at most a half to the sum, and at most 1 to the variance; numbers beyond 2⁵³ are no longer counted with.
+        let most = count as f64;
+        let sound = count < 1 << 53 && sum.abs() <= 0.5 * most && (0.0..=most).contains(&variance);
+        sound.then_some(Self { config, count, sum, variance })
     }
 }
 
@@ -241,5 +245,17 @@ mod tests {
             prop_assert_eq!(Contest::from_bytes(&bytes, config), None);
             prop_assert_eq!(Contest::from_bytes(&bytes[1..], config), None);
         }
+    }
+
+    #[test]
+    fn sums_that_no_accesses_give_are_refused_whatever_their_checksum_says() {
+        let config = ContestConfig::default();
+        let forged = |count, sum, variance| {
+            Contest::from_bytes(&Contest { config, count, sum, variance }.to_bytes(), config).is_some()
+        };
+        assert!(forged(10, -5.0, 10.0));
+        assert!(!forged(u64::MAX, 0.0, 0.0), "the next access would have no number");
+        assert!(!forged(10, 5.1, 1.0) && !forged(0, 0.1, 0.0) && !forged(10, f64::NAN, 1.0));
+        assert!(!forged(10, 1.0, -0.1) && !forged(10, 1.0, 10.1) && !forged(10, 1.0, f64::INFINITY));
     }
 }
