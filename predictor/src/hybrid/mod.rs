@@ -34,7 +34,7 @@ use governor::Governor;
 use granules::Granules;
 use mixer::{Contexts, INPUTS, MAX_SCORE, MODEL, Mixer, OWN, Places, Reliability, SETS, SHARED};
 use pending::{Lifetime, NO_PREDICTION, Pending, Prediction};
-use propose::{CHAIN, Limits, NEAR, Proposal, Proposals, log2};
+use propose::{CHAIN, Limits, NEAR, Proposal, Proposals, log2, near_group};
 use runs::Runs;
 use temporal::{Follower, Log};
 use view::View;
@@ -558,28 +558,6 @@ fn drop_chain(pending: &mut Pending, mut chain: u16) {
         let index = chain;
         pending.kill(&mut chain, index);
     }
-}
-
-/// Pages of a block's mask that lie about equally far from the request as the lowest of them.
-fn near_group(start: u64, mask: u16, (first, pages): (u64, u32)) -> u16 {
-    let bit = mask.trailing_zeros();
-    let page = start + u64::from(bit);
-    let end = first + u64::from(pages);
-    let span = if page >= end {
-        match page - end {
-            0..4 => 1,
-            4..8 => 2,
-            _ => 4,
-        }
-    } else {
-        match first - page {
-            0..=2 => 1,
-            3..=8 => 2,
-            _ => 8,
-        }
-    };
-    let within = ((1u32 << span) - 1) << bit;
-    mask & within as u16
 }
 
 /// What a read says about what follows it, beside the proposals.

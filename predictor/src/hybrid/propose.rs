@@ -263,6 +263,28 @@ impl Proposals {
     }
 }
 
+/// Pages of a block's mask that lie about equally far from the request as the lowest of them.
+pub(super) fn near_group(start: u64, mask: u16, (first, pages): (u64, u32)) -> u16 {
+    let bit = mask.trailing_zeros();
+    let page = start + u64::from(bit);
+    let end = first + u64::from(pages);
+    let span = if page >= end {
+        match page - end {
+            0..4 => 1,
+            4..8 => 2,
+            _ => 4,
+        }
+    } else {
+        match first - page {
+            0..=2 => 1,
+            3..=8 => 2,
+            _ => 8,
+        }
+    };
+    let within = ((1u32 << span) - 1) << bit;
+    mask & within as u16
+}
+
 /// A run's length and how far ahead of it a page lies, in requests: 1 to 64.
 pub(super) fn run_evidence(length: u32, distance: u32) -> u8 {
     1 + log2(length).min(7) * 8 + (7 - log2(distance).min(7))
