@@ -9,6 +9,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod daemon;
+mod demand;
 pub mod learner;
 pub mod models;
 pub mod serve;

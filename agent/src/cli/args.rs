@@ -6,6 +6,7 @@ use clap::{Arg, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
+use super::demand::{DecisionsArgs, EventCommand, ExecutionCommand, ForecastCommand, PolicyArgs, ReservationCommand};
 use super::history::HistoryCommand;
 use super::models::ModelCommand;
 use crate::config::units::parse_bytes;
@@ -76,6 +77,27 @@ pub enum Command {
     /// Neural models: training, comparison, roll-back; thresholds
     #[command(subcommand)]
     Model(ModelCommand),
+    /// What machines are going to use
+    #[command(subcommand)]
+    Forecast(ForecastCommand),
+    /// What should be changed now, whatever the mode
+    Recommend {
+        /// Name or UUID of a machine [default: all]
+        vm: Option<String>,
+    },
+    /// What was decided, why, and what became of it
+    Decisions(DecisionsArgs),
+    /// Promises of resources for a time window
+    #[command(subcommand)]
+    Reservation(ReservationCommand),
+    /// Programs that run in machines
+    #[command(subcommand)]
+    Execution(ExecutionCommand),
+    /// What demand may follow: schedules and single dates
+    #[command(subcommand)]
+    Event(EventCommand),
+    /// Whether demand is measured, what is unusual, and how VM managers are told
+    Demand,
     /// How much RAM and SSD a machine is worth, from its history
     Advise(super::advise::AdviseArgs),
     /// Why a block was or was not prefetched
@@ -146,6 +168,8 @@ pub enum VmCommand {
         #[arg(long, value_parser = disk_name)]
         name: Option<String>,
     },
+    /// What may be done to a machine: show it, or change what is given
+    Policy(Box<PolicyArgs>),
     /// Give a machine's disk its original source back
     Detach {
         /// Name or UUID

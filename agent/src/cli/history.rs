@@ -8,9 +8,11 @@ use prestage_integration::api::history::{HistoryStatus, HotList, Near, RunList};
 
 use super::render::{ago, count, dash, now_unix_ms, percent};
 use super::table::{Align, Fields, Table, printable};
-use super::{Failure, answer};
+use super::{Failure, answer, when};
 use crate::client::{Client, encode};
 use crate::config::units::{exact_bytes, exact_duration, human_bytes, human_duration, parse_bytes, parse_duration};
+
+const HOUR_MS: u64 = 3_600_000;
 
 #[derive(Debug, Subcommand)]
 pub enum HistoryCommand {
@@ -247,17 +249,9 @@ fn near(near: &Near, now_unix_ms: u64) -> String {
     fields.render()
 }
 
-/// Day and hour of Unix time, by the civil calendar (days from 1970-01-01; Hinnant, "chrono-Compatible Low-Level Date Algorithms").
+/// Day and hour, in UTC.
 fn hour_utc(unix_ms: u64) -> String {
-    let (days, hour) = (unix_ms / 86_400_000 + 719_468, unix_ms / 3_600_000 % 24);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let (day, month) =
-        (day_of_year - (153 * shifted + 2) / 5 + 1, if shifted < 10 { shifted + 3 } else { shifted - 9 });
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:00")
+    when::show(unix_ms / HOUR_MS * HOUR_MS)
 }
 
 #[cfg(test)]

@@ -7,11 +7,14 @@
 //! - `advise/`: `advise`
 //! - `record.rs`: `trace record`
 //! - `explain.rs`: `explain`
+//! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
+//! - `when.rs`: points in time
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
 mod advise;
 mod args;
+mod demand;
 mod explain;
 mod history;
 mod models;
@@ -20,6 +23,7 @@ mod render;
 mod replay;
 mod stat;
 mod table;
+mod when;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -151,6 +155,13 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Explain(args) => explain::run(&client, args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,
+        Command::Forecast(command) => demand::forecast(command, &client, json, out).await,
+        Command::Recommend { vm } => demand::recommend(vm, &client, json, out).await,
+        Command::Decisions(args) => demand::decisions(args, &client, json, out).await,
+        Command::Reservation(command) => demand::reservation(command, &client, json, out).await,
+        Command::Execution(command) => demand::execution(command, &client, json, out).await,
+        Command::Event(command) => demand::event(command, &client, json, out).await,
+        Command::Demand => demand::demand(&client, json, out).await,
         Command::Config(ConfigCommand::Check { file }) => config_check(&file, json, out),
         Command::Config(ConfigCommand::Default) if json => print_json(out, &Config::default_json()),
         Command::Config(ConfigCommand::Default) => Ok(out.write_all(Config::default_toml().as_bytes())?),
@@ -210,6 +221,7 @@ async fn vm(command: VmCommand, client: &Client, json: bool, out: &mut impl Writ
             let reply: Detached = client.post(&path(&vm, &target, "detach"), &json!({})).await?;
             answer(out, json, &reply, render::detached)
         }
+        VmCommand::Policy(args) => demand::policy(*args, client, json, out).await,
     }
 }
 

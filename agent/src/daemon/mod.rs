@@ -10,6 +10,7 @@
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod control;
+mod demand;
 mod disks;
 mod history;
 mod machines;

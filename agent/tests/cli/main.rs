@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod demand;
 mod fake;
+mod fake_demand;
 mod fake_models;
 mod models;
 mod replay;

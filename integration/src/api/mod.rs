@@ -3,6 +3,7 @@
 //! - `types.rs`, `counters.rs`: what goes over the wire
 //! - [`history`]: the same and the handlers for history
 //! - [`models`]: models and thresholds, words and what is done about them
+//! - [`demand`]: policies, forecasts, decisions, reservations, executions, events
 //! - `error.rs`: problems (RFC 9457) and their codes
 //! - `routes.rs`: paths, handlers, the OpenAPI document
 //! - `rows.rs`: answers that go on, as CSV
@@ -12,6 +13,7 @@
 //! What the daemon does is behind [`Control`]; this module only speaks HTTP.
 
 mod counters;
+pub mod demand;
 mod error;
 mod explain;
 pub mod history;
@@ -45,7 +47,7 @@ pub type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send 
 ///
 /// Methods that change something run to their end even when the client goes away: the router spawns them. Requests arrive checked by
 /// their `validate`.
-pub trait Control: models::ModelControl + Send + Sync + 'static {
+pub trait Control: models::ModelControl + demand::DemandControl + Send + Sync + 'static {
     fn status(&self) -> Reply<'_, Status>;
 
     fn disks(&self) -> Reply<'_, DiskList>;

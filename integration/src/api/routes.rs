@@ -3,6 +3,7 @@
 //! Every failure leaves as a [`Problem`](super::Problem), also those made by the router itself (no such path, wrong method, body too large).
 //! Handlers that change something run in a task of their own: a client that hangs up cannot leave a change half done.
 
+mod demand;
 mod models;
 
 use std::future::Future;
@@ -118,6 +119,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(super::history::history_hot))
         .routes(routes!(super::history::history_near))
         .merge(models::described())
+        .merge(demand::described())
 }
 
 /// Around every request: the time limit, the path in problems, and one line of log for each change with who asked for it.

@@ -14,6 +14,8 @@ use tokio::sync::{Notify, oneshot};
 use super::types::*;
 use super::*;
 
+mod of_demand;
+
 /// Long enough for any machine; tests end by the event.
 const LONG: Duration = Duration::from_secs(60);
 
@@ -266,6 +268,23 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "get /v1/profiles",
         "post /v1/profiles/save",
         "delete /v1/profiles/{id}",
+        "get /v1/demand",
+        "get /v1/vms/{vm}/policy",
+        "put /v1/vms/{vm}/policy",
+        "delete /v1/vms/{vm}/policy",
+        "get /v1/vms/{vm}/forecast",
+        "get /v1/recommendations",
+        "get /v1/decisions",
+        "get /v1/reservations",
+        "post /v1/reservations",
+        "delete /v1/reservations/{id}",
+        "get /v1/executions",
+        "post /v1/executions",
+        "post /v1/executions/{id}/end",
+        "get /v1/events",
+        "post /v1/events",
+        "delete /v1/events/{id}",
+        "get /v1/webhooks",
         "get /v1/profiles/{id}",
         "get /v1/status",
         "get /v1/thresholds",

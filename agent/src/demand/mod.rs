@@ -1,0 +1,2 @@
+//! Demand.
+pub(crate) mod course;
