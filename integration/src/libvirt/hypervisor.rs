@@ -237,26 +237,50 @@ impl Hypervisor {
         again: bool,
         work: impl FnMut(&Arc<Link>) -> Result<T, HypervisorError> + Send + 'static,
     ) -> Result<T, HypervisorError> {
-        let (reply, answer) = oneshot::channel();
-        self.inner.queue.submit(Box::new(Call { reply: Some(reply), again, work }))?;
-        wait(what, self.inner.config.call_timeout, answer).await
+        self.call_within(what, self.inner.config.call_timeout, again, work).await
     }
 
-    /// Runs a call that may take long on a thread of its own, so that others need not wait for it.
+    /// [`call`](Self::call) with a time limit of its own.
+    pub(super) async fn call_within<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        again: bool,
+        work: impl FnMut(&Arc<Link>) -> Result<T, HypervisorError> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
+        let (reply, answer) = oneshot::channel();
+        self.inner.queue.submit(Box::new(Call { reply: Some(reply), again, work }))?;
+        wait(what, limit, answer).await
+    }
+
+    /// Runs a call on a VM that may take long.
     async fn slow(
         &self,
         what: &'static str,
         vm: &str,
         work: fn(&Domain) -> Result<(), Error>,
     ) -> Result<(), HypervisorError> {
+        let name = vm.to_owned();
+        let work = move |domain: &Domain| work(domain).map_err(|e| failed(&format!("{what} `{name}`"), &e));
+        self.beside(what, vm, self.inner.config.start_timeout, work).await
+    }
+
+    /// Runs work on a VM on a thread of its own, so that others need not wait for it. Past the limit it runs on, and counts
+    /// among the slow calls until it ends.
+    pub(super) async fn beside<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        vm: &str,
+        limit: Duration,
+        work: impl FnOnce(&Domain) -> Result<T, HypervisorError> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
         let permit = SlowCall::take(&self.inner.slow_calls)?;
         let name = vm.to_owned();
         let domain = self.call(what, true, move |link| Ok((find(link, &name)?, link.clone()))).await?;
         let (reply, answer) = oneshot::channel();
-        let vm = vm.to_owned();
         let run = move || {
             let (domain, link) = domain;
-            let result = work(&domain).map_err(|e| failed(&format!("{what} `{vm}`"), &e));
+            let result = work(&domain);
             drop(domain);
             drop(link); // after the domain: the connection closes with its last user
             drop(permit);
@@ -266,7 +290,7 @@ impl Hypervisor {
             .name("libvirt-call".into())
             .spawn(run)
             .map_err(|e| HypervisorError::Thread { reason: e.to_string() })?;
-        wait(what, self.inner.config.start_timeout, answer).await
+        wait(what, limit, answer).await
     }
 }
 
@@ -308,7 +332,7 @@ fn ended() -> HypervisorError {
     HypervisorError::Thread { reason: "it ended unexpectedly; restart the daemon".to_owned() }
 }
 
-fn failed(what: &str, error: &Error) -> HypervisorError {
+pub(super) fn failed(what: &str, error: &Error) -> HypervisorError {
     HypervisorError::Libvirt { what: what.to_owned(), reason: error.message().to_owned() }
 }
 
@@ -335,7 +359,7 @@ fn id_of(domain: &Domain) -> Result<VmId, HypervisorError> {
     Ok(VmId { uuid, name })
 }
 
-fn state_of(state: sys::virDomainState) -> VmState {
+pub(super) fn state_of(state: sys::virDomainState) -> VmState {
     match state {
         sys::VIR_DOMAIN_RUNNING => VmState::Running,
         sys::VIR_DOMAIN_BLOCKED => VmState::Blocked,

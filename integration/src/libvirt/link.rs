@@ -1,4 +1,4 @@
-//! One connection to libvirt with its callbacks. The only unsafe code of this folder.
+//! One connection to libvirt with its callbacks. Unsafe code, with `raw` the only one of this folder.
 //!
 //! `virt` wraps most calls, but neither domain events nor the close callback; those come from `virt-sys`. Two of its
 //! wrappers are avoided: `event_add_handle` frees the wrong pointer when it fails, `get_all_domain_stats` leaks. It also
@@ -9,7 +9,7 @@
 //! accept it and then neither call nor free it. libvirt holds a reference to the connection for each
 //! callback, so [`Link`] removes them all before it closes.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_ulonglong, c_void};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -172,7 +172,11 @@ type LifecycleCallback =
 type DeviceCallback = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
 type AgentCallback = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void);
 
-fn event_callbacks() -> [(sys::virDomainEventID, GenericCallback); 5] {
+type BalloonCallback = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_ulonglong, *mut c_void);
+type MemoryDeviceCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, c_ulonglong, *mut c_void);
+
+fn event_callbacks() -> [(sys::virDomainEventID, GenericCallback); 7] {
     // SAFETY: what the macro VIR_DOMAIN_EVENT_CALLBACK does in C: libvirt casts back to the signature of the event
     // identifier that the callback is registered with.
     let lifecycle = unsafe { std::mem::transmute::<LifecycleCallback, GenericCallback>(on_lifecycle) };
@@ -182,12 +186,18 @@ fn event_callbacks() -> [(sys::virDomainEventID, GenericCallback); 5] {
     let removed = unsafe { std::mem::transmute::<DeviceCallback, GenericCallback>(on_device_removed) };
     // SAFETY: as above.
     let agent = unsafe { std::mem::transmute::<AgentCallback, GenericCallback>(on_agent) };
+    // SAFETY: as above.
+    let balloon = unsafe { std::mem::transmute::<BalloonCallback, GenericCallback>(on_balloon) };
+    // SAFETY: as above.
+    let memory = unsafe { std::mem::transmute::<MemoryDeviceCallback, GenericCallback>(on_memory_device) };
     [
         (sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
         (sys::VIR_DOMAIN_EVENT_ID_REBOOT, on_reboot),
         (sys::VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, added),
         (sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, removed),
         (sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, agent),
+        (sys::VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE, balloon),
+        (sys::VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE, memory),
     ]
 }
 
@@ -223,7 +233,7 @@ unsafe fn deliver(domain: sys::virDomainPtr, kind: VmEventKind, opaque: *mut c_v
 ///
 /// # Safety
 /// `domain` is null or valid.
-unsafe fn domain_id(domain: sys::virDomainPtr) -> Option<VmId> {
+pub(super) unsafe fn domain_id(domain: sys::virDomainPtr) -> Option<VmId> {
     if domain.is_null() {
         return None;
     }
@@ -308,6 +318,29 @@ unsafe extern "C" fn on_agent(
     };
     // SAFETY: libvirt passes a valid domain and our opaque.
     unsafe { deliver(domain, kind, opaque) };
+}
+
+unsafe extern "C" fn on_balloon(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    kib: c_ulonglong,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes a valid domain and our opaque.
+    unsafe { deliver(domain, VmEventKind::BalloonChanged { bytes: kib.saturating_mul(1024) }, opaque) };
+}
+
+unsafe extern "C" fn on_memory_device(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    alias: *const c_char,
+    kib: c_ulonglong,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes a C string.
+    let alias = unsafe { alias_text(alias) };
+    // SAFETY: libvirt passes a valid domain and our opaque.
+    unsafe { deliver(domain, VmEventKind::MemoryDeviceResized { alias, bytes: kib.saturating_mul(1024) }, opaque) };
 }
 
 /// # Safety

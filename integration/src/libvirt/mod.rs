@@ -5,7 +5,9 @@
 //! | [`Hypervisor`] (`hypervisor`) | the asynchronous handle: list, events, attach, detach, start, stop |
 //! | `worker` | the thread that owns the connection: reconnects, registers events again, resynchronises |
 //! | `queue` | the bounded queue of calls to that thread |
-//! | `link` | one connection and its callbacks: the only unsafe code here |
+//! | `link` | one connection and its callbacks; unsafe |
+//! | `raw` | statistics of all domains in one call; unsafe |
+//! | [`stats`] | what VMs and the host use, every second |
 //! | `vm` | plain types: [`Vm`], [`VmDisk`], [`VmEvent`], [`HypervisorEvent`], [`ConnectionState`] |
 //! | `describe` | domain XML → [`Vm`] |
 //! | `plan` | [`plan_attach`] and [`plan_detach`]: pure functions from domain XML to domain XML |
@@ -19,6 +21,8 @@
 //! libvirt's calls block and may block for long. None runs on the caller's thread: the handle passes work to a thread
 //! of its own and waits with a time limit, so a libvirt that hangs costs a caller an error and nothing else.
 
+pub mod stats;
+
 mod describe;
 mod disk;
 mod error;
@@ -27,6 +31,7 @@ mod link;
 mod memory;
 mod plan;
 mod queue;
+mod raw;
 mod record;
 mod store;
 mod vm;

@@ -196,6 +196,15 @@ pub enum VmEventKind {
     DeviceRemoved {
         alias: String,
     },
+    /// The guest's memory less its balloon is this now, in bytes. At most one a second while the balloon moves.
+    BalloonChanged {
+        bytes: u64,
+    },
+    /// A virtio-mem device holds this much memory now, in bytes.
+    MemoryDeviceResized {
+        alias: String,
+        bytes: u64,
+    },
     /// The guest agent answers or no longer answers.
     AgentConnected,
     AgentDisconnected,
