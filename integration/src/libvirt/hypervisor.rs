@@ -14,6 +14,7 @@ use virt::storage_pool::StoragePool;
 use virt::storage_vol::StorageVol;
 use virt::sys;
 
+use super::act::Acting;
 use super::describe::describe;
 use super::error::{HypervisorError, PlanError};
 use super::link::{Link, no_nul, start_event_loop};
@@ -98,6 +99,7 @@ struct Inner {
     queue: Arc<Queue>,
     outlets: Arc<Outlets>,
     slow_calls: Arc<AtomicUsize>,
+    acting: Acting,
 }
 
 impl Hypervisor {
@@ -129,7 +131,7 @@ impl Hypervisor {
             .spawn(move || worker.run())
             .map_err(|e| HypervisorError::Thread { reason: e.to_string() })?;
         let slow_calls = Arc::default();
-        Ok(Self { inner: Arc::new(Inner { config, queue, outlets, slow_calls }) })
+        Ok(Self { inner: Arc::new(Inner { config, queue, outlets, slow_calls, acting: Acting::default() }) })
     }
 
     /// Events from now on. After every (re)connection a [`HypervisorEvent::Resync`] says how things are.
@@ -227,6 +229,11 @@ impl Hypervisor {
     /// As [`start_vm`](Self::start_vm).
     pub async fn destroy_vm(&self, vm: &str) -> Result<(), HypervisorError> {
         self.slow("destroy the VM", vm, Domain::destroy).await
+    }
+
+    /// The VMs that a change is under way on.
+    pub(super) fn acting(&self) -> &Acting {
+        &self.inner.acting
     }
 
     /// Runs `work` on the worker thread and waits for its result. With `again`, work that failed because the connection

@@ -7,6 +7,7 @@
 //! | `queue` | the bounded queue of calls to that thread |
 //! | `link` | one connection and its callbacks; unsafe |
 //! | `raw` | statistics of all domains in one call; unsafe |
+//! | [`act`] | what VMs may use: memory, vCPUs, shares, limits; changed, read back, rolled back |
 //! | [`stats`] | what VMs and the host use, every second |
 //! | `vm` | plain types: [`Vm`], [`VmDisk`], [`VmEvent`], [`HypervisorEvent`], [`ConnectionState`] |
 //! | `describe` | domain XML → [`Vm`] |
@@ -21,6 +22,7 @@
 //! libvirt's calls block and may block for long. None runs on the caller's thread: the handle passes work to a thread
 //! of its own and waits with a time limit, so a libvirt that hangs costs a caller an error and nothing else.
 
+pub mod act;
 pub mod stats;
 
 mod describe;

@@ -149,13 +149,13 @@ fn stats_period(link: &Link, uuid: Uuid, wanted: Duration) -> Option<Duration> {
 }
 
 /// `<stats period='5'/>` of a `<memballoon>`; `None` where there is none.
-fn period_of(balloon: roxmltree::Node<'_, '_>) -> Option<Duration> {
+pub(in crate::libvirt) fn period_of(balloon: roxmltree::Node<'_, '_>) -> Option<Duration> {
     let seconds: u64 = child(balloon, "stats")?.attribute("period")?.parse().ok()?;
     (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
 /// µs since 1970.
-fn now_us() -> u64 {
+pub(in crate::libvirt) fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     since.as_micros().try_into().unwrap_or(u64::MAX)
 }

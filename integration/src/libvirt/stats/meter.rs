@@ -179,6 +179,11 @@ fn swapping(before: &Guest, now: &Guest, last: Swapping) -> Swapping {
     }
 }
 
+/// What the guest says, if it ever said something.
+pub(in crate::libvirt) fn guest_memory_of(guest: &Guest, at_us: u64) -> Option<GuestMemory> {
+    guest_memory(guest, at_us, Swapping::default())
+}
+
 fn guest_memory(guest: &Guest, at_us: u64, swapping: Swapping) -> Option<GuestMemory> {
     let updated_us = guest.updated_s.filter(|&s| s > 0)?.saturating_mul(1_000_000);
     Some(GuestMemory {

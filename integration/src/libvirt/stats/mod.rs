@@ -18,7 +18,9 @@ mod reading;
 mod sample;
 
 pub use collect::{CollectConfig, Collector, Turn};
+pub(super) use collect::{now_us, period_of};
 pub use meter::Meter;
+pub(super) use meter::guest_memory_of;
 pub use reading::{Block, Cpu, Guest, Memory, Net, Reading};
 pub use sample::{
     CpuSample, DiskRates, DiskSample, GuestMemory, HostSample, MemorySample, NetRates, NetSample, VmSample,
