@@ -6,6 +6,7 @@
 #
 #   <cache>/guest-<hash>/vmlinuz     Debian's cloud kernel
 #                        initrd      busybox and the modules of a virtio disk, see guest/init
+#                        initrd-demand  busybox, balloon, memory device, guest agent; needs no disk, see guest/demand
 #                        disk.raw    the root file system
 #                        sums        `SHA256 PATH` a line, what the guest must find on the disk
 #                        about       release and kernel version
@@ -85,7 +86,11 @@ mmdebstrap --quiet --mode=root --variant=minbase \
     mkdir /kernel
     cd /kernel
     kernel=\$(apt-cache depends --no-suggests linux-image-cloud-amd64 | sed -n \"s/.*Depends: \\(linux-image-[0-9].*\\)/\\1/p\" | head -n 1)
-    apt-get -qq download \$kernel"' \
+    apt-get -qq download \$kernel
+    mkdir /agent
+    cd /agent
+    apt-get -qq download \$(apt-get --simulate install qemu-guest-agent | sed -n \"s/^Inst \([^ ]*\).*/\1/p\")"' \
+  --customize-hook='for package in "$1"/agent/*.deb; do dpkg-deb --extract "$package" "$1/agent"; done' \
   --customize-hook='dpkg-deb --extract "$1"/kernel/linux-image-*.deb "$1/kernel"' \
   "$suite" "$tree" "$mirror" >"$work/log" 2>&1 || {
   tail -n 15 "$work/log" >&2
@@ -104,15 +109,37 @@ mkdir -p "$initramfs"/{bin,dev,proc,sys,root,lower,upper,modules}
 cp "$tree/bin/busybox" "$initramfs/bin/busybox"
 for applet in sh mount mkdir insmod usleep poweroff switch_root; do ln -s busybox "$initramfs/bin/$applet"; done
 install -m 755 "$guest/init" "$initramfs/init"
-for module in virtio_pci virtio_blk ext4 crc32c_generic overlay; do
-  chroot "$tree" modprobe --show-depends --set-version "$version" "$module"
-done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' | while read -r path; do
-  cp "$tree$path" "$initramfs/modules/"
-  basename "$path" >>"$initramfs/modules/order"
-done
-[ -s "$initramfs/modules/order" ] || die "no modules found for kernel $version"
+# Modules with what they depend on, in the order they load in: modules FOLDER NAME...
+modules() {
+  local folder=$1
+  shift
+  for module in "$@"; do
+    chroot "$tree" modprobe --show-depends --set-version "$version" "$module"
+  done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' | while read -r path; do
+    cp "$tree$path" "$folder/"
+    basename "$path" >>"$folder/order"
+  done
+  [ -s "$folder/order" ] || die "no modules found for kernel $version"
+}
+modules "$initramfs/modules" virtio_pci virtio_blk ext4 crc32c_generic overlay
 # not compressed: reading a megabyte more takes the emulator less time than unpacking it
 (cd "$initramfs" && find . | cpio --quiet --create --format=newc) >"$out/initrd"
+
+demand=$work/demand
+mkdir -p "$demand"/{bin,dev,proc,sys,run,lib,lib64,modules}
+cp "$tree/bin/busybox" "$demand/bin/busybox"
+for applet in sh mount mkdir insmod usleep poweroff stty mkfifo dd killall; do ln -s busybox "$demand/bin/$applet"; done
+install -m 755 "$guest/demand" "$demand/init"
+modules "$demand/modules" virtio_pci virtio_balloon virtio_console virtio_mem
+cp "$(find "$tree/agent" -path '*/sbin/qemu-ga' -type f)" "$demand/bin/"
+agent_libs=$(cd "$tree" && find agent -name '*.so.*' -printf '/%h\n' | sort -u | paste -s -d :)
+chroot "$tree" env LD_LIBRARY_PATH="$agent_libs" ldd "/$(cd "$tree" && find agent -path '*/sbin/qemu-ga')" >"$work/ldd"
+! grep 'not found' "$work/ldd" >&2 || die "the guest agent lacks libraries (above)"
+grep -o '/[^ ]*' "$work/ldd" | while read -r library; do
+  case $library in */ld-linux*) cp -L "$tree$library" "$demand/lib64/" ;; *) cp -L "$tree$library" "$demand/lib/" ;; esac
+done
+(cd "$demand" && find . | cpio --quiet --create --format=newc) >"$out/initrd-demand"
+rm -rf "$tree/agent"
 
 say "3/5 services and data"
 lib=$tree/usr/local/lib/prestage

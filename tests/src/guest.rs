@@ -55,7 +55,7 @@ impl GuestOptions {
     }
 }
 
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;").replace('\'', "&apos;")
 }
 
@@ -143,17 +143,26 @@ pub struct Guest {
 impl Guest {
     /// Defines the domain; its console and XML live in `scratch`.
     pub fn define(libvirt: &Arc<Libvirt>, scratch: &Scratch, image: &Image, options: &GuestOptions) -> Result<Self> {
-        let console = scratch.join(format!("{}.console", options.name));
+        Self::define_as(libvirt, scratch, &options.name, |console| domain_xml(image, options, console))
+    }
+
+    /// Defines a domain from the XML that `xml` makes of its name's console socket.
+    pub(crate) fn define_as(
+        libvirt: &Arc<Libvirt>,
+        scratch: &Scratch,
+        name: &str,
+        xml: impl FnOnce(&str) -> String,
+    ) -> Result<Self> {
+        let console = scratch.join(format!("{name}.console"));
         let _ = std::fs::remove_file(&console);
         let listener = UnixListener::bind(&console).with_context(|| format!("cannot bind {}", console.display()))?;
-        let xml = domain_xml(image, options, &console.display().to_string());
-        libvirt.define(&xml, &scratch.join(format!("{}.xml", options.name)))?;
-        let (undone, name) = (Arc::clone(libvirt), options.name.clone());
+        libvirt.define(&xml(&console.display().to_string()), &scratch.join(format!("{name}.xml")))?;
+        let (undone, owned) = (Arc::clone(libvirt), name.to_owned());
         let guard = clean::on_exit(move || {
-            let _ = undone.virsh(&["destroy", &name]);
-            let _ = undone.virsh(&["undefine", &name]);
+            let _ = undone.virsh(&["destroy", &owned]);
+            let _ = undone.virsh(&["undefine", &owned]);
         });
-        Ok(Self { libvirt: Arc::clone(libvirt), name: options.name.clone(), listener, _guard: guard })
+        Ok(Self { libvirt: Arc::clone(libvirt), name: name.to_owned(), listener, _guard: guard })
     }
 
     #[must_use]
@@ -240,6 +249,16 @@ impl<'a> Run<'a> {
     /// Lets the guest take its next step (`prestage.go`).
     pub fn go(&mut self) -> Result<()> {
         self.console.write_all(b"go\n").context("the guest's console is closed")
+    }
+
+    /// Writes a line to the guest's console.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        writeln!(self.console, "{line}").context("the guest's console is closed")
+    }
+
+    /// The console alone, to write to while another waits for lines.
+    pub fn console(&self) -> Result<UnixStream> {
+        self.console.try_clone().context("the guest's console")
     }
 
     /// Waits for the next line that `pick` takes, and says when after the start it came. Fails when the guest fails, ends

@@ -13,6 +13,8 @@ use crate::paths;
 pub struct Image {
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// The initramfs of a guest without a disk whose resources change (`scripts/guest/demand`).
+    pub initrd_demand: PathBuf,
     /// The root file system, raw ext4.
     pub disk: PathBuf,
     /// What the guest must find: path to SHA-256 in hexadecimal.
@@ -45,7 +47,13 @@ impl Image {
                 line.split_once(' ').with_context(|| format!("{}: bad line `{line}`", manifest.display()))?;
             sums.insert(path.to_owned(), sum.to_owned());
         }
-        Ok(Self { kernel: folder.join("vmlinuz"), initrd: folder.join("initrd"), disk: folder.join("disk.raw"), sums })
+        Ok(Self {
+            kernel: folder.join("vmlinuz"),
+            initrd: folder.join("initrd"),
+            initrd_demand: folder.join("initrd-demand"),
+            disk: folder.join("disk.raw"),
+            sums,
+        })
     }
 
     /// Copies the disk to `target`, sharing extents where the file system can and keeping holes.

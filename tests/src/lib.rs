@@ -10,12 +10,14 @@
 //! - [`store`]: nbdkit with its delay filter, and a count of what was read from it
 //! - [`report`]: the lines the guest prints
 //! - [`guest`]: a domain, from its XML to its last line
+//! - [`elastic`]: a guest whose memory and processors change while it runs
 //! - [`daemon`]: `prestaged` and `prestagectl`
 //! - [`rig`]: all of these together, as a test uses them
 
 pub mod accelerator;
 pub mod clean;
 pub mod daemon;
+pub mod elastic;
 pub mod guest;
 pub mod image;
 pub mod libvirt;

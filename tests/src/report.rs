@@ -44,6 +44,23 @@ impl Figures {
     }
 }
 
+/// What a guest whose resources change has (`scripts/guest/demand`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// It changed unasked.
+    pub changed: bool,
+    /// Time since the guest's kernel started, by its own clock.
+    pub uptime_ms: u64,
+    /// `MemTotal`, `MemFree` and `MemAvailable`.
+    pub total_bytes: u64,
+    pub free_bytes: u64,
+    pub available_bytes: u64,
+    /// Programs killed for want of memory since the start.
+    pub ooms: u64,
+    /// Processors in use, such as `0-1`.
+    pub online: String,
+}
+
 /// One line of the guest's report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {
@@ -72,6 +89,8 @@ pub enum Line {
     },
     /// Figures after the last step.
     Last(Figures),
+    /// What it has now.
+    State(State),
     /// The guest powers off now.
     End,
     /// The guest can't go on.
@@ -104,6 +123,7 @@ impl Line {
                 }
             }
             "last" => Self::Last(figures(rest)?),
+            "state" => Self::State(state(rest)?),
             "end" => Self::End,
             "failed" => Self::Failed(rest.to_owned()),
             _ => return None,
@@ -115,13 +135,30 @@ fn value<T: std::str::FromStr>(rest: &str, key: &str) -> Option<T> {
     rest.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('=')?.parse().ok())
 }
 
+fn state(rest: &str) -> Option<State> {
+    let bytes = |key| value::<u64>(rest, key)?.checked_mul(1024);
+    Some(State {
+        changed: value::<String>(rest, "why")? == "changed",
+        uptime_ms: uptime_ms(value(rest, "uptime")?)?,
+        total_bytes: bytes("total")?,
+        free_bytes: bytes("free")?,
+        available_bytes: bytes("available")?,
+        ooms: value(rest, "ooms")?,
+        online: value(rest, "online")?,
+    })
+}
+
+fn uptime_ms(seconds: f64) -> Option<u64> {
+    Duration::try_from_secs_f64(seconds).ok()?.as_millis().try_into().ok()
+}
+
 fn figures(rest: &str) -> Option<Figures> {
     let pairs: HashMap<&str, &str> = rest.split(' ').filter_map(|word| word.split_once('=')).collect();
     let number = |key: &str| pairs.get(key)?.parse::<u64>().ok();
     // hundredths of a second, as in /proc/uptime
     let uptime: f64 = pairs.get("uptime")?.parse().ok()?;
     Some(Figures {
-        uptime_ms: Duration::try_from_secs_f64(uptime).ok()?.as_millis().try_into().ok()?,
+        uptime_ms: uptime_ms(uptime)?,
         reads: number("reads")?,
         read_bytes: number("sectors")?.checked_mul(512)?,
         read_wait_ms: number("read_ms")?,
@@ -156,6 +193,15 @@ mod tests {
         {
             assert_eq!(Line::parse(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn a_state_is_read_whole_or_not_at_all() {
+        let line = "PRESTAGE state why=changed uptime=3.16 total=352276 free=316020 available=317424 ooms=0 online=0-1";
+        let Some(Line::State(state)) = Line::parse(line) else { panic!("not read") };
+        assert_eq!((state.changed, state.uptime_ms, state.total_bytes), (true, 3160, 352_276 << 10));
+        assert_eq!((state.ooms, state.online.as_str()), (0, "0-1"));
+        assert_eq!(Line::parse(&line.replace(" online=0-1", "")), None);
     }
 
     #[test]

@@ -42,11 +42,7 @@ impl Rig {
     }
 
     fn build(keep_writes: bool) -> Result<Self> {
-        let lock = paths::cache()?.join("guests.lock");
-        let file = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
-        let alone = Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, error)| error)
-            .with_context(|| format!("cannot lock {}", lock.display()))?;
+        let alone = alone()?;
         let image = Image::build_or_find()?;
         let accelerator = Accelerator::find(&image)?;
         let (scratch, large) = (Scratch::new()?, Scratch::large()?);
@@ -73,4 +69,13 @@ impl Rig {
         let options = GuestOptions::new(name, self.accelerator, disk, words);
         Guest::define(&self.libvirt, &self.scratch, &self.image, &options)
     }
+}
+
+/// Waits until no other rig runs, and keeps others waiting.
+pub(crate) fn alone() -> Result<Flock<File>> {
+    let lock = paths::cache()?.join("guests.lock");
+    let file = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .with_context(|| format!("cannot lock {}", lock.display()))
 }

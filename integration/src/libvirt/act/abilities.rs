@@ -243,7 +243,7 @@ fn vcpus(domain: Node<'_, '_>) -> VcpuAbility {
         remove: match current > fewest {
             true => Ability::Yes,
             false => Ability::no(
-                "the vCPUs it started with can't be removed; mark them <vcpu hotpluggable='yes'> and start it anew",
+                "it has none that can be removed: those it started with stay, unless they are marked <vcpu hotpluggable='yes'>",
             ),
         },
         fewest,

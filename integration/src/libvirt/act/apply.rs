@@ -286,7 +286,9 @@ impl Work<'_> {
                 String::new(),
             ));
         }
-        let counted = if to > before {
+        let counted = if to == before {
+            Ok(vcpus::use_all(self.domain, self.pace, to))
+        } else if to > before {
             if let Ability::No(reason) = &able.add {
                 return Err(self.unsupported(kind, reason));
             }
