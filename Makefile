@@ -2,6 +2,7 @@
 # make bench-predict  recorded traces through the predictor and every peer, and what the figures say
 # make bench-callgrind  instructions and time that the predictor takes an access
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
+# make torture    a hundred random balloon schedules on a full guest, in which no program may be killed; half an hour
 #
 # They install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
 #   STORE=PATH|NBD-URI   make run: slow storage of your own in place of nbdkit with 5 ms a read
@@ -17,7 +18,7 @@ SUDO := sudo --preserve-env
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help setup build image run bench-predict bench-callgrind test check deny advisories
+.PHONY: help setup build image run bench-predict bench-callgrind test torture check deny advisories
 
 help:
 	@sed -n '/^$$/q;s/^# \?//p' Makefile
@@ -68,3 +69,6 @@ test: check deny image
 	else \
 	  cargo test --locked --workspace --no-fail-fast; \
 	fi
+
+torture: image
+	PRESTAGE_SCHEDULES=100 cargo test --locked -p prestage-tests --test demand -- --nocapture a_guest_filled

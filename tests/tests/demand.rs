@@ -1,11 +1,13 @@
 //! A real guest's memory and processors change through libvirt: the guest sees it, and is never driven out of memory.
 //!
 //! `PRESTAGE_SCHEDULES` says how many random balloon schedules run, default 5; `make torture` runs 100.
+// Helpers of tests, which clippy takes for production code.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use prestage_integration::libvirt::act::{ActError, Change, Done, Latencies, Outcome, Pace, Setting};
+use prestage_integration::libvirt::act::{ActError, Change, Done, Kind, Latencies, Outcome, Pace, Setting};
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, VmSample};
 use prestage_integration::libvirt::{Hypervisor, HypervisorConfig};
 use prestage_tests::elastic::{ElasticRig, MEMORY_MIB};
@@ -137,7 +139,6 @@ fn a_guest_sees_memory_and_processors_come_and_go() {
     assert!(end.total_bytes < grown.total_bytes && end.ooms == 0, "{end:?}");
 
     let quantile = |kind, grows| latencies.quantile(host.vm, kind, grows, 0.9);
-    use prestage_integration::libvirt::act::Kind;
     println!(
         "shrink {:?}, grow {:?}, vCPU {:?}",
         quantile(Kind::Balloon, false),

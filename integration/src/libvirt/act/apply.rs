@@ -155,6 +155,10 @@ impl Work<'_> {
         }
     }
 
+    fn already(&self, kind: Kind, is: Setting) -> Done {
+        self.done(kind, is.clone(), is, Outcome::Already, String::new())
+    }
+
     /// Refuses to take memory below what the caller allows, or without knowing what the guest needs.
     fn may_shrink(&self, to: u64) -> Result<(), ActError> {
         if to < self.change.not_below {
@@ -206,13 +210,7 @@ impl Work<'_> {
             );
         }
         if to.abs_diff(current) <= 1 << 20 {
-            return Ok(self.done(
-                kind,
-                Setting::Balloon(current),
-                Setting::Balloon(current),
-                Outcome::Already,
-                String::new(),
-            ));
+            return Ok(self.already(kind, Setting::Balloon(current)));
         }
         let reached = if to > current {
             if self.abilities.guest.is_none()
@@ -253,7 +251,7 @@ impl Work<'_> {
             return Err(self.refused(format!("`{alias}` holds up to {most} MiB in blocks of {block} MiB")));
         }
         if bytes == device.current_bytes && bytes == device.requested_bytes {
-            return Ok(self.done(kind, setting(bytes), setting(bytes), Outcome::Already, String::new()));
+            return Ok(self.already(kind, setting(bytes)));
         }
         if bytes < device.current_bytes {
             let all = self.domain.get_info().map_err(|e| self.error(kind, &e, "nothing was changed"))?;
@@ -277,14 +275,9 @@ impl Work<'_> {
         let kind = Kind::Vcpus;
         let before = vcpus::count(self.domain).map_err(|e| self.error(kind, &e, "nothing was changed"))?;
         let able = &self.abilities.vcpus;
-        if to == before {
-            return Ok(self.done(
-                kind,
-                Setting::Vcpus(before),
-                Setting::Vcpus(before),
-                Outcome::Already,
-                String::new(),
-            ));
+        let idle = || self.abilities.agent.is_yes() && !vcpus::all_used(self.domain, to);
+        if to == before && !idle() {
+            return Ok(self.already(kind, Setting::Vcpus(before)));
         }
         let counted = if to == before {
             Ok(vcpus::use_all(self.domain, self.pace, to))
