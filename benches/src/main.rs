@@ -1,6 +1,7 @@
 //! Measures Prestage with real guests and on recorded traces, beside what it is to be better than.
 //!
 //! - [`boots`]: `bench boots`, a guest booted straight, unlearned, learned and warm
+//! - [`collect`]: `bench collect`, what measuring many machines costs
 //! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
@@ -12,6 +13,7 @@
 
 mod adversary;
 mod boots;
+mod collect;
 mod history;
 mod host;
 mod peers;
@@ -38,6 +40,8 @@ enum Command {
     Boots(boots::Options),
     /// Replay recorded traces through the predictor and every peer: hits, precision, latency, cost
     Predict(predict::Options),
+    /// Measure many machines once a second, and what that costs
+    Collect(collect::Options),
     /// Fill a history with recorded traces, and time what is asked of it
     History(history::Options),
 }
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Boots(options) => boots::run(&options),
         Command::Predict(options) => predict::run(&options),
+        Command::Collect(options) => collect::run(&options),
         Command::History(options) => history::run(&options),
     };
     match result {
