@@ -168,13 +168,13 @@ fn torture(host: &Host, run: &mut Run<'_>, seed: u64) {
     run.order("free").unwrap();
     host.apply(Setting::Balloon(MEMORY_MIB * MIB), 0, pace).unwrap();
     for _ in 0..3 {
-        let order = |random: &mut Random| match random.below(4) {
+        // Up to the limit: programs stop where 40 MiB are left. One that takes more is killed with or without a balloon.
+        let left = run.order("state").unwrap().available_bytes / MIB;
+        let first = match random.below(4) {
             0 => "free".to_owned(),
-            1 => format!("hold {}", 8 + random.below(40)),
-            // Up to the limit: programs stop where 40 MiB are left, as one does that looks before it takes.
+            1 if left > 48 => format!("hold {}", 8 + random.below(left - 48)),
             _ => format!("fill {}", 40 + random.below(100)),
         };
-        let first = order(&mut random);
         let held = run.order(&first).unwrap();
         let target = 96 + random.below(MEMORY_MIB - 96);
         let meanwhile = (random.below(2) == 0).then(|| (random.below(4000), format!("fill {}", 40 + random.below(60))));
