@@ -1,11 +1,13 @@
 //! A guest without a disk whose memory and processors change while it runs: `scripts/guest/demand` under libvirt, with a
-//! balloon, a virtio-mem device, a second processor to plug and a channel for the guest agent.
+//! balloon, a virtio-mem device, a second processor to plug, a disk and a network interface to limit, and a channel for the guest
+//! agent.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::fcntl::Flock;
 
 use crate::accelerator::Accelerator;
@@ -21,12 +23,17 @@ pub const MEMORY_MIB: u64 = 512;
 /// What its memory device can hold.
 pub const DEVICE_MIB: u64 = 512;
 
+/// The host's side of its network interface. One name is enough: rigs run one at a time.
+pub const TAP: &str = "prestage-tap0";
+
 /// What such a guest stands on.
 #[derive(Debug)]
 pub struct ElasticRig {
     pub libvirt: Arc<Libvirt>,
     image: Image,
     accelerator: Accelerator,
+    /// Empty; the guest has no driver for it.
+    disk: PathBuf,
     scratch: Scratch,
     _alone: Flock<File>,
 }
@@ -37,7 +44,9 @@ impl ElasticRig {
         let image = Image::build_or_find()?;
         let accelerator = Accelerator::find(&image)?;
         let (scratch, libvirt) = (Scratch::new()?, Arc::new(Libvirt::start()?));
-        Ok(Self { libvirt, image, accelerator, scratch, _alone: alone })
+        let disk = scratch.join("empty.raw");
+        std::fs::write(&disk, vec![0; 1 << 20]).with_context(|| format!("cannot write {}", disk.display()))?;
+        Ok(Self { libvirt, image, accelerator, disk, scratch, _alone: alone })
     }
 
     /// A domain; `words` are for its kernel's command line. The balloon has no autodeflate: what takes too much, kills.
@@ -69,6 +78,8 @@ impl ElasticRig {
     <controller type='usb' model='none'/>
     <serial type='unix'><source mode='connect' path='{console}'/><target port='0'/></serial>
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
+    <interface type='ethernet'><target dev='{TAP}'/><model type='virtio'/></interface>
     <memballoon model='virtio' autodeflate='off' freePageReporting='on'/>
     <memory model='virtio-mem'>
       <target>
@@ -83,6 +94,7 @@ impl ElasticRig {
             kernel = escape(&self.image.kernel.display().to_string()),
             initrd = escape(&self.image.initrd_demand.display().to_string()),
             words = escape(&words.join(" ")),
+            disk = escape(&self.disk.display().to_string()),
             console = escape(console),
         )
     }

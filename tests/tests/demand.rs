@@ -5,13 +5,17 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::io::Write;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use prestage_integration::libvirt::act::{ActError, Change, Done, Kind, Latencies, Outcome, Pace, Setting};
+use prestage_integration::libvirt::act::{
+    ActError, Change, DiskLimits, Done, Kind, Latencies, NetLimits, Outcome, Pace, Setting,
+};
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, VmSample};
 use prestage_integration::libvirt::{Hypervisor, HypervisorConfig};
-use prestage_tests::elastic::{ElasticRig, MEMORY_MIB};
+use prestage_tests::elastic::{ElasticRig, MEMORY_MIB, TAP};
 use prestage_tests::guest::{Run, STEP_LIMIT};
+use prestage_tests::process::run as run_command;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
@@ -146,6 +150,63 @@ fn a_guest_sees_memory_and_processors_come_and_go() {
         quantile(Kind::Vcpus, true)
     );
     assert!(quantile(Kind::Balloon, false) > quantile(Kind::Balloon, true));
+}
+
+#[test]
+fn limits_hold_or_leave_nothing_behind() {
+    let rig = ElasticRig::new().unwrap();
+    let guest = rig.guest("limited", &["prestage.noagent"]).unwrap();
+    let mut run = guest.start().unwrap();
+    run.wait_state().unwrap();
+    let mut host = Host::new(&rig);
+    let sample = host.sample_where("two turns", |s| s.disk_bps().is_some() && s.net_bps().is_some());
+    assert_eq!((sample.disks[0].target.as_str(), sample.nets[0].device.as_str()), ("vda", TAP));
+    assert_eq!(sample.disks[0].capacity_bytes, Some(MIB));
+    assert!(
+        sample.cpu.used_cores.is_some_and(|c| (0.0..2.5).contains(&c)) && sample.cpu.total_cores.is_some(),
+        "{sample:?}"
+    );
+
+    let disk = |limits| Setting::Disk { target: "vda".to_owned(), limits };
+    let limits = DiskLimits {
+        read_bps: Some(10 * MIB),
+        write_bps: Some(5 * MIB),
+        total_ops: Some(500),
+        ..DiskLimits::default()
+    };
+    let done = host.apply(disk(limits), 0, Pace::default()).unwrap();
+    assert_eq!((done.outcome, done.verified, &done.got), (Outcome::Reached, true, &disk(limits)), "{done:?}");
+    // From limits of each kind to one of both.
+    let limits = DiskLimits { total_bps: Some(20 * MIB), ..DiskLimits::default() };
+    let done = host.apply(disk(limits), 0, Pace::default()).unwrap();
+    assert_eq!((done.outcome, &done.got), (Outcome::Reached, &disk(limits)), "{done:?}");
+    let both = DiskLimits { total_bps: Some(MIB), read_bps: Some(MIB), ..DiskLimits::default() };
+    let error = host.apply(disk(both), 0, Pace::default()).unwrap_err();
+    assert!(matches!(error, ActError::Failed { .. }) && error.to_string().ends_with("nothing was changed"), "{error}");
+    let done = host.apply(disk(DiskLimits::default()), 0, Pace::default()).unwrap();
+    assert_eq!((&done.before, &done.got), (&disk(limits), &disk(DiskLimits::default())));
+
+    // Whether the kernel has what libvirt makes a limit of is the host's affair; what is left behind is not.
+    let qdiscs = || run_command(Command::new("tc").args(["qdisc", "show", "dev", TAP])).unwrap();
+    let before = qdiscs();
+    let limits = NetLimits { received_bps: Some(10_000_000), sent_bps: Some(5_000_000) };
+    let net = |limits| Setting::Network { device: TAP.to_owned(), limits };
+    match host.apply(net(limits), 0, Pace::default()) {
+        Ok(done) => {
+            assert_eq!((done.outcome, done.verified), (Outcome::Reached, true), "{done:?}");
+            assert!(qdiscs().contains("htb"), "{}", qdiscs());
+            host.apply(net(NetLimits::default()), 0, Pace::default()).unwrap();
+        }
+        Err(ActError::Failed { reason, left, .. }) => println!("this host can't limit networks: {reason}; {left}"),
+        Err(error) => panic!("{error}"),
+    }
+    assert!(!qdiscs().contains("htb"), "before {before}after {}", qdiscs());
+
+    // The rig's libvirtd has no control groups, and says so; where one has them, the quota holds.
+    match host.apply(Setting::CpuQuota(Some(0.5)), 0, Pace::default()) {
+        Ok(done) => assert_eq!((done.outcome, done.verified), (Outcome::Reached, true), "{done:?}"),
+        Err(error) => assert!(error.is_permanent() && error.to_string().contains("cgroup"), "{error}"),
+    }
 }
 
 /// Marsaglia's xorshift64: the same schedules in every run.

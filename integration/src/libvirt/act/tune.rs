@@ -76,7 +76,7 @@ fn set(domain: &Domain, kind: Tuned<'_>, to: &Setting) -> Result<Pair, TuneError
             Err(e) => format!("putting it back failed too: {}", e.message()),
         },
     };
-    Err(TuneError::Failed { reason: error.message().to_owned(), left })
+    Err(TuneError::Failed { reason: error.message().trim_end().to_owned(), left })
 }
 
 fn is_unsupported(error: &Error) -> bool {
