@@ -26,9 +26,21 @@ pub(in crate::libvirt) struct Acting(Arc<Mutex<HashSet<Uuid>>>);
 #[derive(Debug)]
 struct Turn(Acting, Uuid);
 
+/// Changes at once. Fewer than the slow calls allowed, so that VMs can still be started and stopped.
+const MOST_AT_ONCE: usize = 8;
+
 impl Acting {
-    fn take(&self, vm: Uuid) -> Option<Turn> {
-        self.0.lock().insert(vm).then(|| Turn(self.clone(), vm))
+    /// A VM's turn, or why it has none now.
+    fn take(&self, vm: Uuid) -> Result<Turn, &'static str> {
+        let mut acting = self.0.lock();
+        if acting.contains(&vm) {
+            return Err("it is being changed already");
+        }
+        if acting.len() >= MOST_AT_ONCE {
+            return Err("as many other VMs as may be are being changed");
+        }
+        acting.insert(vm);
+        Ok(Turn(self.clone(), vm))
     }
 }
 
@@ -57,7 +69,8 @@ impl Hypervisor {
     /// `Refused` where it would harm the guest now, `Unsupported` with the reason, `Busy`, `Failed` with the state it was left
     /// in, `Hypervisor`.
     pub async fn apply(&self, change: Change, pace: Pace) -> Result<Done, ActError> {
-        let turn = self.acting().take(change.vm).ok_or_else(|| ActError::Busy { vm: change.vm.to_string() })?;
+        let turn =
+            self.acting().take(change.vm).map_err(|reason| ActError::Busy { vm: change.vm.to_string(), reason })?;
         let (vm, limit) = (change.vm.to_string(), pace.limit(change.to.kind()));
         let work = move |domain: &Domain| {
             let _turn = turn;
@@ -409,8 +422,10 @@ mod tests {
     fn one_change_at_a_time() {
         let (acting, vm) = (Acting::default(), Uuid::from_u128(1));
         let turn = acting.take(vm).unwrap();
-        assert!(acting.take(vm).is_none() && acting.take(Uuid::from_u128(2)).is_some());
-        drop(turn);
-        assert!(acting.take(vm).is_some());
+        assert!(acting.take(vm).unwrap_err().contains("already"));
+        let others: Vec<_> = (2..=8).map(|id| acting.take(Uuid::from_u128(id)).unwrap()).collect();
+        assert!(acting.take(Uuid::from_u128(9)).unwrap_err().contains("other VMs"));
+        drop((turn, others));
+        assert!(acting.take(vm).is_ok());
     }
 }

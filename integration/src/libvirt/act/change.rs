@@ -171,8 +171,8 @@ pub enum ActError {
     /// Not with this VM as it is defined and on this host.
     #[error("VM `{vm}` can't have its {what} changed: {reason}")]
     Unsupported { vm: String, what: Kind, reason: String },
-    #[error("VM `{vm}` is being changed already; try again when that is over")]
-    Busy { vm: String },
+    #[error("VM `{vm}` can't be changed now: {reason}; try again when that is over")]
+    Busy { vm: String, reason: &'static str },
     #[error("the {what} of VM `{vm}` could not be changed: {reason}; {left}")]
     Failed {
         vm: String,

@@ -1,8 +1,11 @@
 //! One turn of collecting: host, VMs, pressure.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use parking_lot::Mutex;
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 use virt::domain::Domain;
 use virt::sys;
@@ -13,14 +16,13 @@ use super::reading::{GROUPS, Reading};
 use super::sample::{HostSample, VmSample};
 use crate::libvirt::error::HypervisorError;
 use crate::libvirt::hypervisor::{Hypervisor, failed};
-use crate::libvirt::link::Link;
 use crate::libvirt::raw::Records;
 use crate::libvirt::vm::VmId;
 use crate::libvirt::xml::{child, parse};
 use crate::pressure::Groups;
 
-/// New VMs whose definitions are looked at in one turn; more wait for the next.
-const NEW_A_TURN: usize = 8;
+/// New VMs whose definitions are looked at in one go; more wait for the next.
+const NEW_AT_ONCE: usize = 8;
 
 /// How to collect.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,17 +56,23 @@ pub struct Collector {
     host: Host,
     meter: Meter,
     groups: Groups,
-    /// How often the guest of a running instance is asked for its memory; `None`: never.
-    periods: HashMap<(Uuid, u32), Option<Duration>>,
+    periods: Arc<Mutex<Periods>>,
+    /// Looks at new VMs beside the turns: changing a period waits for a busy hypervisor.
+    meeting: Option<JoinHandle<()>>,
 }
+
+/// How often the guest of a running instance is asked for its memory; `None`: never.
+type Periods = HashMap<(Uuid, u32), Option<Duration>>;
 
 impl Collector {
     pub fn new(hypervisor: Hypervisor, config: CollectConfig) -> Self {
         let (host, meter) = (Host::default(), Meter::default());
-        Self { hypervisor, config, host, meter, groups: Groups::default(), periods: HashMap::new() }
+        Self { hypervisor, config, host, meter, groups: Groups::default(), periods: Arc::default(), meeting: None }
     }
 
-    /// Takes one turn. A libvirt that does not answer costs `patience` and the VMs' part; nothing runs on.
+    /// Takes one turn. A libvirt that does not answer costs `patience` and the VMs' part.
+    ///
+    /// Needs a tokio runtime with time.
     pub async fn turn(&mut self) -> Turn {
         let readings = self.hypervisor.readings(self.config.patience).await;
         let (at, at_us) = (Instant::now(), now_us());
@@ -74,34 +82,44 @@ impl Collector {
             Err(e) => return Turn { host, vms: Err(e) },
         };
         let mut vms = self.meter.turn(at, at_us, readings);
-        self.meet_new(&vms).await;
+        self.meet_new(&vms);
+        let periods = self.periods.lock();
         for vm in &mut vms {
-            vm.memory.period = self.periods.get(&(vm.vm.uuid, vm.instance)).copied().flatten();
+            vm.memory.period = periods.get(&(vm.vm.uuid, vm.instance)).copied().flatten();
             vm.pressure = self.groups.pressure(vm.vm.uuid, &vm.vm.name, vm.instance, at);
         }
+        drop(periods);
         self.groups.forget_unseen();
         Turn { host, vms: Ok(vms) }
     }
 
     /// Finds out how often new VMs' guests are asked for their memory, and has those asked that never are.
-    async fn meet_new(&mut self, vms: &[VmSample]) {
+    fn meet_new(&mut self, vms: &[VmSample]) {
         let running: HashSet<_> = vms.iter().map(|vm| (vm.vm.uuid, vm.instance)).collect();
-        self.periods.retain(|key, _| running.contains(key));
-        let mut unknown = running;
-        unknown.retain(|key| !self.periods.contains_key(key));
-        let met: Vec<_> = unknown.into_iter().take(NEW_A_TURN).collect();
-        if met.is_empty() {
+        let mut periods = self.periods.lock();
+        periods.retain(|key, _| running.contains(key));
+        if self.meeting.as_ref().is_some_and(|task| !task.is_finished()) {
             return;
         }
-        let period = self.config.period;
-        let asked = met.clone();
-        let known = self.hypervisor.call_within("look at new VMs", self.config.patience, true, move |link| {
-            Ok(asked.iter().map(|&(uuid, _)| stats_period(link, uuid, period)).collect::<Vec<_>>())
-        });
-        match known.await {
-            Ok(periods) => self.periods.extend(met.into_iter().zip(periods)),
-            Err(e) => tracing::debug!(error = %e, "new VMs are looked at later"),
+        let new: Vec<_> = running.into_iter().filter(|key| !periods.contains_key(key)).take(NEW_AT_ONCE).collect();
+        drop(periods);
+        if new.is_empty() {
+            return;
         }
+        let (hypervisor, config, periods) = (self.hypervisor.clone(), self.config.clone(), self.periods.clone());
+        self.meeting = Some(tokio::spawn(async move {
+            for (uuid, instance) in new {
+                let wanted = config.period;
+                let work = move |domain: &Domain| Ok(stats_period(domain, uuid, wanted));
+                match hypervisor.beside("look at a new VM", &uuid.to_string(), config.patience, work).await {
+                    Ok(period) => {
+                        periods.lock().insert((uuid, instance), period);
+                    }
+                    // It is still unknown, so its turn comes again.
+                    Err(e) => tracing::debug!(vm = %uuid, error = %e, "a new VM is looked at later"),
+                }
+            }
+        }));
     }
 }
 
@@ -127,8 +145,7 @@ impl Hypervisor {
 }
 
 /// How often the guest is asked for its memory, set to `wanted` where it never is and has a balloon that can tell.
-fn stats_period(link: &Link, uuid: Uuid, wanted: Duration) -> Option<Duration> {
-    let domain = Domain::lookup_by_uuid(link.connect(), uuid).ok()?;
+fn stats_period(domain: &Domain, uuid: Uuid, wanted: Duration) -> Option<Duration> {
     let xml = domain.get_xml_desc(0).ok()?;
     let document = parse(&xml).ok()?;
     let balloon = child(child(document.root_element(), "devices")?, "memballoon")?;
