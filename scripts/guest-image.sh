@@ -128,7 +128,7 @@ modules "$initramfs/modules" virtio_pci virtio_blk ext4 crc32c_generic overlay
 demand=$work/demand
 mkdir -p "$demand"/{bin,dev,proc,sys,run,lib,lib64,modules}
 cp "$tree/bin/busybox" "$demand/bin/busybox"
-for applet in sh mount mkdir insmod usleep poweroff stty mkfifo dd killall; do ln -s busybox "$demand/bin/$applet"; done
+for applet in sh mount mkdir insmod usleep poweroff stty mkfifo dd killall sleep; do ln -s busybox "$demand/bin/$applet"; done
 install -m 755 "$guest/demand" "$demand/init"
 modules "$demand/modules" virtio_pci virtio_balloon virtio_console virtio_mem
 cp "$(find "$tree/agent" -path '*/sbin/qemu-ga' -type f)" "$demand/bin/"

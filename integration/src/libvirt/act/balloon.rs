@@ -1,8 +1,9 @@
 //! The guest's memory, by its balloon.
 //!
 //! Taking memory is done in steps of half of what the guest is to keep to spare. Between two steps the guest is asked anew
-//! what it could give: what it needs meanwhile is left to it, and a guest that runs short gets its spare back at once. A
-//! balloon without autodeflate that takes more than the guest can give kills its programs within seconds.
+//! what it could give: what it needs meanwhile is left to it, with as much again as it took since the last look, and a guest
+//! that runs short gets back at once all that was taken. A balloon without autodeflate that takes more than the guest can give
+//! kills its programs within seconds.
 //!
 //! [`Shrink`] decides, on figures passed in; [`shrink`] and [`grow`] carry it out.
 
@@ -42,13 +43,20 @@ pub(super) struct Now {
     pub(super) spare: u64,
 }
 
+impl Now {
+    /// What the guest uses.
+    fn used(self) -> u64 {
+        self.current.saturating_sub(self.spare)
+    }
+}
+
 /// The next thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     /// Take memory down to this.
     To(u64),
-    /// Give memory back, up to this: the guest runs short.
-    GiveBack(u64),
+    /// Give back all that was taken: the guest runs short, or soon will.
+    GiveBack,
     /// As far down as it should go.
     Reached,
     /// No further: the guest needs the rest.
@@ -59,25 +67,25 @@ pub(super) enum Step {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shrink {
     pub(super) to: u64,
-    pub(super) maximum: u64,
+    /// What the guest had at the start.
+    pub(super) from: u64,
     /// What the guest is left with to spare.
     pub(super) spare: u64,
 }
 
 impl Shrink {
-    /// The lowest the guest's memory may be now.
-    pub(super) fn lowest(&self, now: Now) -> u64 {
-        now.current.saturating_sub(now.spare.saturating_sub(self.spare))
-    }
-
-    pub(super) fn step(&self, now: Now) -> Step {
-        if now.spare < self.spare / 2 && now.current < self.maximum {
-            return Step::GiveBack(now.current.saturating_add(self.spare - now.spare).min(self.maximum));
+    /// The next step; `before` is what the last one was decided on.
+    pub(super) fn step(&self, before: Option<Now>, now: Now) -> Step {
+        // It may need as much again until the next look.
+        let growth = before.map_or(0, |before| now.used().saturating_sub(before.used()));
+        let spare = now.spare.saturating_sub(growth);
+        if spare < self.spare / 2 && now.current.saturating_add(TOLERANCE) < self.from {
+            return Step::GiveBack;
         }
         if now.current <= self.to.saturating_add(TOLERANCE) {
             return Step::Reached;
         }
-        let goal = self.to.max(self.lowest(now));
+        let goal = self.to.max(now.current.saturating_sub(spare.saturating_sub(self.spare)));
         if now.current <= goal.saturating_add(TOLERANCE) {
             return Step::Enough;
         }
@@ -160,7 +168,7 @@ impl<'a> Balloon<'a> {
     /// Takes memory down to `to` in steps, as far as the guest can give it.
     pub(super) fn shrink(&self, to: u64, spare: u64) -> Result<Reached, Error> {
         let asked = Asking::start(self.domain);
-        let reached = self.shrink_asked(&Shrink { to, maximum: self.maximum, spare });
+        let reached = self.current().and_then(|from| self.shrink_asked(&Shrink { to, from, spare }));
         drop(asked);
         match reached {
             Ok(reached) => Ok(reached),
@@ -178,6 +186,7 @@ impl<'a> Balloon<'a> {
         let started = Instant::now();
         let until = started + self.pace.shrink;
         let end = |got, outcome, why: &str| Ok(Reached { got, outcome, why: why.to_owned() });
+        let mut before = None;
         loop {
             // libvirt stamps the guest's words in whole seconds: a later stamp is surely after the last step.
             let Some(guest) = self.next_word(now_us() / 1_000_000)? else {
@@ -185,16 +194,16 @@ impl<'a> Balloon<'a> {
                 return end(self.hold()?, Outcome::Partial, why);
             };
             let now = Now { current: self.current()?, spare: guest.spare_bytes() };
-            match plan.step(now) {
+            match plan.step(before.replace(now), now) {
                 Step::Reached => return end(now.current, Outcome::Reached, ""),
                 Step::Enough => {
                     let why = "the guest needs the rest: it keeps what it uses and its spare";
                     return end(now.current, Outcome::Partial, why);
                 }
-                Step::GiveBack(bytes) => {
-                    self.set(bytes)?;
-                    let got = self.settle(bytes, Instant::now() + self.pace.grow)?;
-                    return end(got, Outcome::Partial, "the guest ran short meanwhile and was given memory back");
+                Step::GiveBack => {
+                    self.set(plan.from)?;
+                    let got = self.settle(plan.from, Instant::now() + self.pace.grow)?;
+                    return end(got, Outcome::Partial, "the guest ran short meanwhile and was given its memory back");
                 }
                 Step::To(bytes) => {
                     self.set(bytes)?;
@@ -277,7 +286,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn plan(to: u64) -> Shrink {
-        Shrink { to: to * MIB, maximum: 1024 * MIB, spare: 64 * MIB }
+        Shrink { to: to * MIB, from: 1024 * MIB, spare: 64 * MIB }
     }
 
     fn now(current: u64, spare: u64) -> Now {
@@ -286,38 +295,45 @@ mod tests {
 
     #[test]
     fn steps_are_small_and_end_where_the_guest_needs_the_rest() {
-        assert_eq!(plan(256).step(now(1024, 900)), Step::To(992 * MIB));
-        assert_eq!(plan(1000).step(now(1024, 900)), Step::To(1000 * MIB));
-        assert_eq!(plan(256).step(now(1024, 74)), Step::To(1014 * MIB), "never more than what is above its spare");
-        assert_eq!(plan(256).step(now(1024, 65)), Step::Enough);
-        assert_eq!(plan(256).step(now(1024, 10)), Step::Enough, "nothing was taken, nothing is to be given back");
-        assert_eq!(plan(256).step(now(900, 10)), Step::GiveBack(954 * MIB));
-        assert_eq!(plan(256).step(now(1000, 10)), Step::GiveBack(1024 * MIB));
-        assert_eq!(plan(256).step(now(257, 500)), Step::Reached);
+        let step = |to, state| plan(to).step(None, state);
+        assert_eq!(step(256, now(1024, 900)), Step::To(992 * MIB));
+        assert_eq!(step(1000, now(1024, 900)), Step::To(1000 * MIB));
+        assert_eq!(step(256, now(1024, 74)), Step::To(1014 * MIB), "never more than what is above its spare");
+        assert_eq!(step(256, now(1024, 65)), Step::Enough);
+        assert_eq!(step(256, now(1024, 10)), Step::Enough, "nothing was taken, nothing is to be given back");
+        assert_eq!(step(256, now(900, 10)), Step::GiveBack);
+        assert_eq!(step(256, now(257, 500)), Step::Reached);
+    }
+
+    #[test]
+    fn a_guest_that_grows_is_left_room_to_grow() {
+        let step = |before, state| plan(256).step(Some(before), state);
+        // 32 MiB were taken, and the guest took 100 itself.
+        assert_eq!(step(now(1024, 400), now(992, 268)), Step::To(960 * MIB));
+        assert_eq!(step(now(1024, 300), now(992, 168)), Step::To(988 * MIB));
+        assert_eq!(step(now(1024, 260), now(992, 128)), Step::GiveBack, "at this pace it has nothing at the next look");
+        assert_eq!(step(now(1024, 200), now(992, 300)), Step::To(960 * MIB), "one that shrinks is no reason to hurry");
     }
 
     proptest! {
-        /// A guest whose needs change between two steps by less than half of its spare is never left with nothing.
+        /// A guest whose needs grow between two looks by less than half of its spare is never left with nothing.
         #[test]
-        fn a_guest_is_never_left_with_nothing(to in 0u64..1024, used in 100u64..900, changes in prop::collection::vec(-31i64..31, 60)) {
+        fn a_guest_is_never_left_with_nothing(to in 0u64..1024, used in 100u64..900, changes in prop::collection::vec(-200i64..31, 60)) {
             let plan = plan(to);
             let (mut current, mut used) = (1024 * MIB, used * MIB);
+            let mut before = None;
             for change in changes {
                 let state = Now { current, spare: current.saturating_sub(used) };
-                let before = current;
-                match plan.step(state) {
+                match plan.step(before.replace(state), state) {
                     Step::To(bytes) => {
                         prop_assert!(bytes < current && bytes >= plan.to);
                         current = bytes;
                     }
-                    Step::GiveBack(bytes) => {
-                        prop_assert!(bytes > current && bytes <= plan.maximum);
-                        current = bytes;
-                    }
+                    Step::GiveBack => current = plan.from,
                     Step::Reached | Step::Enough => {}
                 }
                 used = used.saturating_add_signed(change * MIB as i64).min(960 * MIB);
-                if current < before {
+                if current < plan.from {
                     prop_assert!(current > used, "{} of {}", used / MIB, current / MIB);
                 }
             }
