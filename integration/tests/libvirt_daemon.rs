@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prestage_integration::libvirt::stats::{CollectConfig, Collector};
 use prestage_integration::libvirt::{
     AttachOptions, Hypervisor, HypervisorConfig, HypervisorError, HypervisorEvent, PlanError, StopCause, StoreSource,
     TakesEffect, VmEventKind, VmState,
@@ -476,6 +477,11 @@ async fn a_libvirtd_that_hangs_costs_a_caller_an_error_and_is_left_behind() {
     libvirtd.signal(Signal::SIGSTOP);
     let error = hypervisor.list().await.unwrap_err();
     assert!(matches!(error, HypervisorError::Timeout { .. }), "{error}");
+    let config = CollectConfig { patience: Duration::from_millis(500), ..CollectConfig::default() };
+    let mut collector = Collector::new(hypervisor.clone(), config);
+    let turn = collector.turn().await;
+    assert!(matches!(turn.vms, Err(HypervisorError::Timeout { .. })), "{:?}", turn.vms);
+    assert!(turn.host.cpus > 0, "the host is measured without libvirt");
     // The queue is bounded: callers are turned away, not piled up.
     let mut waiting = tokio::task::JoinSet::new();
     for _ in 0..200 {
@@ -492,4 +498,5 @@ async fn a_libvirtd_that_hangs_costs_a_caller_an_error_and_is_left_behind() {
     libvirtd.signal(Signal::SIGCONT);
     tokio::time::timeout(LONG, state.wait_for(|s| s.connected)).await.unwrap().unwrap();
     assert!(hypervisor.list().await.unwrap().is_empty());
+    assert!(collector.turn().await.vms.unwrap().is_empty());
 }

@@ -23,8 +23,11 @@ pub const MEMORY_MIB: u64 = 512;
 /// What its memory device can hold.
 pub const DEVICE_MIB: u64 = 512;
 
-/// The host's side of its network interface. One name is enough: rigs run one at a time.
-pub const TAP: &str = "prestage-tap0";
+/// The host's side of its network interface, another in each process.
+#[must_use]
+pub fn tap() -> String {
+    format!("prestage{}", std::process::id())
+}
 
 /// What such a guest stands on.
 #[derive(Debug)]
@@ -79,7 +82,7 @@ impl ElasticRig {
     <serial type='unix'><source mode='connect' path='{console}'/><target port='0'/></serial>
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
     <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
-    <interface type='ethernet'><target dev='{TAP}'/><model type='virtio'/></interface>
+    <interface type='ethernet'><target dev='{tap}'/><model type='virtio'/></interface>
     <memballoon model='virtio' autodeflate='off' freePageReporting='on'/>
     <memory model='virtio-mem'>
       <target>
@@ -93,6 +96,7 @@ impl ElasticRig {
             most = MEMORY_MIB + DEVICE_MIB,
             kernel = escape(&self.image.kernel.display().to_string()),
             initrd = escape(&self.image.initrd_demand.display().to_string()),
+            tap = tap(),
             words = escape(&words.join(" ")),
             disk = escape(&self.disk.display().to_string()),
             console = escape(console),

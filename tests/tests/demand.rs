@@ -13,7 +13,7 @@ use prestage_integration::libvirt::act::{
 };
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, VmSample};
 use prestage_integration::libvirt::{Hypervisor, HypervisorConfig};
-use prestage_tests::elastic::{ElasticRig, MEMORY_MIB, TAP};
+use prestage_tests::elastic::{ElasticRig, MEMORY_MIB, tap};
 use prestage_tests::guest::{Run, STEP_LIMIT};
 use prestage_tests::process::run as run_command;
 use tokio::runtime::Runtime;
@@ -40,17 +40,14 @@ impl Host {
         Self { runtime, hypervisor, collector, vm }
     }
 
-    fn sample(&mut self) -> VmSample {
-        self.runtime.block_on(self.collector.turn()).vms.unwrap().remove(0)
-    }
-
     /// Samples until one is as wanted.
     fn sample_where(&mut self, what: &str, wanted: impl Fn(&VmSample) -> bool) -> VmSample {
         let until = Instant::now() + STEP_LIMIT;
         loop {
-            let sample = self.sample();
-            if wanted(&sample) {
-                return sample;
+            let sample = self.runtime.block_on(self.collector.turn()).vms.map(|mut vms| vms.remove(0));
+            match sample {
+                Ok(sample) if wanted(&sample) => return sample,
+                _ => {}
             }
             assert!(Instant::now() < until, "{what}: {sample:?}");
             std::thread::sleep(Duration::from_millis(500));
@@ -159,8 +156,9 @@ fn limits_hold_or_leave_nothing_behind() {
     let mut run = guest.start().unwrap();
     run.wait_state().unwrap();
     let mut host = Host::new(&rig);
+    let tap = tap();
     let sample = host.sample_where("two turns", |s| s.disk_bps().is_some() && s.net_bps().is_some());
-    assert_eq!((sample.disks[0].target.as_str(), sample.nets[0].device.as_str()), ("vda", TAP));
+    assert_eq!((sample.disks[0].target.as_str(), sample.nets[0].device.as_str()), ("vda", tap.as_str()));
     assert_eq!(sample.disks[0].capacity_bytes, Some(MIB));
     assert!(
         sample.cpu.used_cores.is_some_and(|c| (0.0..2.5).contains(&c)) && sample.cpu.total_cores.is_some(),
@@ -187,10 +185,10 @@ fn limits_hold_or_leave_nothing_behind() {
     assert_eq!((&done.before, &done.got), (&disk(limits), &disk(DiskLimits::default())));
 
     // Whether the kernel has what libvirt makes a limit of is the host's affair; what is left behind is not.
-    let qdiscs = || run_command(Command::new("tc").args(["qdisc", "show", "dev", TAP])).unwrap();
+    let qdiscs = || run_command(Command::new("tc").args(["qdisc", "show", "dev", &tap])).unwrap();
     let before = qdiscs();
     let limits = NetLimits { received_bps: Some(10_000_000), sent_bps: Some(5_000_000) };
-    let net = |limits| Setting::Network { device: TAP.to_owned(), limits };
+    let net = |limits| Setting::Network { device: tap.clone(), limits };
     match host.apply(net(limits), 0, Pace::default()) {
         Ok(done) => {
             assert_eq!((done.outcome, done.verified), (Outcome::Reached, true), "{done:?}");
@@ -207,6 +205,11 @@ fn limits_hold_or_leave_nothing_behind() {
         Ok(done) => assert_eq!((done.outcome, done.verified), (Outcome::Reached, true), "{done:?}"),
         Err(error) => assert!(error.is_permanent() && error.to_string().contains("cgroup"), "{error}"),
     }
+
+    // A libvirtd that dies costs a few turns; the guest is the same one afterwards.
+    rig.libvirt.crash_and_restart().unwrap();
+    let again = host.sample_where("figures after libvirtd's death", |s| s.cpu.used_cores.is_some());
+    assert_eq!((&again.vm, again.instance), (&sample.vm, sample.instance));
 }
 
 /// Marsaglia's xorshift64: the same schedules in every run.
