@@ -150,6 +150,30 @@ fn a_guest_sees_memory_and_processors_come_and_go() {
 }
 
 #[test]
+fn a_processor_comes_without_an_agent_and_nobody_claims_to_have_seen_it() {
+    let rig = ElasticRig::new().unwrap();
+    // Its first process brings new processors online, as a udev rule does.
+    let guest = rig.guest("alone", &["prestage.noagent"]).unwrap();
+    let mut run = guest.start().unwrap();
+    run.wait_state().unwrap();
+    let mut host = Host::new(&rig);
+    host.sample_where("a turn", |_| true);
+    let able = host.runtime.block_on(host.hypervisor.abilities(host.vm)).unwrap();
+    assert!(able.agent.reason().is_some_and(|r| r.contains("does not answer")), "{}", able.agent);
+    let done = host.apply(Setting::Vcpus(2), 0, Pace::default()).unwrap();
+    assert_eq!((&done.got, done.outcome), (&Setting::Vcpus(2), Outcome::Reached), "{done:?}");
+    assert!(done.why.contains("can't be seen"), "{}", done.why);
+    run.state_where("a second processor", STEP_LIMIT, |state| state.online == "0-1").unwrap();
+    let error = host.apply(Setting::Vcpus(3), 0, Pace::default()).unwrap_err();
+    assert!(error.is_permanent() && error.to_string().contains("has all of its vCPUs"), "{error}");
+    let device = |bytes| Setting::MemoryDevice { alias: able.devices[0].alias.clone(), bytes };
+    let odd = host.apply(device(3 * MIB), 0, Pace::default()).unwrap_err();
+    assert!(odd.to_string().contains("blocks of 2 MiB"), "{odd}");
+    let done = host.apply(device(64 * MIB), 0, Pace::default()).unwrap();
+    assert_eq!((&done.before, &done.got, done.verified), (&device(0), &device(64 * MIB), true), "{done:?}");
+}
+
+#[test]
 fn limits_hold_or_leave_nothing_behind() {
     let rig = ElasticRig::new().unwrap();
     let guest = rig.guest("limited", &["prestage.noagent"]).unwrap();
