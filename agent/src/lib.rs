@@ -2,9 +2,11 @@
 //!
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
 //! - [`models`]: neural models, trained and compared in the background
+//! - [`calendar`], [`schedule`]: dates, and events that come again
 //! - [`config`]: the configuration; [`store`]: the database
 //! - [`cli`], [`client`]: `prestagectl`
 
+pub mod calendar;
 pub mod cli;
 pub mod client;
 pub mod config;
@@ -12,5 +14,6 @@ pub mod daemon;
 mod demand;
 pub mod learner;
 pub mod models;
+pub mod schedule;
 pub mod serve;
 pub mod store;
