@@ -6,6 +6,8 @@
 //! - `history/`: accesses: ingest, retention, and the questions they answer
 //! - `models.rs`: models, their audit, thresholds
 //! - `segment/`: accesses as compressed columns
+//! - `demand/`: decisions, policies, reservations, and the outbox of events
+//! - `series/`: what machines used, with roll-ups
 //! - `rescue.rs`: what is done with a database that cannot be used
 //!
 //! Guests never wait for this: writes are queued, a full queue or a full disk loses history and says so in [`Store::condition`], and the
@@ -14,6 +16,7 @@
 //!
 //! What a crash leaves: commits are synced (`synchronous = FULL`) and atomic, so each queued write is there whole or not at all, in order.
 
+pub mod demand;
 mod history;
 pub mod models;
 #[cfg(test)]
@@ -22,6 +25,7 @@ mod records;
 pub mod rescue;
 mod schema;
 pub mod segment;
+pub mod series;
 #[cfg(test)]
 mod tests;
 mod writer;

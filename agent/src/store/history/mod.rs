@@ -104,7 +104,7 @@ impl HistoryStatus {
 
 impl Store {
     /// Asks on a connection of its own, in one transaction.
-    fn ask<T>(&self, question: impl FnOnce(&Connection) -> Result<T, WorkError>) -> Result<T, StoreError> {
+    pub(super) fn ask<T>(&self, question: impl FnOnce(&Connection) -> Result<T, WorkError>) -> Result<T, StoreError> {
         let path = &self.inner.path;
         let failed = |error| refused(path, "read history from", error);
         let idle = self.inner.history.lock().pop();
