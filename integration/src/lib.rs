@@ -4,9 +4,11 @@
 //! - [`libvirt`]: machines, their events, attaching and detaching their disks
 //! - [`pressure`]: how long tasks stall, of the host and of each VM
 //! - [`api`]: the HTTP API
+//! - [`webhook`]: signed messages to whoever manages the machines
 
 pub mod api;
 pub mod export;
 pub mod libvirt;
 pub mod pressure;
 mod probe;
+pub mod webhook;
