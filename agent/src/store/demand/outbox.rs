@@ -143,9 +143,9 @@ impl Store {
     pub fn waiting(&self, endpoint: &str) -> Result<Vec<Head>, StoreError> {
         self.read("read the outbox of", |connection| {
             // SQLite takes the other columns from the row with the minimum.
-            let sql = "SELECT subject, first, tries, next_unix_ms, at_us FROM
+            let sql = "SELECT heads.subject, first, tries, next_unix_ms, at_us FROM
                 (SELECT subject, min(seq) AS first, tries, next_unix_ms FROM deliveries INDEXED BY deliveries_waiting
-                 WHERE endpoint = ? AND dead = 0 GROUP BY subject ORDER BY first LIMIT ?)
+                 WHERE endpoint = ? AND dead = 0 GROUP BY subject ORDER BY first LIMIT ?) AS heads
                 JOIN events ON seq = first ORDER BY first";
             let head = |row: &Row<'_>| {
                 Ok(Head {
