@@ -3,6 +3,7 @@
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
 //! - [`models`]: neural models, trained and compared in the background
 //! - [`calendar`], [`schedule`]: dates, and events that come again
+//! - [`notify`]: events to webhooks
 //! - [`config`]: the configuration; [`store`]: the database
 //! - [`cli`], [`client`]: `prestagectl`
 
@@ -14,6 +15,7 @@ pub mod daemon;
 mod demand;
 pub mod learner;
 pub mod models;
+pub mod notify;
 pub mod schedule;
 pub mod serve;
 pub mod store;
