@@ -1,6 +1,7 @@
 //! Configuration: `/etc/prestage/prestaged.toml`, then `prestaged.toml.d/*.toml` in lexical order, then the command line; later wins.
 //!
 //! - `settings.rs`: every setting with default, limits and description
+//! - `webhook.rs`: who is told
 //! - `value.rs`: types of settings; `units.rs`: sizes and durations
 //! - `reader.rs`: TOML with file and line of every key; `reference.rs`: the commented reference file
 //!
@@ -13,6 +14,7 @@ mod settings;
 mod tests;
 pub mod units;
 mod value;
+mod webhook;
 
 use std::fmt;
 use std::io;
@@ -25,6 +27,7 @@ use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, pars
 use settings::SECTIONS;
 pub use settings::{Api, Cache, Daemon, ExportSettings, Learner, Libvirt, Model, Prefetch, Sections, StoreSettings};
 pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
+pub use webhook::Webhook;
 
 /// Where the daemon looks unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/prestage/prestaged.toml";
@@ -71,6 +74,7 @@ pub struct Config {
     pub model: Model,
     pub api: Api,
     pub disks: Vec<StaticDisk>,
+    pub webhooks: Vec<Webhook>,
 }
 
 /// One thing wrong with the configuration.
@@ -132,7 +136,7 @@ impl std::error::Error for ConfigError {}
 /// One setting that differs between two configurations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
-    /// `section.key`, or `disk.NAME`.
+    /// `section.key`, `disk.NAME` or `webhook.NAME`.
     pub key: String,
     /// It takes effect only with a restart of the daemon; otherwise with a reload.
     pub needs_restart: bool,
@@ -169,9 +173,10 @@ impl Config {
     fn from_table(mut document: Table) -> Result<Self, ConfigError> {
         let mut problems = Problems::default();
         let disks = read_disks(&mut document, &mut problems);
+        let webhooks = webhook::read(&mut document, &mut problems);
         let sections = Sections::read(|name, problems| Section::take(&mut document, name, problems), &mut problems);
         for (name, entry) in document {
-            let known: Vec<&str> = SECTIONS.iter().copied().chain(["disk"]).collect();
+            let known: Vec<&str> = SECTIONS.iter().copied().chain(["disk", "webhook"]).collect();
             let hint = match closest(&name, &known) {
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("known are {}", known.join(", ")),
@@ -185,7 +190,7 @@ impl Config {
             return Err(ConfigError { problems: problems.0 });
         }
         let Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api } = sections;
-        Ok(Self { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks })
+        Ok(Self { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks, webhooks })
     }
 
     /// Path of the control socket.
@@ -245,6 +250,18 @@ impl Config {
         out.comment("[[disk]]");
         out.comment("name = \"web1\"");
         out.comment("store = \"/srv/images/web1.raw\"");
+        out.raw("\n");
+        out.comment("Who is told what is done about machines (docs/events.md), any number up to 16. The same name in a later file replaces the entry.");
+        out.comment("url: https://…; http:// to this host alone, unless allow_http = true");
+        out.comment("secret_file: a file with a line such as whsec_… that nobody else may read, or the name of a systemd credential");
+        out.comment("events: kinds of events; default all");
+        out.comment("name: 1 to 64 characters; default host and port of the url");
+        out.comment("ca_file: certificates that vouch for the receiver, in PEM; default those that this host trusts");
+        out.comment("");
+        out.comment("[[webhook]]");
+        out.comment("url = \"https://manager.example/hooks/prestage\"");
+        out.comment("secret_file = \"/etc/prestage/webhook.secret\"");
+        out.comment("events = [\"allocation.changed\", \"anomaly\"]");
         out.finish()
     }
 
@@ -262,32 +279,44 @@ impl Config {
     }
 
     fn sections(&self) -> Sections {
-        let Config { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks: _ } = self.clone();
+        let Config { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks: _, webhooks: _ } =
+            self.clone();
         Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api }
     }
 }
 
-/// What differs, in the order of the reference file, then disks by name.
+/// What differs, in the order of the reference file, then disks and webhooks by name.
 #[must_use]
 pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     let mut changes = Vec::new();
     old.sections().diff(&new.sections(), &mut changes);
-    let find = |config: &Config, name: &str| config.disks.iter().find(|disk| disk.name == name).cloned();
-    let mut names: Vec<&str> = old.disks.iter().chain(&new.disks).map(|disk| disk.name.as_str()).collect();
+    named(&mut changes, "disk", (&old.disks, &new.disks), |disk| &disk.name);
+    named(&mut changes, "webhook", (&old.webhooks, &new.webhooks), |webhook| &webhook.name);
+    changes
+}
+
+/// What differs between lists whose items have names, by name.
+fn named<T: PartialEq + fmt::Display>(
+    changes: &mut Vec<Change>,
+    kind: &str,
+    (old, new): (&[T], &[T]),
+    name: impl Fn(&T) -> &str,
+) {
+    let mut names: Vec<&str> = old.iter().chain(new).map(&name).collect();
     names.sort_unstable();
     names.dedup();
-    for name in names {
-        let (before, after) = (find(old, name), find(new, name));
+    for each in names {
+        let find = |list: &'_ [T]| list.iter().position(|item| name(item) == each);
+        let (before, after) = (find(old).map(|at| &old[at]), find(new).map(|at| &new[at]));
         if before != after {
             changes.push(Change {
-                key: format!("disk.{name}"),
+                key: format!("{kind}.{each}"),
                 needs_restart: false,
-                old: before.map(|disk| disk.to_string()),
-                new: after.map(|disk| disk.to_string()),
+                old: before.map(ToString::to_string),
+                new: after.map(ToString::to_string),
             });
         }
     }
-    changes
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {

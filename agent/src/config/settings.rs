@@ -27,6 +27,14 @@ fn between(min: u32, max: u32) -> impl Fn(&u32) -> Result<(), String> {
     }
 }
 
+/// Text of so many characters, none of them a control character.
+pub(super) fn between_texts(min: usize, max: usize) -> impl Fn(&String) -> Result<(), String> {
+    move |text| match (min..=max).contains(&text.chars().count()) && !text.chars().any(char::is_control) {
+        true => Ok(()),
+        false => Err(format!("it is {min} to {max} characters on one line")),
+    }
+}
+
 fn lasts(min: Duration, max: Duration) -> impl Fn(&Duration) -> Result<(), String> {
     move |duration| match (min..=max).contains(duration) {
         true => Ok(()),

@@ -122,6 +122,44 @@ fn bad_disks_are_refused_with_their_line() {
 }
 
 #[test]
+fn webhooks_are_read_and_what_is_wrong_is_told_with_its_line() {
+    let config = read(
+        "[[webhook]]\nurl = \"https://m.example:8443/x?key=1\"\nsecret_file = \"/s\"\nevents = [\"anomaly\"]\nca_file = \"/ca\"\n\
+         [[webhook]]\nname = \"b\"\nurl = \"http://10.0.0.1/\"\nsecret_file = \"cred\"\nallow_http = true\n",
+    )
+    .unwrap();
+    let [first, second] = config.webhooks.as_slice() else { panic!("{:?}", config.webhooks) };
+    assert_eq!((first.name.as_str(), first.events.as_deref()), ("m.example:8443", Some(&["anomaly".to_owned()][..])));
+    assert_eq!((second.name.as_str(), second.secret_file.as_str(), second.events.as_deref()), ("b", "cred", None));
+    assert_eq!(first.to_string(), "https://m.example:8443, secret /s, events anomaly");
+    let changes = diff(&config, &Config::default());
+    assert_eq!(
+        changes.iter().map(|change| change.key.as_str()).collect::<Vec<_>>(),
+        ["webhook.b", "webhook.m.example:8443"]
+    );
+    let good = "[[webhook]]\nurl = \"https://h/\"\nsecret_file = \"/s\"\n";
+    for (text, expected) in [
+        ("[webhook]\nurl = \"x\"\n".to_owned(), ":1: expected `[[webhook]]`"),
+        ("[[webhook]]\nurl = \"https://h/\"\n".to_owned(), ":1: `webhook.secret_file`: a `[[webhook]]` needs"),
+        ("[[webhook]]\nsecret_file = \"/s\"\n".to_owned(), ":1: `webhook.url`: a `[[webhook]]` needs `url`"),
+        (format!("{good}event = []\n"), ":4: unknown key `webhook.event`; did you mean `events`?"),
+        (format!("{good}events = []\n"), ":4: `webhook.events`: it is empty"),
+        (format!("{good}events = [\"x\"]\n"), "`x` is no kind of event; there are resources.prestaged, "),
+        (format!("{good}events = \"x\"\n"), "expected a list such as"),
+        (format!("{good}ca_file = \"x\"\n"), "`webhook.ca_file`: `x` is not an absolute path"),
+        (format!("{good}{good}"), ":4: `webhook.name`: webhook `h` is declared twice, first at line 1"),
+        (good.replace("https", "http"), ":2: `webhook.url`: http:// to h would show"),
+        (good.replace("/s", "a/s"), ":3: `webhook.secret_file`: `a/s` is neither"),
+        (good.replace("https://", "ftp://"), "neither `https://` nor `http://`"),
+    ] {
+        let error = read(&text).unwrap_err();
+        assert!(error.contains(expected) && error.starts_with(FILE), "{text}\n{error}");
+    }
+    let many: String = (0..17).map(|n| good.replace("h/", &format!("h{n}/"))).collect();
+    assert!(read(&many).unwrap_err().contains("there are 17 webhooks; at most 16"));
+}
+
+#[test]
 fn drop_ins_win_in_lexical_order_and_the_command_line_wins_over_all() {
     let folder = tempfile::tempdir().unwrap();
     let main = folder.path().join("prestaged.toml");
