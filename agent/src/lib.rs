@@ -3,6 +3,7 @@
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
 //! - [`models`]: neural models, trained and compared in the background
 //! - [`calendar`], [`schedule`]: dates, and events that come again
+//! - [`executions`]: what programs used when they ran before
 //! - [`notify`]: events to webhooks
 //! - [`config`]: the configuration; [`store`]: the database
 //! - [`cli`], [`client`]: `prestagectl`
@@ -13,6 +14,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 mod demand;
+pub mod executions;
 pub mod learner;
 pub mod models;
 pub mod notify;

@@ -7,6 +7,7 @@
 //! - `models.rs`: models, their audit, thresholds
 //! - `segment/`: accesses as compressed columns
 //! - `demand/`: decisions, policies, reservations, and the outbox of events
+//! - `executions.rs`: profiles of programs
 //! - `series/`: what machines used, with roll-ups
 //! - `rescue.rs`: what is done with a database that cannot be used
 //!
@@ -17,6 +18,7 @@
 //! What a crash leaves: commits are synced (`synchronous = FULL`) and atomic, so each queued write is there whole or not at all, in order.
 
 pub mod demand;
+mod executions;
 mod history;
 pub mod models;
 #[cfg(test)]

@@ -252,13 +252,13 @@ fn policies_and_reservations_are_kept_through_a_restart() {
     assert_eq!(all(&Reservations { vm: Some("b".into()), ..Reservations::default() }), std::slice::from_ref(&two));
     assert_eq!(
         all(&Reservations { state: Some(ReservationState::Admitted), ..Reservations::default() }),
-        [one.clone()]
+        std::slice::from_ref(&one)
     );
     assert_eq!(
         all(&Reservations { during_s: Some((200, 201)), ..Reservations::default() }),
         std::slice::from_ref(&two)
     );
-    assert_eq!(all(&Reservations { during_s: Some((0, 150)), ..Reservations::default() }), [one.clone()]);
+    assert_eq!(all(&Reservations { during_s: Some((0, 150)), ..Reservations::default() }), std::slice::from_ref(&one));
     assert_eq!(heads(&store, "m"), [("a".to_owned(), 1)]);
     let active = Reservation { state: ReservationState::Active, ..one };
     store.set_reservation(active.clone(), None).wait().unwrap();

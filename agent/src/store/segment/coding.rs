@@ -35,16 +35,16 @@ impl Ends {
     }
 }
 
-pub(in crate::store) fn zigzag(value: i64) -> u64 {
+pub(crate) fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)) as u64
 }
 
-pub(in crate::store) fn unzigzag(value: u64) -> i64 {
+pub(crate) fn unzigzag(value: u64) -> i64 {
     ((value >> 1) as i64) ^ -((value & 1) as i64)
 }
 
 /// Appends a number as LEB128.
-pub(in crate::store) fn put(column: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn put(column: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         column.push(value as u8 | 0x80);
         value >>= 7;
@@ -53,7 +53,7 @@ pub(in crate::store) fn put(column: &mut Vec<u8>, mut value: u64) {
 }
 
 /// Takes a number off the front of what is left. Errors: `Damaged`.
-pub(in crate::store) fn get(column: &[u8], at: &mut usize) -> Result<u64, SegmentError> {
+pub(crate) fn get(column: &[u8], at: &mut usize) -> Result<u64, SegmentError> {
     let mut value = 0u64;
     for shift in (0..64).step_by(7) {
         let byte = *column.get(*at).ok_or(SegmentError::Damaged("end of a column"))?;

@@ -38,7 +38,7 @@ use std::fmt;
 use std::ops::Range;
 
 use coding::Ends;
-pub(super) use coding::{get, put, unzigzag, zigzag};
+pub(crate) use coding::{get, put, unzigzag, zigzag};
 
 /// Most accesses of a segment.
 pub const SEGMENT_ACCESSES_MAX: usize = 65_536;

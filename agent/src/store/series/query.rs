@@ -70,23 +70,23 @@ impl Store {
             let (from_s, to_s) = question.bounds(connection)?;
             let question = Question { from_s, to_s, ..question };
             match question.answer(connection)? {
-                Some(answer) => Ok(Some((answer, resolution))),
+                Some(joined) => Ok(Some((joined, resolution))),
                 None => Err(WorkError::Request(StoreError::WrongState(format!(
                     "`{metric}` of `{subject}` has more than {POINTS_MAX} steps of {step_s} s in that time; ask for longer steps, or \
                      a shorter time"
                 )))),
             }
         })?;
-        let Some(((buckets, damaged), resolution)) = answer else { return Ok(Answer::default()) };
-        let point = |(step_s, bucket): &(u64, Bucket)| Point {
+        let Some((joined, resolution)) = answer else { return Ok(Answer::default()) };
+        let point = |(&(_, step_s), bucket): (&(u64, u64), &Bucket)| Point {
             at_s: bucket.at_s,
-            step_s: *step_s,
+            step_s,
             count: bucket.count,
             min: value(bucket.min, resolution),
             mean: value(bucket.mean, resolution),
             max: value(bucket.max, resolution),
         };
-        Ok(Answer { points: buckets.iter().map(point).collect(), damaged })
+        Ok(Answer { points: joined.buckets.iter().map(point).collect(), damaged: joined.damaged })
     }
 
     /// The newest sample of a series: its time in Unix seconds and its value.
@@ -201,8 +201,8 @@ impl Question {
         Ok((from_s, self.to_s.min(to).max(from_s)))
     }
 
-    /// Buckets in order of time with the step of each, and the number of rows that are damaged. `None`: too many.
-    fn answer(&self, connection: &Connection) -> rusqlite::Result<Option<(Vec<(u64, Bucket)>, u64)>> {
+    /// All there is in the range; `None`: too much.
+    fn answer(&self, connection: &Connection) -> rusqlite::Result<Option<Joined>> {
         let mut joined = Joined::default();
         // From the level asked for to the coarsest: each answers up to where the one before begins.
         let mut end = self.to_s;
@@ -231,8 +231,7 @@ impl Question {
             // By the second, a sample that came late takes the place of the one before.
             old.and_modify(|old| if step_s == 1 { *old = bucket } else { old.add(&bucket) }).or_insert(bucket);
         }
-        let buckets = joined.buckets.into_iter().map(|((_, step_s), bucket)| (step_s, bucket));
-        Ok(Some((buckets.collect(), joined.damaged)))
+        Ok(Some(joined))
     }
 
     /// Adds a level's chunks of some slots, from one time to another. Ends early when there is too much.
