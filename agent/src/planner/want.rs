@@ -1,0 +1,193 @@
+//! What one machine should have of a resource, its neighbours aside.
+
+use super::decision::Reason;
+use super::settings::{Settings, round};
+use super::share::Claim;
+use super::track::{Change, Track};
+use super::{Mode, Reading, Resource, Vm};
+
+/// Below so many changes left, they are kept for raises; the last ones raise to the most there is, so that none are missed.
+const LAST_CHANGES: f64 = 3.0;
+
+/// One machine's part of a round.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Want {
+    /// Index of the machine in the input.
+    pub(super) vm: usize,
+    /// What it has, as read back.
+    pub(super) before: f64,
+    /// What it may have by the time a change under way is done: the more of the two.
+    pub(super) taken: f64,
+    pub(super) floor: f64,
+    pub(super) cap: f64,
+    /// What must not be taken from it.
+    pub(super) hold: f64,
+    /// What it needs now, with its margin.
+    pub(super) need: f64,
+    /// What it should have.
+    pub(super) goal: f64,
+    /// Why the goal is what it is.
+    pub(super) reason: Reason,
+    pub(super) foreseen: Option<f64>,
+    /// Nothing may be changed in this round.
+    pub(super) frozen: bool,
+    pub(super) missing: Option<&'static str>,
+    pub(super) runaway: bool,
+    pub(super) act: bool,
+}
+
+impl Want {
+    pub(super) fn claim(&self, vm: &Vm) -> Claim {
+        Claim {
+            base: self.hold,
+            need: self.need.min(self.goal),
+            goal: self.goal,
+            priority: vm.policy.priority,
+            weight: vm.policy.weight,
+        }
+    }
+}
+
+/// What all machines of a round have in common.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Common<'a> {
+    pub(super) now_s: u64,
+    pub(super) settings: &'a Settings,
+    pub(super) resource: Resource,
+}
+
+/// The wish of machine number `index`, which has `floor` guaranteed for now.
+pub(super) fn want(
+    common: Common<'_>,
+    index: usize,
+    vm: &Vm,
+    reading: &Reading,
+    floor: f64,
+    track: &mut Track,
+) -> Want {
+    let Common { now_s, settings, resource } = common;
+    let rule = settings.rule(resource);
+    let at = resource as usize;
+    let policy = &vm.policy;
+    let most = if policy.max[resource].is_finite() { policy.max[resource].max(0.0) } else { f64::MAX };
+    let cap = most.max(if floor.is_finite() { floor } else { 0.0 });
+    // An unlimited machine has all that it may have.
+    let before = if reading.allocated.is_finite() { reading.allocated.max(0.0) } else { cap };
+    let above = before > cap + rule.grain;
+    let fresh = reading.age_s <= rule.stale_s && reading.used.is_finite() && reading.used >= 0.0;
+    let used = if fresh { reading.used } else { 0.0 };
+    let margin = policy.margin[at].filter(|m| m.is_finite() && *m >= 0.0).unwrap_or(rule.margin);
+    let with_margin = |used: f64, worn: f64| used + worn * (used * margin + rule.slack);
+    let limit = |amount: f64| round(amount, rule.grain, true).clamp(floor.min(cap), cap);
+
+    if fresh {
+        track.observe(now_s, used, rule);
+    }
+    let pressed = reading.oom || reading.pressure.some >= rule.pressure;
+    if pressed {
+        track.press(now_s, rule)
+    } else {
+        track.calm(now_s, rule)
+    }
+    let change = track.settle(now_s, before, rule);
+    let tokens = track.tokens(now_s, settings.changes_per_hour);
+    let taken = track.asked().map_or(before, |asked| asked.max(before));
+
+    let foreseen = reading.outlook.as_ref().and_then(|outlook| outlook.at_risk(settings.risk));
+    let need = limit(with_margin(used, 1.0));
+    let mut goal = before;
+    let mut reason = Reason::CoolDown;
+    let mut frozen = false;
+
+    // The strongest reason last.
+    let mut raise = |to: f64, why: Reason| {
+        if limit(to) > goal {
+            (goal, reason) = (limit(to), why);
+        }
+    };
+    if let Some(foreseen) = foreseen
+        && foreseen > before * (1.0 + rule.dead)
+    {
+        raise(foreseen, Reason::Foreseen);
+    }
+    if fresh && with_margin(used, rule.worn) > before {
+        raise(with_margin(used, 1.0), Reason::Use);
+    }
+    if pressed {
+        let boosted = before.max(rule.grain) * rule.boost.powi(i32::from(track.presses) + 1);
+        raise(boosted.max(foreseen.unwrap_or(0.0)), if reading.oom { Reason::Oom } else { Reason::Pressure });
+    }
+    if before + 0.5 * rule.grain < floor {
+        raise(floor, Reason::Floor);
+    }
+    if goal > before && tokens < LAST_CHANGES {
+        goal = cap;
+    }
+
+    if above {
+        (goal, reason) = (cap, Reason::Maximum);
+    } else if goal <= before {
+        let keep = limit(with_margin(track.peak(), 1.0)).max(foreseen.map_or(0.0, limit)).max(floor.min(cap));
+        if !fresh {
+            reason = Reason::Stale;
+        } else if before > keep * (1.0 + rule.dead) + rule.grain {
+            reason = if policy.never_lower[at] {
+                Reason::NeverLower
+            } else if pressed || !track.watched(now_s, rule) || !track.cooled(now_s, rule) {
+                Reason::CoolDown
+            } else if tokens < LAST_CHANGES + 1.0 {
+                Reason::Changes
+            } else {
+                goal = keep.max(limit(before * (1.0 - rule.lower_step)));
+                Reason::Idle
+            };
+        } else {
+            reason = Reason::Use;
+        }
+    }
+    match change {
+        // Use and pressure go on growing while the last raise is under way; all else waits for it.
+        Change::Pending => frozen = !(goal > taken && (pressed || reason == Reason::Use)),
+        Change::Failed | Change::Waiting => (reason, frozen) = (Reason::NoEffect, true),
+        Change::Settled => {}
+    }
+    if tokens < 1.0 {
+        (reason, frozen) = (Reason::Changes, true);
+    }
+    let raising = goal > before;
+    let missing =
+        if raising { vm.abilities.missing_to_raise(resource) } else { vm.abilities.missing_to_lower(resource) };
+    let act = policy.mode == Mode::Act;
+    let fixed = policy.never_lower[at]
+        || !act
+        || !fresh
+        || vm.abilities.missing_to_lower(resource).is_some()
+        || change != Change::Settled
+        || tokens < LAST_CHANGES + 1.0;
+    let floor = floor.min(cap);
+    let hold = if above {
+        cap
+    } else if fixed {
+        before.max(floor)
+    } else if resource.compressible() {
+        floor
+    } else {
+        before.min(need).max(floor)
+    };
+    Want {
+        vm: index,
+        before,
+        taken,
+        floor,
+        cap,
+        hold,
+        need,
+        goal,
+        reason,
+        foreseen,
+        frozen,
+        missing,
+        runaway: track.grows(),
+        act,
+    }
+}

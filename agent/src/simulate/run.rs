@@ -1,0 +1,378 @@
+//! A month on one host, contestant by contestant.
+
+use super::fixed::{Provisioned, Quantile, quantile};
+use super::forecasts::{Empirical, Forecasts};
+use super::host::{Kind, Pool};
+use super::ours::Ours;
+use super::policy::{HostSeen, Policy, Resource, Seen, Target};
+use super::reactive::{Mom, Proxmox};
+use super::score::{Moment, Score, Tally};
+use super::trace::{STEP_S, Sample, Trace, VmTrace};
+use super::vpa::Vpa;
+use crate::planner::Settings;
+use serde::Serialize;
+
+/// Steps of a day.
+const DAY: usize = (86_400 / STEP_S) as usize;
+/// Seconds after which who can be woken is, once a machine goes short: PSI triggers fire within a window of a second or two.
+const WAKE_S: u64 = 2;
+/// Loops look this long after a step begins, as ones that know nothing of steps do on average.
+const PHASE_S: u64 = 5;
+
+/// What to simulate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Setup {
+    /// Machines at most; more are drawn by `seed`.
+    pub vms: usize,
+    /// Days that are counted, after the training part.
+    pub days: usize,
+    /// Days of the training part at most; of a shorter trace, half.
+    pub train_days: usize,
+    /// Days to leave out before the training part.
+    pub skip_days: usize,
+    /// `None`: the .99 quantile of what all used together in the training part.
+    pub host_cores: Option<f64>,
+    /// Bytes; `None`: likewise.
+    pub host_memory: Option<f64>,
+    pub seed: u64,
+    /// Risks at which the planner runs.
+    pub risks: Vec<f64>,
+    /// The planner's; the risk is replaced.
+    pub settings: Settings,
+    /// Steps that forecasts look ahead.
+    pub horizon: usize,
+    /// Only these contestants (part of a name), all if empty.
+    pub only: Vec<String>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            vms: 30,
+            days: 31,
+            train_days: 31,
+            skip_days: 0,
+            host_cores: None,
+            host_memory: None,
+            seed: 1,
+            risks: vec![0.3, 0.1, 0.05, 0.02, 0.01],
+            settings: Settings::default(),
+            horizon: 3,
+            only: Vec::new(),
+        }
+    }
+}
+
+/// One contestant's line.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    pub policy: String,
+    /// Of this project; with which risk.
+    pub ours: bool,
+    pub risk: Option<f64>,
+    #[serde(flatten)]
+    pub score: Score,
+    /// Violation minutes a machine-day of machines of the highest and of the lowest priority.
+    pub high_priority_violation_min: f64,
+    pub low_priority_violation_min: f64,
+}
+
+/// What was simulated, and what came of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    pub vms: usize,
+    pub days: f64,
+    pub train_days: f64,
+    pub host_cores: f64,
+    pub host_memory_bytes: f64,
+    /// Provisioned on it at most.
+    pub provisioned_cores: f64,
+    pub provisioned_memory_bytes: f64,
+    /// Share of the counted time in which all together want more than the host has.
+    pub cpu_short_share: f64,
+    pub memory_short_share: f64,
+    pub forecasts: String,
+    pub rows: Vec<Row>,
+    pub notes: Vec<String>,
+}
+
+/// Runs all contestants on `trace`. `forecasts` makes a fresh source for each run of the planner.
+///
+/// # Errors
+/// The trace is too short, or has no machines that run.
+pub fn run(
+    trace: &Trace,
+    setup: &Setup,
+    forecasts: &dyn Fn() -> Box<dyn Forecasts>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report, String> {
+    let machines = drawn(trace, setup);
+    let steps = machines.iter().map(|vm| vm.samples.len()).max().unwrap_or(0).saturating_sub(setup.skip_days * DAY);
+    let train = (setup.train_days * DAY).min(steps / 2);
+    let counted = (setup.days * DAY).min(steps - train);
+    if counted < 12 || train < 12 || machines.is_empty() {
+        return Err(format!("{} machines with {steps} steps of 5 minutes are too few: 24 at least", machines.len()));
+    }
+    let first = setup.skip_days * DAY;
+    let sample = |vm: usize, step: usize| machines[vm].samples.get(first + step).copied().filter(Sample::on);
+    let sums = |from: usize, to: usize, of: &dyn Fn(&Sample) -> f64| -> Vec<f64> {
+        let measured = |step: &usize| machines.iter().any(|vm| vm.samples.get(first + step).is_some_and(|s| s.measured));
+        let sum = |step| (0..machines.len()).filter_map(|vm| sample(vm, step)).map(|s| of(&s)).sum();
+        (from..to).filter(measured).map(sum).collect()
+    };
+    let trained = |of: &dyn Fn(&Sample) -> f64| quantile(sums(0, train, of), 0.99);
+    let host_cores = setup.host_cores.unwrap_or_else(|| trained(&|s| s.cpu).ceil().max(1.0));
+    let gib = 1073741824.0;
+    let host_memory = setup.host_memory.unwrap_or_else(|| (trained(&|s| s.memory) / gib).ceil().max(1.0) * gib);
+    let share = |all: Vec<f64>, most: f64| all.iter().filter(|sum| **sum > most).count() as f64 / all.len().max(1) as f64;
+    let most = |of: &dyn Fn(&Sample) -> f64| sums(0, train + counted, of).into_iter().fold(0.0, f64::max);
+    let world = World { machines: &machines, first, train, counted, host_cores, host_memory };
+    let priorities: Vec<u8> = (0..machines.len()).map(|vm| (mixed(setup.seed ^ (vm as u64 + 1) << 20) % 3) as u8).collect();
+
+    let mut contestants: Vec<(Box<dyn Policy>, Option<f64>)> = vec![
+        (Box::new(Provisioned), None),
+        (Box::new(Quantile::default()), None),
+        (Box::new(Mom), None),
+        (Box::new(Proxmox), None),
+        (Box::new(Vpa::new(0.9)), None),
+        (Box::new(Vpa::new(0.95)), None),
+    ];
+    let ours = |name: String, risk: f64, source| {
+        let settings = Settings { risk, ..setup.settings };
+        Box::new(Ours::new(name, settings, source, priorities.clone()))
+    };
+    contestants.push((ours("prestage, no forecast".to_owned(), 0.5, None), Some(0.5)));
+    for risk in &setup.risks {
+        contestants.push((ours(format!("prestage, risk {risk}"), *risk, Some(forecasts())), Some(*risk)));
+    }
+    let mut rows = Vec::new();
+    for (mut contestant, risk) in contestants {
+        let policy = contestant.name();
+        if !setup.only.is_empty() && !setup.only.iter().any(|part| policy.contains(part.as_str())) {
+            continue;
+        }
+        progress(&policy);
+        let tally = world.play(contestant.as_mut());
+        let by_priority = |wanted: u8| {
+            let of = |all: &[f64]| all.iter().zip(&priorities).filter(|(_, p)| **p == wanted).map(|(s, _)| *s).sum::<f64>();
+            1440.0 * of(&tally.by_vm_s) / of(&tally.counted_s).max(1.0)
+        };
+        rows.push(Row {
+            ours: risk.is_some(),
+            policy,
+            risk,
+            score: tally.score(),
+            high_priority_violation_min: by_priority(2),
+            low_priority_violation_min: by_priority(0),
+        });
+    }
+    Ok(Report {
+        vms: machines.len(),
+        days: counted as f64 / DAY as f64,
+        train_days: train as f64 / DAY as f64,
+        host_cores,
+        host_memory_bytes: host_memory,
+        provisioned_cores: most(&|s| s.cores),
+        provisioned_memory_bytes: most(&|s| s.capacity),
+        cpu_short_share: share(sums(train, train + counted, &|s| s.cpu), host_cores),
+        memory_short_share: share(sums(train, train + counted, &|s| s.memory), host_memory),
+        forecasts: forecasts().name(),
+        rows,
+        notes: trace.notes.clone(),
+    })
+}
+
+/// The source that needs no training.
+#[must_use]
+pub fn empirical(setup: &Setup) -> Box<dyn Forecasts> {
+    Box::new(Empirical::new(setup.horizon))
+}
+
+/// Machines to simulate: all, or as many as asked, drawn by the seed.
+fn drawn(trace: &Trace, setup: &Setup) -> Vec<VmTrace> {
+    let mut order: Vec<(u64, usize)> =
+        (0..trace.vms.len()).map(|at| (mixed(setup.seed.wrapping_add((at as u64) << 32)), at)).collect();
+    order.sort_unstable();
+    let mut chosen: Vec<usize> = order.into_iter().take(setup.vms).map(|(_, at)| at).collect();
+    chosen.sort_unstable();
+    chosen.into_iter().map(|at| trace.vms[at].clone()).collect()
+}
+
+/// Splitmix64: a number that looks random.
+fn mixed(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+struct World<'a> {
+    machines: &'a [VmTrace],
+    first: usize,
+    train: usize,
+    counted: usize,
+    host_cores: f64,
+    host_memory: f64,
+}
+
+impl World<'_> {
+    fn sample(&self, vm: usize, step: usize) -> Option<Sample> {
+        self.machines[vm].samples.get(self.first + step).copied().filter(Sample::on)
+    }
+
+    fn play(&self, policy: &mut dyn Policy) -> Tally {
+        let machines = self.machines.len();
+        let mut tally = Tally::new(machines);
+        let mut pools =
+            [Pool::new(Kind::Cpu, self.host_cores, machines), Pool::new(Kind::Memory, self.host_memory, machines)];
+        let mut state = State { seen: vec![Seen::default(); machines], targets: vec![Target::default(); machines], stalled: vec![[0.0; 2]; machines], short: false };
+        // Unix time matters to nobody; 0 stands for "never" here and there.
+        let start_s = 1_000_000 * STEP_S;
+        for step in 0..self.train {
+            for vm in 0..machines {
+                if let Some(sample) = self.sample(vm, step).filter(|sample| sample.measured) {
+                    policy.observe(vm, start_s + (step as u64 + 1) * STEP_S, sample.cpu, sample.memory);
+                }
+            }
+        }
+        for step in self.train..self.train + self.counted {
+            for vm in 0..machines {
+                let (on, sample) = match self.sample(vm, step) {
+                    Some(sample) => (true, sample),
+                    None => (false, Sample { cores: 0.0, cpu: 0.0, capacity: 0.0, memory: 0.0, measured: false }),
+                };
+                pools[0].demand(vm, on, sample.cpu, sample.cores);
+                pools[1].demand(vm, on, sample.memory, sample.capacity);
+                let seen = &mut state.seen[vm];
+                (seen.on, seen.cpu.provisioned, seen.memory.provisioned) = (on, sample.cores, sample.capacity);
+            }
+            self.step(step, start_s, policy, &mut pools, &mut state, &mut tally);
+            for vm in 0..machines {
+                if self.sample(vm, step).is_some_and(|sample| sample.measured) {
+                    let seen = &state.seen[vm];
+                    policy.observe(vm, start_s + (step as u64 + 1) * STEP_S, seen.cpu.used, seen.memory.used);
+                }
+            }
+        }
+        tally
+    }
+
+    /// Five minutes.
+    fn step(&self, step: usize, start_s: u64, policy: &mut dyn Policy, pools: &mut [Pool; 2], state: &mut State, tally: &mut Tally) {
+        let begin_s = start_s + step as u64 * STEP_S;
+        let every_s = policy.loop_s();
+        let mut at_s = 0;
+        let mut wake_s = None;
+        // Whether the last look changed anything.
+        let mut changed = true;
+        while at_s < STEP_S {
+            // Looks are at PHASE_S, PHASE_S + every_s, …
+            let since = (begin_s + at_s + every_s - PHASE_S % every_s) % every_s;
+            let look = since == 0;
+            if look || wake_s == Some(at_s) {
+                state.look(pools);
+                let [cpu, memory] = &*pools;
+                let cpu_used: f64 = cpu.shares.iter().map(|share| share.used()).sum();
+                let host = HostSeen {
+                    cores: self.host_cores,
+                    memory: self.host_memory,
+                    cpu_free: (1.0 - cpu_used / self.host_cores).max(0.0),
+                    memory_free: memory.free() / self.host_memory,
+                };
+                changed = false;
+                state.targets.fill(Target::default());
+                policy.decide(begin_s + at_s, &host, &state.seen, &mut state.targets);
+                for (vm, target) in state.targets.iter().enumerate() {
+                    for (pool, wanted) in pools.iter_mut().zip([target.cpu, target.memory]) {
+                        if wanted.is_some_and(|wanted| pool.ask(vm, wanted)) {
+                            tally.changed();
+                            changed = true;
+                        }
+                    }
+                }
+                wake_s = None;
+            }
+            for pool in pools.iter_mut() {
+                pool.pass(0.0);
+            }
+            let moving = pools.iter().any(Pool::moving);
+            let to_look = every_s - (begin_s + at_s + every_s - PHASE_S % every_s) % every_s;
+            let mut seconds = if moving { 1 } else { to_look.min(STEP_S - at_s) };
+            if let Some(wake_s) = wake_s {
+                seconds = seconds.min(wake_s - at_s);
+            }
+            let short = self.count(step, seconds as f64, pools, state, tally);
+            for pool in pools.iter_mut() {
+                pool.pass(seconds as f64);
+            }
+            if short && policy.woken() && wake_s.is_none() && (changed || !state.short) {
+                // Who went short at the end of a longer stretch did so at its start: seconds is 1 whenever anything moves.
+                wake_s = Some(at_s + WAKE_S.max(seconds));
+            }
+            state.short = short;
+            at_s += seconds;
+        }
+        state.look(pools);
+    }
+
+    /// Counts so many seconds as they are; whether anybody goes short.
+    fn count(&self, step: usize, seconds: f64, pools: &[Pool; 2], state: &mut State, tally: &mut Tally) -> bool {
+        state.look(pools);
+        let [cpu, memory] = pools;
+        let mut any = false;
+        let mut measured = false;
+        for vm in 0..self.machines.len() {
+            let (c, m) = (&cpu.shares[vm], &memory.shares[vm]);
+            let short = [c.short(), m.short()];
+            for (stalled, short) in state.stalled[vm].iter_mut().zip(short) {
+                // The average of ten seconds, as PSI has it.
+                let keep = (-seconds / 10.0_f64).exp();
+                *stalled = *stalled * keep + if short { 1.0 - keep } else { 0.0 };
+            }
+            any |= short[0] || short[1];
+            if self.sample(vm, step).is_some_and(|sample| sample.measured) {
+                measured = true;
+                let moment = Moment {
+                    seconds,
+                    cpu_short: short[0],
+                    memory_short: short[1],
+                    cpu_missing: c.demand - c.used(),
+                    memory_missing: m.demand - m.used(),
+                    memory_demand: m.demand,
+                };
+                tally.machine(vm, &moment, &state.seen[vm]);
+            }
+        }
+        if measured {
+            tally.host(seconds, cpu.unused(), memory.unused());
+        }
+        any
+    }
+}
+
+struct State {
+    seen: Vec<Seen>,
+    targets: Vec<Target>,
+    stalled: Vec<[f64; 2]>,
+    /// Somebody went short a moment ago.
+    short: bool,
+}
+
+impl State {
+    /// What can be seen now.
+    fn look(&mut self, pools: &[Pool; 2]) {
+        for (vm, seen) in self.seen.iter_mut().enumerate() {
+            let stalled = self.stalled[vm];
+            for (at, resource) in [&mut seen.cpu, &mut seen.memory].into_iter().enumerate() {
+                let share = &pools[at].shares[vm];
+                *resource = Resource {
+                    used: share.used(),
+                    have: share.have,
+                    provisioned: resource.provisioned,
+                    // Whoever goes short now has work waiting, whatever the average says yet.
+                    stalled: if share.short() { stalled[at].max(0.2) } else { 0.0 },
+                };
+            }
+        }
+    }
+}
