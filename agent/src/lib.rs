@@ -1,6 +1,7 @@
 //! The host agent `prestaged` and its admin CLI `prestagectl`.
 //!
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
+//! - [`planner`]: what each machine is to be given
 //! - [`models`]: neural models, trained and compared in the background
 //! - [`calendar`], [`schedule`]: dates, and events that come again
 //! - [`executions`]: what programs used when they ran before
@@ -19,5 +20,6 @@ pub mod learner;
 pub mod models;
 pub mod notify;
 pub mod schedule;
+pub mod planner;
 pub mod serve;
 pub mod store;

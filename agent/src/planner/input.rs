@@ -58,7 +58,7 @@ pub struct Policy {
     pub mode: Mode,
     /// Resources that only ever grow.
     pub never_lower: [bool; 4],
-    /// Kept free above what is in use, as a share of it; otherwise the rule's.
+    /// Least that is kept free above what is in use, as a share of it; otherwise the rule's.
     pub margin: [Option<f64>; 4],
 }
 

@@ -106,15 +106,16 @@ impl Planner {
         }
         let capacity = capacity.max(0.0);
         let rule = settings.rule(resource);
+        let spare = rule.spare * capacity;
         cap_runaways(wants, input.vms, capacity);
 
         // First what each should end up with, if all changes were done at once …
         let wanted: f64 = wants.iter().map(|want| want.goal.max(want.hold)).sum();
-        let short = wanted > capacity;
+        let short = wanted > capacity - spare;
         if short {
             claims.clear();
             claims.extend(wants.iter().map(|want| want.claim(&input.vms[want.vm])));
-            share(capacity, claims, given);
+            share(capacity, spare, claims, given);
         } else {
             given.clear();
             given.extend(wants.iter().map(|want| want.goal.max(want.hold.min(want.before))));
@@ -126,7 +127,7 @@ impl Planner {
         let base = |want: &Want, to: f64| if lowers(want, to) { to } else { want.taken };
         let free = capacity - wants.iter().zip(given.iter()).map(|(want, to)| base(want, *to)).sum::<f64>();
         let raises: f64 = wants.iter().zip(given.iter()).map(|(want, to)| (to - base(want, *to)).max(0.0)).sum();
-        if raises > free {
+        if raises > free - spare {
             claims.clear();
             claims.extend(wants.iter().zip(given.iter()).map(|(want, to)| {
                 let base = base(want, *to);
@@ -134,7 +135,7 @@ impl Planner {
                 Claim { base, need: want.need.clamp(base, goal), goal, ..want.claim(&input.vms[want.vm]) }
             }));
             let lowered: Vec<f64> = given.clone();
-            share(capacity, claims, given);
+            share(capacity, spare, claims, given);
             for ((want, to), lowered) in wants.iter().zip(given.iter_mut()).zip(lowered) {
                 // Memory that is to be taken away still counts as had above.
                 if lowered < want.before {
@@ -189,7 +190,9 @@ impl Planner {
 /// What a wish and what there is for it come to.
 fn outcome(want: &Want, to: f64, dead: f64, grain: f64) -> (Kind, Reason, f64) {
     let before = want.before;
-    let least = (dead * before).min(grain.max(0.02 * before)).max(0.5 * grain);
+    // Who goes short gets what there is, however little.
+    let urgent = to > before && want.reason != Reason::Foreseen;
+    let least = if urgent { 0.5 * grain } else { (dead * before).max(0.5 * grain) };
     let wished_up = want.goal > before + 0.5 * grain;
     let moved = (to - before).abs() >= least || (to < before && want.reason == Reason::Maximum);
     if want.frozen {

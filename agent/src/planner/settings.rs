@@ -6,11 +6,13 @@ use serde::{Deserialize, Serialize};
 /// How one resource is planned. Shares are of what is in use or allocated; amounts are in the resource's unit.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rule {
-    /// Kept free above what is in use, as a share of it.
+    /// Least that is kept free above what is in use, as a share of it, also while the host is short.
     pub margin: f64,
-    /// And this much on top, whatever is in use.
+    /// Kept free otherwise, as a share of what is in use.
+    pub headroom: f64,
+    /// And this much on top of it, whatever is in use.
     pub slack: f64,
-    /// The share of margin and slack that may be used up before more is given: small growth changes nothing.
+    /// The share of headroom and slack that is free when more is given: small growth changes nothing.
     pub worn: f64,
     /// Share of time that work waits (PSI some, avg10) from which on there is pressure.
     pub pressure: f64,
@@ -28,6 +30,8 @@ pub struct Rule {
     pub stale_s: u32,
     /// Seconds that a change may take to be read back.
     pub settle_s: u32,
+    /// Share of the host that is kept for what is needed at once, out of reach of forecasts.
+    pub spare: f64,
     /// Amounts are multiples of this.
     pub grain: f64,
 }
@@ -70,12 +74,14 @@ impl Settings {
         for (resource, rule) in super::RESOURCES.iter().zip(&self.rules) {
             let ranges = [
                 ("margin", rule.margin, 0.0, 10.0),
+                ("headroom", rule.headroom, 0.0, 10.0),
                 ("slack", rule.slack, 0.0, f64::MAX),
                 ("worn", rule.worn, 0.0, 1.0),
                 ("pressure", rule.pressure, 1e-6, 1.0),
                 ("boost", rule.boost, 1.01, 100.0),
                 ("lower_step", rule.lower_step, 1e-3, 1.0),
                 ("dead", rule.dead, 1e-3, 0.5),
+                ("spare", rule.spare, 0.0, 0.9),
                 ("grain", rule.grain, 1e-9, f64::MAX),
             ];
             for (name, value, low, high) in ranges {
@@ -94,23 +100,25 @@ impl Settings {
 impl Default for Settings {
     fn default() -> Self {
         let cpu = Rule {
-            margin: 0.15,
+            margin: 0.05,
+            headroom: 0.15,
             slack: 0.1,
             worn: 0.7,
             pressure: 0.1,
             boost: 2.0,
-            window_s: 1800,
+            window_s: 900,
             cool_down_s: 300,
             lower_step: 0.5,
             dead: 0.05,
             stale_s: 30,
             settle_s: 10,
+            spare: 0.05,
             grain: 0.05,
         };
         // A balloon takes 5 s to inflate; swapping costs more than waiting for a core.
         let memory =
             Rule { slack: 64.0 * MIB, pressure: 0.05, lower_step: 0.3, settle_s: 60, grain: 16.0 * MIB, ..cpu };
-        let rate = Rule { margin: 0.5, slack: MIB, grain: 64.0 * 1024.0, ..cpu };
+        let rate = Rule { headroom: 0.5, slack: MIB, grain: 64.0 * 1024.0, ..cpu };
         Self { risk: 0.05, rules: [cpu, memory, rate, rate], changes_per_hour: 30, lead_s: 120, repeat_s: 600 }
     }
 }

@@ -1,15 +1,18 @@
 //! Who gets what when there is not enough.
 //!
-//! First everybody's base (what cannot or must not be taken). What remains goes to the highest priority until it has all it
-//! wants, then to the next. Within one: weighted max-min, first up to what is needed now, then up to what is foreseen. So no
-//! machine starves below its floor, a higher priority never waits for a lower one, and among equals who asks for more never
-//! gets at the expense of who asks for less.
+//! First everybody's base (what cannot or must not be taken). What remains goes to what is needed now, highest priority
+//! first: the next gets something once all before it have what they need. Then, in the same order, to what each has already and
+//! is not idle for long enough to lose, and at last, less a spare, to what is foreseen: a need comes before anybody's forecast,
+//! and a forecast takes nothing from anybody. Within a priority: weighted max-min. So no machine starves below its floor, none goes
+//! short for a lower priority, and among equals who asks for more never gets it at the expense of who asks for less.
 
-/// One machine's claim; amounts in one unit, `base <= need <= goal` after [`Claim::ordered`].
+/// One machine's claim; amounts in one unit, `base <= need <= keep <= goal` after [`Claim::ordered`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Claim {
     pub(super) base: f64,
     pub(super) need: f64,
+    /// What it has, unless it is to have less.
+    pub(super) keep: f64,
     pub(super) goal: f64,
     pub(super) priority: u8,
     pub(super) weight: f64,
@@ -19,21 +22,27 @@ impl Claim {
     fn ordered(self) -> Self {
         let goal = self.goal.max(self.base);
         let weight = if self.weight.is_finite() { self.weight.clamp(1e-6, 1e6) } else { 1.0 };
-        Self { need: self.need.clamp(self.base, goal), goal, weight, ..self }
+        let need = self.need.clamp(self.base, goal);
+        Self { need, keep: self.keep.clamp(need, goal), goal, weight, ..self }
     }
 }
 
-/// Writes to `given` what each claim gets of `capacity`, in their order. The sum exceeds `capacity` only where the bases do;
-/// then everybody gets their base.
-pub(super) fn share(capacity: f64, claims: &[Claim], given: &mut Vec<f64>) {
+/// Writes to `given` what each claim gets of `capacity`, in their order; `spare` of it is not for what is foreseen. The sum exceeds
+/// `capacity` only where the bases do; then everybody gets their base.
+pub(super) fn share(capacity: f64, spare: f64, claims: &[Claim], given: &mut Vec<f64>) {
     given.clear();
     given.extend(claims.iter().map(|claim| claim.base));
     let mut rest = capacity - given.iter().sum::<f64>();
     let mut priorities: Vec<u8> = claims.iter().map(|claim| claim.priority).collect();
     priorities.sort_unstable_by(|a, b| b.cmp(a));
     priorities.dedup();
-    for priority in priorities {
-        for target in [(|claim| claim.need) as fn(&Claim) -> f64, |claim| claim.goal] {
+    let weights: f64 = claims.iter().map(|claim| claim.ordered().weight).sum();
+    let fair = |claim: &Claim| claim.need.min(capacity * claim.weight / weights);
+    let tiers: [(&dyn Fn(&Claim) -> f64, f64); 4] =
+        [(&fair, 0.0), (&|claim| claim.need, spare), (&|claim| claim.keep, 0.0), (&|claim| claim.goal, 0.0)];
+    for (target, spare) in tiers {
+        rest -= spare;
+        for &priority in &priorities {
             if rest <= 0.0 {
                 return;
             }
@@ -59,7 +68,7 @@ pub(super) fn share(capacity: f64, claims: &[Claim], given: &mut Vec<f64>) {
             for (at, amount) in filled {
                 given[at] = amount;
             }
-            return;
+            rest = 0.0;
         }
     }
 }
@@ -69,12 +78,12 @@ mod tests {
     use super::*;
 
     fn claim(base: f64, need: f64, goal: f64, priority: u8, weight: f64) -> Claim {
-        Claim { base, need, goal, priority, weight }
+        Claim { base, need, keep: need, goal, priority, weight }
     }
 
     fn given(capacity: f64, claims: &[Claim]) -> Vec<f64> {
         let mut given = Vec::new();
-        share(capacity, claims, &mut given);
+        share(capacity, 0.0, claims, &mut given);
         given.iter().map(|amount| (amount * 1e6).round() / 1e6).collect()
     }
 

@@ -6,8 +6,10 @@ use super::share::Claim;
 use super::track::{Change, Track};
 use super::{Mode, Reading, Resource, Vm};
 
-/// Below so many changes left, they are kept for raises; the last ones raise to the most there is, so that none are missed.
+/// The last changes of an hour raise to the most there is, so that no more are needed.
 const LAST_CHANGES: f64 = 3.0;
+/// Share of an hour's changes that is kept for raises by use and pressure: forecasts and lowerings wait.
+const KEPT_CHANGES: f64 = 0.4;
 
 /// One machine's part of a round.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +43,7 @@ impl Want {
         Claim {
             base: self.hold,
             need: self.need.min(self.goal),
+            keep: self.before.min(self.goal),
             goal: self.goal,
             priority: vm.policy.priority,
             weight: vm.policy.weight,
@@ -77,7 +80,8 @@ pub(super) fn want(
     let fresh = reading.age_s <= rule.stale_s && reading.used.is_finite() && reading.used >= 0.0;
     let used = if fresh { reading.used } else { 0.0 };
     let margin = policy.margin[at].filter(|m| m.is_finite() && *m >= 0.0).unwrap_or(rule.margin);
-    let with_margin = |used: f64, worn: f64| used + worn * (used * margin + rule.slack);
+    let headroom = rule.headroom.max(margin);
+    let with_room = |used: f64, part: f64| used + part * (used * headroom + rule.slack);
     let limit = |amount: f64| round(amount, rule.grain, true).clamp(floor.min(cap), cap);
 
     if fresh {
@@ -94,24 +98,28 @@ pub(super) fn want(
     let taken = track.asked().map_or(before, |asked| asked.max(before));
 
     let foreseen = reading.outlook.as_ref().and_then(|outlook| outlook.at_risk(settings.risk));
-    let need = limit(with_margin(used, 1.0));
+    let least = limit(used * (1.0 + margin));
     let mut goal = before;
     let mut reason = Reason::CoolDown;
     let mut frozen = false;
 
     // The strongest reason last.
     let mut raise = |to: f64, why: Reason| {
-        if limit(to) > goal {
-            (goal, reason) = (limit(to), why);
+        // So near to the most there is, the rest is given too.
+        let to = if limit(to) > (1.0 - rule.dead) * cap { cap } else { limit(to) };
+        if to > goal {
+            (goal, reason) = (to, why);
         }
     };
+    let kept = (KEPT_CHANGES * f64::from(settings.changes_per_hour)).max(LAST_CHANGES + 1.0);
     if let Some(foreseen) = foreseen
+        && tokens >= kept
         && foreseen > before * (1.0 + rule.dead)
     {
         raise(foreseen, Reason::Foreseen);
     }
-    if fresh && with_margin(used, rule.worn) > before {
-        raise(with_margin(used, 1.0), Reason::Use);
+    if fresh && with_room(used, rule.worn) > before {
+        raise(with_room(used, 1.0), Reason::Use);
     }
     if pressed {
         let boosted = before.max(rule.grain) * rule.boost.powi(i32::from(track.presses) + 1);
@@ -120,6 +128,8 @@ pub(super) fn want(
     if before + 0.5 * rule.grain < floor {
         raise(floor, Reason::Floor);
     }
+    // What a machine that goes short needs is not seen.
+    let need = if pressed { limit(before.max(rule.grain) * rule.boost).max(least) } else { least };
     if goal > before && tokens < LAST_CHANGES {
         goal = cap;
     }
@@ -127,7 +137,7 @@ pub(super) fn want(
     if above {
         (goal, reason) = (cap, Reason::Maximum);
     } else if goal <= before {
-        let keep = limit(with_margin(track.peak(), 1.0)).max(foreseen.map_or(0.0, limit)).max(floor.min(cap));
+        let keep = limit(with_room(track.peak(), 1.0)).max(foreseen.map_or(0.0, limit)).max(floor.min(cap));
         if !fresh {
             reason = Reason::Stale;
         } else if before > keep * (1.0 + rule.dead) + rule.grain {
@@ -135,7 +145,7 @@ pub(super) fn want(
                 Reason::NeverLower
             } else if pressed || !track.watched(now_s, rule) || !track.cooled(now_s, rule) {
                 Reason::CoolDown
-            } else if tokens < LAST_CHANGES + 1.0 {
+            } else if tokens < kept {
                 Reason::Changes
             } else {
                 goal = keep.max(limit(before * (1.0 - rule.lower_step)));
@@ -172,7 +182,7 @@ pub(super) fn want(
     } else if resource.compressible() {
         floor
     } else {
-        before.min(need).max(floor)
+        before.min(least).max(floor)
     };
     Want {
         vm: index,
