@@ -1,7 +1,7 @@
 //! The host agent `prestaged` and its admin CLI `prestagectl`.
 //!
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
-//! - [`planner`]: what each machine is to be given
+//! - [`planner`]: what each machine is to be given; [`simulate`]: the same on a recorded month
 //! - [`models`]: neural models, trained and compared in the background
 //! - [`calendar`], [`schedule`]: dates, and events that come again
 //! - [`executions`]: what programs used when they ran before
@@ -22,4 +22,5 @@ pub mod notify;
 pub mod schedule;
 pub mod planner;
 pub mod serve;
+pub mod simulate;
 pub mod store;

@@ -48,6 +48,7 @@ impl Cli {
         };
         Self::command()
             .mut_subcommand("trace", |trace| trace.mut_subcommand("replay", alone))
+            .mut_subcommand("simulate", alone)
             .mut_subcommand("config", |config| config.mut_subcommand("default", alone).mut_subcommand("check", alone))
     }
 }
@@ -102,6 +103,8 @@ pub enum Command {
     Advise(super::advise::AdviseArgs),
     /// Why a block was or was not prefetched
     Explain(super::explain::ExplainArgs),
+    /// What the planner would do with a recorded month of machines, beside others
+    Simulate(super::simulate::SimulateArgs),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),

@@ -5,6 +5,7 @@
 //! - `stat.rs`: `cache stat`; `history.rs`: `history`; `models.rs`: `model`
 //! - `replay.rs`, `replay/`: `trace replay`, which needs no daemon
 //! - `advise/`: `advise`
+//! - `simulate.rs`, `simulate/`: `simulate`, which needs no daemon
 //! - `record.rs`: `trace record`
 //! - `explain.rs`: `explain`
 //! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
@@ -21,6 +22,7 @@ mod models;
 mod record;
 mod render;
 mod replay;
+mod simulate;
 mod stat;
 mod table;
 mod when;
@@ -152,6 +154,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Trace(TraceCommand::Replay(args)) => replay::run(*args, json, out).await,
         Command::Trace(TraceCommand::Record(args)) => record::run(&client, args, json, out).await,
         Command::Advise(args) => advise::run(&client, args, json, out).await,
+        Command::Simulate(args) => simulate::run(args, json, out).await,
         Command::Explain(args) => explain::run(&client, args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,

@@ -93,6 +93,34 @@ impl IndexMut<Resource> for Amounts {
     }
 }
 
-/// A machine: its UUID.
+/// A machine: its UUID, written as libvirt writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct VmId(pub u128);
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let id = self.0;
+        let (a, b, c, d) = (id >> 96, id >> 80 & 0xffff, id >> 64 & 0xffff, id >> 48 & 0xffff);
+        write!(f, "{a:08x}-{b:04x}-{c:04x}-{d:04x}-{:012x}", id & 0xffff_ffff_ffff)
+    }
+}
+
+impl From<VmId> for String {
+    fn from(id: VmId) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for VmId {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let refuse = || format!("`{}` is no UUID", text.chars().take(60).collect::<String>());
+        let digits: String = text.split('-').collect();
+        // `from_str_radix` takes a sign.
+        if digits.len() != 32 || text.len() != 36 || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(refuse());
+        }
+        u128::from_str_radix(&digits, 16).map(VmId).map_err(|_| refuse())
+    }
+}

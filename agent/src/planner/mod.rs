@@ -28,6 +28,11 @@ mod share;
 mod track;
 mod want;
 
+#[cfg(test)]
+mod props;
+#[cfg(test)]
+mod tests;
+
 pub use amount::{Amounts, RESOURCES, Resource, VmId};
 pub use decision::{Decision, Kind, Numbers, Reason};
 pub use input::{Abilities, Host, Input, Mode, Outlook, Policy, Pressure, Reading, Vm};

@@ -5,7 +5,7 @@ use super::settings::{round, sound_capacity};
 use super::share::{Claim, share};
 use super::track::Track;
 use super::want::{Common, Want, want};
-use super::{Input, RESOURCES, Resource, Settings, Vm, VmId};
+use super::{Input, RESOURCES, Resource, Rule, Settings, Vm, VmId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -120,6 +120,11 @@ impl Planner {
             given.clear();
             given.extend(wants.iter().map(|want| want.goal.max(want.hold.min(want.before))));
         }
+        for (want, to) in wants.iter().zip(given.iter_mut()) {
+            if *to < want.before && want.before - *to < least(want, *to, rule) {
+                *to = want.before;
+            }
+        }
         // … then what can be raised now: only what nobody has, or may still have, is free.
         let lowers = |want: &Want, to: f64| {
             want.act && !want.frozen && want.missing.is_none() && to < want.before && resource.compressible()
@@ -159,17 +164,22 @@ impl Planner {
                 free: free.max(0.0),
                 pressure: vm.readings[resource as usize].map_or(0.0, |reading| reading.pressure.some),
             };
-            let (kind, reason, to) = outcome(want, *to, rule.dead, rule.grain);
+            // What cannot or is not to be done counts as had above, and is told all the same.
+            let told = want.goal < want.before && (!want.act || want.missing.is_some());
+            let to = if told { want.goal } else { *to };
+            let (kind, reason, to) = outcome(want, to, rule);
             let change = matches!(kind, Kind::Raise | Kind::Lower);
             if change && want.act {
                 if matches!(reason, Reason::Pressure | Reason::Oom) {
                     track.presses = (track.presses + 1).min(16);
                 }
                 track.changed(now_s, want.before, to);
-            } else if kind == Kind::Hold && reason == Reason::Use {
-                continue;
-            } else if !track.news(now_s, kind, reason, to, settings.repeat_s) {
-                continue;
+            } else {
+                // That all is well is no news.
+                let quiet = kind == Kind::Hold && reason == Reason::Use;
+                if quiet || !track.news(now_s, kind, reason, to, settings.repeat_s) {
+                    continue;
+                }
             }
             out.push(Decision {
                 vm: vm.id,
@@ -187,14 +197,18 @@ impl Planner {
     }
 }
 
+/// The smallest change worth making: who goes short gets what there is, however little.
+fn least(want: &Want, to: f64, rule: &Rule) -> f64 {
+    let urgent =
+        (to > want.before && want.reason != Reason::Foreseen) || (to < want.before && want.reason == Reason::Maximum);
+    if urgent { 0.5 * rule.grain } else { (rule.dead * want.before).max(0.5 * rule.grain) }
+}
+
 /// What a wish and what there is for it come to.
-fn outcome(want: &Want, to: f64, dead: f64, grain: f64) -> (Kind, Reason, f64) {
+fn outcome(want: &Want, to: f64, rule: &Rule) -> (Kind, Reason, f64) {
     let before = want.before;
-    // Who goes short gets what there is, however little.
-    let urgent = to > before && want.reason != Reason::Foreseen;
-    let least = if urgent { 0.5 * grain } else { (dead * before).max(0.5 * grain) };
-    let wished_up = want.goal > before + 0.5 * grain;
-    let moved = (to - before).abs() >= least || (to < before && want.reason == Reason::Maximum);
+    let wished_up = want.goal > before + 0.5 * rule.grain;
+    let moved = (to - before).abs() >= least(want, to, rule) || (to < before && want.reason == Reason::Maximum);
     if want.frozen {
         let kind = if wished_up { Kind::Refuse } else { Kind::Hold };
         return (kind, want.reason, before);

@@ -100,7 +100,7 @@ impl Settings {
 impl Default for Settings {
     fn default() -> Self {
         let cpu = Rule {
-            margin: 0.05,
+            margin: 0.01,
             headroom: 0.15,
             slack: 0.1,
             worn: 0.7,
@@ -112,12 +112,19 @@ impl Default for Settings {
             dead: 0.05,
             stale_s: 30,
             settle_s: 10,
-            spare: 0.05,
+            spare: 0.0,
             grain: 0.05,
         };
-        // A balloon takes 5 s to inflate; swapping costs more than waiting for a core.
-        let memory =
-            Rule { slack: 64.0 * MIB, pressure: 0.05, lower_step: 0.3, settle_s: 60, grain: 16.0 * MIB, ..cpu };
+        // A balloon takes 5 s and more to inflate: some is kept ready. Swapping costs more than waiting for a core.
+        let memory = Rule {
+            slack: 64.0 * MIB,
+            pressure: 0.05,
+            lower_step: 0.3,
+            settle_s: 60,
+            spare: 0.03,
+            grain: 16.0 * MIB,
+            ..cpu
+        };
         let rate = Rule { headroom: 0.5, slack: MIB, grain: 64.0 * 1024.0, ..cpu };
         Self { risk: 0.05, rules: [cpu, memory, rate, rate], changes_per_hour: 30, lead_s: 120, repeat_s: 600 }
     }

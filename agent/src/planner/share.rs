@@ -1,10 +1,13 @@
 //! Who gets what when there is not enough.
 //!
-//! First everybody's base (what cannot or must not be taken). What remains goes to what is needed now, highest priority
-//! first: the next gets something once all before it have what they need. Then, in the same order, to what each has already and
-//! is not idle for long enough to lose, and at last, less a spare, to what is foreseen: a need comes before anybody's forecast,
-//! and a forecast takes nothing from anybody. Within a priority: weighted max-min. So no machine starves below its floor, none goes
-//! short for a lower priority, and among equals who asks for more never gets it at the expense of who asks for less.
+//! Tier by tier, and within each the highest priority first: the next gets something once all before it have what they ask for
+//! in the tier. Within a priority: weighted max-min.
+//!
+//! 1. Everybody's base: their floor, and what cannot or must not be taken.
+//! 2. What is needed now, up to the fair share: the capacity by weights, whatever the priorities. Nobody starves.
+//! 3. What is needed now beyond it, less a spare for the next who needs its fair share.
+//! 4. What each has already and is not idle for long enough to lose.
+//! 5. What is foreseen: a need comes before anybody's forecast, and a forecast takes nothing from anybody.
 
 /// One machine's claim; amounts in one unit, `base <= need <= keep <= goal` after [`Claim::ordered`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,7 +30,8 @@ impl Claim {
     }
 }
 
-/// Writes to `given` what each claim gets of `capacity`, in their order; `spare` of it is not for what is foreseen. The sum exceeds
+/// Writes to `given` what each claim gets of `capacity`, in their order; `spare` of it is only for what is
+/// needed within fair shares. The sum exceeds
 /// `capacity` only where the bases do; then everybody gets their base.
 pub(super) fn share(capacity: f64, spare: f64, claims: &[Claim], given: &mut Vec<f64>) {
     given.clear();
@@ -38,7 +42,9 @@ pub(super) fn share(capacity: f64, spare: f64, claims: &[Claim], given: &mut Vec
     priorities.dedup();
     let weights: f64 = claims.iter().map(|claim| claim.ordered().weight).sum();
     let fair = |claim: &Claim| claim.need.min(capacity * claim.weight / weights);
-    let tiers: [(&dyn Fn(&Claim) -> f64, f64); 4] =
+    // What is asked for in each tier, and what is from then on out of reach.
+    type Tier<'a> = (&'a dyn Fn(&Claim) -> f64, f64);
+    let tiers: [Tier<'_>; 4] =
         [(&fair, 0.0), (&|claim| claim.need, spare), (&|claim| claim.keep, 0.0), (&|claim| claim.goal, 0.0)];
     for (target, spare) in tiers {
         rest -= spare;
@@ -93,10 +99,23 @@ mod tests {
     }
 
     #[test]
-    fn floors_come_before_priorities_and_priorities_before_weights() {
-        // 10: bases 1 + 2, then the higher priority takes what is left of its 9.
-        assert_eq!(given(10.0, &[claim(1.0, 6.0, 9.0, 0, 100.0), claim(2.0, 9.0, 9.0, 1, 1.0)]), [1.0, 9.0]);
-        assert_eq!(given(10.0, &[claim(3.0, 6.0, 9.0, 0, 100.0), claim(2.0, 9.0, 9.0, 1, 1.0)]), [3.0, 7.0]);
+    fn floors_come_first_then_fair_shares_then_priorities() {
+        // 10 each is fair: the lower priority gets the 6 it needs, the higher one what is left of its 18.
+        assert_eq!(given(20.0, &[claim(1.0, 6.0, 9.0, 0, 1.0), claim(2.0, 18.0, 18.0, 1, 1.0)]), [6.0, 14.0]);
+        // Beyond the fair share, priority alone counts.
+        assert_eq!(given(20.0, &[claim(1.0, 18.0, 18.0, 0, 1.0), claim(2.0, 12.0, 18.0, 1, 1.0)]), [10.0, 10.0]);
+        assert_eq!(given(20.0, &[claim(15.0, 18.0, 18.0, 0, 1.0), claim(2.0, 12.0, 18.0, 1, 1.0)]), [15.0, 5.0]);
+        assert_eq!(given(30.0, &[claim(0.0, 9.0, 30.0, 0, 1.0), claim(0.0, 9.0, 14.0, 1, 1.0)]), [16.0, 14.0]);
+    }
+
+    #[test]
+    fn the_spare_is_for_who_is_below_the_fair_share() {
+        let claims = [claim(8.0, 12.0, 12.0, 9, 1.0), claim(0.5, 0.5, 2.0, 0, 1.0)];
+        let mut given = Vec::new();
+        share(10.0, 1.0, &claims, &mut given);
+        assert!((given[0] - 8.5).abs() < 1e-6 && given[1] == 0.5, "{given:?}");
+        share(10.0, 1.0, &[claims[0], claim(0.5, 1.4, 2.0, 0, 1.0)], &mut given);
+        assert_eq!(given, [8.0, 1.4]);
     }
 
     #[test]

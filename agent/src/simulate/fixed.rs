@@ -50,14 +50,13 @@ impl Policy for Quantile {
 
     fn decide(&mut self, _: u64, _: &HostSeen, seen: &[Seen], targets: &mut [Target]) {
         if self.sizes.is_empty() {
-            self.sizes = std::mem::take(&mut self.history).into_iter().map(|both| both.map(|all| quantile(all, 0.95))).collect();
+            self.sizes =
+                std::mem::take(&mut self.history).into_iter().map(|both| both.map(|all| quantile(all, 0.95))).collect();
             self.sizes.resize(seen.len(), [f64::INFINITY; 2]);
         }
         for ((seen, target), [cpu, memory]) in seen.iter().zip(targets).zip(&self.sizes) {
-            *target = Target {
-                cpu: Some(cpu.min(seen.cpu.provisioned)),
-                memory: Some(memory.min(seen.memory.provisioned)),
-            };
+            *target =
+                Target { cpu: Some(cpu.min(seen.cpu.provisioned)), memory: Some(memory.min(seen.memory.provisioned)) };
         }
     }
 }

@@ -10,8 +10,6 @@
 //! guest comes to need again are swapped in at [`SWAP_IN`] bytes a second for the whole host: until then it goes short. Demand
 //! beyond the host is shared max-min.
 
-use std::ops::Range;
-
 /// Bytes a second that a host swaps in: random pages from an SSD with the kernel's readahead.
 pub(super) const SWAP_IN: f64 = 200.0 * 1048576.0;
 /// Seconds until more CPU is online.
@@ -174,7 +172,8 @@ impl Pool {
         }
         // Room is made by those who do not need theirs.
         let there: f64 = self.shares.iter().map(|share| share.there).sum();
-        let spare: f64 = self.shares.iter().map(|share| (share.there - share.demand.min(share.have).min(level)).max(0.0)).sum();
+        let spare: f64 =
+            self.shares.iter().map(|share| (share.there - share.demand.min(share.have).min(level)).max(0.0)).sum();
         let out = if spare > 0.0 { ((there - self.capacity).max(0.0) / spare).min(1.0) } else { 0.0 };
         for share in &mut self.shares {
             let spare = (share.there - share.demand.min(share.have).min(level)).max(0.0);

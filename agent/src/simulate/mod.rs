@@ -24,9 +24,8 @@ mod score;
 mod trace;
 mod vpa;
 
-
 pub use forecasts::{Empirical, Forecasts};
 pub use policy::{Policy, Seen};
-pub use run::{Report, Row, Setup, run};
+pub use run::{Report, Row, Setup, empirical, run};
 pub use score::Score;
 pub use trace::{Trace, TraceError, VmTrace};

@@ -20,7 +20,12 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    pub(super) fn new(name: String, settings: Settings, forecasts: Option<Box<dyn Forecasts>>, priorities: Vec<u8>) -> Self {
+    pub(super) fn new(
+        name: String,
+        settings: Settings,
+        forecasts: Option<Box<dyn Forecasts>>,
+        priorities: Vec<u8>,
+    ) -> Self {
         Self {
             name,
             planner: Planner::new(settings),

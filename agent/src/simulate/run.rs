@@ -55,7 +55,7 @@ impl Default for Setup {
             host_cores: None,
             host_memory: None,
             seed: 1,
-            risks: vec![0.3, 0.1, 0.05, 0.02, 0.01],
+            risks: vec![0.3, 0.2, 0.1, 0.05],
             settings: Settings::default(),
             horizon: 3,
             only: Vec::new(),
@@ -75,6 +75,18 @@ pub struct Row {
     /// Violation minutes a machine-day of machines of the highest and of the lowest priority.
     pub high_priority_violation_min: f64,
     pub low_priority_violation_min: f64,
+}
+
+impl Row {
+    /// Better than another in all that counts: violations, of CPU, of memory and of either, and cores and memory unused.
+    #[must_use]
+    pub fn beats(&self, other: &Self) -> bool {
+        let of = |row: &Self| {
+            let s = &row.score;
+            [s.violation_min, s.cpu_violation_min, s.memory_violation_min, s.core_hours_unused, s.gib_hours_unused]
+        };
+        of(self).iter().zip(of(other)).all(|(own, theirs)| *own < theirs)
+    }
 }
 
 /// What was simulated, and what came of it.
@@ -116,7 +128,8 @@ pub fn run(
     let first = setup.skip_days * DAY;
     let sample = |vm: usize, step: usize| machines[vm].samples.get(first + step).copied().filter(Sample::on);
     let sums = |from: usize, to: usize, of: &dyn Fn(&Sample) -> f64| -> Vec<f64> {
-        let measured = |step: &usize| machines.iter().any(|vm| vm.samples.get(first + step).is_some_and(|s| s.measured));
+        let measured =
+            |step: &usize| machines.iter().any(|vm| vm.samples.get(first + step).is_some_and(|s| s.measured));
         let sum = |step| (0..machines.len()).filter_map(|vm| sample(vm, step)).map(|s| of(&s)).sum();
         (from..to).filter(measured).map(sum).collect()
     };
@@ -124,10 +137,12 @@ pub fn run(
     let host_cores = setup.host_cores.unwrap_or_else(|| trained(&|s| s.cpu).ceil().max(1.0));
     let gib = 1073741824.0;
     let host_memory = setup.host_memory.unwrap_or_else(|| (trained(&|s| s.memory) / gib).ceil().max(1.0) * gib);
-    let share = |all: Vec<f64>, most: f64| all.iter().filter(|sum| **sum > most).count() as f64 / all.len().max(1) as f64;
+    let share =
+        |all: Vec<f64>, most: f64| all.iter().filter(|sum| **sum > most).count() as f64 / all.len().max(1) as f64;
     let most = |of: &dyn Fn(&Sample) -> f64| sums(0, train + counted, of).into_iter().fold(0.0, f64::max);
     let world = World { machines: &machines, first, train, counted, host_cores, host_memory };
-    let priorities: Vec<u8> = (0..machines.len()).map(|vm| (mixed(setup.seed ^ (vm as u64 + 1) << 20) % 3) as u8).collect();
+    let priorities: Vec<u8> =
+        (0..machines.len()).map(|vm| (mixed(setup.seed ^ (vm as u64 + 1) << 20) % 3) as u8).collect();
 
     let mut contestants: Vec<(Box<dyn Policy>, Option<f64>)> = vec![
         (Box::new(Provisioned), None),
@@ -154,7 +169,8 @@ pub fn run(
         progress(&policy);
         let tally = world.play(contestant.as_mut());
         let by_priority = |wanted: u8| {
-            let of = |all: &[f64]| all.iter().zip(&priorities).filter(|(_, p)| **p == wanted).map(|(s, _)| *s).sum::<f64>();
+            let of =
+                |all: &[f64]| all.iter().zip(&priorities).filter(|(_, p)| **p == wanted).map(|(s, _)| *s).sum::<f64>();
             1440.0 * of(&tally.by_vm_s) / of(&tally.counted_s).max(1.0)
         };
         rows.push(Row {
@@ -225,7 +241,12 @@ impl World<'_> {
         let mut tally = Tally::new(machines);
         let mut pools =
             [Pool::new(Kind::Cpu, self.host_cores, machines), Pool::new(Kind::Memory, self.host_memory, machines)];
-        let mut state = State { seen: vec![Seen::default(); machines], targets: vec![Target::default(); machines], stalled: vec![[0.0; 2]; machines], short: false };
+        let mut state = State {
+            seen: vec![Seen::default(); machines],
+            targets: vec![Target::default(); machines],
+            stalled: vec![[0.0; 2]; machines],
+            short: false,
+        };
         // Unix time matters to nobody; 0 stands for "never" here and there.
         let start_s = 1_000_000 * STEP_S;
         for step in 0..self.train {
@@ -258,7 +279,15 @@ impl World<'_> {
     }
 
     /// Five minutes.
-    fn step(&self, step: usize, start_s: u64, policy: &mut dyn Policy, pools: &mut [Pool; 2], state: &mut State, tally: &mut Tally) {
+    fn step(
+        &self,
+        step: usize,
+        start_s: u64,
+        policy: &mut dyn Policy,
+        pools: &mut [Pool; 2],
+        state: &mut State,
+        tally: &mut Tally,
+    ) {
         let begin_s = start_s + step as u64 * STEP_S;
         let every_s = policy.loop_s();
         let mut at_s = 0;

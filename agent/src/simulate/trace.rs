@@ -17,7 +17,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 /// Seconds between samples.
-pub const STEP_S: u64 = 300;
+pub(super) const STEP_S: u64 = 300;
 /// Samples of a machine at most: 20 years.
 const STEPS_MAX: usize = 20 * 366 * 288;
 /// Machines at most: what one host can have, with room.
@@ -30,7 +30,9 @@ pub enum TraceError {
     Read { file: String, source: std::io::Error },
     #[error("{file}, line {line}: {expected}")]
     Row { file: String, line: u64, expected: String },
-    #[error("{folder} has no demand to replay; give files with the columns ts, vm, cores, cpu_pct, mem_cap_kb, mem_kb, or of GWA-T-12")]
+    #[error(
+        "{folder} has no demand to replay; give files with the columns ts, vm, cores, cpu_pct, mem_cap_kb, mem_kb, or of GWA-T-12"
+    )]
     Empty { folder: String },
 }
 
@@ -205,8 +207,10 @@ struct Columns {
 impl Columns {
     fn find(header: &str) -> Option<Self> {
         let comma = if header.contains(';') { ';' } else { ',' };
-        let names: Vec<String> =
-            header.split(comma).map(|n| n.trim().trim_start_matches('\u{feff}').trim_matches('"').to_lowercase()).collect();
+        let names: Vec<String> = header
+            .split(comma)
+            .map(|n| n.trim().trim_start_matches('\u{feff}').trim_matches('"').to_lowercase())
+            .collect();
         let at = |options: [&str; 2]| names.iter().position(|name| options.contains(&name.as_str()));
         Some(Self {
             comma,
@@ -227,7 +231,7 @@ impl Columns {
         let number = |at: usize, what: &str| {
             let cell = cells.get(at).copied().unwrap_or("");
             match cell.parse::<f64>() {
-                Ok(number) if number.is_finite() && number >= 0.0 && number < 1e15 => Ok(number),
+                Ok(number) if (0.0..1e15).contains(&number) => Ok(number),
                 _ => Err(format!("`{}` is no {what}", cell.chars().take(40).collect::<String>())),
             }
         };

@@ -90,10 +90,9 @@ impl Policy for Vpa {
             if seen.memory.stalled > 0.0 {
                 memory.add(now_s, (seen.memory.used * 1.2).max(seen.memory.used + 1e8));
             }
-            for (histogram, resource, target) in [
-                (cpu, &seen.cpu, &mut target.cpu),
-                (memory, &seen.memory, &mut target.memory),
-            ] {
+            for (histogram, resource, target) in
+                [(cpu, &seen.cpu, &mut target.cpu), (memory, &seen.memory, &mut target.memory)]
+            {
                 let Some(to) = histogram.quantile(self.q) else { continue };
                 let to = (to * MARGIN).min(resource.provisioned);
                 if (to - resource.have).abs() > CHANGE * resource.have || resource.have > resource.provisioned {
