@@ -10,6 +10,7 @@
 //! | [`explain`] | why a page is or is not proposed, as data |
 //! | [`profile`] | what was learned, as bytes: magic, version, checksum; and its summary |
 //! | [`drift`] | has a signal's mean moved: Page–Hinkley and ADWIN |
+//! | [`demand`] | forecasts of processor, memory, disk and network: quantiles, maxima, unusual use |
 //! | [`contest`] | is one model better than another on the same stream: a test that may be looked at any time |
 //! | `hybrid` | runs, the log of earlier reads, chains of blocks and neighbourhoods, mixed into one calibrated probability |
 //! | `phase`, `record`, `replay` | expert: first-touch sets of a phase (learned, recorded, replayed) |
@@ -20,6 +21,7 @@
 
 pub mod access;
 pub mod contest;
+pub mod demand;
 pub mod drift;
 mod experts;
 pub mod explain;

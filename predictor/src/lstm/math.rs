@@ -21,7 +21,7 @@ const LN2_LOW: f32 = 1.428_606_8e-6;
 const SERIES: [f32; 7] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
 #[inline(always)]
-pub(super) fn exp<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
+pub(crate) fn exp<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
     // within this, 2ⁿ is a normal number
     let x = isa.min(isa.max(x, isa.splat(-87.0)), isa.splat(87.0));
     let rounded = isa.mul_add(x, isa.splat(std::f32::consts::LOG2_E), isa.splat(ROUND));
@@ -36,13 +36,13 @@ pub(super) fn exp<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
 }
 
 #[inline(always)]
-pub(super) fn sigmoid<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
+pub(crate) fn sigmoid<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
     let one = isa.splat(1.0);
     isa.div(one, isa.add(one, exp(isa, isa.sub(isa.splat(0.0), x))))
 }
 
 #[inline(always)]
-pub(super) fn tanh<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
+pub(crate) fn tanh<I: Isa>(isa: I, x: I::Vector) -> I::Vector {
     let one = isa.splat(1.0);
     let two = isa.splat(2.0);
     isa.sub(one, isa.div(two, isa.add(one, exp(isa, isa.mul(two, x)))))

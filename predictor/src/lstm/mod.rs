@@ -16,9 +16,9 @@
 //! Deterministic: AVX2 and AVX-512 give the same bits, a batch gives the bits of single steps, and the portable path,
 //! which rounds between multiplication and addition, differs by less than 1e-5.
 
-mod isa;
+pub(crate) mod isa;
 mod kernel;
-mod math;
+pub(crate) mod math;
 mod token;
 pub mod weights;
 

@@ -7,6 +7,7 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`corpus`] | token sequences, what is held out of them, and the order they are trained in |
+//! | [`demand`] | the same for the network that forecasts demand |
 //! | `network` | the model as a Burn module; its forward pass is what the kernels are tested against |
 //! | [`trainer`] | truncated back-propagation through time with Adam; stops early |
 //! | `checkpoint` | a trainer as bytes |
@@ -14,6 +15,7 @@
 
 mod checkpoint;
 pub mod corpus;
+pub mod demand;
 pub mod evaluation;
 pub mod network;
 pub mod trainer;

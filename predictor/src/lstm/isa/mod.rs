@@ -7,14 +7,14 @@
 mod x86;
 
 /// The width of all vectors. A wider register holds it whole, narrower ones in parts.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Which instructions compute.
 #[derive(Clone, Copy, Debug)]
-pub struct Path(pub(super) Kind);
+pub struct Path(pub(crate) Kind);
 
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Portable(Portable),
     #[cfg(target_arch = "x86_64")]
     Avx2(x86::Avx2),
@@ -53,7 +53,7 @@ impl Path {
     }
 
     #[inline]
-    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             Kind::Portable(isa) => isa.run(kernel),
             #[cfg(target_arch = "x86_64")]
@@ -65,14 +65,14 @@ impl Path {
 }
 
 /// A computation that is written once for all instruction sets.
-pub(super) trait Kernel {
+pub(crate) trait Kernel {
     type Output;
 
     fn run<I: Isa>(self, isa: I) -> Self::Output;
 }
 
 /// Operations on [`LANES`] floats.
-pub(super) trait Isa: Copy {
+pub(crate) trait Isa: Copy {
     type Vector: Copy;
 
     /// Whether sixteen vectors and their operands fit into registers; otherwise four do.
@@ -97,7 +97,7 @@ pub(super) trait Isa: Copy {
 
 /// Plain Rust; the compiler makes SSE2 of it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Portable;
+pub(crate) struct Portable;
 
 #[inline(always)]
 fn zip(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {

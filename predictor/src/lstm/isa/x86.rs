@@ -11,11 +11,11 @@ use std::arch::x86_64::{
 
 /// Exists only where the processor has AVX2 and FMA. Two registers make a vector.
 #[derive(Clone, Copy, Debug)]
-pub(in super::super) struct Avx2(());
+pub(crate) struct Avx2(());
 
 /// Exists only where the processor has AVX-512F. One register is a vector.
 #[derive(Clone, Copy, Debug)]
-pub(in super::super) struct Avx512(());
+pub(crate) struct Avx512(());
 
 impl Avx2 {
     pub(super) fn detect() -> Option<Self> {
