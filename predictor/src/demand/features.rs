@@ -8,7 +8,7 @@ use super::summary::{Summary, moments, quantile};
 use super::{Context, Metric};
 
 /// Steps that the LSTM reads.
-pub const RECENT: usize = 48;
+pub const RECENT: usize = 24;
 /// Of each: the value, the same time the day and the week before, whether it was measured.
 pub const CHANNELS: usize = 4;
 /// Features of the origin.

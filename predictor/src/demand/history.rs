@@ -6,7 +6,7 @@
 /// Steps that are kept, at least; a fortnight of 5 minutes.
 pub const FINE: usize = 4032;
 /// Steps by which a ring outgrows this before its oldest are dropped together: keeps it one slice.
-const SLACK: usize = 504;
+pub(super) const SLACK: usize = 504;
 /// Step of the coarse ring in seconds.
 pub(super) const COARSE_S: u32 = 300;
 /// Larger values are no measurements.

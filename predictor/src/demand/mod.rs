@@ -19,26 +19,26 @@
 //! | [`profile`] | what a program used at each hour of the day: an expert for series that are young |
 //! | [`anomaly`] | unusual use, with evidence; never acts |
 
-//T pub mod anomaly;
-//T mod blend;
-//T mod conformal;
-//T mod experts;
+//A pub mod anomaly;
+mod blend;
+mod conformal;
+mod experts;
 pub mod features;
-//T pub mod forecaster;
+pub mod forecaster;
 mod history;
 mod kernel;
-//T pub mod profile;
-//T mod state;
+pub mod profile;
+mod state;
 mod summary;
 pub mod weights;
 
-//T #[cfg(test)]
-//T mod tests;
+//A #[cfg(test)]
+//A mod tests;
 
-//T pub use forecaster::Forecaster;
+pub use forecaster::Forecaster;
 pub use history::{FINE, Series, View};
-//T pub use profile::Profile;
-//T pub use state::StateError;
+pub use profile::Profile;
+pub use state::StateError;
 pub use summary::Summary;
 pub use weights::{Weights, WeightsError};
 
@@ -124,7 +124,7 @@ pub struct Context<'a> {
     /// Share of the step in which a scheduled or external event is expected, likewise.
     pub event: &'a [f32],
     /// What the program that runs here used elsewhere.
-    pub profile: Option<&'a ()>,
+    pub profile: Option<&'a Profile>,
 }
 
 impl Context<'_> {

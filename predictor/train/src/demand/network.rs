@@ -4,6 +4,7 @@
 //! behind the LSTM are one product for all steps of all windows.
 
 use super::corpus::{Batch, FAR, NEAR};
+use crate::Random;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData, activation};
 use prestage_predictor::demand::QUANTILES;
@@ -14,6 +15,9 @@ use prestage_predictor::demand::weights::{CLAMP, GATES, HEADS, HIDDEN, NORMS, PA
 const FAR_WEIGHT: f32 = 0.25;
 const PEAK_WEIGHT: f32 = 0.5;
 const FAR_PEAK_WEIGHT: f32 = 0.15;
+
+/// Chance of an input to be left out in training.
+const DROPPED: f32 = 0.1;
 
 /// Parts that are trained.
 pub const TRAINED: usize = PARTS.len() - NORMS;
@@ -60,6 +64,11 @@ impl DemandNetwork {
     /// What it says of `windows` windows whose features stand in `batch`, with `per_window` steps and `horizons` maxima each.
     #[must_use]
     pub fn forward(&self, batch: &Batch, per_window: usize, horizons: usize) -> Said {
+        self.pass(batch, per_window, horizons, &mut None)
+    }
+
+    /// The same; with a generator, each input of a layer is left out with the chance [`DROPPED`] (Srivastava et al. 2014).
+    fn pass(&self, batch: &Batch, per_window: usize, horizons: usize, random: &mut Option<&mut Random>) -> Said {
         let [input, recurrent, bias, trunk, trunk_bias, step, middle, middle_bias, out, out_bias, step_skip, ..] =
             self.parts.each_ref().map(|part| part.val());
         let [.., peak_trunk, peak_trunk_bias, peak, peak_out, peak_out_bias, peak_skip] =
@@ -92,19 +101,19 @@ impl DemandNetwork {
             let row = Tensor::cat(vec![rows(&row, CHANNELS), hidden], 1);
             let [input, forget, new, output] =
                 gates.each_ref().map(|(weights, bias)| row.clone().matmul(weights.clone()) + bias.clone());
-            cell = activation::sigmoid(forget) * cell + activation::sigmoid(input) * new.tanh();
-            hidden = activation::sigmoid(output) * cell.clone().tanh();
+            cell = sigmoid(forget) * cell + sigmoid(input) * new.tanh();
+            hidden = sigmoid(output) * cell.clone().tanh();
         }
-        let origin = Tensor::cat(vec![hidden, norm(&batch.fixed, 0)], 1);
+        let origin = drop_some(Tensor::cat(vec![hidden, norm(&batch.fixed, 0)], 1), random);
 
         // what is of the origin is computed once a window and added to each of its rows
         let beside = |trunk: Tensor<2>, rows: Tensor<2>, each: usize| {
             let rows = rows.reshape([windows, each, WIDTH]) + trunk.reshape([windows, 1, WIDTH]);
             activation::relu(rows.reshape([windows * each, WIDTH]))
         };
-        let values = norm(&batch.steps, 1);
+        let values = drop_some(norm(&batch.steps, 1), random);
         let trunk = origin.clone().matmul(trunk) + trunk_bias;
-        let layer = beside(trunk, values.clone().matmul(step), per_window);
+        let layer = drop_some(beside(trunk, values.clone().matmul(step), per_window), random);
         let layer = activation::relu(layer.matmul(middle) + middle_bias);
         let last = rows(&batch.last, 1);
         let onto = |said: Tensor<2>, each: usize| {
@@ -121,8 +130,8 @@ impl DemandNetwork {
     }
 
     /// Pinball loss, summed over the quantiles: mean of the near steps, and weighted those of the others.
-    pub(crate) fn loss(&self, batch: &Batch) -> Tensor<1> {
-        let said = self.forward(batch, NEAR + FAR, 2);
+    pub(crate) fn loss(&self, batch: &Batch, random: &mut Random) -> Tensor<1> {
+        let said = self.pass(batch, NEAR + FAR, 2, &mut Some(random));
         let device = said.steps.device();
         let near = 1.0 / (batch.windows * NEAR) as f32;
         let far = FAR_WEIGHT / (batch.windows * FAR) as f32;
@@ -138,6 +147,21 @@ impl DemandNetwork {
         pinball(said.steps, column(&batch.step_targets), column(&step_weights))
             + pinball(said.peaks, column(&batch.peak_targets), column(&peak_weights))
     }
+}
+
+fn drop_some(values: Tensor<2>, random: &mut Option<&mut Random>) -> Tensor<2> {
+    let Some(random) = random else { return values };
+    let [rows, columns] = values.dims();
+    let kept = 1.0 / (1.0 - DROPPED);
+    let mask: Vec<f32> =
+        (0..rows * columns).map(|_| if random.symmetric().abs() < DROPPED { 0.0 } else { kept }).collect();
+    let mask = Tensor::from_data(TensorData::new(mask, [rows, columns]), &values.device());
+    values * mask
+}
+
+/// By the tangent: Burn's own goes through a logarithm, and takes three times as long.
+fn sigmoid(x: Tensor<2>) -> Tensor<2> {
+    x.mul_scalar(0.5).tanh().mul_scalar(0.5).add_scalar(0.5)
 }
 
 /// Σ weight · max(q·e, (q − 1)·e) over rows and quantiles, e = target − said.

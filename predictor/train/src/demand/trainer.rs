@@ -129,7 +129,7 @@ impl DemandTrainer {
                 }
             };
             self.corpus.draw(self.config.windows, &mut self.random, &mut batch);
-            sum += member.step(&self.config, &adam, &batch)?;
+            sum += member.step(&self.config, &adam, &batch, &mut self.random)?;
             count += 1;
             if member.steps < self.config.steps {
                 self.member = Some(member);
@@ -150,9 +150,15 @@ impl DemandTrainer {
 }
 
 impl Member {
-    fn step(&mut self, config: &DemandConfig, adam: &AdamW, batch: &Batch) -> Result<f64, DemandError> {
+    fn step(
+        &mut self,
+        config: &DemandConfig,
+        adam: &AdamW,
+        batch: &Batch,
+        random: &mut Random,
+    ) -> Result<f64, DemandError> {
         let diverged = DemandError::Diverged { step: self.steps };
-        let loss = self.network.loss(batch);
+        let loss = self.network.loss(batch, random);
         let gradients = loss.backward();
         let loss = f64::from(scalar(loss.inner()));
         let parts = self.network.parts.each_ref().map(|part| part.val());
