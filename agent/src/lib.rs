@@ -6,6 +6,7 @@
 //! - [`calendar`], [`schedule`]: dates, and events that come again
 //! - [`executions`]: what programs used when they ran before
 //! - [`notify`]: events to webhooks
+//! - [`forecast`]: demand of recorded series, foretold and trained on
 //! - [`config`]: the configuration; [`store`]: the database
 //! - [`cli`], [`client`]: `prestagectl`
 
@@ -16,6 +17,7 @@ pub mod config;
 pub mod daemon;
 mod demand;
 pub mod executions;
+pub mod forecast;
 pub mod learner;
 pub mod models;
 pub mod notify;

@@ -1,0 +1,12 @@
+//! Forecasts of demand outside the daemon: recorded series, a model trained on them, forecasts at given points.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`table`] | series and points from CSV files, and which of the values were measured |
+//! | [`evaluate`] | trains on the allowed part of the series, and forecasts at the points |
+
+pub mod evaluate;
+pub mod table;
+
+pub use evaluate::{Timing, predict, train};
+pub use table::{Key, Line, Points, Table, TableError};
