@@ -2,6 +2,7 @@
 //!
 //! - [`boots`]: `bench boots`, a guest booted straight, unlearned, learned and warm
 //! - [`collect`]: `bench collect`, what measuring many machines costs
+//! - [`forecast`]: `bench forecast`, demand foretold beside other forecasters
 //! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
@@ -14,6 +15,7 @@
 mod adversary;
 mod boots;
 mod collect;
+mod forecast;
 mod history;
 mod host;
 mod peers;
@@ -42,6 +44,8 @@ enum Command {
     Predict(predict::Options),
     /// Measure many machines once a second, and what that costs
     Collect(collect::Options),
+    /// Forecast demand of real machines, beside other forecasters: pinball loss, coverage, over-provision
+    Forecast(forecast::Options),
     /// Fill a history with recorded traces, and time what is asked of it
     History(history::Options),
 }
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Command::Boots(options) => boots::run(&options),
         Command::Predict(options) => predict::run(&options),
         Command::Collect(options) => collect::run(&options),
+        Command::Forecast(options) => forecast::run(&options),
         Command::History(options) => history::run(&options),
     };
     match result {

@@ -30,7 +30,7 @@ mod sets;
 mod split;
 mod sweep;
 mod tables;
-mod verdict;
+pub(crate) mod verdict;
 
 use std::path::PathBuf;
 

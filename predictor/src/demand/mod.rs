@@ -19,7 +19,7 @@
 //! | [`profile`] | what a program used at each hour of the day: an expert for series that are young |
 //! | [`anomaly`] | unusual use, with evidence; never acts |
 
-//A pub mod anomaly;
+pub mod anomaly;
 mod blend;
 mod conformal;
 mod experts;
@@ -32,8 +32,8 @@ mod state;
 mod summary;
 pub mod weights;
 
-//A #[cfg(test)]
-//A mod tests;
+#[cfg(test)]
+mod tests;
 
 pub use forecaster::Forecaster;
 pub use history::{FINE, Series, View};
