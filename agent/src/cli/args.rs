@@ -49,6 +49,7 @@ impl Cli {
         Self::command()
             .mut_subcommand("trace", |trace| trace.mut_subcommand("replay", alone))
             .mut_subcommand("simulate", alone)
+            .mut_subcommand("forecast", |forecast| forecast.mut_subcommand("evaluate", alone))
             .mut_subcommand("config", |config| config.mut_subcommand("default", alone).mut_subcommand("check", alone))
     }
 }
@@ -105,6 +106,9 @@ pub enum Command {
     Explain(super::explain::ExplainArgs),
     /// What the planner would do with a recorded month of machines, beside others
     Simulate(super::simulate::SimulateArgs),
+    /// Forecasts of demand on recorded series
+    #[command(subcommand)]
+    Forecast(super::forecast::ForecastCommand),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),

@@ -10,6 +10,7 @@
 //! - `explain.rs`: `explain`
 //! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
 //! - `when.rs`: points in time
+//! - `forecast.rs`: `forecast`, which needs no daemon
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the daemon cannot be reached. Answers go to standard output, failures to standard error.
 
@@ -17,6 +18,7 @@ mod advise;
 mod args;
 mod demand;
 mod explain;
+mod forecast;
 mod history;
 mod models;
 mod record;
@@ -155,6 +157,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Trace(TraceCommand::Record(args)) => record::run(&client, args, json, out).await,
         Command::Advise(args) => advise::run(&client, args, json, out).await,
         Command::Simulate(args) => simulate::run(args, json, out).await,
+        Command::Forecast(command) => forecast::run(&command, json, out),
         Command::Explain(args) => explain::run(&client, args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,

@@ -13,6 +13,8 @@ use super::table::{Line, Points, STEP_S, Table};
 pub const HORIZON: usize = 12;
 /// Steps of training between reports.
 const REPORT_EVERY: u64 = 50;
+/// Steps of a day.
+const DAY: usize = 288;
 
 /// What the forecasts cost.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -25,6 +27,20 @@ pub struct Timing {
     pub capped: usize,
     /// Mean share of each expert in the median of the first step.
     pub shares: [f64; EXPERTS],
+}
+
+/// Steps of a series that may be trained on: the rule of the recorded data sets (31 days of Bitbrains, `bb-…`, 14 of Azure,
+/// `az-…`); of others what is before the first point of their data set, named up to the first dash.
+#[must_use]
+pub fn trainable(points: &Points, series: &str) -> usize {
+    let kind = |series: &str| series.split('-').next().unwrap_or_default().to_owned();
+    let same = points.iter().filter(|(key, _)| kind(&key.series) == kind(series));
+    let first = same.flat_map(|(_, origins)| origins).map(|(origin, _)| *origin).min().unwrap_or(0);
+    match kind(series).as_str() {
+        "bb" => first.min(31 * DAY),
+        "az" => first.min(14 * DAY),
+        _ => first,
+    }
 }
 
 /// Trains on the steps before `limit(series)` of every series; `report` is told steps done, of how many, and the mean loss.

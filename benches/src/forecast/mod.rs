@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use prestage_agent::forecast::evaluate::HORIZON;
-use prestage_agent::forecast::{Table, Timing, predict, train};
+use prestage_agent::forecast::{Points, Table, Timing, predict, train, trainable};
 use prestage_predictor::demand::Weights;
 use prestage_train::demand::DemandConfig;
 use serde::Serialize;
@@ -110,7 +110,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut table = Table::read(&file("series.csv.gz"))?;
     let points = table.points(&file("points.csv"), HORIZON)?;
     let started = Instant::now();
-    let model = model(options, &table, &progress)?;
+    let model = model(options, &table, &points, &progress)?;
     let trained_s = (model.is_some() && options.model.is_none()).then(|| started.elapsed().as_secs_f64());
     if let (Some(model), Some(folder)) = (&model, &options.keep) {
         let path = folder.join("demand.model");
@@ -122,7 +122,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         running.finish()?;
         progress.step("peers");
     }
-    let timing = write(&file("ours.csv"), |out| predict(&table, &points, trained_steps, model.as_ref(), out))?;
+    let timing = write(&file("ours.csv"), |out| predict(&table, &points, |series| trainable(&points, series), model.as_ref(), out))?;
     progress.step("forecasts");
 
     let scores = Scores::read(&script.score(&file("points.csv"), &[&peers, &file("ours.csv")])?)?;
@@ -148,12 +148,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The script's rule: what of a series may be trained on.
-fn trained_steps(series: &str) -> usize {
-    if series.starts_with("bb-") { 8928 } else { 4032 }
-}
-
-fn model(options: &Options, table: &Table, progress: &Progress) -> Result<Option<Weights>> {
+fn model(options: &Options, table: &Table, points: &Points, progress: &Progress) -> Result<Option<Weights>> {
     if options.without_model {
         return Ok(None);
     }
@@ -166,7 +161,7 @@ fn model(options: &Options, table: &Table, progress: &Progress) -> Result<Option
     let mut report = |done: u64, total: u64, loss: f64| {
         progress.now(&format!("training: step {done} of {total}, loss {loss:.4}"));
     };
-    let model = train(table, trained_steps, config, &mut report)?;
+    let model = train(table, |series| trainable(points, series), config, &mut report)?;
     progress.step("training");
     Ok(Some(model))
 }
