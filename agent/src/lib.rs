@@ -3,6 +3,7 @@
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
 //! - [`planner`]: what each machine is to be given; [`simulate`]: the same on a recorded month
 //! - [`models`]: neural models, trained and compared in the background
+//! - `demand`: what machines use and will use, measured, forecast and acted on; [`planner`]: who is to have what; [`simulate`]: the same on a recorded month
 //! - [`calendar`], [`schedule`]: dates, and events that come again
 //! - [`executions`]: what programs used when they ran before
 //! - [`notify`]: events to webhooks
@@ -21,6 +22,7 @@ pub mod forecast;
 pub mod learner;
 pub mod models;
 pub mod notify;
+pub mod planner;
 pub mod schedule;
 pub mod planner;
 pub mod serve;

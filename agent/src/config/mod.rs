@@ -25,7 +25,9 @@ use prestage_integration::api::types::validate_name;
 
 use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, parse_override};
 use settings::SECTIONS;
-pub use settings::{Api, Cache, Daemon, ExportSettings, Learner, Libvirt, Model, Prefetch, Sections, StoreSettings};
+pub use settings::{
+    Api, Cache, Daemon, Demand, ExportSettings, Learner, Libvirt, Model, Prefetch, Sections, StoreSettings,
+};
 pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
 pub use webhook::Webhook;
 
@@ -70,6 +72,7 @@ pub struct Config {
     pub store: StoreSettings,
     pub export: ExportSettings,
     pub libvirt: Libvirt,
+    pub demand: Demand,
     pub learner: Learner,
     pub model: Model,
     pub api: Api,
@@ -191,6 +194,8 @@ impl Config {
         }
         let Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api } = sections;
         Ok(Self { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks, webhooks })
+        let Sections { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api } = sections;
+        Ok(Self { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api, disks })
     }
 
     /// Path of the control socket.
@@ -282,6 +287,9 @@ impl Config {
         let Config { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks: _, webhooks: _ } =
             self.clone();
         Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api }
+        let Config { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api, disks: _ } =
+            self.clone();
+        Sections { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api }
     }
 }
 

@@ -68,10 +68,26 @@ fn probability(value: &f64) -> Result<(), String> {
 }
 
 fn bits(value: &f64) -> Result<(), String> {
-    match (0.0..=8.0).contains(value) {
+    within(*value, 0.0, 8.0)
+}
+
+fn within(value: f64, least: f64, most: f64) -> Result<(), String> {
+    match (least..=most).contains(&value) {
         true => Ok(()),
-        false => Err(format!("{value} is out of range; it is 0 to 8")),
+        false => Err(format!("{value} is out of range; it is {least} to {most}")),
     }
+}
+
+fn risk(value: &f64) -> Result<(), String> {
+    within(*value, 1e-4, 0.5)
+}
+
+fn overcommit(value: &f64) -> Result<(), String> {
+    within(*value, 0.1, 64.0)
+}
+
+fn reserve(value: &f64) -> Result<(), String> {
+    within(*value, 0.0, 0.9)
 }
 
 fn shards(count: &Count) -> Result<(), String> {
@@ -233,6 +249,28 @@ sections! {
         uri: String = "qemu:///system".to_owned(), any, restart;
         /// How long one call may take; 1s to 1h.
         timeout: Duration = Duration::from_secs(30), lasts(SECOND, HOUR), restart;
+    }
+
+    /// What machines use, what they are going to use, and what is done about it.
+    demand: Demand {
+        /// Off: nothing is measured, forecast or changed.
+        enabled: bool = true, any, restart;
+        /// Time between two measurements; 1s to 1m.
+        every: Duration = SECOND, lasts(SECOND, SECOND * 60), restart;
+        /// Probability, 0.0001 to 0.5, with which a machine may need more than it is given for what is foreseen.
+        risk: f64 = 0.05, risk, reload;
+        /// vCPUs that machines may have for each CPU of the host, 0.1 to 64.
+        cpu_overcommit: f64 = 4.0, overcommit, reload;
+        /// Share of the host's memory that is not for machines, 0 to 0.9.
+        host_memory: f64 = 0.1, reserve, reload;
+        /// Most bytes a second of the disks of all machines together: "unlimited" (then disks are not managed) or at least "1MiB/s".
+        disk_rate: RateLimit = RateLimit::Unlimited, rate, reload;
+        /// The same of their network interfaces.
+        network_rate: RateLimit = RateLimit::Unlimited, rate, reload;
+        /// Days that decisions are kept, 1 to 3650.
+        decision_days: u32 = 90, between(1, 3650), reload;
+        /// Most bytes of measurements, at least 1MiB; the finest go first.
+        series_bytes: Bytes = Bytes::gib(1), at_least(Bytes::mib(1)), reload;
     }
 
     /// What is learned and kept.

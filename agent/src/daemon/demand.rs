@@ -1,67 +1,426 @@
 //! The API's questions and orders about demand.
 
-use super::control::Handle;
+use super::Daemon;
+use super::control::{Handle, blocking, store_error};
+use crate::demand::machine::Machine;
+use crate::demand::run::{Demand, resource_of, subject};
+use crate::learner::run::unix_ms;
+use crate::store::StoreError;
+use crate::store::demand::{DecisionRow, Decisions, Outcome, PolicyRow};
 use prestage_integration::api::demand::{
-    AdviceList, DecisionList, DecisionsQuery, DemandControl, DemandStatus, Event, EventList, EventRequest, Execution,
-    ExecutionList, ExecutionStart, Forecast, ForecastQuery, Reservation, ReservationList, ReservationRequest, VmPolicy,
-    VmPolicyShown, WebhookList,
+    Ability, Advice, AdviceList, Decision, DecisionList, DecisionsQuery, DemandControl, DemandStatus, Event, EventList,
+    EventRequest, Execution, ExecutionList, ExecutionStart, Forecast, ForecastQuery, Measured, Mode, Quantiles,
+    Reservation, ReservationList, ReservationRequest, Resource, VmPolicy, VmPolicyShown, WebhookList,
 };
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
+use prestage_integration::libvirt::Uuid;
+use prestage_integration::libvirt::act::{Abilities, Ability as Can};
+use prestage_predictor::demand::Context;
 
-fn off<'a, T: Send + 'a>() -> Reply<'a, T> {
-    Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "demand is not measured: set demand.enabled = true")) })
+/// Decisions of an answer unless asked otherwise.
+const DECISIONS: u32 = 50;
+/// Measured steps shown beside a forecast.
+const MEASURED: u64 = 96;
+
+impl Daemon {
+    fn demand(&self) -> Result<&Demand, ApiError> {
+        let off =
+            "demand is not measured: it needs demand.enabled = true and libvirt.enabled = true in the configuration";
+        self.demand.as_ref().ok_or_else(|| ApiError::new(ErrorCode::Unavailable, off))
+    }
+}
+
+fn unknown(vm: &str) -> ApiError {
+    ApiError::not_found(format!("machine `{vm}` was not seen running in the last 7 days; see `prestagectl vm list`"))
+}
+
+/// A machine that was measured.
+fn measured(demand: &Demand, vm: &str) -> Result<Uuid, ApiError> {
+    demand.state.lock().find(vm).ok_or_else(|| unknown(vm))
+}
+
+fn quantiles([p05, p50, p90, p95]: [f64; 4]) -> Quantiles {
+    Quantiles { p05, p50, p90, p95 }
+}
+
+fn abilities(abilities: &Abilities) -> Vec<Ability> {
+    let of = |what: &str, can: &Can| Ability {
+        what: what.to_owned(),
+        possible: can.is_yes(),
+        reason: can.reason().unwrap_or_default().to_owned(),
+    };
+    let yes = |what: &str, reason: String| Ability { what: what.to_owned(), possible: true, reason };
+    let mut list = vec![
+        of("balloon", &abilities.balloon),
+        of("shrink", &abilities.shrink),
+        of("vcpu_add", &abilities.vcpus.add),
+        of("vcpu_remove", &abilities.vcpus.remove),
+        of("guest_agent", &abilities.agent),
+    ];
+    list.extend(abilities.devices.iter().map(|device| yes("virtio_mem", device.alias.clone())));
+    list.extend(abilities.disks.iter().map(|disk| of(&format!("limit {}", disk.target), &disk.limits)));
+    list.extend(abilities.nics.iter().map(|nic| of(&format!("limit {}", nic.device), &nic.limits)));
+    list.extend(abilities.notes.iter().map(|note| yes("note", note.clone())));
+    list
+}
+
+fn shown(machine: &Machine) -> VmPolicyShown {
+    VmPolicyShown {
+        uuid: machine.uuid.to_string(),
+        name: machine.name.clone(),
+        set: machine.own_policy,
+        policy: machine.policy.clone(),
+        abilities: machine.abilities.as_ref().map(abilities).unwrap_or_default(),
+    }
+}
+
+impl Handle {
+    /// A machine that libvirt knows, running or not.
+    async fn defined(&self, vm: &str) -> Result<(Uuid, String), ApiError> {
+        if let Some(demand) = &self.0.demand {
+            let state = demand.state.lock();
+            if let Some(machine) = state.find(vm).and_then(|uuid| state.machines.get(&uuid)) {
+                return Ok((machine.uuid, machine.name.clone()));
+            }
+        }
+        let known = super::machines::get(&self.0, vm).await?;
+        let uuid =
+            Uuid::parse_str(&known.uuid).map_err(|error| ApiError::internal(format!("{}: {error}", known.uuid)))?;
+        Ok((uuid, known.name))
+    }
+
+    fn policy_of(&self, uuid: Uuid, name: String) -> Result<VmPolicyShown, ApiError> {
+        let state = self.0.demand()?.state.lock();
+        Ok(match state.machines.get(&uuid) {
+            Some(machine) => shown(machine),
+            None => VmPolicyShown {
+                uuid: uuid.to_string(),
+                name,
+                set: state.policies.contains_key(&uuid),
+                policy: state.policies.get(&uuid).cloned().unwrap_or_default(),
+                abilities: Vec::new(),
+            },
+        })
+    }
 }
 
 impl DemandControl for Handle {
     fn demand(&self) -> Reply<'_, DemandStatus> {
-        off()
+        Box::pin(async {
+            let Some(demand) = &self.0.demand else { return Ok(DemandStatus::default()) };
+            let store = demand.store.clone();
+            let series = blocking(move || store.series_status()).await?.map_err(|error| store_error(&error))?;
+            let state = demand.state.lock();
+            let (host, turns) = (&state.host, &state.turns);
+            let mut notes: Vec<String> = turns.trouble.iter().map(|trouble| format!("libvirt: {trouble}")).collect();
+            let waits =
+                |of: fn(&prestage_integration::pressure::Pressure) -> Option<f64>| host.pressure.as_ref().and_then(of);
+            if host.pressure.is_none() && turns.last_unix_ms.is_some() {
+                notes.push("the kernel tells no pressure (PSI): what waits is not seen".to_owned());
+            }
+            notes.extend(state.left_out().iter().map(|left| format!("{}: {}", left.name, left.reason)));
+            Ok(DemandStatus {
+                enabled: true,
+                machines: turns.machines,
+                interval_ms: u64::try_from(self.0.config.lock().demand.every.as_millis()).unwrap_or(u64::MAX),
+                last_unix_ms: turns.last_unix_ms,
+                last_took_us: u64::try_from(turns.last_took.as_micros()).unwrap_or(u64::MAX),
+                missed_rounds: turns.missed,
+                host_cpus: host.cpus,
+                host_memory_bytes: host.memory_bytes,
+                host_available_bytes: host.memory_available_bytes,
+                host_cpu_pressure: waits(|pressure| pressure.cpu.map(|stall| stall.some.avg10)),
+                host_memory_pressure: waits(|pressure| pressure.memory.map(|stall| stall.some.avg10)),
+                series_bytes: series.size_bytes(),
+                notes,
+                anomalies: state.anomalies(),
+            })
+        })
     }
-    fn policy(&self, _vm: String) -> Reply<'_, VmPolicyShown> {
-        off()
+
+    fn policy(&self, vm: String) -> Reply<'_, VmPolicyShown> {
+        Box::pin(async move {
+            self.0.demand()?;
+            let (uuid, name) = self.defined(&vm).await?;
+            self.policy_of(uuid, name)
+        })
     }
-    fn policy_set(&self, _vm: String, _policy: VmPolicy) -> Reply<'_, VmPolicyShown> {
-        off()
+
+    fn policy_set(&self, vm: String, policy: VmPolicy) -> Reply<'_, VmPolicyShown> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let (uuid, name) = self.defined(&vm).await?;
+            let data = serde_json::to_string(&policy).map_err(|error| ApiError::internal(error.to_string()))?;
+            let row = PolicyRow { vm: uuid.to_string(), data, changed_unix_ms: unix_ms() };
+            demand.store.set_policy(row).await.map_err(|error| store_error(&error))?;
+            demand.state.lock().set_policy(uuid, Some(policy));
+            self.policy_of(uuid, name)
+        })
     }
-    fn policy_remove(&self, _vm: String) -> Reply<'_, ()> {
-        off()
+
+    fn policy_remove(&self, vm: String) -> Reply<'_, ()> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let (uuid, _) = self.defined(&vm).await?;
+            match demand.store.remove_policy(&uuid.to_string()).await {
+                // It had the default.
+                Ok(()) | Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(store_error(&error)),
+            }
+            demand.state.lock().set_policy(uuid, None);
+            Ok(())
+        })
     }
-    fn forecast(&self, _vm: String, _query: ForecastQuery) -> Reply<'_, Forecast> {
-        off()
+
+    fn forecast(&self, vm: String, query: ForecastQuery) -> Reply<'_, Forecast> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let uuid = measured(demand, &vm)?;
+            let resource = query.resource;
+            let mut shown = {
+                let mut state = demand.state.lock();
+                let (model, calendar) = (state.model.clone(), state.calendar.clone());
+                let machine = state.machines.get_mut(&uuid).ok_or_else(|| unknown(&vm))?;
+                let step_s = machine.flow(resource).step_s(query.horizon_s);
+                let events = calendar.shares(uuid, unix_ms() / 1000, step_s, query.horizon_s);
+                let context = Context { event: &events, ..Context::default() };
+                let forecast = machine.flow(resource).forecast(query.horizon_s, &context, model.as_deref());
+                let forecast = forecast.ok_or_else(|| {
+                    let detail = format!(
+                        "too little was measured of the {} of `{vm}`; wait a minute, or see `prestagectl demand` for why not",
+                        resource.name()
+                    );
+                    ApiError::new(ErrorCode::NotPossible, detail)
+                })?;
+                Forecast {
+                    uuid: uuid.to_string(),
+                    name: machine.name.clone(),
+                    resource,
+                    at_unix_ms: forecast.origin_s * 1000,
+                    step_s: forecast.step_s,
+                    steps: forecast.steps.iter().map(|step| quantiles(step.0)).collect(),
+                    peak: quantiles(forecast.peak.0),
+                    capped: forecast.capped,
+                    basis: basis(&forecast.basis, forecast.step_s),
+                    allocated: machine.allocated(resource),
+                    measured: Vec::new(),
+                }
+            };
+            let (store, step_s) = (demand.store.clone(), u64::from(shown.step_s));
+            let to_s = unix_ms() / 1000;
+            let before = blocking(move || {
+                store.series(&subject(uuid), resource.name(), to_s.saturating_sub(MEASURED * step_s), to_s, step_s)
+            });
+            let before = before.await?.map_err(|error| store_error(&error))?;
+            let point = |point: &crate::store::series::Point| Measured {
+                at_unix_ms: point.at_s * 1000,
+                mean: point.mean,
+                max: point.max,
+            };
+            shown.measured = before.points.iter().map(point).collect();
+            Ok(shown)
+        })
     }
-    fn recommendations(&self, _vm: Option<String>) -> Reply<'_, AdviceList> {
-        off()
+
+    fn recommendations(&self, vm: Option<String>) -> Reply<'_, AdviceList> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let only = vm.map(|vm| measured(demand, &vm)).transpose()?;
+            let mut state = demand.state.lock();
+            let orders = state.weigh(unix_ms() / 1000);
+            let wanted = orders.into_iter().filter(|order| only.is_none_or(|only| only == order.uuid));
+            let recommendations = wanted.map(|order| Advice {
+                uuid: order.uuid.to_string(),
+                name: order.name,
+                resource: order.resource,
+                mode: order.mode,
+                kind: kind(order.decision.kind).to_owned(),
+                now: order.decision.before,
+                to: order.decision.to,
+                used: Some(order.decision.numbers.used),
+                peak: order.outlook.map(quantiles),
+                why: order.decision.to_string(),
+            });
+            let recommendations = recommendations.collect();
+            let left_out = match only {
+                None => state.left_out().to_vec(),
+                Some(only) => {
+                    let name = state.machines.get(&only).map(|machine| machine.name.clone());
+                    state.left_out().iter().filter(|left| Some(&left.name) == name.as_ref()).cloned().collect()
+                }
+            };
+            Ok(AdviceList { recommendations, left_out })
+        })
     }
-    fn decisions(&self, _query: DecisionsQuery) -> Reply<'_, DecisionList> {
-        off()
+
+    fn decisions(&self, query: DecisionsQuery) -> Reply<'_, DecisionList> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let vm = match &query.vm {
+                // One that is gone can still be asked for by its UUID.
+                Some(vm) => match Uuid::parse_str(vm) {
+                    Ok(uuid) => Some(uuid),
+                    Err(_) => Some(measured(demand, vm)?),
+                },
+                None => None,
+            };
+            let limit = query.limit.unwrap_or(DECISIONS);
+            let store = demand.store.clone();
+            let rows = blocking(move || {
+                let after = match query.before {
+                    None => None,
+                    // One that retention removed meanwhile: there is nothing older.
+                    Some(id) => match store.decision_time(id)? {
+                        Some(at_us) => Some((at_us, id)),
+                        None => return Ok(Vec::new()),
+                    },
+                };
+                let vm = vm.map(|vm| vm.to_string());
+                store.decisions(&Decisions { vm, after, limit, ..Decisions::default() })
+            });
+            let rows = rows.await?.map_err(|error| store_error(&error))?;
+            let full = rows.len() == limit as usize;
+            let next = rows.last().filter(|_| full).map(|row| row.id);
+            let state = demand.state.lock();
+            let name = |uuid: &str| {
+                let machine = Uuid::parse_str(uuid).ok().and_then(|uuid| state.machines.get(&uuid));
+                machine.map_or_else(|| uuid.to_owned(), |machine| machine.name.clone())
+            };
+            let decisions = rows.into_iter().map(|row| decision(&row, name(&row.decision.vm))).collect();
+            Ok(DecisionList { decisions, next })
+        })
     }
+
     fn reservations(&self) -> Reply<'_, ReservationList> {
-        off()
+        Box::pin(async {
+            let reservations = self.0.demand()?.state.lock().promised(unix_ms() / 1000);
+            Ok(ReservationList { reservations })
+        })
     }
-    fn reservation_add(&self, _request: ReservationRequest) -> Reply<'_, Reservation> {
-        off()
+
+    fn reservation_add(&self, request: ReservationRequest) -> Reply<'_, Reservation> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let vm = match &request.vm {
+                Some(vm) => Some(self.defined(vm).await?.0),
+                None => None,
+            };
+            let now_s = unix_ms() / 1000;
+            let admitted = demand.state.lock().reserve(request.clone(), vm, now_s);
+            match admitted {
+                Ok((reservation, row)) => {
+                    let event = demand.promise_event("reservation.admitted", vm, &reservation);
+                    if let Err(error) = demand.store.set_reservation(row, Some(event)).await {
+                        // Promised but forgotten at the next restart would be a trap.
+                        demand.state.lock().unreserve(reservation.id, now_s);
+                        return Err(store_error(&error));
+                    }
+                    Ok(reservation)
+                }
+                Err(refusal) => {
+                    let refused = Reservation { request, why: refusal.to_string(), ..Reservation::default() };
+                    let event = demand.promise_event("reservation.refused", vm, &refused);
+                    demand.store.record_event(event).await.map_err(|error| store_error(&error))?;
+                    Err(ApiError::new(ErrorCode::NotPossible, refusal.to_string()))
+                }
+            }
+        })
     }
-    fn reservation_cancel(&self, _id: i64) -> Reply<'_, ()> {
-        off()
+
+    fn reservation_cancel(&self, id: i64) -> Reply<'_, ()> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let row = demand.state.lock().unreserve(id, unix_ms() / 1000);
+            let row = row.ok_or_else(|| ApiError::not_found(format!("there is no reservation {id}, or it is over")))?;
+            demand.store.set_reservation(row, None).await.map_err(|error| store_error(&error))
+        })
     }
+
     fn executions(&self) -> Reply<'_, ExecutionList> {
-        off()
+        Box::pin(async { Ok(ExecutionList { executions: self.0.demand()?.state.lock().executions() }) })
     }
-    fn execution_start(&self, _request: ExecutionStart) -> Reply<'_, Execution> {
-        off()
+
+    fn execution_start(&self, request: ExecutionStart) -> Reply<'_, Execution> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let uuid = measured(demand, &request.vm)?;
+            demand.execution_start(uuid, request).await
+        })
     }
-    fn execution_end(&self, _id: i64) -> Reply<'_, Execution> {
-        off()
+
+    fn execution_end(&self, id: i64) -> Reply<'_, Execution> {
+        Box::pin(async move { self.0.demand()?.execution_end(id).await })
     }
+
     fn events(&self) -> Reply<'_, EventList> {
-        off()
+        Box::pin(async {
+            let state = self.0.demand()?.state.lock();
+            Ok(EventList { events: state.calendar.list(unix_ms() / 1000) })
+        })
     }
-    fn event_add(&self, _request: EventRequest) -> Reply<'_, Event> {
-        off()
+
+    fn event_add(&self, request: EventRequest) -> Reply<'_, Event> {
+        Box::pin(async move {
+            let vm = match &request.vm {
+                Some(vm) => Some(self.defined(vm).await?.0),
+                None => None,
+            };
+            self.0.demand()?.event_add(request, vm).await
+        })
     }
-    fn event_remove(&self, _id: i64) -> Reply<'_, ()> {
-        off()
+
+    fn event_remove(&self, id: i64) -> Reply<'_, ()> {
+        Box::pin(async move { self.0.demand()?.event_remove(id).await })
     }
+
     fn webhooks(&self) -> Reply<'_, WebhookList> {
-        off()
+        Box::pin(async { Ok(WebhookList::default()) })
+    }
+}
+
+fn kind(kind: crate::planner::Kind) -> &'static str {
+    use crate::planner::Kind;
+    match kind {
+        Kind::Raise => "raise",
+        Kind::Lower => "lower",
+        Kind::Hold => "hold",
+        Kind::Refuse => "refuse",
+    }
+}
+
+fn basis(basis: &prestage_predictor::demand::Basis, step_s: u32) -> String {
+    let names = ["model", "last value", "day before", "week before", "histogram", "program"];
+    let mut shares: Vec<(&str, f32)> =
+        names.into_iter().zip(basis.shares).filter(|(_, share)| *share >= 0.05).collect();
+    shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let shares: Vec<String> = shares.iter().map(|(name, share)| format!("{name} {:.0} %", 100.0 * share)).collect();
+    let history = std::time::Duration::from_secs(u64::from(basis.history) * u64::from(step_s));
+    let history = crate::config::units::human_duration(history);
+    format!("{history} of history, {} forecasts checked; {}", basis.rehearsed, shares.join(", "))
+}
+
+fn decision(row: &DecisionRow, name: String) -> Decision {
+    let made = &row.decision;
+    Decision {
+        id: row.id,
+        at_unix_ms: made.at_us / 1000,
+        uuid: made.vm.clone(),
+        name,
+        resource: Resource::ALL.into_iter().find(|of| resource_of(*of) == made.resource).unwrap_or(Resource::Cpu),
+        mode: match made.mode {
+            crate::store::demand::Mode::Observe => Mode::Observe,
+            crate::store::demand::Mode::Recommend => Mode::Recommend,
+            crate::store::demand::Mode::Act => Mode::Act,
+        },
+        kind: made.kind.name().to_owned(),
+        before: made.before.unwrap_or(0.0),
+        asked: made.asked.unwrap_or(0.0),
+        got: row.got,
+        outcome: match row.outcome {
+            Outcome::Proposed => "not_acted".to_owned(),
+            other => other.name().to_owned(),
+        },
+        took_ms: 0,
+        why: made.why.clone(),
     }
 }

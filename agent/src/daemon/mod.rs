@@ -5,6 +5,7 @@
 //! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `questions.rs`: how many questions about history are answered at a time
 //! - `models.rs`: models and thresholds
+//! - `demand.rs`: policies, forecasts, decisions, promises
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
@@ -23,6 +24,7 @@ mod run;
 pub use run::{Options, RunError, SetLog, run};
 
 use crate::config::Config;
+use crate::demand::run::Demand;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::models::ModelsHandle;
 use crate::store::Store;
@@ -46,6 +48,7 @@ struct Daemon {
     disks: Disks,
     questions: Questions,
     hypervisor: Option<Hypervisor>,
+    demand: Option<Demand>,
     started: Instant,
     started_unix_ms: u64,
     /// Why there is no SSD tier although one is configured.

@@ -7,7 +7,8 @@
 use super::disks::Definition;
 use super::questions::Questions;
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
-use crate::config::{Change, Config, ConfigError, Engine, HugePages, RateLimit, diff};
+use crate::config::{Change, Config, ConfigError, Demand as DemandSettings, Engine, HugePages, RateLimit, diff};
+use crate::demand::run::Demand;
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::store::StoreError;
@@ -117,6 +118,10 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     open_missing(&daemon).await;
     if let Some(hypervisor) = daemon.hypervisor.clone() {
         tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
+    }
+    if let Some(demand) = daemon.demand.clone() {
+        let config = daemon.config.lock().clone();
+        tasks.push(tokio::spawn(demand.run(config)));
     }
     tasks.push(tokio::spawn(keep_trying(daemon.clone())));
     tasks.push(tokio::spawn(keep_outcomes(daemon.clone())));
@@ -264,6 +269,12 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
             ..HypervisorConfig::default()
         })?),
     };
+    let demand = match &hypervisor {
+        Some(hypervisor) if config.demand.enabled => {
+            Some(Demand::new(store.clone(), hypervisor.clone(), &config, &super::report::host_name())?)
+        }
+        _ => None,
+    };
     let daemon = Daemon {
         config: Mutex::new(config),
         cache,
@@ -273,6 +284,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         disks: Disks::new(),
         questions: Questions::default(),
         hypervisor,
+        demand,
         started: Instant::now(),
         started_unix_ms: unix_ms(),
         ssd_trouble,
@@ -424,6 +436,9 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
     daemon.learner.settings(settings);
     daemon.models.settings(models::settings(&new));
     daemon.cache.set_budget(budget(&new));
+    if let Some(demand) = &daemon.demand {
+        demand.set(&new);
+    }
     {
         let mut config = daemon.config.lock();
         // Settings that need a restart stay as they run, so that what is reported is what is.
@@ -431,6 +446,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         config.prefetch = new.prefetch;
         config.learner = new.learner;
         config.model = new.model;
+        config.demand = DemandSettings { enabled: config.demand.enabled, every: config.demand.every, ..new.demand };
         config.disks = new.disks;
     }
     if let Err(error) = machines::follow_config(daemon).await {

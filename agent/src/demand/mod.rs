@@ -1,2 +1,280 @@
-//! Demand.
-pub(crate) mod course;
+//! Demand: measured, forecast, planned, and acted on through libvirt.
+//!
+//! - `flow.rs`: one machine's use of one resource, from samples to what is to be expected
+//! - `course.rs`: what a program used in the course of its earlier executions
+//! - `machine.rs`: a machine's book
+//! - `executions.rs`: programs that run, and what is known of them; `calendar.rs`: events that are to come
+//! - [`State`]: all machines, the host, what is promised and what was decided; sans-I/O
+//! - `order.rs`: from a decision to a change that libvirt can make
+//! - `promises.rs`: resources promised for a time
+//! - `run.rs`: the loop that measures, plans, acts and writes down
+//!
+//! Time comes in with each turn. The state is locked for a turn's arithmetic and for an answer, never across a call to libvirt or
+//! the database.
+
+mod calendar;
+mod course;
+mod executions;
+pub(crate) mod flow;
+pub(crate) mod machine;
+pub(crate) mod order;
+mod promises;
+pub(crate) mod run;
+
+use crate::planner::{self, Amounts, Host, Input, Planner, Reservations};
+use calendar::Calendar;
+use executions::Executions;
+use machine::{Machine, planned};
+use prestage_integration::api::demand::{Anomaly, LeftOut, Mode, ReservationRequest, Resource, VmPolicy};
+use prestage_integration::libvirt::Uuid;
+use prestage_integration::libvirt::act::{Backoff, Kind, Latencies};
+use prestage_integration::libvirt::stats::{HostSample, Turn};
+use prestage_predictor::demand::Weights;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Forgotten so long after it was seen last: a machine that is stopped overnight keeps its book.
+const FORGET_S: u64 = 7 * 86_400;
+/// A machine that was not measured for so long is not planned for.
+const GONE_S: u64 = 10;
+/// Horizon before any change was timed: a balloon gives back within seconds, a vCPU comes within one.
+const HORIZON_S: u32 = 20;
+/// Added to how long a change takes: a plan's turn, and what forecasts of 10 s blur.
+const HORIZON_MORE_S: u32 = 20;
+
+/// What of the host is for machines.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct HostSettings {
+    /// vCPUs for each CPU of the host.
+    pub(crate) cpu_overcommit: f64,
+    /// Share of the memory that the host keeps.
+    pub(crate) memory_reserve: f64,
+    /// Bytes a second of all machines together; 0: not managed.
+    pub(crate) disk_bps: f64,
+    pub(crate) network_bps: f64,
+}
+
+/// How a turn went.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Turns {
+    pub(crate) last_unix_ms: Option<u64>,
+    pub(crate) last_took: Duration,
+    pub(crate) missed: u64,
+    pub(crate) machines: u32,
+    pub(crate) trouble: Option<String>,
+}
+
+/// A decision on its way out.
+#[derive(Debug, Clone)]
+pub(crate) struct Order {
+    pub(crate) decision: planner::Decision,
+    pub(crate) uuid: Uuid,
+    pub(crate) name: String,
+    pub(crate) resource: Resource,
+    pub(crate) mode: Mode,
+    pub(crate) outlook: Option<[f64; 4]>,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) machines: BTreeMap<Uuid, Machine>,
+    /// Policies of machines, whether they are here or not.
+    pub(crate) policies: HashMap<Uuid, VmPolicy>,
+    pub(crate) reservations: Reservations,
+    /// What was asked for, by the number of the promise.
+    pub(crate) asked: BTreeMap<u64, ReservationRequest>,
+    pub(crate) calendar: Calendar,
+    executions: Executions,
+    planner: Planner,
+    pub(crate) host: HostSample,
+    pub(crate) settings: HostSettings,
+    pub(crate) latencies: Latencies,
+    pub(crate) turns: Turns,
+    pub(crate) model: Option<Arc<Weights>>,
+    /// Changes under way, and when to try again what failed.
+    busy: HashSet<Uuid>,
+    backoffs: HashMap<(Uuid, Resource), Backoff>,
+    left_out: Vec<LeftOut>,
+}
+
+impl State {
+    pub(crate) fn new(settings: HostSettings) -> Self {
+        let mut rules = planner::Settings::default();
+        // Guests get whole vCPUs.
+        rules.rules[planner::Resource::Cpu as usize].grain = 1.0;
+        Self {
+            machines: BTreeMap::new(),
+            policies: HashMap::new(),
+            reservations: Reservations::new(),
+            asked: BTreeMap::new(),
+            calendar: Calendar::default(),
+            executions: Executions::default(),
+            planner: Planner::new(rules),
+            host: HostSample::default(),
+            settings,
+            latencies: Latencies::default(),
+            turns: Turns::default(),
+            model: None,
+            busy: HashSet::new(),
+            backoffs: HashMap::new(),
+            left_out: Vec::new(),
+        }
+    }
+
+    /// Takes in what was measured.
+    pub(crate) fn take(&mut self, turn: Turn, now_s: u64) {
+        self.host = turn.host;
+        let samples = match turn.vms {
+            Ok(samples) => samples,
+            Err(error) => {
+                self.turns.missed += 1;
+                self.turns.trouble = Some(error.to_string());
+                return;
+            }
+        };
+        self.turns.trouble = None;
+        self.turns.machines = u32::try_from(samples.len()).unwrap_or(u32::MAX);
+        for sample in samples {
+            let uuid = sample.vm.uuid;
+            let machine = self.machines.entry(uuid).or_insert_with(|| {
+                let mut machine = Machine::new(uuid, sample.vm.name.clone());
+                if let Some(policy) = self.policies.get(&uuid) {
+                    (machine.policy, machine.own_policy) = (policy.clone(), true);
+                }
+                machine
+            });
+            machine.observe(sample, now_s);
+        }
+        let latencies = &mut self.latencies;
+        self.machines.retain(|uuid, machine| {
+            let keep = now_s.saturating_sub(machine.seen_s) <= FORGET_S;
+            if !keep {
+                latencies.forget(*uuid);
+            }
+            keep
+        });
+    }
+
+    /// What the host has for machines.
+    pub(crate) fn capacity(&self) -> Amounts {
+        let cores = f64::from(self.host.cpus) * self.settings.cpu_overcommit;
+        let memory = self.host.memory_bytes as f64 * (1.0 - self.settings.memory_reserve);
+        Amounts([cores, memory, self.settings.disk_bps, self.settings.network_bps])
+    }
+
+    /// How far ahead a machine's changes must be decided: as long as they took, and a little.
+    pub(crate) fn horizon_s(&self, uuid: Uuid) -> u32 {
+        let times = [Kind::Balloon, Kind::MemoryDevice, Kind::Vcpus]
+            .into_iter()
+            .filter_map(|kind| self.latencies.quantile(uuid, kind, true, 0.9));
+        let most = times.max().map_or(HORIZON_S, |most| u32::try_from(most.as_secs()).unwrap_or(u32::MAX) + 1);
+        most.clamp(1, 600) + HORIZON_MORE_S
+    }
+
+    /// Decides.
+    pub(crate) fn plan(&mut self, now_s: u64) -> Vec<Order> {
+        let mut planner = std::mem::take(&mut self.planner);
+        let orders = self.plan_by(&mut planner, now_s);
+        self.planner = planner;
+        orders
+    }
+
+    /// What would be decided now, without a decision.
+    pub(crate) fn weigh(&mut self, now_s: u64) -> Vec<Order> {
+        let mut planner = self.planner.clone();
+        let settings = planner::Settings { repeat_s: 0, ..*planner.settings() };
+        planner.set_settings(settings);
+        self.plan_by(&mut planner, now_s)
+    }
+
+    fn plan_by(&mut self, planner: &mut Planner, now_s: u64) -> Vec<Order> {
+        let model = self.model.clone();
+        let mut vms = Vec::with_capacity(self.machines.len());
+        let mut left_out = Vec::new();
+        let horizons: HashMap<Uuid, u32> = self.machines.keys().map(|uuid| (*uuid, self.horizon_s(*uuid))).collect();
+        for machine in self.machines.values_mut() {
+            if now_s.saturating_sub(machine.seen_s) > GONE_S {
+                continue;
+            }
+            let horizon_s = horizons.get(&machine.uuid).copied().unwrap_or(HORIZON_S);
+            let (vm, reasons) = machine.planned(now_s, horizon_s, model.as_deref());
+            if let Some(reason) = reasons[machine::index(Resource::Memory)].or(reasons[machine::index(Resource::Cpu)]) {
+                left_out.push(LeftOut { name: machine.name.clone(), reason: reason.to_owned() });
+            }
+            vms.push(vm);
+        }
+        self.left_out = left_out;
+        let pressure = |resource: Resource| self.host_pressure(resource);
+        let host = Host { capacity: self.capacity(), pressure: Resource::ALL.map(pressure) };
+        let input = Input { now_s, host: &host, vms: &vms, reservations: &self.reservations };
+        let decisions = planner.plan(&input);
+        let mut orders: Vec<Order> = decisions.into_iter().filter_map(|decision| self.order(decision, now_s)).collect();
+        // Room is made before it is given away.
+        orders.sort_by_key(|order| order.decision.kind != planner::Kind::Lower);
+        orders
+    }
+
+    fn order(&mut self, decision: planner::Decision, now_s: u64) -> Option<Order> {
+        let uuid = Uuid::from_u128(decision.vm.0);
+        let resource = Resource::ALL.into_iter().find(|resource| planned(*resource) == decision.resource)?;
+        let horizon_s = self.horizon_s(uuid);
+        let model = self.model.clone();
+        let machine = self.machines.get_mut(&uuid)?;
+        let outlook = machine.outlook(resource, now_s, horizon_s, model.as_deref());
+        let (name, mode) = (machine.name.clone(), machine.policy.mode_of(resource));
+        Some(Order { decision, uuid, name, resource, mode, outlook })
+    }
+
+    fn host_pressure(&self, resource: Resource) -> planner::Pressure {
+        let Some(host) = &self.host.pressure else { return planner::Pressure::default() };
+        let stall = match resource {
+            Resource::Cpu => host.cpu.as_ref(),
+            Resource::Memory => host.memory.as_ref(),
+            Resource::Disk => host.io.as_ref(),
+            Resource::Network => None,
+        };
+        stall.map_or(planner::Pressure::default(), |stall| planner::Pressure {
+            some: stall.some.avg10,
+            full: stall.full.as_ref().map_or(0.0, |full| full.avg10),
+        })
+    }
+
+    /// Probability with which a machine may need more than it is given for what is foreseen.
+    pub(crate) fn set_risk(&mut self, risk: f64) {
+        let settings = planner::Settings { risk, ..*self.planner.settings() };
+        self.planner.set_settings(settings);
+    }
+
+    /// What is unusual now.
+    pub(crate) fn anomalies(&self) -> Vec<Anomaly> {
+        Vec::new()
+    }
+
+    /// Machines that nothing can be said of, and why.
+    pub(crate) fn left_out(&self) -> &[LeftOut] {
+        &self.left_out
+    }
+
+    /// By name or UUID.
+    pub(crate) fn find(&self, vm: &str) -> Option<Uuid> {
+        match Uuid::parse_str(vm) {
+            Ok(uuid) if self.machines.contains_key(&uuid) => Some(uuid),
+            _ => self.machines.values().find(|machine| machine.name == vm).map(|machine| machine.uuid),
+        }
+    }
+
+    /// Sets or, with `None`, unsets a machine's policy.
+    pub(crate) fn set_policy(&mut self, uuid: Uuid, policy: Option<VmPolicy>) {
+        let own = policy.is_some();
+        match &policy {
+            Some(policy) => drop(self.policies.insert(uuid, policy.clone())),
+            None => drop(self.policies.remove(&uuid)),
+        }
+        if let Some(machine) = self.machines.get_mut(&uuid) {
+            (machine.policy, machine.own_policy) = (policy.unwrap_or_default(), own);
+            self.backoffs.retain(|(of, _), _| *of != uuid);
+        }
+    }
+}

@@ -275,6 +275,6 @@ mod tests {
     fn neighbours_become_one_column_with_the_greatest() {
         assert_eq!(squeeze(&[1, 5, 2, 3, 9], 2, |a: i32, b| a.max(b)), [5, 9]);
         assert_eq!(squeeze(&[1, 2], 5, |a: i32, b| a.max(b)), [1, 1, 2, 2]);
-        assert_eq!(squeeze(&[], 5, |a: i32, b| a.max(b)), []);
+        assert!(squeeze(&[], 5, |a: i32, b| a.max(b)).is_empty());
     }
 }

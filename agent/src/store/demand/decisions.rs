@@ -8,7 +8,7 @@
 //! A decision that is carried out is on record before it is, so that after a crash it is known what was under way:
 //! [`Store::pending_decisions`].
 
-use rusqlite::{Row, params};
+use rusqlite::{OptionalExtension, Row, params};
 
 use super::outbox::{self, NewEvent};
 use super::{json, words};
@@ -219,6 +219,14 @@ impl Store {
             let from_us = int(which.from_us.unwrap_or(0));
             let values = params![which.vm, from_us, to_us, after_us, after_id, which.resource, which.limit];
             connection.prepare_cached(&sql)?.query_map(values, decision_row)?.collect()
+        })
+    }
+
+    /// When a decision was made, Unix µs; `None`: it is not on record.
+    pub fn decision_time(&self, id: i64) -> Result<Option<u64>, StoreError> {
+        self.read("read decisions from", |connection| {
+            let sql = "SELECT at_us FROM decisions WHERE id = ?";
+            connection.prepare_cached(sql)?.query_row([id], |row| unsigned(row, 0)).optional()
         })
     }
 

@@ -3,10 +3,12 @@
 //! - `decisions.rs`: what was decided and what came of it
 //! - `outbox.rs`: events, and which of them which endpoint has yet to get
 //! - `promises.rs`: policies of machines, and reservations
+//! - `kept.rs`: small things under a name
 //!
 //! A change and the event that tells of it are one transaction: an event is told if and only if what it tells of is on record.
 
 mod decisions;
+mod kept;
 mod outbox;
 mod promises;
 #[cfg(test)]
@@ -89,6 +91,11 @@ CREATE TABLE reservations (
 ) WITHOUT ROWID;
 CREATE INDEX reservations_by_vm ON reservations(vm, from_s);
 CREATE INDEX reservations_by_state ON reservations(state, to_s);
+-- Courses of programs (demand/executions.rs in the agent), events that are to come.
+CREATE TABLE kept (
+    name TEXT PRIMARY KEY,
+    value BLOB NOT NULL
+) WITHOUT ROWID;
 ";
 
 /// JSON that fits a row. Errors: `WrongState`.

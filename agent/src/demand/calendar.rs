@@ -1,0 +1,186 @@
+//! What is known to come: events that come once or by a schedule, and how much of each step of a forecast they fill.
+
+use crate::schedule::Schedule;
+use prestage_integration::api::demand::{Event, EventRequest};
+use prestage_integration::libvirt::Uuid;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Events at most.
+const MOST: usize = 1000;
+/// Unless said otherwise an event lasts an hour.
+const DURATION_S: u64 = 3600;
+/// Beginnings of one schedule that are looked at for one forecast: each minute of a day, and before.
+const BEGINNINGS: usize = 2000;
+
+/// An event as it lies in the database.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Kept {
+    request: EventRequest,
+    /// UUID.
+    vm: Option<String>,
+}
+
+/// An event.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Entry {
+    pub(crate) request: EventRequest,
+    /// `None`: of all machines.
+    pub(crate) vm: Option<Uuid>,
+    schedule: Option<Schedule>,
+}
+
+impl Entry {
+    /// # Errors
+    /// The schedule cannot be read, or never comes.
+    pub(crate) fn new(request: EventRequest, vm: Option<Uuid>) -> Result<Self, String> {
+        let schedule =
+            request.cron.as_deref().map(str::parse::<Schedule>).transpose().map_err(|error| error.to_string())?;
+        Ok(Self { request, vm, schedule })
+    }
+
+    pub(crate) fn kept(&self) -> Kept {
+        Kept { request: self.request.clone(), vm: self.vm.map(|vm| vm.to_string()) }
+    }
+
+    /// What was kept; `None` where it is damaged.
+    pub(crate) fn from_kept(kept: Kept) -> Option<Self> {
+        let vm = kept.vm.map(|vm| Uuid::parse_str(&vm)).transpose().ok()?;
+        Self::new(kept.request, vm).ok()
+    }
+
+    fn lasts_s(&self) -> u64 {
+        self.request.duration_s.map_or(DURATION_S, u64::from)
+    }
+
+    /// When it begins next, or began if it is not over.
+    fn next(&self, now_s: u64) -> Option<u64> {
+        let earliest = now_s.saturating_sub(self.lasts_s());
+        match (&self.schedule, self.request.at_unix_ms) {
+            (Some(schedule), _) => schedule.next(earliest),
+            (None, Some(at_ms)) => Some(at_ms / 1000).filter(|at_s| *at_s > earliest),
+            (None, None) => None,
+        }
+    }
+
+    /// Its beginnings within a time, Unix s.
+    fn beginnings(&self, from_s: u64, to_s: u64) -> Vec<u64> {
+        match (&self.schedule, self.request.at_unix_ms) {
+            (Some(schedule), _) => schedule.within(from_s, to_s, BEGINNINGS).collect(),
+            (None, Some(at_ms)) => {
+                Some(at_ms / 1000).filter(|at_s| (from_s..to_s).contains(at_s)).into_iter().collect()
+            }
+            (None, None) => Vec::new(),
+        }
+    }
+}
+
+/// All events.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Calendar {
+    entries: BTreeMap<i64, Entry>,
+}
+
+impl Calendar {
+    pub(crate) fn is_full(&self) -> bool {
+        self.entries.len() >= MOST
+    }
+
+    pub(crate) fn next_id(&self) -> i64 {
+        self.entries.last_key_value().map_or(1, |(id, _)| id.saturating_add(1))
+    }
+
+    pub(crate) fn set(&mut self, id: i64, entry: Entry) {
+        self.entries.insert(id, entry);
+    }
+
+    pub(crate) fn remove(&mut self, id: i64) -> bool {
+        self.entries.remove(&id).is_some()
+    }
+
+    pub(crate) fn get(&self, id: i64, now_s: u64) -> Option<Event> {
+        self.entries.get(&id).map(|entry| event(id, entry, now_s))
+    }
+
+    pub(crate) fn list(&self, now_s: u64) -> Vec<Event> {
+        self.entries.iter().map(|(id, entry)| event(*id, entry, now_s)).collect()
+    }
+
+    /// Events that never come again.
+    pub(crate) fn over(&self, now_s: u64) -> Vec<i64> {
+        self.entries.iter().filter(|(_, entry)| entry.next(now_s).is_none()).map(|(id, _)| *id).collect()
+    }
+
+    /// How much of each step is filled by events of a machine, 0 to 1: at the origin, then of each step ahead.
+    pub(crate) fn shares(&self, vm: Uuid, origin_s: u64, step_s: u32, horizon_s: u32) -> Vec<f32> {
+        let step_s = u64::from(step_s.max(1));
+        let steps = u64::from(horizon_s).div_ceil(step_s) as usize + 1;
+        let mut shares = vec![0f32; steps];
+        let end_s = origin_s + steps as u64 * step_s;
+        for entry in self.entries.values().filter(|entry| entry.vm.is_none_or(|of| of == vm)) {
+            let lasts_s = entry.lasts_s();
+            for begins_s in entry.beginnings(origin_s.saturating_sub(lasts_s), end_s) {
+                let (from, to) = (begins_s.max(origin_s), (begins_s + lasts_s).min(end_s));
+                let mut at_s = from;
+                while at_s < to {
+                    let step = (at_s - origin_s) / step_s;
+                    let until_s = (origin_s + (step + 1) * step_s).min(to);
+                    if let Some(share) = shares.get_mut(step as usize) {
+                        *share = (*share + (until_s - at_s) as f32 / step_s as f32).min(1.0);
+                    }
+                    at_s = until_s;
+                }
+            }
+        }
+        shares
+    }
+}
+
+fn event(id: i64, entry: &Entry, now_s: u64) -> Event {
+    Event { id, request: entry.request.clone(), next_unix_ms: entry.next(now_s).map(|at_s| at_s * 1000) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hourly(duration_s: u32) -> Entry {
+        let request = EventRequest {
+            name: "hourly".into(),
+            cron: Some("0 * * * *".into()),
+            duration_s: Some(duration_s),
+            ..EventRequest::default()
+        };
+        Entry::new(request, None).unwrap()
+    }
+
+    #[test]
+    fn steps_are_filled_by_as_much_as_events_last_in_them() {
+        let mut calendar = Calendar::default();
+        calendar.set(1, hourly(450));
+        // From half an hour before the hour on, by five minutes.
+        let shares = calendar.shares(Uuid::nil(), 1800, 300, 3600);
+        assert_eq!(shares.len(), 13);
+        assert_eq!((shares[5], shares[6], shares[7], shares[8]), (0.0, 1.0, 0.5, 0.0));
+        // One that began before still lasts.
+        assert_eq!(calendar.shares(Uuid::nil(), 3600 + 300, 300, 300), [0.5, 0.0]);
+    }
+
+    #[test]
+    fn an_event_of_one_machine_is_not_anothers_and_one_that_was_is_over() {
+        let mut calendar = Calendar::default();
+        let once = EventRequest { name: "once".into(), at_unix_ms: Some(10_000_000), ..EventRequest::default() };
+        calendar.set(4, Entry::new(once, Some(Uuid::from_u128(1))).unwrap());
+        assert_eq!(calendar.shares(Uuid::from_u128(2), 10_000, 300, 300), [0.0, 0.0]);
+        assert_eq!(calendar.shares(Uuid::from_u128(1), 10_000, 300, 300), [1.0, 1.0]);
+        assert_eq!(calendar.list(9_000)[0].next_unix_ms, Some(10_000_000));
+        assert!(calendar.over(10_000 + 3599).is_empty());
+        assert_eq!((calendar.over(10_000 + 3600), calendar.next_id()), (vec![4], 5));
+    }
+
+    #[test]
+    fn a_schedule_that_cannot_be_read_is_refused() {
+        let bad = |cron: &str| Entry::new(EventRequest { cron: Some(cron.into()), ..EventRequest::default() }, None);
+        assert!(bad("61 * * * *").is_err() && bad("0 0 30 2 *").is_err() && bad("").is_err());
+    }
+}

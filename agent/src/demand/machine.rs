@@ -1,0 +1,297 @@
+//! A machine's book: what it uses, what runs in it, what it may have and what can be done to it. Sans-I/O.
+
+use super::course::{Course, Rise, Run};
+use super::flow::Flow;
+use crate::planner;
+use prestage_integration::api::demand::{Resource, ResourcePolicy, VmPolicy};
+use prestage_integration::libvirt::Uuid;
+use prestage_integration::libvirt::act::{Abilities, Ability};
+use prestage_integration::libvirt::stats::VmSample;
+use prestage_predictor::demand::{Metric, Weights};
+use std::time::Duration;
+
+/// What an execution's start is compared with: use before it.
+#[derive(Debug)]
+struct Running {
+    id: i64,
+    started_s: u64,
+    /// By resource: use before, what it used so far, and what earlier executions did.
+    base: [f64; 4],
+    runs: [Run; 4],
+    courses: [Course; 4],
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) uuid: Uuid,
+    pub(crate) name: String,
+    pub(crate) policy: VmPolicy,
+    /// The policy was set, and is not the default.
+    pub(crate) own_policy: bool,
+    pub(crate) abilities: Option<Abilities>,
+    pub(crate) sample: Option<VmSample>,
+    pub(crate) seen_s: u64,
+    running: Vec<Running>,
+    /// Limits of disk and network as last applied.
+    pub(crate) limits: [Option<f64>; 4],
+    flows: [Flow; 4],
+}
+
+pub(crate) const fn index(resource: Resource) -> usize {
+    resource as usize
+}
+
+/// The planner's word for it.
+pub(crate) const fn planned(resource: Resource) -> planner::Resource {
+    match resource {
+        Resource::Cpu => planner::Resource::Cpu,
+        Resource::Memory => planner::Resource::Memory,
+        Resource::Disk => planner::Resource::Disk,
+        Resource::Network => planner::Resource::Network,
+    }
+}
+
+impl Machine {
+    pub(crate) fn new(uuid: Uuid, name: String) -> Self {
+        Self {
+            uuid,
+            name,
+            policy: VmPolicy::default(),
+            own_policy: false,
+            abilities: None,
+            sample: None,
+            seen_s: 0,
+            running: Vec::new(),
+            limits: [None; 4],
+            flows: Metric::ALL.map(Flow::new),
+        }
+    }
+
+    pub(crate) fn flow(&mut self, resource: Resource) -> &mut Flow {
+        &mut self.flows[index(resource)]
+    }
+
+    /// What it has of a resource; `None`: not limited, or not known.
+    pub(crate) fn allocated(&self, resource: Resource) -> Option<f64> {
+        let sample = self.sample.as_ref()?;
+        match resource {
+            Resource::Cpu => sample.cpu.vcpus.map(f64::from),
+            Resource::Memory => sample.memory.current_bytes.map(|bytes| bytes as f64),
+            // Limits are ours where the policy has a maximum; elsewhere there are none.
+            _ => self.limits[index(resource)].or(self.bounds(resource).max),
+        }
+    }
+
+    pub(crate) fn bounds(&self, resource: Resource) -> ResourcePolicy {
+        self.policy.resources.get(&resource).copied().unwrap_or_default()
+    }
+
+    /// Takes in a second's sample.
+    pub(crate) fn observe(&mut self, sample: VmSample, now_s: u64) {
+        self.name.clone_from(&sample.vm.name);
+        let restarted = self.sample.as_ref().is_some_and(|before| before.instance != sample.instance);
+        if restarted {
+            // What ran is gone, and limits with it.
+            self.running.clear();
+            self.limits = [None; 4];
+            self.abilities = None;
+        }
+        for (resource, value) in used(&sample) {
+            let Some(value) = value else { continue };
+            self.flows[index(resource)].observe(now_s, value);
+            for running in &mut self.running {
+                let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
+                let at = index(resource);
+                running.runs[at].observe(elapsed, (value - running.base[at]).max(0.0));
+            }
+        }
+        self.seen_s = now_s;
+        self.sample = Some(sample);
+    }
+
+    /// A program begins.
+    pub(crate) fn start(&mut self, id: i64, now_s: u64, courses: [Course; 4]) {
+        let base = std::array::from_fn(|at| self.flows[at].used().map_or(0.0, |(_, used)| used));
+        let runs = std::array::from_fn(|_| Run::new());
+        self.running.push(Running { id, started_s: now_s, base, runs, courses });
+    }
+
+    /// A program has ended: what it used in its course, by resource.
+    pub(crate) fn end(&mut self, id: i64) -> Option<[Run; 4]> {
+        let at = self.running.iter().position(|running| running.id == id)?;
+        Some(self.running.remove(at).runs)
+    }
+
+    /// What the programs that run are known to use at most within `horizon_s`, and what the machine used before.
+    fn rise(&self, resource: Resource, now_s: u64, horizon_s: u32) -> Option<Rise> {
+        let at = index(resource);
+        let mut sum: Option<Rise> = None;
+        for running in &self.running {
+            let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
+            let Some(rise) = running.courses[at].expect(elapsed, horizon_s) else { continue };
+            let base = if sum.is_none() { running.base[at] } else { 0.0 };
+            let before = sum.unwrap_or_default();
+            sum = Some(std::array::from_fn(|q| before[q] + rise[q] + base));
+        }
+        sum
+    }
+
+    /// Quantiles of the most it is to use within the minutes to come.
+    pub(crate) fn outlook(
+        &mut self,
+        resource: Resource,
+        now_s: u64,
+        horizon_s: u32,
+        model: Option<&Weights>,
+    ) -> Option<[f64; 4]> {
+        let flow = self.flows[index(resource)].outlook(now_s, model);
+        match (flow, self.rise(resource, now_s, horizon_s)) {
+            (Some(flow), Some(rise)) => Some(std::array::from_fn(|q| f64::max(flow[q], rise[q]))),
+            (flow, rise) => flow.or(rise),
+        }
+    }
+
+    /// The machine as the planner sees it, and why a resource is left out.
+    pub(crate) fn planned(
+        &mut self,
+        now_s: u64,
+        horizon_s: u32,
+        model: Option<&Weights>,
+    ) -> (planner::Vm, [Option<&'static str>; 4]) {
+        let mut left_out = [None; 4];
+        let readings = std::array::from_fn(|at| {
+            let resource = Resource::ALL[at];
+            let outlook = self.outlook(resource, now_s, horizon_s, model);
+            match self.reading(resource, now_s, outlook) {
+                Ok(reading) => Some(reading),
+                Err(reason) => {
+                    left_out[at] = Some(reason);
+                    None
+                }
+            }
+        });
+        let vm = planner::Vm {
+            id: planner::VmId(self.uuid.as_u128()),
+            policy: self.planner_policy(),
+            abilities: self.planner_abilities(),
+            readings,
+        };
+        (vm, left_out)
+    }
+
+    fn reading(
+        &self,
+        resource: Resource,
+        now_s: u64,
+        outlook: Option<[f64; 4]>,
+    ) -> Result<planner::Reading, &'static str> {
+        let sample = self.sample.as_ref().ok_or("not measured yet")?;
+        if !matches!(resource, Resource::Cpu | Resource::Memory) && self.bounds(resource).max.is_none() {
+            return Err("not limited: its policy has no maximum for it");
+        }
+        let allocated = self.allocated(resource).ok_or("libvirt does not say what it has")?;
+        let (at_s, used) = self.flows[index(resource)].used().ok_or(match resource {
+            Resource::Memory => "its guest does not tell what memory it needs",
+            _ => "libvirt does not say what it uses",
+        })?;
+        let mut age_s = u32::try_from(now_s.saturating_sub(at_s)).unwrap_or(u32::MAX);
+        if resource == Resource::Memory
+            && let Some(guest) = &sample.memory.guest
+        {
+            age_s = age_s.saturating_add(u32::try_from(guest.age.as_secs()).unwrap_or(u32::MAX));
+        }
+        let pressure = pressure(sample, resource);
+        let outlook = outlook.map(|[_, p50, p90, p95]| planner::Outlook { p50, p90, p95 });
+        Ok(planner::Reading { allocated, used, age_s, pressure, oom: false, outlook })
+    }
+
+    fn planner_policy(&self) -> planner::Policy {
+        let sample = self.sample.as_ref();
+        let most = |resource: Resource| match resource {
+            Resource::Cpu => sample.and_then(|sample| sample.cpu.vcpus_max).map(f64::from),
+            Resource::Memory => sample.and_then(|sample| sample.memory.maximum_bytes).map(|bytes| bytes as f64),
+            _ => None,
+        };
+        let max = Resource::ALL.map(|resource| {
+            let own = self.bounds(resource).max.unwrap_or(f64::INFINITY);
+            let least = own.min(most(resource).unwrap_or(f64::INFINITY));
+            if least.is_finite() { least } else { 0.0 }
+        });
+        let min = Resource::ALL.map(|resource| self.bounds(resource).min.unwrap_or(0.0));
+        planner::Policy {
+            min: planner::Amounts(min),
+            max: planner::Amounts(max),
+            priority: self.policy.priority,
+            weight: f64::from(self.policy.weight),
+            mode: planner::Mode::Act,
+            never_lower: Resource::ALL.map(|resource| self.bounds(resource).never_lower),
+            margin: [Some(self.policy.margin); 4],
+        }
+    }
+
+    fn planner_abilities(&self) -> planner::Abilities {
+        let Some(abilities) = &self.abilities else { return planner::Abilities::default() };
+        let yes = Ability::is_yes;
+        planner::Abilities {
+            balloon: yes(&abilities.balloon),
+            virtio_mem: !abilities.devices.is_empty(),
+            vcpu_add: yes(&abilities.vcpus.add),
+            vcpu_remove: yes(&abilities.vcpus.remove),
+            agent: yes(&abilities.agent) || yes(&abilities.vcpus.add),
+            // Whole vCPUs are given and taken; a quota would hide them from the guest.
+            cpu_quota: false,
+            disk_limit: abilities.disks.iter().any(|disk| yes(&disk.limits)),
+            network_limit: abilities.nics.iter().any(|nic| yes(&nic.limits)),
+        }
+    }
+
+    /// Below which memory it is not taken, whatever was decided: what it uses and its margin.
+    pub(crate) fn not_below(&self) -> u64 {
+        let used = self.flows[index(Resource::Memory)].used().map_or(0.0, |(_, used)| used);
+        let floor = used * (1.0 + self.policy.margin);
+        floor.max(self.bounds(Resource::Memory).min.unwrap_or(0.0)) as u64
+    }
+}
+
+/// What a sample says of each resource.
+pub(crate) fn used(sample: &VmSample) -> [(Resource, Option<f64>); 4] {
+    let memory = sample.memory.guest.as_ref().filter(|guest| {
+        // Figures that nobody renews tell of another time.
+        guest.is_fresh(sample.memory.period.unwrap_or(Duration::from_secs(2)))
+    });
+    [
+        (Resource::Cpu, sample.cpu.used_cores.or(sample.cpu.total_cores)),
+        (Resource::Memory, memory.map(|guest| guest.used_bytes() as f64)),
+        (Resource::Disk, sample.disk_bps()),
+        (Resource::Network, sample.net_bps()),
+    ]
+}
+
+/// How long work in the machine waits, as shares of time.
+fn pressure(sample: &VmSample, resource: Resource) -> planner::Pressure {
+    let group = sample.pressure.as_ref();
+    let stall = match resource {
+        Resource::Cpu => group.and_then(|group| group.cpu.as_ref()),
+        Resource::Memory => group.and_then(|group| group.memory.as_ref()),
+        Resource::Disk => group.and_then(|group| group.io.as_ref()),
+        Resource::Network => None,
+    };
+    let mut pressure = stall.map_or(planner::Pressure::default(), |stall| planner::Pressure {
+        some: stall.some.avg10,
+        full: stall.full.as_ref().map_or(0.0, |full| full.avg10),
+    });
+    if resource == Resource::Memory
+        && let Some(guest) = &sample.memory.guest
+        && (guest.swap_out_bps.unwrap_or(0.0) > 0.0 || guest.major_faults.unwrap_or(0.0) >= FAULTS)
+    {
+        // Inside the guest programs wait for memory, which no group of the host shows.
+        pressure.some = pressure.some.max(GUEST_SHORT);
+    }
+    pressure
+}
+
+/// Page faults a second that wait for a disk, from which on a guest counts as short of memory.
+const FAULTS: f64 = 100.0;
+/// Pressure that a guest which is short of memory counts as.
+const GUEST_SHORT: f64 = 0.2;

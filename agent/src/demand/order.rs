@@ -1,0 +1,155 @@
+//! From a decision to a change that libvirt can make, and back: what it came to.
+
+use super::machine::Machine;
+use super::{Order, State};
+use crate::planner::Kind;
+use prestage_integration::api::demand::{Mode, Resource};
+use prestage_integration::libvirt::Uuid;
+use prestage_integration::libvirt::act::{ActError, Backoff, Change, DiskLimits, Done, NetLimits, Outcome, Setting};
+use std::time::Instant;
+
+/// Why a decision is not carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NotDone {
+    /// The mode says so.
+    Mode,
+    /// Nothing is to be done.
+    Nothing,
+    /// Another change of this machine is under way, or one failed a moment ago.
+    Later(String),
+}
+
+/// What a decision came to.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Result {
+    /// `not_acted`, `done`, `partial`, `failed` or `impossible`.
+    pub(crate) outcome: &'static str,
+    pub(crate) got: Option<f64>,
+    pub(crate) took_ms: u64,
+    pub(crate) why: String,
+}
+
+impl State {
+    /// The changes that carry out an order; the machine counts as being changed until [`State::done`].
+    pub(crate) fn changes(&mut self, order: &Order, now: Instant) -> std::result::Result<Vec<Change>, NotDone> {
+        if !matches!(order.decision.kind, Kind::Raise | Kind::Lower) {
+            return Err(NotDone::Nothing);
+        }
+        if order.mode != Mode::Act {
+            return Err(NotDone::Mode);
+        }
+        let Some(machine) = self.machines.get(&order.uuid) else { return Err(NotDone::Nothing) };
+        let settings = settings(machine, order);
+        if settings.is_empty() {
+            return Err(NotDone::Nothing);
+        }
+        if self.busy.contains(&order.uuid) {
+            return Err(NotDone::Later("another change of this machine is under way".to_owned()));
+        }
+        if let Some(backoff) = self.backoffs.get(&(order.uuid, order.resource))
+            && !backoff.is_ready(now)
+        {
+            let wait = backoff.wait(now).as_secs();
+            return Err(NotDone::Later(format!("it failed {} times; tried again in {wait} s", backoff.failures())));
+        }
+        self.busy.insert(order.uuid);
+        let not_below = machine.not_below();
+        Ok(settings.into_iter().map(|to| Change { vm: order.uuid, to, not_below }).collect())
+    }
+
+    /// What came of them.
+    pub(crate) fn done(
+        &mut self,
+        order: &Order,
+        results: &[std::result::Result<Done, ActError>],
+        now: Instant,
+    ) -> Result {
+        self.busy.remove(&order.uuid);
+        let key = (order.uuid, order.resource);
+        let mut result = Result { outcome: "done", got: None, took_ms: 0, why: String::new() };
+        let mut failed = false;
+        for each in results {
+            match each {
+                Ok(done) => {
+                    self.latencies.learn(done);
+                    result.took_ms =
+                        result.took_ms.saturating_add(u64::try_from(done.took.as_millis()).unwrap_or(u64::MAX));
+                    let got = amount(&done.got);
+                    result.got = got.or(result.got);
+                    if let (Some(machine), Some(got)) = (self.machines.get_mut(&order.uuid), got)
+                        && matches!(order.resource, Resource::Disk | Resource::Network)
+                    {
+                        machine.limits[super::machine::index(order.resource)] = Some(got);
+                    }
+                    match done.outcome {
+                        Outcome::Reached | Outcome::Already => {}
+                        Outcome::Partial => result.outcome = "partial",
+                        Outcome::Unchanged | Outcome::RolledBack => (result.outcome, failed) = ("failed", true),
+                    }
+                    say(&mut result.why, &done.why);
+                }
+                Err(error) => {
+                    failed = true;
+                    result.outcome = if error.is_permanent() { "impossible" } else { "failed" };
+                    say(&mut result.why, &error.to_string());
+                }
+            }
+        }
+        if failed {
+            self.backoffs.entry(key).or_insert_with(Backoff::default).failed(now);
+        } else {
+            self.backoffs.remove(&key);
+        }
+        result
+    }
+
+    /// The machine is free again without anything done.
+    pub(crate) fn release(&mut self, uuid: Uuid) {
+        self.busy.remove(&uuid);
+    }
+}
+
+fn say(why: &mut String, more: &str) {
+    if !more.is_empty() && !why.contains(more) {
+        if !why.is_empty() {
+            why.push_str("; ");
+        }
+        why.push_str(more);
+    }
+}
+
+/// What libvirt is to set. vCPUs are whole; a rate holds for each disk and each interface.
+fn settings(machine: &Machine, order: &Order) -> Vec<Setting> {
+    let to = order.decision.to;
+    let Some(abilities) = &machine.abilities else { return Vec::new() };
+    match order.resource {
+        Resource::Cpu => {
+            let (least, most) = (abilities.vcpus.fewest.max(1), abilities.vcpus.maximum.max(1));
+            let vcpus = (to.ceil() as u32).clamp(least.min(most), most);
+            if vcpus == abilities.vcpus.current { Vec::new() } else { vec![Setting::Vcpus(vcpus)] }
+        }
+        Resource::Memory => vec![Setting::Memory(to as u64)],
+        Resource::Disk => {
+            let limits = DiskLimits { total_bps: Some(to as u64), ..DiskLimits::default() };
+            let able = abilities.disks.iter().filter(|disk| disk.limits.is_yes());
+            able.map(|disk| Setting::Disk { target: disk.target.clone(), limits }).collect()
+        }
+        Resource::Network => {
+            let limits = NetLimits { received_bps: Some(to as u64), sent_bps: Some(to as u64) };
+            let able = abilities.nics.iter().filter(|nic| nic.limits.is_yes());
+            able.map(|nic| Setting::Network { device: nic.device.clone(), limits }).collect()
+        }
+    }
+}
+
+/// The amount of a setting, in the unit of its resource.
+fn amount(setting: &Setting) -> Option<f64> {
+    match setting {
+        Setting::Memory(bytes) | Setting::Balloon(bytes) => Some(*bytes as f64),
+        Setting::MemoryDevice { .. } | Setting::CpuWeight(_) | Setting::DiskWeight(_) => None,
+        Setting::Vcpus(vcpus) => Some(f64::from(*vcpus)),
+        Setting::CpuQuota(cores) => *cores,
+        Setting::Disk { limits, .. } => limits.total_bps.map(|bps| bps as f64),
+        Setting::Network { limits, .. } => limits.received_bps.map(|bps| bps as f64),
+    }
+}

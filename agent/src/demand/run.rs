@@ -1,0 +1,410 @@
+//! The loop: measures, plans, acts, writes down.
+//!
+//! A turn measures all machines, plans, and sends off what is to be changed; changes run beside the loop, one a machine at a
+//! time. Every ten turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its
+//! machines' figures and nothing else.
+
+use super::machine::{Machine, used};
+use super::order::{NotDone, Result as ActResult};
+use super::{HostSettings, Order, State};
+use crate::config::{Config, RateLimit};
+use crate::learner::run::unix_ms;
+use crate::planner::Kind;
+use crate::store::demand::{self as ledger, Completion, DecisionKind, NewEvent, Outcome};
+use crate::store::series::{Reading, Samples, resolution};
+use crate::store::{Store, StoreError};
+use parking_lot::Mutex;
+use prestage_integration::api::demand::{Mode, Reservation, Resource, VmPolicy};
+use prestage_integration::libvirt::act::Pace;
+use prestage_integration::libvirt::stats::{CollectConfig, Collector};
+use prestage_integration::libvirt::{Hypervisor, Uuid};
+use serde_json::json;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Measurements wait so long for their transaction.
+const FLUSH: Duration = Duration::from_secs(10);
+/// What can be done to a machine is asked for anew so often.
+const ABILITIES: Duration = Duration::from_secs(60);
+/// Old rows are removed so often.
+const RETAIN: Duration = Duration::from_secs(600);
+/// Machines whose abilities are asked for in one turn.
+const ASKED_A_TURN: usize = 4;
+/// Roll-ups of so many seconds are read back after a restart.
+const RECALL_S: u64 = 14 * 86_400;
+/// Most decisions kept.
+const DECISIONS: u64 = 1_000_000;
+
+/// What measures, plans and acts, shared with the API.
+#[derive(Clone)]
+pub(crate) struct Demand {
+    pub(crate) state: Arc<Mutex<State>>,
+    pub(crate) store: Store,
+    pub(crate) hypervisor: Hypervisor,
+    /// Where events come from.
+    source: Arc<str>,
+}
+
+impl Demand {
+    /// Reads policies and reservations back. Nothing is measured before [`Demand::run`].
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub(crate) fn new(store: Store, hypervisor: Hypervisor, config: &Config, host: &str) -> Result<Self, StoreError> {
+        let mut state = State::new(settings(config));
+        state.set_risk(config.demand.risk);
+        for row in store.policies()? {
+            match (Uuid::parse_str(&row.vm), serde_json::from_str::<VmPolicy>(&row.data)) {
+                (Ok(uuid), Ok(policy)) => drop(state.policies.insert(uuid, policy)),
+                _ => tracing::warn!(vm = row.vm, "a policy in the database is damaged; the default holds"),
+            }
+        }
+        state.restore_reservations(&store)?;
+        let source = format!("/hosts/{host}").into();
+        let demand = Self { state: Arc::new(Mutex::new(state)), store, hypervisor, source };
+        demand.restore()?;
+        Ok(demand)
+    }
+
+    /// Settings that hold from the next turn on.
+    pub(crate) fn set(&self, config: &Config) {
+        let mut state = self.state.lock();
+        state.settings = settings(config);
+        state.set_risk(config.demand.risk);
+    }
+
+    /// Runs until it is dropped.
+    pub(crate) async fn run(self, config: Config) {
+        let mut collector = Collector::new(self.hypervisor.clone(), CollectConfig::default());
+        let mut beat = tokio::time::interval(config.demand.every);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut gathered = Gathered::default();
+        let (mut flushed, mut retained) = (Instant::now(), None::<Instant>);
+        let mut asked = HashMap::new();
+        loop {
+            beat.tick().await;
+            let began = Instant::now();
+            let turn = collector.turn().await;
+            let now_s = unix_ms() / 1000;
+            gathered.take(&turn, now_s);
+            let known: Vec<Uuid> = self.state.lock().machines.keys().copied().collect();
+            let orders = {
+                let mut state = self.state.lock();
+                let answered = turn.vms.is_ok();
+                state.take(turn, now_s);
+                state.turns.last_unix_ms = Some(unix_ms());
+                // Without measurements there is nothing new to decide.
+                if answered { state.plan(now_s) } else { Vec::new() }
+            };
+            self.meet(&known, now_s).await;
+            for order in orders {
+                self.carry_out(order);
+            }
+            self.ask_abilities(&mut asked).await;
+            if flushed.elapsed() >= FLUSH {
+                flushed = Instant::now();
+                gathered.flush(&self.store);
+            }
+            if retained.is_none_or(|at| at.elapsed() >= RETAIN) {
+                retained = Some(Instant::now());
+                retain(&self.store, &config, now_s);
+            }
+            self.state.lock().turns.last_took = began.elapsed();
+        }
+    }
+
+    /// Plans between two turns, when something has changed that measurements do not show.
+    pub(super) fn plan_now(&self) {
+        let orders = self.state.lock().plan(unix_ms() / 1000);
+        orders.into_iter().for_each(|order| self.carry_out(order));
+    }
+
+    /// Machines that were not known before get back what is remembered of them.
+    async fn meet(&self, known: &[Uuid], now_s: u64) {
+        let new: Vec<Uuid> = {
+            let state = self.state.lock();
+            state.machines.keys().filter(|uuid| !known.contains(uuid)).copied().collect()
+        };
+        for uuid in new {
+            let store = self.store.clone();
+            let recalled = tokio::task::spawn_blocking(move || recall(&store, uuid, now_s)).await;
+            let mut state = self.state.lock();
+            let (Ok(recalled), Some(machine)) = (recalled, state.machines.get_mut(&uuid)) else { continue };
+            for (resource, points) in recalled {
+                points.into_iter().for_each(|(at_s, most)| machine.flow(resource).recall(at_s, most));
+            }
+        }
+    }
+
+    async fn ask_abilities(&self, asked: &mut HashMap<Uuid, Instant>) {
+        let due: Vec<Uuid> = {
+            let state = self.state.lock();
+            asked.retain(|uuid, _| state.machines.contains_key(uuid));
+            let old = |machine: &&Machine| {
+                machine.abilities.is_none() || asked.get(&machine.uuid).is_none_or(|at| at.elapsed() >= ABILITIES)
+            };
+            let present = state.machines.values().filter(|machine| machine.sample.is_some());
+            // Not again and again for one that cannot be asked.
+            let patient = |machine: &&Machine| asked.get(&machine.uuid).is_none_or(|at| at.elapsed() >= FLUSH);
+            present.filter(old).filter(patient).map(|machine| machine.uuid).take(ASKED_A_TURN).collect()
+        };
+        for uuid in due {
+            asked.insert(uuid, Instant::now());
+            match self.hypervisor.abilities(uuid).await {
+                Ok(abilities) => {
+                    if let Some(machine) = self.state.lock().machines.get_mut(&uuid) {
+                        machine.abilities = Some(abilities);
+                    }
+                }
+                Err(error) => tracing::debug!(vm = %uuid, %error, "what can be done to a machine is not known"),
+            }
+        }
+    }
+
+    /// Writes a decision down and, where the mode says so, does it.
+    fn carry_out(&self, order: Order) {
+        if order.decision.kind == Kind::Hold {
+            return;
+        }
+        let changes = self.state.lock().changes(&order, Instant::now());
+        let at_us = unix_ms() * 1000;
+        let (pending, why) = match &changes {
+            Ok(_) => (true, order.decision.to_string()),
+            Err(NotDone::Mode) => (false, order.decision.to_string()),
+            // Said when the change was sent off, or nothing to say.
+            Err(NotDone::Nothing) if order.decision.kind != Kind::Refuse => return,
+            Err(NotDone::Nothing) => (false, order.decision.to_string()),
+            Err(NotDone::Later(reason)) => (false, format!("{}; not now: {reason}", order.decision)),
+        };
+        let event = self.told(&order, at_us, &why);
+        let row = ledger::Decision {
+            at_us,
+            vm: order.uuid.to_string(),
+            resource: resource_of(order.resource),
+            mode: mode_of(order.mode),
+            kind: kind_of(order.decision.kind),
+            before: Some(order.decision.before),
+            asked: Some(order.decision.to),
+            pending,
+            why,
+            forecast: order
+                .outlook
+                .map(|[p05, p50, p90, p95]| json!({ "p05": p05, "p50": p50, "p90": p90, "p95": p95 }).to_string()),
+        };
+        let recorded = self.store.record_decision(row, event);
+        let Ok(changes) = changes else {
+            tokio::spawn(async move {
+                if let Err(error) = recorded.await {
+                    tracing::warn!(%error, "a decision is not on record");
+                }
+            });
+            return;
+        };
+        let demand = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = recorded.await {
+                // What is not on record is not done: nobody could tell afterwards why.
+                tracing::error!(%error, vm = order.name, "a decision is not on record, and not carried out");
+                demand.state.lock().release(order.uuid);
+                return;
+            }
+            let mut results = Vec::with_capacity(changes.len());
+            for change in changes {
+                results.push(demand.hypervisor.apply(change, Pace::default()).await);
+            }
+            let result = demand.state.lock().done(&order, &results, Instant::now());
+            demand.finish(&order, at_us, result).await;
+        });
+    }
+
+    async fn finish(&self, order: &Order, at_us: u64, result: ActResult) {
+        let (name, resource, outcome) = (&order.name, order.resource.name(), result.outcome);
+        match outcome {
+            "done" => {
+                tracing::info!(vm = name, resource, got = result.got, took_ms = result.took_ms, "{}", order.decision)
+            }
+            _ => tracing::warn!(vm = name, resource, outcome, why = result.why, "{}", order.decision),
+        }
+        let kind = match outcome {
+            "done" | "partial" => "allocation.changed",
+            _ => "allocation.refused",
+        };
+        let data = json!({
+            "vm": order.uuid.to_string(), "name": name, "resource": resource, "before": order.decision.before,
+            "asked": order.decision.to, "got": result.got, "outcome": outcome, "took_ms": result.took_ms,
+            "reason": order.decision.to_string(), "detail": result.why,
+        });
+        let event = self.event(kind, order.uuid, unix_ms() * 1000, data.to_string());
+        let completion = Completion {
+            outcome: match outcome {
+                "done" => Outcome::Done,
+                "partial" => Outcome::Partial,
+                _ => Outcome::Failed,
+            },
+            got: result.got,
+            verified: outcome == "done" && result.got.is_some(),
+            why: result.why,
+        };
+        let key = (order.uuid.to_string(), resource_of(order.resource));
+        if let Err(error) = self.store.finish_decision((&key.0, key.1, at_us), completion, Some(event)).await {
+            tracing::warn!(%error, "what came of a decision is not on record");
+        }
+    }
+
+    /// The event of a decision that is not carried out, where somebody is to be told.
+    fn told(&self, order: &Order, at_us: u64, why: &str) -> Option<NewEvent> {
+        if order.mode == Mode::Observe || order.decision.kind != Kind::Refuse && order.mode != Mode::Recommend {
+            return None;
+        }
+        let kind = match order.decision.kind {
+            Kind::Refuse => "allocation.refused",
+            _ => "allocation.recommended",
+        };
+        let data = json!({
+            "vm": order.uuid.to_string(), "name": order.name, "resource": order.resource.name(),
+            "before": order.decision.before, "asked": order.decision.to, "reason": why,
+        });
+        Some(self.event(kind, order.uuid, at_us, data.to_string()))
+    }
+
+    /// The event of a promise that was made or not.
+    pub(crate) fn promise_event(&self, kind: &str, vm: Option<Uuid>, reservation: &Reservation) -> NewEvent {
+        let subject = vm.map_or_else(|| "host".to_owned(), |vm| vm.to_string());
+        let data = json!(reservation).to_string();
+        NewEvent { kind: kind.to_owned(), source: self.source.to_string(), subject, at_us: unix_ms() * 1000, data }
+    }
+
+    fn event(&self, kind: &str, subject: Uuid, at_us: u64, data: String) -> NewEvent {
+        NewEvent { kind: kind.to_owned(), source: self.source.to_string(), subject: subject.to_string(), at_us, data }
+    }
+}
+
+fn settings(config: &Config) -> HostSettings {
+    let rate = |limit: &RateLimit| match limit {
+        RateLimit::Unlimited => 0.0,
+        RateLimit::BytesPerSecond(bytes) => *bytes as f64,
+    };
+    HostSettings {
+        cpu_overcommit: config.demand.cpu_overcommit,
+        memory_reserve: config.demand.host_memory,
+        disk_bps: rate(&config.demand.disk_rate),
+        network_bps: rate(&config.demand.network_rate),
+    }
+}
+
+pub(crate) fn resource_of(resource: Resource) -> ledger::Resource {
+    match resource {
+        Resource::Cpu => ledger::Resource::Cpu,
+        Resource::Memory => ledger::Resource::Memory,
+        Resource::Disk => ledger::Resource::Disk,
+        Resource::Network => ledger::Resource::Network,
+    }
+}
+
+fn mode_of(mode: Mode) -> ledger::Mode {
+    match mode {
+        Mode::Observe => ledger::Mode::Observe,
+        Mode::Recommend => ledger::Mode::Recommend,
+        Mode::Act => ledger::Mode::Act,
+    }
+}
+
+fn kind_of(kind: Kind) -> DecisionKind {
+    match kind {
+        Kind::Raise => DecisionKind::Raise,
+        Kind::Lower => DecisionKind::Lower,
+        Kind::Hold => DecisionKind::Hold,
+        Kind::Refuse => DecisionKind::Refuse,
+    }
+}
+
+/// The subject and metric of a machine's series.
+pub(crate) fn subject(uuid: Uuid) -> String {
+    format!("vm:{uuid}")
+}
+
+/// What a machine used within 5 minutes each, from the roll-ups.
+fn recall(store: &Store, uuid: Uuid, now_s: u64) -> Vec<(Resource, Vec<(u64, f64)>)> {
+    let of = |resource: Resource| {
+        let step_s = u64::from(super::flow::COARSE_S);
+        match store.series(&subject(uuid), resource.name(), now_s.saturating_sub(RECALL_S), now_s, step_s) {
+            Ok(answer) => answer.points.iter().map(|point| (point.at_s, point.max)).collect(),
+            Err(error) => {
+                tracing::warn!(vm = %uuid, %error, "what the machine used before is not known");
+                Vec::new()
+            }
+        }
+    };
+    Resource::ALL.map(|resource| (resource, of(resource))).into()
+}
+
+fn retain(store: &Store, config: &Config, now_s: u64) {
+    let before_s = now_s.saturating_sub(u64::from(config.demand.decision_days) * 86_400);
+    drop(store.retain_decisions(before_s * 1_000_000, DECISIONS));
+    drop(store.retain_reservations(before_s));
+    let retention = crate::store::series::SeriesRetention {
+        bytes: config.demand.series_bytes.0,
+        ..crate::store::series::SeriesRetention::default()
+    };
+    drop(store.retain_series(retention, now_s));
+}
+
+/// Measurements that are not in the database yet.
+#[derive(Debug, Default)]
+struct Gathered {
+    of: HashMap<(String, &'static str), (f64, Vec<Reading>)>,
+}
+
+impl Gathered {
+    fn add(&mut self, subject: &str, metric: &'static str, resolution: f64, at_s: u64, value: Option<f64>) {
+        let Some(value) = value else { return };
+        let readings = self.of.entry((subject.to_owned(), metric)).or_insert_with(|| (resolution, Vec::new()));
+        readings.1.push(Reading { at_s, value });
+    }
+
+    fn take(&mut self, turn: &prestage_integration::libvirt::stats::Turn, at_s: u64) {
+        let host = &turn.host;
+        self.add("host", "cpu", resolution::CORES, at_s, host.used_cores);
+        let memory = host.memory_bytes.saturating_sub(host.memory_available_bytes) as f64;
+        self.add("host", "memory", resolution::BYTES, at_s, Some(memory));
+        let waits = |stall: Option<&prestage_integration::pressure::Stall>| stall.map(|stall| 100.0 * stall.some.avg10);
+        if let Some(pressure) = &host.pressure {
+            self.add("host", "cpu_pressure", resolution::PERCENT, at_s, waits(pressure.cpu.as_ref()));
+            self.add("host", "memory_pressure", resolution::PERCENT, at_s, waits(pressure.memory.as_ref()));
+            self.add("host", "io_pressure", resolution::PERCENT, at_s, waits(pressure.io.as_ref()));
+        }
+        let Ok(vms) = &turn.vms else { return };
+        for vm in vms {
+            let subject = subject(vm.vm.uuid);
+            for (resource, value) in used(vm) {
+                let resolution = match resource {
+                    Resource::Cpu => resolution::CORES,
+                    _ => resolution::BYTES,
+                };
+                self.add(&subject, resource.name(), resolution, at_s, value);
+            }
+            self.add(&subject, "cpu_delay", resolution::CORES, at_s, vm.cpu.delayed_cores);
+            self.add(&subject, "vcpus", 1.0, at_s, vm.cpu.vcpus.map(f64::from));
+            let bytes = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
+            self.add(&subject, "balloon", resolution::BYTES, at_s, bytes(vm.memory.current_bytes));
+            self.add(&subject, "resident", resolution::BYTES, at_s, bytes(vm.memory.resident_bytes));
+            self.add(&subject, "disk_ops", resolution::OPERATIONS, at_s, vm.disk_ops());
+            if let Some(pressure) = &vm.pressure {
+                self.add(&subject, "cpu_pressure", resolution::PERCENT, at_s, waits(pressure.cpu.as_ref()));
+                self.add(&subject, "memory_pressure", resolution::PERCENT, at_s, waits(pressure.memory.as_ref()));
+                self.add(&subject, "io_pressure", resolution::PERCENT, at_s, waits(pressure.io.as_ref()));
+            }
+        }
+    }
+
+    fn flush(&mut self, store: &Store) {
+        let batch = std::mem::take(&mut self.of).into_iter().map(|((subject, metric), (resolution, readings))| {
+            Samples { subject, metric: metric.to_owned(), resolution, readings }
+        });
+        let batch: Vec<Samples> = batch.collect();
+        if !batch.is_empty() {
+            drop(store.append_series(batch));
+        }
+    }
+}
