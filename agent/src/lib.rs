@@ -1,7 +1,6 @@
 //! The host agent `prestaged` and its admin CLI `prestagectl`.
 //!
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
-//! - [`planner`]: what each machine is to be given; [`simulate`]: the same on a recorded month
 //! - [`models`]: neural models, trained and compared in the background
 //! - `demand`: what machines use and will use, measured, forecast and acted on; [`planner`]: who is to have what; [`simulate`]: the same on a recorded month
 //! - [`calendar`], [`schedule`]: dates, and events that come again
@@ -24,7 +23,6 @@ pub mod models;
 pub mod notify;
 pub mod planner;
 pub mod schedule;
-pub mod planner;
 pub mod serve;
 pub mod simulate;
 pub mod store;

@@ -106,9 +106,6 @@ pub enum Command {
     Explain(super::explain::ExplainArgs),
     /// What the planner would do with a recorded month of machines, beside others
     Simulate(super::simulate::SimulateArgs),
-    /// Forecasts of demand on recorded series
-    #[command(subcommand)]
-    Forecast(super::forecast::ForecastCommand),
     /// The configuration file
     #[command(subcommand)]
     Config(ConfigCommand),

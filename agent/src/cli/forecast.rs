@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use prestage_predictor::demand::Weights;
 use prestage_train::demand::DemandConfig;
 use serde::Serialize;
@@ -12,12 +12,6 @@ use serde::Serialize;
 use super::{Failure, answer};
 use crate::forecast::evaluate::HORIZON;
 use crate::forecast::{Table, Timing, predict, train, trainable};
-
-#[derive(Debug, Subcommand)]
-pub enum ForecastCommand {
-    /// Forecast recorded series at given points, to compare with other forecasters
-    Evaluate(EvaluateArgs),
-}
 
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
@@ -56,8 +50,7 @@ struct Evaluated {
     capped: usize,
 }
 
-pub(super) fn run(command: &ForecastCommand, json: bool, out: &mut impl Write) -> Result<(), Failure> {
-    let ForecastCommand::Evaluate(args) = command;
+pub(super) fn evaluate(args: &EvaluateArgs, json: bool, out: &mut impl Write) -> Result<(), Failure> {
     let failed = |error: &dyn std::error::Error| Failure::Failed(error.to_string());
     let mut table = Table::read(&args.series).map_err(|error| failed(&error))?;
     let points = table.points(&args.points, HORIZON).map_err(|error| failed(&error))?;

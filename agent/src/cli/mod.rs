@@ -157,7 +157,6 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Trace(TraceCommand::Record(args)) => record::run(&client, args, json, out).await,
         Command::Advise(args) => advise::run(&client, args, json, out).await,
         Command::Simulate(args) => simulate::run(args, json, out).await,
-        Command::Forecast(command) => forecast::run(&command, json, out),
         Command::Explain(args) => explain::run(&client, args, json, out).await,
         Command::History(command) => history::run(command, &client, json, out).await,
         Command::Model(command) => models::run(command, &client, json, out).await,

@@ -192,10 +192,8 @@ impl Config {
             problems.0.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
             return Err(ConfigError { problems: problems.0 });
         }
-        let Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api } = sections;
-        Ok(Self { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks, webhooks })
         let Sections { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api } = sections;
-        Ok(Self { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api, disks })
+        Ok(Self { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api, disks, webhooks })
     }
 
     /// Path of the control socket.
@@ -284,11 +282,20 @@ impl Config {
     }
 
     fn sections(&self) -> Sections {
-        let Config { daemon, cache, prefetch, store, export, libvirt, learner, model, api, disks: _, webhooks: _ } =
-            self.clone();
-        Sections { daemon, cache, prefetch, store, export, libvirt, learner, model, api }
-        let Config { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api, disks: _ } =
-            self.clone();
+        let Config {
+            daemon,
+            cache,
+            prefetch,
+            store,
+            export,
+            libvirt,
+            demand,
+            learner,
+            model,
+            api,
+            disks: _,
+            webhooks: _,
+        } = self.clone();
         Sections { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api }
     }
 }

@@ -15,7 +15,6 @@ use prestage_integration::api::demand::{
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::libvirt::act::{Abilities, Ability as Can};
-use prestage_predictor::demand::Context;
 
 /// Decisions of an answer unless asked otherwise.
 const DECISIONS: u32 = 50;
@@ -179,12 +178,11 @@ impl DemandControl for Handle {
             let resource = query.resource;
             let mut shown = {
                 let mut state = demand.state.lock();
-                let (model, calendar) = (state.model.clone(), state.calendar.clone());
+                let calendar = state.calendar.clone();
                 let machine = state.machines.get_mut(&uuid).ok_or_else(|| unknown(&vm))?;
                 let step_s = machine.flow(resource).step_s(query.horizon_s);
                 let events = calendar.shares(uuid, unix_ms() / 1000, step_s, query.horizon_s);
-                let context = Context { event: &events, ..Context::default() };
-                let forecast = machine.flow(resource).forecast(query.horizon_s, &context, model.as_deref());
+                let forecast = machine.flow(resource).forecast(query.horizon_s, &events);
                 let forecast = forecast.ok_or_else(|| {
                     let detail = format!(
                         "too little was measured of the {} of `{vm}`; wait a minute, or see `prestagectl demand` for why not",
@@ -309,7 +307,7 @@ impl DemandControl for Handle {
             let admitted = demand.state.lock().reserve(request.clone(), vm, now_s);
             match admitted {
                 Ok((reservation, row)) => {
-                    let event = demand.promise_event("reservation.admitted", vm, &reservation);
+                    let event = demand.promise_event(vm, &reservation, true);
                     if let Err(error) = demand.store.set_reservation(row, Some(event)).await {
                         // Promised but forgotten at the next restart would be a trap.
                         demand.state.lock().unreserve(reservation.id, now_s);
@@ -319,7 +317,7 @@ impl DemandControl for Handle {
                 }
                 Err(refusal) => {
                     let refused = Reservation { request, why: refusal.to_string(), ..Reservation::default() };
-                    let event = demand.promise_event("reservation.refused", vm, &refused);
+                    let event = demand.promise_event(vm, &refused, false);
                     demand.store.record_event(event).await.map_err(|error| store_error(&error))?;
                     Err(ApiError::new(ErrorCode::NotPossible, refusal.to_string()))
                 }
@@ -374,7 +372,7 @@ impl DemandControl for Handle {
     }
 
     fn webhooks(&self) -> Reply<'_, WebhookList> {
-        Box::pin(async { Ok(WebhookList::default()) })
+        Box::pin(async { super::webhooks::status(&self.0).await })
     }
 }
 

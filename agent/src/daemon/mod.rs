@@ -8,6 +8,7 @@
 //! - `demand.rs`: policies, forecasts, decisions, promises
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
+//! - `webhooks.rs`: who is told
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod control;
@@ -20,6 +21,7 @@ mod questions;
 mod report;
 mod rows;
 mod run;
+mod webhooks;
 
 pub use run::{Options, RunError, SetLog, run};
 
@@ -27,6 +29,7 @@ use crate::config::Config;
 use crate::demand::run::Demand;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::models::ModelsHandle;
+use crate::notify::Couriers;
 use crate::store::Store;
 use disks::Disks;
 use parking_lot::Mutex;
@@ -49,6 +52,7 @@ struct Daemon {
     questions: Questions,
     hypervisor: Option<Hypervisor>,
     demand: Option<Demand>,
+    couriers: Mutex<Option<Couriers>>,
     started: Instant,
     started_unix_ms: u64,
     /// Why there is no SSD tier although one is configured.

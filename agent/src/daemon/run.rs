@@ -119,6 +119,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Some(hypervisor) = daemon.hypervisor.clone() {
         tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
     }
+    tell(&daemon).await;
     if let Some(demand) = daemon.demand.clone() {
         let config = daemon.config.lock().clone();
         tasks.push(tokio::spawn(demand.run(config)));
@@ -151,11 +152,25 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Ok(Err(error)) = server.await {
         tracing::warn!(%error, "API ended with an error");
     }
+    let couriers = daemon.couriers.lock().take();
+    if let Some(couriers) = couriers {
+        couriers.stop().await;
+    }
     let down = tokio::task::spawn_blocking(move || shut_down(&daemon, threads)).await;
     if down.is_err() {
         tracing::error!("shutdown did not complete; the SSD tier will start empty");
     }
     Ok(())
+}
+
+/// Tells whoever the configuration names, in place of those before.
+async fn tell(daemon: &Shared) {
+    let config = daemon.config.lock().clone();
+    let couriers = super::webhooks::start(&daemon.store, &config).await;
+    let before = daemon.couriers.lock().replace(couriers);
+    if let Some(before) = before {
+        before.stop().await;
+    }
 }
 
 /// Threads that end with the daemon.
@@ -285,6 +300,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         questions: Questions::default(),
         hypervisor,
         demand,
+        couriers: Mutex::default(),
         started: Instant::now(),
         started_unix_ms: unix_ms(),
         ssd_trouble,
@@ -448,7 +464,9 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         config.model = new.model;
         config.demand = DemandSettings { enabled: config.demand.enabled, every: config.demand.every, ..new.demand };
         config.disks = new.disks;
+        config.webhooks = new.webhooks;
     }
+    tell(daemon).await;
     if let Err(error) = machines::follow_config(daemon).await {
         tracing::error!(%error, "disks of the configuration not brought into line");
     }

@@ -3,7 +3,10 @@
 //! Samples become means of 10 s, and these the greatest of 5 minutes: the first tell what comes within the next minutes, the
 //! second what comes within the next day. Peaks are what an allocation must hold, so the roll-up keeps peaks.
 
-use prestage_predictor::demand::{Context, Forecast, Forecaster, Metric, Weights};
+use prestage_integration::api::demand::Resource;
+use prestage_predictor::demand::anomaly::{Anomaly, Detector, Kind};
+use prestage_predictor::demand::{Context, Forecast, Forecaster, Metric, Profile, Weights};
+use std::sync::Arc;
 
 /// Steps of the two forecasters, seconds.
 pub(crate) const FINE_S: u32 = 10;
@@ -14,6 +17,7 @@ const COARSE_LEAST: u32 = 6;
 /// Steps that are looked ahead for the planner: two minutes, and ten.
 const FINE_AHEAD: usize = 12;
 const COARSE_AHEAD: usize = 2;
+pub(crate) const COARSE_AHEAD_S: u32 = COARSE_S * COARSE_AHEAD as u32;
 
 /// A step in the making.
 #[derive(Debug, Clone, Copy, Default)]
@@ -47,6 +51,11 @@ pub(crate) struct Flow {
     coarse: Forecaster,
     ten: Bucket,
     five: Bucket,
+    /// What is usual at each hour, and whether what is measured is.
+    usual: Profile,
+    detector: Detector,
+    resource: Resource,
+    model: Option<Arc<Weights>>,
     /// Steps told to each.
     told: [u32; 2],
     used: Option<(u64, f64)>,
@@ -55,8 +64,18 @@ pub(crate) struct Flow {
 }
 
 impl Flow {
-    pub(crate) fn new(metric: Metric) -> Self {
+    pub(crate) fn new(resource: Resource) -> Self {
+        let metric = match resource {
+            Resource::Cpu => Metric::Cpu,
+            Resource::Memory => Metric::Memory,
+            Resource::Disk => Metric::Disk,
+            Resource::Network => Metric::Network,
+        };
         Self {
+            usual: Profile::default(),
+            detector: Detector::new(metric),
+            resource,
+            model: None,
             fine: Forecaster::new(metric, FINE_S),
             coarse: Forecaster::new(metric, COARSE_S),
             ten: Bucket::default(),
@@ -67,25 +86,39 @@ impl Flow {
         }
     }
 
-    /// A sample; what is no number or negative is none.
-    pub(crate) fn observe(&mut self, at_s: u64, value: f64) {
+    /// A sample; what is no number or negative is none. Says what has become unusual.
+    pub(crate) fn observe(&mut self, at_s: u64, value: f64) -> Option<Found> {
         if !(value.is_finite() && value >= 0.0) {
-            return;
+            return None;
         }
         self.used = Some((at_s, value));
-        if let Some((began_s, mean, _)) = self.ten.add(at_s, FINE_S, value) {
-            self.fine.observe(began_s, mean);
-            self.told[0] = self.told[0].saturating_add(1);
-            if let Some((began_s, _, most)) = self.five.add(began_s, COARSE_S, mean) {
-                self.recall(began_s, most);
-            }
-        }
+        let (began_s, mean, _) = self.ten.add(at_s, FINE_S, value)?;
+        self.fine.observe(began_s, mean);
+        self.fine.rehearse(&Context::default(), None);
+        self.told[0] = self.told[0].saturating_add(1);
+        let (began_s, _, most) = self.five.add(began_s, COARSE_S, mean)?;
+        let found = self.detector.observe(began_s, most, &self.usual);
+        self.recall(began_s, most);
+        found.map(|found| Found::of(self.resource, &found))
     }
 
     /// The most used within 5 minutes that began then: from the roll-ups, oldest first, or just measured.
     pub(crate) fn recall(&mut self, began_s: u64, most: f64) {
+        self.usual.observe(began_s, most);
         self.coarse.observe(began_s, most);
+        self.coarse.rehearse(&Context { profile: Some(&self.usual), ..Context::default() }, self.model.as_deref());
         self.told[1] = self.told[1].saturating_add(1);
+    }
+
+    /// The model that forecasts of 5 minutes rest on, beside the simple ones.
+    pub(crate) fn set_model(&mut self, model: Option<Arc<Weights>>) {
+        self.model = model;
+        self.outlook = None;
+    }
+
+    /// What is unusual now.
+    pub(crate) fn unusual(&self) -> Option<Found> {
+        self.detector.current().map(|found| Found::of(self.resource, found))
     }
 
     /// The last sample and when it was taken.
@@ -94,18 +127,18 @@ impl Flow {
     }
 
     /// Quantiles of the maximum within the minutes to come, made anew with each fine step.
-    pub(crate) fn outlook(&mut self, now_s: u64, model: Option<&Weights>) -> Option<[f64; 4]> {
+    pub(crate) fn outlook(&mut self, now_s: u64, event: &[f32]) -> Option<[f64; 4]> {
         let step = now_s / u64::from(FINE_S);
         if let Some((made, outlook)) = self.outlook
             && made == step
         {
             return Some(outlook);
         }
-        let peak = |forecaster: &mut Forecaster, known: bool, steps: usize, model| {
-            known.then(|| forecaster.forecast(steps, &Context::default(), model).peak.0)
-        };
-        let fine = peak(&mut self.fine, self.told[0] >= FINE_LEAST, FINE_AHEAD, None);
-        let coarse = peak(&mut self.coarse, self.told[1] >= COARSE_LEAST, COARSE_AHEAD, model);
+        let fine =
+            (self.told[0] >= FINE_LEAST).then(|| self.fine.forecast(FINE_AHEAD, &Context::default(), None).peak.0);
+        let context = Context { event, profile: Some(&self.usual), ..Context::default() };
+        let coarse = (self.told[1] >= COARSE_LEAST)
+            .then(|| self.coarse.forecast(COARSE_AHEAD, &context, self.model.as_deref()).peak.0);
         let outlook = match (fine, coarse) {
             (Some(fine), Some(coarse)) => Some(std::array::from_fn(|at| f64::max(fine[at], coarse[at]))),
             (fine, coarse) => fine.or(coarse),
@@ -120,20 +153,66 @@ impl Flow {
         if fine { FINE_S } else { COARSE_S }
     }
 
-    /// A forecast for people, in steps of [`Flow::step_s`]. `None`: too little was measured.
-    pub(crate) fn forecast(
-        &mut self,
-        horizon_s: u32,
-        context: &Context<'_>,
-        model: Option<&Weights>,
-    ) -> Option<Forecast> {
+    /// A forecast for people, in steps of [`Flow::step_s`]; `event`: as [`Context`] has it. `None`: too little was measured.
+    pub(crate) fn forecast(&self, horizon_s: u32, event: &[f32]) -> Option<Forecast> {
         let step_s = self.step_s(horizon_s);
         let (forecaster, known, model) = match step_s == FINE_S {
-            true => (&mut self.fine, self.told[0] >= FINE_LEAST, None),
-            false => (&mut self.coarse, true, model),
+            true => (&self.fine, self.told[0] >= FINE_LEAST, None),
+            false => (&self.coarse, true, self.model.as_deref()),
         };
         let steps = horizon_s.div_ceil(step_s).clamp(1, prestage_predictor::demand::MAX_STEPS as u32);
-        known.then(|| forecaster.forecast(steps as usize, context, model))
+        let context = Context { event, profile: Some(&self.usual), ..Context::default() };
+        known.then(|| forecaster.forecast(steps as usize, &context, model))
+    }
+}
+
+/// Something unusual, with the evidence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Found {
+    pub(crate) kind: Kind,
+    pub(crate) resource: Resource,
+    pub(crate) measured: f64,
+    /// .05 and .95 quantile of what is usual.
+    pub(crate) expected: (f64, f64),
+    pub(crate) since_s: u64,
+}
+
+impl Found {
+    fn of(resource: Resource, found: &Anomaly) -> Self {
+        let Anomaly { kind, measured, expected, since_s, .. } = *found;
+        Self { kind, resource, measured, expected, since_s }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::UnusualHour => "unusual",
+            Kind::Runaway => "runaway",
+            Kind::Leak => "leak",
+            Kind::Drift => "drift",
+        }
+    }
+
+    pub(crate) fn evidence(&self) -> String {
+        let (low, high) = self.expected;
+        let of = |amount: f64| super::machine::planned(self.resource).human(amount);
+        match self.kind {
+            Kind::UnusualHour => {
+                format!(
+                    "{} for a quarter of an hour, at this hour {} to {} are usual",
+                    of(self.measured),
+                    of(low),
+                    of(high)
+                )
+            }
+            Kind::Runaway => format!("{} for an hour, {} are usual at most", of(self.measured), of(high)),
+            Kind::Leak => {
+                format!("lows have risen for three hours, to {}, {} are usual at most", of(self.measured), of(high))
+            }
+            Kind::Drift => format!(
+                "{:.0} % of the time above what 5 % are usually above: the machine has changed its ways",
+                100.0 * self.measured
+            ),
+        }
     }
 }
 
@@ -150,16 +229,16 @@ mod tests {
 
     #[test]
     fn nothing_is_said_before_a_minute_was_measured() {
-        let mut flow = Flow::new(Metric::Cpu);
+        let mut flow = Flow::new(Resource::Cpu);
         flow.observe(1000, f64::NAN);
         flow.observe(1000, -1.0);
-        assert!(flow.used().is_none() && flow.outlook(1000, None).is_none());
-        (0..50).for_each(|at| flow.observe(1000 + at, 2.0));
-        assert!(flow.forecast(3600, &Context::default(), None).is_none());
-        (50..100).for_each(|at| flow.observe(1000 + at, 2.0));
-        let outlook = flow.outlook(1100, None).unwrap();
+        assert!(flow.used().is_none() && flow.outlook(1000, &[]).is_none());
+        (0..50).for_each(|at| assert!(flow.observe(1000 + at, 2.0).is_none()));
+        assert!(flow.forecast(3600, &[]).is_none());
+        (50..100).for_each(|at| assert!(flow.observe(1000 + at, 2.0).is_none()));
+        let outlook = flow.outlook(1100, &[]).unwrap();
         assert!(outlook.is_sorted() && (1.0..4.0).contains(&outlook[3]), "{outlook:?}");
-        let forecast = flow.forecast(60, &Context::default(), None).unwrap();
+        let forecast = flow.forecast(60, &[]).unwrap();
         assert_eq!((forecast.step_s, forecast.steps.len()), (10, 6));
     }
 }

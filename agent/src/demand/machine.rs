@@ -1,13 +1,12 @@
 //! A machine's book: what it uses, what runs in it, what it may have and what can be done to it. Sans-I/O.
 
 use super::course::{Course, Rise, Run};
-use super::flow::Flow;
+use super::flow::{Flow, Found};
 use crate::planner;
-use prestage_integration::api::demand::{Resource, ResourcePolicy, VmPolicy};
+use prestage_integration::api::demand::{Mode, Resource, ResourcePolicy, VmPolicy};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::libvirt::act::{Abilities, Ability};
 use prestage_integration::libvirt::stats::VmSample;
-use prestage_predictor::demand::{Metric, Weights};
 use std::time::Duration;
 
 /// What an execution's start is compared with: use before it.
@@ -64,7 +63,7 @@ impl Machine {
             seen_s: 0,
             running: Vec::new(),
             limits: [None; 4],
-            flows: Metric::ALL.map(Flow::new),
+            flows: Resource::ALL.map(Flow::new),
         }
     }
 
@@ -87,8 +86,9 @@ impl Machine {
         self.policy.resources.get(&resource).copied().unwrap_or_default()
     }
 
-    /// Takes in a second's sample.
-    pub(crate) fn observe(&mut self, sample: VmSample, now_s: u64) {
+    /// Takes in a second's sample. Says what has become unusual.
+    pub(crate) fn observe(&mut self, sample: VmSample, now_s: u64) -> Vec<Found> {
+        let mut found = Vec::new();
         self.name.clone_from(&sample.vm.name);
         let restarted = self.sample.as_ref().is_some_and(|before| before.instance != sample.instance);
         if restarted {
@@ -99,7 +99,7 @@ impl Machine {
         }
         for (resource, value) in used(&sample) {
             let Some(value) = value else { continue };
-            self.flows[index(resource)].observe(now_s, value);
+            found.extend(self.flows[index(resource)].observe(now_s, value));
             for running in &mut self.running {
                 let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
                 let at = index(resource);
@@ -108,6 +108,12 @@ impl Machine {
         }
         self.seen_s = now_s;
         self.sample = Some(sample);
+        found
+    }
+
+    /// What is unusual now.
+    pub(crate) fn unusual(&self) -> impl Iterator<Item = Found> {
+        self.flows.iter().filter_map(Flow::unusual)
     }
 
     /// A program begins.
@@ -143,9 +149,9 @@ impl Machine {
         resource: Resource,
         now_s: u64,
         horizon_s: u32,
-        model: Option<&Weights>,
+        event: &[f32],
     ) -> Option<[f64; 4]> {
-        let flow = self.flows[index(resource)].outlook(now_s, model);
+        let flow = self.flows[index(resource)].outlook(now_s, event);
         match (flow, self.rise(resource, now_s, horizon_s)) {
             (Some(flow), Some(rise)) => Some(std::array::from_fn(|q| f64::max(flow[q], rise[q]))),
             (flow, rise) => flow.or(rise),
@@ -157,12 +163,12 @@ impl Machine {
         &mut self,
         now_s: u64,
         horizon_s: u32,
-        model: Option<&Weights>,
+        event: &[f32],
     ) -> (planner::Vm, [Option<&'static str>; 4]) {
         let mut left_out = [None; 4];
         let readings = std::array::from_fn(|at| {
             let resource = Resource::ALL[at];
-            let outlook = self.outlook(resource, now_s, horizon_s, model);
+            let outlook = self.outlook(resource, now_s, horizon_s, event);
             match self.reading(resource, now_s, outlook) {
                 Ok(reading) => Some(reading),
                 Err(reason) => {
@@ -224,7 +230,11 @@ impl Machine {
             max: planner::Amounts(max),
             priority: self.policy.priority,
             weight: f64::from(self.policy.weight),
-            mode: planner::Mode::Act,
+            mode: Resource::ALL.map(|resource| match self.policy.mode_of(resource) {
+                Mode::Observe => planner::Mode::Observe,
+                Mode::Recommend => planner::Mode::Recommend,
+                Mode::Act => planner::Mode::Act,
+            }),
             never_lower: Resource::ALL.map(|resource| self.bounds(resource).never_lower),
             margin: [Some(self.policy.margin); 4],
         }

@@ -24,8 +24,9 @@ pub(crate) mod run;
 use crate::planner::{self, Amounts, Host, Input, Planner, Reservations};
 use calendar::Calendar;
 use executions::Executions;
+use flow::Found;
 use machine::{Machine, planned};
-use prestage_integration::api::demand::{Anomaly, LeftOut, Mode, ReservationRequest, Resource, VmPolicy};
+use prestage_integration::api::demand::{Anomaly, LeftOut, Mode, Quantiles, ReservationRequest, Resource, VmPolicy};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::libvirt::act::{Backoff, Kind, Latencies};
 use prestage_integration::libvirt::stats::{HostSample, Turn};
@@ -97,6 +98,8 @@ pub(crate) struct State {
     busy: HashSet<Uuid>,
     backoffs: HashMap<(Uuid, Resource), Backoff>,
     left_out: Vec<LeftOut>,
+    /// What has become unusual since it was told last.
+    pub(crate) found: Vec<(Uuid, Found)>,
 }
 
 impl State {
@@ -120,6 +123,7 @@ impl State {
             busy: HashSet::new(),
             backoffs: HashMap::new(),
             left_out: Vec::new(),
+            found: Vec::new(),
         }
     }
 
@@ -140,12 +144,13 @@ impl State {
             let uuid = sample.vm.uuid;
             let machine = self.machines.entry(uuid).or_insert_with(|| {
                 let mut machine = Machine::new(uuid, sample.vm.name.clone());
+                Resource::ALL.into_iter().for_each(|resource| machine.flow(resource).set_model(self.model.clone()));
                 if let Some(policy) = self.policies.get(&uuid) {
                     (machine.policy, machine.own_policy) = (policy.clone(), true);
                 }
                 machine
             });
-            machine.observe(sample, now_s);
+            self.found.extend(machine.observe(sample, now_s).into_iter().map(|found| (uuid, found)));
         }
         let latencies = &mut self.latencies;
         self.machines.retain(|uuid, machine| {
@@ -190,7 +195,6 @@ impl State {
     }
 
     fn plan_by(&mut self, planner: &mut Planner, now_s: u64) -> Vec<Order> {
-        let model = self.model.clone();
         let mut vms = Vec::with_capacity(self.machines.len());
         let mut left_out = Vec::new();
         let horizons: HashMap<Uuid, u32> = self.machines.keys().map(|uuid| (*uuid, self.horizon_s(*uuid))).collect();
@@ -199,7 +203,8 @@ impl State {
                 continue;
             }
             let horizon_s = horizons.get(&machine.uuid).copied().unwrap_or(HORIZON_S);
-            let (vm, reasons) = machine.planned(now_s, horizon_s, model.as_deref());
+            let event = self.calendar.shares(machine.uuid, now_s, flow::COARSE_S, flow::COARSE_AHEAD_S);
+            let (vm, reasons) = machine.planned(now_s, horizon_s, &event);
             if let Some(reason) = reasons[machine::index(Resource::Memory)].or(reasons[machine::index(Resource::Cpu)]) {
                 left_out.push(LeftOut { name: machine.name.clone(), reason: reason.to_owned() });
             }
@@ -220,9 +225,9 @@ impl State {
         let uuid = Uuid::from_u128(decision.vm.0);
         let resource = Resource::ALL.into_iter().find(|resource| planned(*resource) == decision.resource)?;
         let horizon_s = self.horizon_s(uuid);
-        let model = self.model.clone();
+        let event = self.calendar.shares(uuid, now_s, flow::COARSE_S, flow::COARSE_AHEAD_S);
         let machine = self.machines.get_mut(&uuid)?;
-        let outlook = machine.outlook(resource, now_s, horizon_s, model.as_deref());
+        let outlook = machine.outlook(resource, now_s, horizon_s, &event);
         let (name, mode) = (machine.name.clone(), machine.policy.mode_of(resource));
         Some(Order { decision, uuid, name, resource, mode, outlook })
     }
@@ -249,7 +254,25 @@ impl State {
 
     /// What is unusual now.
     pub(crate) fn anomalies(&self) -> Vec<Anomaly> {
-        Vec::new()
+        let of = |machine: &Machine, found: Found| Anomaly {
+            uuid: machine.uuid.to_string(),
+            name: machine.name.clone(),
+            resource: found.resource,
+            kind: found.name().to_owned(),
+            since_unix_ms: found.since_s * 1000,
+            measured: found.measured,
+            expected: Quantiles { p05: found.expected.0, p95: found.expected.1, ..Quantiles::default() },
+            evidence: found.evidence(),
+        };
+        self.machines.values().flat_map(|machine| machine.unusual().map(|found| of(machine, found))).collect()
+    }
+
+    /// The model that forecasts rest on from now on.
+    pub(crate) fn set_model(&mut self, model: Option<Arc<Weights>>) {
+        for machine in self.machines.values_mut() {
+            Resource::ALL.into_iter().for_each(|resource| machine.flow(resource).set_model(model.clone()));
+        }
+        self.model = model;
     }
 
     /// Machines that nothing can be said of, and why.

@@ -8,7 +8,6 @@ use crate::store::demand::{self as ledger, ReservationState};
 use crate::store::{Store, StoreError};
 use prestage_integration::api::demand::{Reservation, ReservationRequest, Resource};
 use prestage_integration::libvirt::Uuid;
-use prestage_predictor::demand::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -110,13 +109,12 @@ impl State {
 
     /// What each machine is to use at most within a day.
     fn foreseen(&mut self, now_s: u64) -> Vec<Foreseen> {
-        let model = self.model.clone();
         let machines = self.machines.values_mut().map(|machine| {
             let peak = Resource::ALL.map(|resource| {
                 let allocated = machine.allocated(resource).unwrap_or(0.0);
                 let flow = machine.flow(resource);
                 let used = flow.used().map_or(0.0, |(_, used)| used);
-                let forecast = flow.forecast(FORESEEN_S, &Context::default(), model.as_deref());
+                let forecast = flow.forecast(FORESEEN_S, &[]);
                 // Of what nothing is known, all it has may be used.
                 let [_, p50, p90, p95] =
                     forecast.map_or([0.0, used.max(allocated), allocated, allocated], |forecast| forecast.peak.0);

@@ -4,12 +4,15 @@
 //! time. Every ten turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its
 //! machines' figures and nothing else.
 
+use super::flow::Found;
 use super::machine::{Machine, used};
 use super::order::{NotDone, Result as ActResult};
 use super::{HostSettings, Order, State};
+use crate::calendar::rfc3339;
 use crate::config::{Config, RateLimit};
 use crate::learner::run::unix_ms;
-use crate::planner::Kind;
+use crate::notify::events::{Amount, Anomaly as AnomalyEvent, Change, Event, Reserved, unit};
+use crate::planner::{Kind, Reason};
 use crate::store::demand::{self as ledger, Completion, DecisionKind, NewEvent, Outcome};
 use crate::store::series::{Reading, Samples, resolution};
 use crate::store::{Store, StoreError};
@@ -42,8 +45,8 @@ pub(crate) struct Demand {
     pub(crate) state: Arc<Mutex<State>>,
     pub(crate) store: Store,
     pub(crate) hypervisor: Hypervisor,
-    /// Where events come from.
-    source: Arc<str>,
+    /// This host's name, for those who are told.
+    host: Arc<str>,
 }
 
 impl Demand {
@@ -61,8 +64,7 @@ impl Demand {
             }
         }
         state.restore_reservations(&store)?;
-        let source = format!("/hosts/{host}").into();
-        let demand = Self { state: Arc::new(Mutex::new(state)), store, hypervisor, source };
+        let demand = Self { state: Arc::new(Mutex::new(state)), store, hypervisor, host: host.into() };
         demand.restore()?;
         Ok(demand)
     }
@@ -97,6 +99,8 @@ impl Demand {
                 // Without measurements there is nothing new to decide.
                 if answered { state.plan(now_s) } else { Vec::new() }
             };
+            let found = std::mem::take(&mut self.state.lock().found);
+            self.tell_anomalies(found);
             self.meet(&known, now_s).await;
             for order in orders {
                 self.carry_out(order);
@@ -226,16 +230,18 @@ impl Demand {
             }
             _ => tracing::warn!(vm = name, resource, outcome, why = result.why, "{}", order.decision),
         }
-        let kind = match outcome {
-            "done" | "partial" => "allocation.changed",
-            _ => "allocation.refused",
+        let verified = outcome == "done" && result.got.is_some();
+        let mut change = self.change(order, result.got, verified);
+        if !result.why.is_empty() {
+            change.reason = format!("{}; {}", change.reason, result.why);
+        }
+        let event = match (outcome, order.decision.kind, order.decision.reason) {
+            ("done" | "partial", Kind::Lower, _) => Event::Released(change),
+            ("done" | "partial", Kind::Raise, Reason::Foreseen) => Event::Prestaged(change),
+            ("done" | "partial", ..) => Event::Changed(change),
+            _ => Event::Refused(change),
         };
-        let data = json!({
-            "vm": order.uuid.to_string(), "name": name, "resource": resource, "before": order.decision.before,
-            "asked": order.decision.to, "got": result.got, "outcome": outcome, "took_ms": result.took_ms,
-            "reason": order.decision.to_string(), "detail": result.why,
-        });
-        let event = self.event(kind, order.uuid, unix_ms() * 1000, data.to_string());
+        let event = event.told(&self.host, unix_ms() * 1000);
         let completion = Completion {
             outcome: match outcome {
                 "done" => Outcome::Done,
@@ -243,7 +249,7 @@ impl Demand {
                 _ => Outcome::Failed,
             },
             got: result.got,
-            verified: outcome == "done" && result.got.is_some(),
+            verified,
             why: result.why,
         };
         let key = (order.uuid.to_string(), resource_of(order.resource));
@@ -257,26 +263,73 @@ impl Demand {
         if order.mode == Mode::Observe || order.decision.kind != Kind::Refuse && order.mode != Mode::Recommend {
             return None;
         }
-        let kind = match order.decision.kind {
-            Kind::Refuse => "allocation.refused",
-            _ => "allocation.recommended",
+        let mut change = self.change(order, None, false);
+        change.reason = why.to_owned();
+        let event = match order.decision.kind {
+            Kind::Refuse => Event::Refused(change),
+            _ => Event::Recommended(change),
         };
-        let data = json!({
-            "vm": order.uuid.to_string(), "name": order.name, "resource": order.resource.name(),
-            "before": order.decision.before, "asked": order.decision.to, "reason": why,
-        });
-        Some(self.event(kind, order.uuid, at_us, data.to_string()))
+        Some(event.told(&self.host, at_us))
+    }
+
+    fn change(&self, order: &Order, got: Option<f64>, verified: bool) -> Change {
+        let resource = resource_of(order.resource);
+        Change {
+            vm: order.uuid.to_string(),
+            resource: resource.name(),
+            unit: unit(resource),
+            before: Some(order.decision.before),
+            asked: Some(order.decision.to),
+            got,
+            verified,
+            mode: order.mode.name(),
+            reason: order.decision.to_string(),
+        }
     }
 
     /// The event of a promise that was made or not.
-    pub(crate) fn promise_event(&self, kind: &str, vm: Option<Uuid>, reservation: &Reservation) -> NewEvent {
-        let subject = vm.map_or_else(|| "host".to_owned(), |vm| vm.to_string());
-        let data = json!(reservation).to_string();
-        NewEvent { kind: kind.to_owned(), source: self.source.to_string(), subject, at_us: unix_ms() * 1000, data }
+    pub(crate) fn promise_event(&self, vm: Option<Uuid>, reservation: &Reservation, admitted: bool) -> NewEvent {
+        let request = &reservation.request;
+        let amounts = [
+            (Resource::Cpu, request.vcpus),
+            (Resource::Memory, request.memory_bytes as f64),
+            (Resource::Disk, request.disk_bytes_per_s),
+            (Resource::Network, request.network_bytes_per_s),
+        ];
+        let amounts = amounts.into_iter().filter(|(_, amount)| *amount > 0.0).map(|(resource, amount)| {
+            let resource = resource_of(resource);
+            Amount { resource: resource.name(), unit: unit(resource), amount }
+        });
+        let reserved = Reserved {
+            reservation: if admitted { reservation.id.to_string() } else { String::new() },
+            vm: vm.map(|vm| vm.to_string()).unwrap_or_default(),
+            from: rfc3339(request.from_unix_ms.saturating_mul(1000)),
+            to: rfc3339(request.until_unix_ms.saturating_mul(1000)),
+            resources: amounts.collect(),
+            reason: reservation.why.clone(),
+        };
+        let event = if admitted { Event::ReservationAdmitted(reserved) } else { Event::ReservationRefused(reserved) };
+        event.told(&self.host, unix_ms() * 1000)
     }
 
-    fn event(&self, kind: &str, subject: Uuid, at_us: u64, data: String) -> NewEvent {
-        NewEvent { kind: kind.to_owned(), source: self.source.to_string(), subject: subject.to_string(), at_us, data }
+    /// Tells of what is unusual; it is on nobody's account.
+    fn tell_anomalies(&self, found: Vec<(Uuid, Found)>) {
+        for (uuid, found) in found {
+            let reason = found.evidence();
+            tracing::warn!(vm = %uuid, resource = found.resource.name(), "unusual: {reason}");
+            let resource = resource_of(found.resource);
+            let event = Event::Anomaly(AnomalyEvent {
+                vm: Some(uuid.to_string()),
+                metric: resource.name().to_owned(),
+                unit: unit(resource).to_owned(),
+                value: found.measured,
+                low: Some(found.expected.0),
+                high: Some(found.expected.1),
+                since: rfc3339(found.since_s.saturating_mul(1_000_000)),
+                reason,
+            });
+            drop(self.store.record_event(event.told(&self.host, unix_ms() * 1000)));
+        }
     }
 }
 

@@ -92,13 +92,15 @@ pub enum Event {
     Changed(Change),
     /// A change was refused by the planner, the hypervisor or the guest.
     Refused(Change),
+    /// A change that the planner would make and the machine's mode leaves to others.
+    Recommended(Change),
     Anomaly(Anomaly),
     ReservationAdmitted(Reserved),
     ReservationRefused(Reserved),
 }
 
 /// Kinds of events with the JSON Schema of their data.
-pub const KINDS: [(&str, &str); 7] = [
+pub const KINDS: [(&str, &str); 8] = [
     ("resources.prestaged", include_str!("schemas/change.json")),
     ("resources.released", include_str!("schemas/change.json")),
     ("allocation.changed", include_str!("schemas/change.json")),
@@ -106,6 +108,7 @@ pub const KINDS: [(&str, &str); 7] = [
     ("anomaly", include_str!("schemas/anomaly.json")),
     ("reservation.admitted", include_str!("schemas/reservation.json")),
     ("reservation.refused", include_str!("schemas/reservation.json")),
+    ("allocation.recommended", include_str!("schemas/change.json")),
 ];
 
 impl Event {
@@ -120,16 +123,22 @@ impl Event {
             Self::Anomaly(_) => KINDS[4].0,
             Self::ReservationAdmitted(_) => KINDS[5].0,
             Self::ReservationRefused(_) => KINDS[6].0,
+            Self::Recommended(_) => KINDS[7].0,
         }
     }
 
     fn vm(&self) -> Option<&str> {
         match self {
-            Self::Prestaged(change) | Self::Released(change) | Self::Changed(change) | Self::Refused(change) => {
-                Some(&change.vm)
-            }
+            Self::Prestaged(change)
+            | Self::Released(change)
+            | Self::Changed(change)
+            | Self::Refused(change)
+            | Self::Recommended(change) => Some(&change.vm),
             Self::Anomaly(anomaly) => anomaly.vm.as_deref(),
-            Self::ReservationAdmitted(reserved) | Self::ReservationRefused(reserved) => Some(&reserved.vm),
+            // For a machine that is to come it is a matter of the host.
+            Self::ReservationAdmitted(reserved) | Self::ReservationRefused(reserved) => {
+                Some(reserved.vm.as_str()).filter(|vm| !vm.is_empty())
+            }
         }
     }
 

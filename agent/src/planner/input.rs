@@ -55,7 +55,8 @@ pub struct Policy {
     pub priority: u8,
     /// Among machines of one priority; above 0.
     pub weight: f64,
-    pub mode: Mode,
+    /// By [`Resource`].
+    pub mode: [Mode; 4],
     /// Resources that only ever grow.
     pub never_lower: [bool; 4],
     /// Least that is kept free above what is in use, as a share of it; otherwise the rule's.
@@ -71,7 +72,7 @@ impl Policy {
             max,
             priority: 0,
             weight: 1.0,
-            mode: Mode::Observe,
+            mode: [Mode::Observe; 4],
             never_lower: [false; 4],
             margin: [None; 4],
         }

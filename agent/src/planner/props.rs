@@ -21,7 +21,7 @@ fn life(rounds: usize) -> impl Strategy<Value = Life> {
         move |((min, max, priority, weight), levels, outlook, start, [never, balloon])| {
             let mut policy = Policy::up_to(Amounts::of(max, max * GIB));
             policy.min = Amounts::of(min.min(max), min.min(max) * GIB);
-            (policy.priority, policy.weight, policy.mode) = (priority, weight, Mode::Act);
+            (policy.priority, policy.weight, policy.mode) = (priority, weight, [Mode::Act; 4]);
             policy.never_lower[0] = never && priority == 0;
             let abilities = Abilities { balloon, virtio_mem: balloon || priority > 0, ..Abilities::ALL };
             let demand: Vec<[f64; 2]> = levels
@@ -209,7 +209,7 @@ proptest! {
             max: Amounts([n(10), n(11), n(12), n(13)]),
             priority: 1,
             weight: n(14),
-            mode: Mode::Act,
+            mode: [Mode::Act; 4],
             never_lower: [false; 4],
             margin: [Some(n(15)), None, Some(n(16)), None],
         };

@@ -188,7 +188,7 @@ impl Planner {
                 reason,
                 before: want.before,
                 to,
-                mode: vm.policy.mode,
+                mode: vm.policy.mode[resource as usize],
                 numbers,
                 runaway: want.runaway,
                 missing: if reason == Reason::Unable { want.missing } else { None },

@@ -9,7 +9,7 @@ fn host(cores: f64, memory: f64) -> Host {
 }
 
 fn vm(id: u128, max: Amounts) -> Vm {
-    let policy = Policy { mode: Mode::Act, ..Policy::up_to(max) };
+    let policy = Policy { mode: [Mode::Act; 4], ..Policy::up_to(max) };
     Vm { id: VmId(id), policy, abilities: Abilities::ALL, readings: [None; 4] }
 }
 
@@ -28,7 +28,9 @@ fn rounds(planner: &mut Planner, host: &Host, vms: &mut [Vm], from_s: u64, count
         for decision in &decisions {
             let vm = vms.iter_mut().find(|vm| vm.id == decision.vm).unwrap();
             let reading = vm.readings[decision.resource as usize].as_mut().unwrap();
-            if matches!(decision.kind, Kind::Raise | Kind::Lower) && vm.policy.mode == Mode::Act {
+            if matches!(decision.kind, Kind::Raise | Kind::Lower)
+                && vm.policy.mode[decision.resource as usize] == Mode::Act
+            {
                 reading.allocated = decision.to;
             }
         }
@@ -148,7 +150,7 @@ fn a_change_without_effect_is_tried_again_ever_more_seldom() {
 #[test]
 fn machines_that_are_only_observed_take_no_part() {
     let mut watched = vm(1, Amounts::of(8.0, 0.0));
-    watched.policy.mode = Mode::Observe;
+    watched.policy.mode = [Mode::Observe; 4];
     watched.readings[0] = Some(reading(6.0, 0.1));
     let mut other = vm(2, Amounts::of(8.0, 0.0));
     other.readings[0] = Some(Reading { pressure: Pressure { some: 0.9, full: 0.0 }, ..reading(2.0, 2.0) });

@@ -167,7 +167,7 @@ pub(super) fn want(
     let raising = goal > before;
     let missing =
         if raising { vm.abilities.missing_to_raise(resource) } else { vm.abilities.missing_to_lower(resource) };
-    let act = policy.mode == Mode::Act;
+    let act = policy.mode[resource as usize] == Mode::Act;
     let fixed = policy.never_lower[at]
         || !act
         || !fresh

@@ -83,7 +83,7 @@ impl Policy for Ours {
                 })
             };
             let mut policy = VmPolicy::up_to(Amounts::of(seen.cpu.provisioned, seen.memory.provisioned));
-            policy.mode = Mode::Act;
+            policy.mode = [Mode::Act; 4];
             policy.priority = self.priorities.get(at).copied().unwrap_or(0);
             let [cpu, memory] = self.outlooks.get(at).copied().unwrap_or_default();
             self.vms.push(Vm {

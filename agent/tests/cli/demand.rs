@@ -145,7 +145,7 @@ host:           8 CPUs, 32 GiB of memory, 20 GiB available
 pressure:       cpu 1.2 %, memory - of the last 10 s
 series:         0 B
 note:           no cgroup v2: no pressure by machine
-webhook:        https://manager/hook: 40 delivered, 2 waiting, 0 given up, last error: status 503
+webhook:        https://manager/hook: 2 waiting, 0 given up, last error: status 503
 UNUSUAL: db\\u{1b}[31m memory (leak) since 2026-11-22 03:04 UTC: 7.0 GiB, expected 1.0 GiB to 2.5 GiB
     grew by 1.0 GiB an hour for 5 hours
 ",

@@ -176,7 +176,6 @@ impl DemandControl for Fake {
         let webhook = WebhookStatus {
             url: "https://manager/hook".into(),
             waiting: 2,
-            delivered: 40,
             last_error: Some("status 503".into()),
             ..WebhookStatus::default()
         };

@@ -554,11 +554,12 @@ pub struct Anomaly {
 pub struct WebhookStatus {
     pub url: String,
     pub waiting: u64,
-    pub delivered: u64,
     /// Given up.
     pub dead: u64,
+    /// When the oldest that waits happened.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last_delivered_unix_ms: Option<u64>,
+    pub oldest_unix_ms: Option<u64>,
+    /// Of the oldest that waits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }

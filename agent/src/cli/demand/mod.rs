@@ -206,6 +206,8 @@ pub enum ForecastCommand {
         The chart shows what was measured (█), and from now on the median (█), and what it is to stay below in 90 (▒) and \
         95 (░) of 100 cases. The peak is that of the whole time, which steps one by one do not tell.")]
     Show(ShowArgs),
+    /// Forecast recorded series at given points, to compare with other forecasters
+    Evaluate(super::forecast::EvaluateArgs),
 }
 
 #[derive(Debug, Args)]
@@ -236,7 +238,10 @@ pub(super) async fn forecast(
     json: bool,
     out: &mut impl Write,
 ) -> Result<(), Failure> {
-    let ForecastCommand::Show(args) = command;
+    let args = match command {
+        ForecastCommand::Show(args) => args,
+        ForecastCommand::Evaluate(args) => return super::forecast::evaluate(&args, json, out),
+    };
     let (resource, seconds) = (Resource::from(args.resource).name(), args.horizon.as_secs());
     let path = format!("/v1/vms/{}/forecast?resource={resource}&horizon_s={seconds}", encode(&args.vm));
     let forecast: Forecast = client.get(&path).await?;

@@ -282,11 +282,9 @@ pub(super) fn demand(status: &DemandStatus, webhooks: &WebhookList, now_unix_ms:
     }
     for webhook in &webhooks.webhooks {
         let error = webhook.last_error.as_ref().map_or_else(String::new, |error| format!(", last error: {error}"));
-        let (waiting, delivered, dead) = (webhook.waiting, webhook.delivered, webhook.dead);
-        fields.add(
-            "webhook",
-            format!("{}: {delivered} delivered, {waiting} waiting, {dead} given up{error}", webhook.url),
-        );
+        let oldest = webhook.oldest_unix_ms.map_or_else(String::new, |at| format!(" since {}", ago(at, now_unix_ms)));
+        let (waiting, dead) = (webhook.waiting, webhook.dead);
+        fields.add("webhook", format!("{}: {waiting} waiting{oldest}, {dead} given up{error}", webhook.url));
     }
     let mut text = fields.render();
     for anomaly in &status.anomalies {
