@@ -199,8 +199,11 @@ impl Planner {
 
 /// The smallest change worth making: who goes short gets what there is, however little.
 fn least(want: &Want, to: f64, rule: &Rule) -> f64 {
-    let urgent =
-        (to > want.before && want.reason != Reason::Foreseen) || (to < want.before && want.reason == Reason::Maximum);
+    let urgent = if to > want.before {
+        want.reason != Reason::Foreseen
+    } else {
+        (want.precise && want.goal >= want.before) || want.reason == Reason::Maximum
+    };
     if urgent { 0.5 * rule.grain } else { (rule.dead * want.before).max(0.5 * rule.grain) }
 }
 
@@ -208,7 +211,7 @@ fn least(want: &Want, to: f64, rule: &Rule) -> f64 {
 fn outcome(want: &Want, to: f64, rule: &Rule) -> (Kind, Reason, f64) {
     let before = want.before;
     let wished_up = want.goal > before + 0.5 * rule.grain;
-    let moved = (to - before).abs() >= least(want, to, rule) || (to < before && want.reason == Reason::Maximum);
+    let moved = (to - before).abs() >= least(want, to, rule);
     if want.frozen {
         let kind = if wished_up { Kind::Refuse } else { Kind::Hold };
         return (kind, want.reason, before);

@@ -36,6 +36,8 @@ pub(super) struct Want {
     pub(super) missing: Option<&'static str>,
     pub(super) runaway: bool,
     pub(super) act: bool,
+    /// Little is taken as easily as much; a balloon is not moved for a trifle.
+    pub(super) precise: bool,
 }
 
 impl Want {
@@ -199,5 +201,6 @@ pub(super) fn want(
         missing,
         runaway: track.grows(),
         act,
+        precise: resource.compressible(),
     }
 }
