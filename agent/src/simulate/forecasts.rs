@@ -2,7 +2,7 @@
 
 use crate::planner::Outlook;
 
-/// Steps to the hour, the day and the week.
+/// Steps of a day.
 const DAY: usize = 288;
 /// History that is kept.
 const KEPT: usize = 14 * DAY;
@@ -62,7 +62,7 @@ impl Forecasts for Empirical {
         let last = values[all - 1];
         let past = &values[all.saturating_sub(7 * DAY)..];
         let n = past.len();
-        let near = |value: f64| (value - last).abs() <= 0.1 * last + 1e-3 * past.len() as f64 * 0.0;
+        let near = |value: f64| (value - last).abs() <= 0.1 * last;
         let peaks = &mut self.scratch;
         peaks.clear();
         for at in 0..n - horizon {

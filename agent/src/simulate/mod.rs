@@ -24,6 +24,9 @@ mod score;
 mod trace;
 mod vpa;
 
+#[cfg(test)]
+mod tests;
+
 pub use forecasts::{Empirical, Forecasts};
 pub use policy::{Policy, Seen};
 pub use run::{Report, Row, Setup, empirical, run};
