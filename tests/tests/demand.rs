@@ -59,7 +59,7 @@ impl Host {
         let result = self.runtime.block_on(self.hypervisor.apply(change, pace));
         match &result {
             Ok(done) => {
-                println!("{:?} → {:?} in {:?}: {:?} {}", done.before, done.got, done.took, done.outcome, done.why)
+                println!("{} → {} in {:?}: {:?} {}", done.before, done.got, done.took, done.outcome, done.why)
             }
             Err(error) => println!("{error}"),
         }

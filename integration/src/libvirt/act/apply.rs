@@ -125,7 +125,7 @@ fn apply(domain: &Domain, change: &Change, pace: &Pace) -> Result<Done, ActError
         _ => work.numbers(),
     }?;
     tracing::info!(
-        vm = work.name, kind = %done.kind, before = ?done.before, asked = ?done.asked, got = ?done.got,
+        vm = work.name, kind = %done.kind, before = %done.before, asked = %done.asked, got = %done.got,
         took_ms = done.took.as_millis(), outcome = ?done.outcome, why = done.why, "changed"
     );
     Ok(done)

@@ -121,6 +121,61 @@ impl Setting {
     }
 }
 
+impl Setting {
+    /// The setting as one number, for records: bytes of memory, vCPUs, cores, weights, bytes/s of a limit, both ways together.
+    /// `None` where there is no limit, or one in requests/s alone.
+    pub fn amount(&self) -> Option<f64> {
+        let sum = |a: Option<u64>, b: Option<u64>| match (a, b) {
+            (Some(a), Some(b)) => Some(a.saturating_add(b) as f64),
+            _ => None, // one way is without limit, so the sum is too
+        };
+        match self {
+            Self::Memory(bytes) | Self::Balloon(bytes) | Self::MemoryDevice { bytes, .. } => Some(*bytes as f64),
+            Self::Vcpus(count) => Some(f64::from(*count)),
+            Self::CpuWeight(weight) => Some(*weight as f64),
+            Self::CpuQuota(cores) => *cores,
+            Self::Disk { limits: l, .. } => l.total_bps.map(|b| b as f64).or_else(|| sum(l.read_bps, l.write_bps)),
+            Self::DiskWeight(weight) => Some(f64::from(*weight)),
+            Self::Network { limits, .. } => sum(limits.received_bps, limits.sent_bps),
+        }
+    }
+}
+
+/// In words, such as `352 MiB` or `vda: reads 10000000 B/s`.
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let limits = |f: &mut fmt::Formatter<'_>, of: &str, limits: &[(&str, Option<u64>, &str)]| {
+            let set: Vec<_> = limits.iter().filter_map(|(n, v, unit)| Some(format!("{n} {} {unit}", (*v)?))).collect();
+            write!(f, "{of}: {}", if set.is_empty() { "no limit".to_owned() } else { set.join(", ") })
+        };
+        match self {
+            Self::Memory(bytes) | Self::Balloon(bytes) => write!(f, "{} MiB", bytes >> 20),
+            Self::MemoryDevice { alias, bytes } => write!(f, "{alias}: {} MiB", bytes >> 20),
+            Self::Vcpus(1) => f.write_str("1 vCPU"),
+            Self::Vcpus(count) => write!(f, "{count} vCPUs"),
+            Self::CpuWeight(weight) => write!(f, "CPU weight {weight}"),
+            Self::CpuQuota(Some(cores)) => write!(f, "{cores:.2} cores"),
+            Self::CpuQuota(None) => f.write_str("no CPU limit"),
+            Self::DiskWeight(weight) => write!(f, "disk weight {weight}"),
+            Self::Disk { target, limits: l } => limits(
+                f,
+                target,
+                &[
+                    ("total", l.total_bps, "B/s"),
+                    ("reads", l.read_bps, "B/s"),
+                    ("writes", l.write_bps, "B/s"),
+                    ("total", l.total_ops, "/s"),
+                    ("reads", l.read_ops, "/s"),
+                    ("writes", l.write_ops, "/s"),
+                ],
+            ),
+            Self::Network { device, limits: l } => {
+                limits(f, device, &[("receives", l.received_bps, "B/s"), ("sends", l.sent_bps, "B/s")])
+            }
+        }
+    }
+}
+
 /// A change to make.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Change {
@@ -189,5 +244,30 @@ impl ActError {
     /// Whether trying again is of no use until the VM's definition or the host changes.
     pub fn is_permanent(&self) -> bool {
         matches!(self, Self::Unsupported { .. } | Self::Hypervisor(HypervisorError::NoSuchVm { .. }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_read_as_words_and_as_a_number() {
+        let disk = |limits| Setting::Disk { target: "vda".into(), limits };
+        let read = DiskLimits { read_bps: Some(10), total_ops: Some(7), ..DiskLimits::default() };
+        let both = DiskLimits { write_bps: Some(5), ..read };
+        let net = NetLimits { received_bps: Some(1), sent_bps: Some(2) };
+        for (setting, words, amount) in [
+            (Setting::Memory(352 << 20), "352 MiB", Some(369_098_752.0)),
+            (Setting::Vcpus(1), "1 vCPU", Some(1.0)),
+            (Setting::CpuQuota(Some(1.5)), "1.50 cores", Some(1.5)),
+            (Setting::CpuQuota(None), "no CPU limit", None),
+            (disk(DiskLimits::default()), "vda: no limit", None),
+            (disk(read), "vda: reads 10 B/s, total 7 /s", None),
+            (disk(both), "vda: reads 10 B/s, writes 5 B/s, total 7 /s", Some(15.0)),
+            (Setting::Network { device: "vnet0".into(), limits: net }, "vnet0: receives 1 B/s, sends 2 B/s", Some(3.0)),
+        ] {
+            assert_eq!((setting.to_string().as_str(), setting.amount()), (words, amount));
+        }
     }
 }
