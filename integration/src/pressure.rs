@@ -84,6 +84,8 @@ impl Window {
 
 /// A VM without a group is looked for again after this long: its process may not have been there yet.
 const RETRY: Duration = Duration::from_secs(60);
+/// All processes are looked at no more often than this, however many VMs are new.
+const SCAN_EVERY: Duration = Duration::from_secs(10);
 
 /// The control groups of VMs.
 #[derive(Debug)]
@@ -93,6 +95,8 @@ pub struct Groups {
     pid_files: PathBuf,
     mount: Option<PathBuf>,
     known: HashMap<(Uuid, u32), Known>,
+    /// QEMU processes by their VM's UUID, as of the last look at all processes.
+    scanned: Option<(Instant, HashMap<Uuid, u32>)>,
     said: bool,
 }
 
@@ -114,7 +118,7 @@ impl Groups {
     pub fn new(proc: &Path, pid_files: &Path) -> Self {
         let mounts = std::fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
         let (proc, pid_files) = (proc.to_owned(), pid_files.to_owned());
-        Self { proc, pid_files, mount: mount_of(&mounts), known: HashMap::new(), said: false }
+        Self { proc, pid_files, mount: mount_of(&mounts), known: HashMap::new(), scanned: None, said: false }
     }
 
     /// The pressure of the VM's group; `None` where there is no such group, which is said once in the log.
@@ -128,7 +132,7 @@ impl Groups {
             None => true,
         };
         if look {
-            let folder = mount.as_ref().and_then(|mount| self.find(mount, uuid, name));
+            let folder = mount.as_ref().and_then(|mount| self.find(mount, uuid, name, now));
             if folder.is_none() && !self.said {
                 self.said = true;
                 let why = if mount.is_none() { "this host has no cgroup v2" } else { "it has no group of its own" };
@@ -145,8 +149,8 @@ impl Groups {
         self.known.retain(|_, known| std::mem::take(&mut known.seen));
     }
 
-    fn find(&self, mount: &Path, uuid: Uuid, name: &str) -> Option<PathBuf> {
-        let pid = self.pid(uuid, name)?;
+    fn find(&mut self, mount: &Path, uuid: Uuid, name: &str, now: Instant) -> Option<PathBuf> {
+        let pid = self.pid(uuid, name, now)?;
         let groups = std::fs::read_to_string(self.proc.join(pid.to_string()).join("cgroup")).ok()?;
         let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
         let folder = mount.join(machine_group(own)?.trim_start_matches('/'));
@@ -154,30 +158,36 @@ impl Groups {
     }
 
     /// The QEMU process of a VM: by libvirt's pid file, else by a look at all processes.
-    fn pid(&self, uuid: Uuid, name: &str) -> Option<u32> {
-        let is_it = |pid: &u32| {
-            let line = std::fs::read(self.proc.join(pid.to_string()).join("cmdline")).unwrap_or_default();
-            names_uuid(&line, uuid)
-        };
+    fn pid(&mut self, uuid: Uuid, name: &str, now: Instant) -> Option<u32> {
         let by_file = || {
             if name.contains(['/', '\0']) {
                 return None;
             }
             std::fs::read_to_string(self.pid_files.join(format!("{name}.pid"))).ok()?.trim().parse().ok()
         };
-        by_file().filter(&is_it).or_else(|| {
-            let entries = std::fs::read_dir(&self.proc).ok()?;
-            let mut pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-            pids.find(is_it)
-        })
+        if let Some(pid) = by_file().filter(|&pid| self.vm_of(pid) == Some(uuid)) {
+            return Some(pid);
+        }
+        let fresh = self.scanned.as_ref().is_some_and(|(at, _)| now.saturating_duration_since(*at) < SCAN_EVERY);
+        if !fresh {
+            self.scanned = Some((now, self.scan()));
+        }
+        self.scanned.as_ref()?.1.get(&uuid).copied().filter(|&pid| self.vm_of(pid) == Some(uuid))
     }
-}
 
-/// Whether a command line has the words `-uuid UUID`.
-fn names_uuid(line: &[u8], uuid: Uuid) -> bool {
-    let uuid = uuid.to_string();
-    let mut words = line.split(|&b| b == 0);
-    words.any(|word| word == b"-uuid") && words.next() == Some(uuid.as_bytes())
+    fn scan(&self) -> HashMap<Uuid, u32> {
+        let entries = std::fs::read_dir(&self.proc).into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter_map(|pid| Some((self.vm_of(pid)?, pid))).collect()
+    }
+
+    /// The VM whose UUID a process has on its command line.
+    fn vm_of(&self, pid: u32) -> Option<Uuid> {
+        let line = std::fs::read(self.proc.join(pid.to_string()).join("cmdline")).ok()?;
+        let mut words = line.split(|&b| b == 0);
+        words.find(|word| *word == b"-uuid")?;
+        Uuid::try_parse_ascii(words.next()?).ok()
+    }
 }
 
 /// The mount point of cgroup v2 (proc(5), mountinfo: the fields after `-` are type, source, options).
