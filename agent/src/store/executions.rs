@@ -39,6 +39,9 @@ CREATE INDEX executions_by_program ON executions(program, started_s);
 CREATE INDEX executions_by_vm ON executions(vm, started_s);
 ";
 
+/// Latest start (Unix s) and bytes of a profile.
+type Data = (u64, Vec<u8>);
+
 fn tags_text(key: &Key) -> String {
     key.tags.iter().map(|tag| format!("{}\n", tag.replace('\n', " "))).collect()
 }
@@ -62,7 +65,7 @@ impl Store {
     /// the oldest go.
     pub fn add_execution(&self, vm: &str, execution: Execution, catalogue: &mut Catalogue) -> Pending {
         let vm = vm.to_owned();
-        let changes: Vec<(Kept, Option<(u64, Vec<u8>)>)> = catalogue
+        let changes: Vec<(Kept, Option<Data>)> = catalogue
             .changes()
             .into_iter()
             .map(|change| match &change {
