@@ -149,7 +149,7 @@ impl Default for SeriesRetention {
     fn default() -> Self {
         const DAY: Duration = Duration::from_secs(86_400);
         // What forecasts learn from are weeks by the five minutes; by the second is for looking at yesterday. A hundred machines with
-        // twelve metrics each take some 750 MiB so.
+        // twelve metrics each take some 800 MiB so.
         Self { age: [DAY * 2, DAY * 7, DAY * 90, DAY * 730], bytes: 1 << 30 }
     }
 }
