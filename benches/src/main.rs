@@ -4,6 +4,7 @@
 //! - [`collect`]: `bench collect`, what measuring many machines costs
 //! - [`forecast`]: `bench forecast`, demand foretold beside other forecasters
 //! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
+//! - [`series`]: `bench series`, what machines used: size, ingest, questions
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
 //! - [`adversary`]: traces made to be foreseen wrongly
@@ -22,6 +23,7 @@ mod peers;
 mod predict;
 mod progress;
 mod record;
+mod series;
 mod table;
 mod trace;
 
@@ -48,6 +50,8 @@ enum Command {
     Forecast(forecast::Options),
     /// Fill a history with recorded traces, and time what is asked of it
     History(history::Options),
+    /// Fill series with recorded samples, and time what is asked of them
+    Series(series::Options),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Command::Collect(options) => collect::run(&options),
         Command::Forecast(options) => forecast::run(&options),
         Command::History(options) => history::run(&options),
+        Command::Series(options) => series::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

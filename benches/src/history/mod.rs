@@ -99,7 +99,7 @@ pub(crate) fn storage_name(storage: u32) -> String {
     format!("file:/srv/storage{storage}.raw")
 }
 
-fn cpu_seconds() -> f64 {
+pub(crate) fn cpu_seconds() -> f64 {
     // proc(5): utime and stime are the 14th and 15th field, in ticks of 10 ms; the second may hold blanks, but ends with a bracket.
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
