@@ -259,6 +259,10 @@ sections! {
         every: Duration = SECOND, lasts(SECOND, SECOND * 60), restart;
         /// Probability, 0.0001 to 0.5, with which a machine may need more than it is given for what is foreseen.
         risk: f64 = 0.05, risk, reload;
+        /// How long a machine must have used less before anything is taken from it; 10s to 24h.
+        idle: Duration = SECOND * 1800, lasts(SECOND * 10, HOUR * 24), reload;
+        /// How long after a change nothing is taken from a machine; 5s to 24h. Doubled each time that this proves too short.
+        cool_down: Duration = SECOND * 300, lasts(SECOND * 5, HOUR * 24), reload;
         /// vCPUs that machines may have for each CPU of the host, 0.1 to 64.
         cpu_overcommit: f64 = 4.0, overcommit, reload;
         /// Share of the host's memory that is not for machines, 0 to 0.9.

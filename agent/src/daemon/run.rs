@@ -122,7 +122,9 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     tell(&daemon).await;
     if let Some(demand) = daemon.demand.clone() {
         let config = daemon.config.lock().clone();
-        tasks.push(tokio::spawn(demand.run(config)));
+        let training = demand.start_training(config.daemon.state_dir.join("demand.model"));
+        let training = training.inspect_err(|error| tracing::error!(%error, "no demand model is trained")).ok();
+        tasks.push(tokio::spawn(demand.run(config, training)));
     }
     tasks.push(tokio::spawn(keep_trying(daemon.clone())));
     tasks.push(tokio::spawn(keep_outcomes(daemon.clone())));

@@ -7,7 +7,7 @@
 //! - [`State`]: all machines, the host, what is promised and what was decided; sans-I/O
 //! - `order.rs`: from a decision to a change that libvirt can make
 //! - `promises.rs`: resources promised for a time
-//! - `run.rs`: the loop that measures, plans, acts and writes down
+//! - `run.rs`: the loop that measures, plans, acts and writes down; `training.rs`: the network of the forecasts
 //!
 //! Time comes in with each turn. The state is locked for a turn's arithmetic and for an answer, never across a call to libvirt or
 //! the database.
@@ -20,6 +20,7 @@ pub(crate) mod machine;
 pub(crate) mod order;
 mod promises;
 pub(crate) mod run;
+mod training;
 
 use crate::planner::{self, Amounts, Host, Input, Planner, Reservations};
 use calendar::Calendar;
@@ -246,9 +247,14 @@ impl State {
         })
     }
 
-    /// Probability with which a machine may need more than it is given for what is foreseen.
-    pub(crate) fn set_risk(&mut self, risk: f64) {
-        let settings = planner::Settings { risk, ..*self.planner.settings() };
+    /// Probability with which a machine may need more than it is given for what is foreseen; how long it must have used less
+    /// before something is taken, and how long after a change.
+    pub(crate) fn set_rules(&mut self, risk: f64, idle: Duration, cool_down: Duration) {
+        let mut settings = planner::Settings { risk, ..*self.planner.settings() };
+        let seconds = |time: Duration| u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1);
+        for rule in &mut settings.rules {
+            (rule.window_s, rule.cool_down_s) = (seconds(idle), seconds(cool_down));
+        }
         self.planner.set_settings(settings);
     }
 

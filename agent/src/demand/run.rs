@@ -7,6 +7,7 @@
 use super::flow::Found;
 use super::machine::{Machine, used};
 use super::order::{NotDone, Result as ActResult};
+use super::training::Training;
 use super::{HostSettings, Order, State};
 use crate::calendar::rfc3339;
 use crate::config::{Config, RateLimit};
@@ -56,7 +57,7 @@ impl Demand {
     /// The database cannot be read.
     pub(crate) fn new(store: Store, hypervisor: Hypervisor, config: &Config, host: &str) -> Result<Self, StoreError> {
         let mut state = State::new(settings(config));
-        state.set_risk(config.demand.risk);
+        state.set_rules(config.demand.risk, config.demand.idle, config.demand.cool_down);
         for row in store.policies()? {
             match (Uuid::parse_str(&row.vm), serde_json::from_str::<VmPolicy>(&row.data)) {
                 (Ok(uuid), Ok(policy)) => drop(state.policies.insert(uuid, policy)),
@@ -73,11 +74,11 @@ impl Demand {
     pub(crate) fn set(&self, config: &Config) {
         let mut state = self.state.lock();
         state.settings = settings(config);
-        state.set_risk(config.demand.risk);
+        state.set_rules(config.demand.risk, config.demand.idle, config.demand.cool_down);
     }
 
     /// Runs until it is dropped.
-    pub(crate) async fn run(self, config: Config) {
+    pub(crate) async fn run(self, config: Config, training: Option<Training>) {
         let mut collector = Collector::new(self.hypervisor.clone(), CollectConfig::default());
         let mut beat = tokio::time::interval(config.demand.every);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
@@ -100,6 +101,11 @@ impl Demand {
                 if answered { state.plan(now_s) } else { Vec::new() }
             };
             let found = std::mem::take(&mut self.state.lock().found);
+            if found.iter().any(|(_, found)| found.name() == "drift")
+                && let Some(training) = &training
+            {
+                training.drifted();
+            }
             self.tell_anomalies(found);
             self.meet(&known, now_s).await;
             for order in orders {
