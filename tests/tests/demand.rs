@@ -78,8 +78,9 @@ fn a_guest_sees_memory_and_processors_come_and_go() {
     let began = run.wait_state().unwrap();
     assert_eq!((began.online.as_str(), began.ooms), ("0", 0));
 
-    let sample =
-        host.sample_where("the guest's own figures", |s| s.memory.guest.is_some() && s.cpu.used_cores.is_some());
+    let sample = host.sample_where("the guest's own figures", |s| {
+        s.memory.guest.is_some() && s.memory.period.is_some() && s.cpu.used_cores.is_some()
+    });
     let (memory, said) = (sample.memory, sample.memory.guest.unwrap());
     assert_eq!(memory.period, Some(Duration::from_secs(1)), "it was never asked before");
     assert_eq!(memory.current_bytes, Some(MEMORY_MIB * MIB));
