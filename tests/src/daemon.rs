@@ -18,12 +18,14 @@ pub struct DaemonOptions {
     pub ssd_size: String,
     /// libvirt's URI, or none.
     pub libvirt_uri: Option<String>,
+    /// Further sections of the configuration.
+    pub more: String,
 }
 
 impl Default for DaemonOptions {
     /// More than the guest image holds, so that what a boot shows is prediction and not eviction.
     fn default() -> Self {
-        Self { ram_size: "256MiB".to_owned(), ssd_size: "1GiB".to_owned(), libvirt_uri: None }
+        Self { ram_size: "256MiB".to_owned(), ssd_size: "1GiB".to_owned(), libvirt_uri: None, more: String::new() }
     }
 }
 
@@ -56,13 +58,14 @@ impl Prestaged {
             format!(
                 "[daemon]\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\n\
                  [cache]\nram_size = \"{}\"\nssd_path = \"{}\"\nssd_size = \"{}\"\n\n\
-                 [api]\nsocket = \"{}\"\n\n[libvirt]\n{libvirt}\n",
+                 [api]\nsocket = \"{}\"\n\n[libvirt]\n{libvirt}\n\n{}\n",
                 state.join("state").display(),
                 run_folder.join("run").display(),
                 options.ram_size,
                 ssd.display(),
                 options.ssd_size,
                 socket.display(),
+                options.more,
             ),
         )?;
         for folder in [state.join("state"), run_folder.join("run")] {

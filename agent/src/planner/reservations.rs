@@ -13,6 +13,7 @@
 //!
 //! The whole is serialisable; what is read back is checked by [`Reservations::check`].
 
+use crate::calendar::rfc3339;
 use super::{Amounts, Outlook, RESOURCES, Resource, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -88,13 +89,13 @@ pub enum Refusal {
     #[error("{MOST} reservations are the most there can be; cancel some")]
     Full,
     #[error(
-        "{resource}: {} guaranteed where {} is left of what may be promised at Unix time {at_s}; ask for less or another time",
-        .resource.human(*.asked), .resource.human(*.left)
+        "{resource}: {} guaranteed where {} is left of what may be promised at {}; ask for less or another time",
+        .resource.human(*.asked), .resource.human(*.left), rfc3339(.at_s.saturating_mul(1_000_000))
     )]
     Promised { resource: Resource, at_s: u64, asked: f64, left: f64 },
     #[error(
-        "{resource}: {} where {} is likely to be left at Unix time {at_s} at a risk of {risk}; ask for less, another time or a higher risk",
-        .resource.human(*.asked), .resource.human(*.left)
+        "{resource}: {} where {} is likely to be left at {} at a risk of {risk}; ask for less, another time or a higher risk",
+        .resource.human(*.asked), .resource.human(*.left), rfc3339(.at_s.saturating_mul(1_000_000))
     )]
     Foreseen { resource: Resource, at_s: u64, asked: f64, left: f64, risk: f64 },
 }

@@ -40,6 +40,10 @@ pub(super) fn policy(shown: &VmPolicyShown) -> String {
         fields.add(resource.name(), parts.into_iter().flatten().collect::<Vec<_>>().join(", "));
     }
     for ability in &shown.abilities {
+        if ability.what == "note" {
+            fields.add("note", &ability.reason);
+            continue;
+        }
         let can = if ability.possible { "yes" } else { "no" };
         let reason = if ability.reason.is_empty() { String::new() } else { format!(": {}", ability.reason) };
         fields.add(&ability.what, format!("{can}{reason}"));
