@@ -186,8 +186,11 @@ impl Forecaster {
             let ahead: Vec<usize> = (1..=steps).collect();
             let features = Features::of(&view, summary, self.metric, context, &ahead, &[steps]);
             let output = model.quantiles(&features);
+            // beyond this, in either direction, is no demand: sinh(60) is 10²⁵ times the scale
+            let bounded = |quantiles: [f32; 4]| quantiles.map(|z| z.clamp(-60.0, 60.0));
             if let Some(&peak) = output.peaks.first() {
-                opinions[NETWORK] = Some(Opinion { steps: output.steps, peak });
+                let steps = output.steps.into_iter().map(bounded).collect();
+                opinions[NETWORK] = Some(Opinion { steps, peak: bounded(peak) });
             }
         }
         opinions
