@@ -98,7 +98,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let file = |name: &str| folder.join(name);
     script.run("prepare", &["--out"], &[&file("series.csv.gz")])?;
     let numbers = [("--vms", options.vms), ("--origins", options.origins), ("--seed", options.seed)];
-    let numbers: Vec<String> = numbers.iter().flat_map(|(name, value)| [(*name).to_owned(), value.to_string()]).collect();
+    let numbers: Vec<String> =
+        numbers.iter().flat_map(|(name, value)| [(*name).to_owned(), value.to_string()]).collect();
     let mut words: Vec<&str> = numbers.iter().map(String::as_str).collect();
     words.push("--out");
     script.run("points", &words, &[&file("points.csv")])?;
@@ -122,7 +123,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         running.finish()?;
         progress.step("peers");
     }
-    let timing = write(&file("ours.csv"), |out| predict(&table, &points, |series| trainable(&points, series), model.as_ref(), out))?;
+    let timing = write(&file("ours.csv"), |out| {
+        predict(&table, &points, |series| trainable(&points, series), model.as_ref(), out)
+    })?;
     progress.step("forecasts");
 
     let scores = Scores::read(&script.score(&file("points.csv"), &[&peers, &file("ours.csv")])?)?;

@@ -31,7 +31,8 @@ pub(super) fn of(scores: &Scores, timing: &Timing) -> Vec<Claim> {
     let interval = ours.iter().map(|line| promised(line.in90, 0.9, &line.group));
     let maximum = ours.iter().map(|line| promised(line.inmax, 0.95, &line.group));
     let cheaper = ours.iter().map(|line| {
-        let best = scores.peers_of(line).filter(|peer| peer.inmax >= line.inmax).min_by(|a, b| a.over.total_cmp(&b.over))?;
+        let best =
+            scores.peers_of(line).filter(|peer| peer.inmax >= line.inmax).min_by(|a, b| a.over.total_cmp(&b.over))?;
         (line.over >= best.over)
             .then(|| format!("{}: {:.3}, {} {:.3} at {:.3}", line.group, line.over, best.peer, best.over, best.inmax))
     });

@@ -167,9 +167,8 @@ impl Detector {
             return false;
         }
         let pairs = LOWS * (LOWS - 1) / 2;
-        let rising: usize = (1..LOWS)
-            .map(|at| self.lows[..at].iter().filter(|before| before.1 < self.lows[at].1).count())
-            .sum();
+        let rising: usize =
+            (1..LOWS).map(|at| self.lows[..at].iter().filter(|before| before.1 < self.lows[at].1).count()).sum();
         rising as f64 >= RISING * pairs as f64
     }
 }
@@ -200,9 +199,7 @@ mod tests {
         value: impl Fn(u64) -> f64,
     ) -> Vec<(u64, Anomaly)> {
         let mut detector = Detector::new(metric);
-        (0..steps)
-            .filter_map(|at| Some((at, detector.observe(start_s + at * STEP_S, value(at), profile)?)))
-            .collect()
+        (0..steps).filter_map(|at| Some((at, detector.observe(start_s + at * STEP_S, value(at), profile)?))).collect()
     }
 
     #[test]

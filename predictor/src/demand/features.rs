@@ -176,8 +176,7 @@ impl Look<'_> {
 
     /// Mean and maximum of what is near, which goes to `out` too; nothing after the origin is.
     fn near(&self, back: usize, out: Option<&mut Vec<f32>>) -> (f32, f32) {
-        let values: [f32; 2 * NEAR + 1] =
-            std::array::from_fn(|i| self.view.ago((back + NEAR).saturating_sub(i)));
+        let values: [f32; 2 * NEAR + 1] = std::array::from_fn(|i| self.view.ago((back + NEAR).saturating_sub(i)));
         if let Some(out) = out {
             out.extend(values.map(|value| self.z(value)));
         }

@@ -96,12 +96,7 @@ impl Kernel for Run<'_> {
         let Self { member, features, share, output } = self;
         let mut origin = [0.0; HIDDEN + FIXED];
         recent(isa, member, &features.recent, &mut origin);
-        norm(
-            &features.fixed,
-            weights!(member, "fixed_shift"),
-            weights!(member, "fixed_scale"),
-            &mut origin[HIDDEN..],
-        );
+        norm(&features.fixed, weights!(member, "fixed_shift"), weights!(member, "fixed_scale"), &mut origin[HIDDEN..]);
 
         let mut trunk = start(weights!(member, "trunk_bias"));
         dense(isa, &origin, weights!(member, "trunk"), &mut trunk);

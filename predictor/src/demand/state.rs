@@ -33,7 +33,9 @@ pub enum StateError {
     NotState,
     #[error("the forecaster's state has format version {found}, this program reads {VERSION}; it starts anew")]
     OtherVersion { found: u32 },
-    #[error("the forecaster's state has the checksum {found:#010x}, not {expected:#010x}: it is damaged; it starts anew")]
+    #[error(
+        "the forecaster's state has the checksum {found:#010x}, not {expected:#010x}: it is damaged; it starts anew"
+    )]
     Checksum { found: u32, expected: u32 },
     #[error("the forecaster's state is damaged ({0}) although its checksum is right; it starts anew")]
     Damaged(&'static str),

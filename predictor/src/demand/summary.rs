@@ -134,8 +134,7 @@ fn seasonal(view: &View<'_>, scale: f32, season: usize) -> Option<[f32; 4]> {
     }
     let z = |value: f32| (value / scale).min(1e20).asinh();
     let from = pairs.saturating_sub(CHANGES_IN);
-    let mut differences: Vec<f32> =
-        (from..pairs).map(|at| z(view.fine[at + season]) - z(view.fine[at])).collect();
+    let mut differences: Vec<f32> = (from..pairs).map(|at| z(view.fine[at + season]) - z(view.fine[at])).collect();
     Some(quantiles(&mut differences))
 }
 

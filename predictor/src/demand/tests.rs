@@ -316,8 +316,7 @@ fn the_features_have_the_lengths_that_are_stated() {
     let mut series = Series::new(300);
     series.push(0, 1.0);
     let view = series.view();
-    let features =
-        Features::of(&view, &Summary::of(&view), Metric::Cpu, &Context::default(), &[1, 2, 300], &[12, 288]);
+    let features = Features::of(&view, &Summary::of(&view), Metric::Cpu, &Context::default(), &[1, 2, 300], &[12, 288]);
     assert_eq!(features.recent.len(), RECENT * CHANNELS);
     assert_eq!((features.fixed.len(), features.steps.len(), features.peaks.len()), (FIXED, 3 * STEP, 2 * PEAK));
 }

@@ -158,15 +158,7 @@ impl DemandCorpus {
         features.fill(&series.view(origin), summary, series.metric, &context, ahead, over);
     }
 
-    fn push(
-        &self,
-        at: usize,
-        origin: usize,
-        ahead: &[usize],
-        over: &[usize],
-        features: &Features,
-        batch: &mut Batch,
-    ) {
+    fn push(&self, at: usize, origin: usize, ahead: &[usize], over: &[usize], features: &Features, batch: &mut Batch) {
         let series = &self.series[at];
         let z = |value: f32| (value / features.scale).min(1e20).asinh();
         for &h in ahead {
@@ -177,11 +169,8 @@ impl DemandCorpus {
         for &n in over {
             let known = series.measured.get(origin + n).is_some() // the end is within the series
                 && series.measured[origin + 1..=origin + n].iter().filter(|known| **known).count() * 10 >= n * 9;
-            let highest = if known {
-                series.values[origin + 1..=origin + n].iter().copied().fold(0.0, f32::max)
-            } else {
-                0.0
-            };
+            let highest =
+                if known { series.values[origin + 1..=origin + n].iter().copied().fold(0.0, f32::max) } else { 0.0 };
             batch.peak_targets.push(z(highest));
             batch.peak_known.push(f32::from(u8::from(known)));
         }

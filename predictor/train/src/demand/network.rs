@@ -141,9 +141,8 @@ impl DemandNetwork {
             .collect();
         let peak_weights: Vec<f32> =
             batch.peak_known.iter().enumerate().map(|(i, known)| known * peak[i % peak.len()]).collect();
-        let column = |values: &[f32]| {
-            Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len(), 1]), &device)
-        };
+        let column =
+            |values: &[f32]| Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len(), 1]), &device);
         pinball(said.steps, column(&batch.step_targets), column(&step_weights))
             + pinball(said.peaks, column(&batch.peak_targets), column(&peak_weights))
     }

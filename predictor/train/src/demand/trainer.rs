@@ -55,7 +55,9 @@ impl Default for DemandConfig {
 /// Why there is no model.
 #[derive(Clone, Debug, PartialEq, Error)]
 pub enum DemandError {
-    #[error("too little to train on: {found} origins with a day before them and an hour behind, {needed} are needed; let the machines run longer")]
+    #[error(
+        "too little to train on: {found} origins with a day before them and an hour behind, {needed} are needed; let the machines run longer"
+    )]
     TooLittle { found: usize, needed: usize },
     #[error("training of the demand model diverged at step {step}; train again with a lower learning rate")]
     Diverged { step: u64 },
@@ -125,7 +127,11 @@ impl DemandTrainer {
                 Some(member) => member,
                 None => {
                     let flat = initial(&self.norms, &mut self.random);
-                    Member { network: DemandNetwork::new(&flat, &device.clone().autodiff()), moments: Vec::new(), steps: 0 }
+                    Member {
+                        network: DemandNetwork::new(&flat, &device.clone().autodiff()),
+                        moments: Vec::new(),
+                        steps: 0,
+                    }
                 }
             };
             self.corpus.draw(self.config.windows, &mut self.random, &mut batch);
