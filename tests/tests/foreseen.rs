@@ -56,7 +56,7 @@ fn a_program_that_is_known_finds_what_it_needs() {
 
     // What it does not use is taken back, as far as its policy allows.
     policy(&["--mode", "act", "--margin", "0.5", "--memory", "min=352MiB", "--cpu", "never-lower"]);
-    let idle = run.state_where("memory is taken back", STEP_LIMIT, |s| s.total_bytes + 150 * MIB < began.total_bytes);
+    let idle = run.state_where("memory is taken back", STEP_LIMIT, |s| s.total_bytes + 120 * MIB < began.total_bytes);
     let idle = idle.unwrap();
     until("the last step", &prestaged, || {
         let list = prestaged.ctl(&["decisions", "--vm", "known"]).unwrap();
@@ -107,9 +107,8 @@ fn a_program_that_is_known_finds_what_it_needs() {
     run.order("free").unwrap();
     prestaged.ctl(&["execution", "end", &started["id"].to_string()]).unwrap();
     policy(&["--memory", "never-lower=no"]);
-    let released = run.state_where("memory is taken back again", STEP_LIMIT, |s| {
-        s.total_bytes + 60 * MIB < ready.total_bytes
-    });
+    let released =
+        run.state_where("memory is taken back again", STEP_LIMIT, |s| s.total_bytes + 60 * MIB < ready.total_bytes);
     assert_eq!(released.unwrap().ooms, 0);
     prestaged.stop().unwrap();
 }

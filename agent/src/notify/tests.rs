@@ -315,6 +315,7 @@ fn examples() -> Vec<Event> {
         Event::Anomaly(anomaly),
         Event::ReservationAdmitted(reserved.clone()),
         Event::ReservationRefused(reserved),
+        Event::Recommended(change()),
     ]
 }
 

@@ -13,8 +13,8 @@
 //!
 //! The whole is serialisable; what is read back is checked by [`Reservations::check`].
 
-use crate::calendar::rfc3339;
 use super::{Amounts, Outlook, RESOURCES, Resource, VmId};
+use crate::calendar::rfc3339;
 use serde::{Deserialize, Serialize};
 
 /// Reservations at most: a bound on what a round looks at.

@@ -209,7 +209,7 @@ fn what_was_promised_is_not_promised_again_and_the_refusal_says_what_is_left() {
     let refused = reservations.admit(0, ask(5.0, 0.0), 0.05, &standing).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "cpu: 5.00 cores where 4.00 cores is likely to be left at Unix time 1000 at a risk of 0.05; ask for less, another time or \
+        "cpu: 5.00 cores where 4.00 cores is likely to be left at 1970-01-01T00:16:40.000000Z at a risk of 0.05; ask for less, another time or \
          a higher risk"
     );
     reservations.admit(0, ask(5.0, 0.0), 0.5, &standing).unwrap();
