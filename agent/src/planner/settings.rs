@@ -121,7 +121,7 @@ impl Default for Settings {
             pressure: 0.05,
             lower_step: 0.3,
             settle_s: 60,
-            spare: 0.03,
+            spare: 0.015,
             grain: 16.0 * MIB,
             ..cpu
         };

@@ -102,6 +102,16 @@ fn pressure_raises_at_once_and_doubles_the_cool_down() {
 }
 
 #[test]
+fn who_goes_short_gets_the_last_bit_whatever_was_foreseen_besides() {
+    let mut one = vm(1, Amounts::of(8.0, 0.0));
+    let outlook = Some(Outlook { p50: 5.0, p90: 9.0, p95: 12.0 });
+    let pressure = Pressure { some: 0.5, full: 0.0 };
+    one.readings[0] = Some(Reading { outlook, pressure, ..reading(7.8, 7.8) });
+    let decisions = once(&[one], &host(16.0, 0.0));
+    assert_eq!((decisions[0].kind, decisions[0].reason, decisions[0].to), (Kind::Raise, Reason::Pressure, 8.0));
+}
+
+#[test]
 fn oom_raises_memory_without_any_other_sign() {
     let mut one = vm(1, Amounts::of(0.0, 8.0 * GIB));
     one.readings[1] = Some(Reading { oom: true, age_s: 900, ..reading(2.0 * GIB, 0.5 * GIB) });

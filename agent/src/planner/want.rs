@@ -109,7 +109,7 @@ pub(super) fn want(
     let mut raise = |to: f64, why: Reason| {
         // So near to the most there is, the rest is given too.
         let to = if limit(to) > (1.0 - rule.dead) * cap { cap } else { limit(to) };
-        if to > goal {
+        if to >= goal && to > before {
             (goal, reason) = (to, why);
         }
     };
