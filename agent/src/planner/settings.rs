@@ -113,7 +113,7 @@ impl Default for Settings {
             stale_s: 30,
             settle_s: 10,
             spare: 0.0,
-            grain: 0.05,
+            grain: 0.01,
         };
         // A balloon takes 5 s and more to inflate: some is kept ready. Swapping costs more than waiting for a core.
         let memory = Rule {
