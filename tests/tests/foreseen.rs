@@ -55,7 +55,7 @@ fn a_program_that_is_known_finds_what_it_needs() {
     until("the guest agent and its balloon", &prestaged, || able("guest_agent") && able("shrink"));
 
     // What it does not use is taken back, as far as its policy allows.
-    policy(&["--mode", "act", "--margin", "0.5", "--memory", "min=352MiB", "--cpu", "never-lower"]);
+    policy(&["--mode", "act", "--margin", "1", "--memory", "min=352MiB", "--cpu", "never-lower"]);
     let idle = run.state_where("memory is taken back", STEP_LIMIT, |s| s.total_bytes + 120 * MIB < began.total_bytes);
     let idle = idle.unwrap();
     until("the last step", &prestaged, || {
@@ -90,7 +90,7 @@ fn a_program_that_is_known_finds_what_it_needs() {
     assert_eq!(started["known_runs"], 1);
     let announced = run.order("state").unwrap();
     let ready = run.state_where("memory and a second processor", STEP_LIMIT, |state| {
-        state.online == "0-1" && state.total_bytes > small.total_bytes + 60 * MIB
+        state.online == "0-1" && state.total_bytes > small.total_bytes + 32 * MIB
     });
     let ready = ready.unwrap();
     let rise = run.order(&format!("hold {TAKES_MIB}")).unwrap();
@@ -108,7 +108,7 @@ fn a_program_that_is_known_finds_what_it_needs() {
     prestaged.ctl(&["execution", "end", &started["id"].to_string()]).unwrap();
     policy(&["--memory", "never-lower=no"]);
     let released =
-        run.state_where("memory is taken back again", STEP_LIMIT, |s| s.total_bytes + 60 * MIB < ready.total_bytes);
+        run.state_where("memory is taken back again", STEP_LIMIT, |s| s.total_bytes + 32 * MIB < ready.total_bytes);
     assert_eq!(released.unwrap().ooms, 0);
     prestaged.stop().unwrap();
 }

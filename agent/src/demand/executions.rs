@@ -20,6 +20,9 @@ const KNOWN: usize = 20_000;
 /// An execution that nobody ends is forgotten after a week.
 const FORGET_S: u64 = 7 * 86_400;
 
+/// What is to be written down of a program: its key, and its courses as bytes.
+type Learned = (String, Vec<u8>);
+
 /// What is known of programs, and which run.
 #[derive(Debug, Default)]
 pub(crate) struct Executions {
@@ -51,7 +54,7 @@ impl Executions {
     }
 
     /// Adds an execution; the courses to be written down by key.
-    fn learn(&mut self, start: &ExecutionStart, runs: &[Run; 4]) -> Vec<(String, Vec<u8>)> {
+    fn learn(&mut self, start: &ExecutionStart, runs: &[Run; 4]) -> Vec<Learned> {
         let mut changed = Vec::new();
         for key in keys(start) {
             if self.known.len() >= KNOWN && !self.known.contains_key(&key) {
@@ -135,7 +138,7 @@ impl State {
     }
 
     /// A program has ended: it, and what is to be written down.
-    pub(crate) fn end(&mut self, id: i64, now_ms: u64) -> Option<(Execution, Vec<(String, Vec<u8>)>)> {
+    pub(crate) fn end(&mut self, id: i64, now_ms: u64) -> Option<(Execution, Vec<Learned>)> {
         let (uuid, mut execution) = self.executions.running.remove(&id)?;
         execution.ended_unix_ms = Some(now_ms);
         let runs = self.machines.get_mut(&uuid).and_then(|machine| machine.end(id));

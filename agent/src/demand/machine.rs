@@ -15,7 +15,7 @@ struct Running {
     id: i64,
     started_s: u64,
     /// By resource: use before, what it used so far, and what earlier executions did.
-    base: [f64; 4],
+    base: [Option<f64>; 4],
     runs: [Run; 4],
     courses: [Course; 4],
 }
@@ -97,13 +97,18 @@ impl Machine {
             self.limits = [None; 4];
             self.abilities = None;
         }
+        let saturated =
+            sample.cpu.vcpus.zip(sample.cpu.used_cores).is_some_and(|(has, uses)| uses >= BUSY * f64::from(has));
         for (resource, value) in used(&sample) {
             let Some(value) = value else { continue };
             found.extend(self.flows[index(resource)].observe(now_s, value));
             for running in &mut self.running {
                 let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
                 let at = index(resource);
-                running.runs[at].observe(elapsed, (value - running.base[at]).max(0.0));
+                // Where nothing was measured before, the first that is has to stand for it.
+                let base = *running.base[at].get_or_insert(value);
+                let wanted = if saturated && resource == Resource::Cpu { SATURATED * value } else { value };
+                running.runs[at].observe(elapsed, (wanted - base).max(0.0));
             }
         }
         self.seen_s = now_s;
@@ -118,7 +123,7 @@ impl Machine {
 
     /// A program begins.
     pub(crate) fn start(&mut self, id: i64, now_s: u64, courses: [Course; 4]) {
-        let base = std::array::from_fn(|at| self.flows[at].used().map_or(0.0, |(_, used)| used));
+        let base = std::array::from_fn(|at| self.flows[at].used().map(|(_, used)| used));
         let runs = std::array::from_fn(|_| Run::new());
         self.running.push(Running { id, started_s: now_s, base, runs, courses });
     }
@@ -136,11 +141,12 @@ impl Machine {
         for running in &self.running {
             let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
             let Some(rise) = running.courses[at].expect(elapsed, horizon_s) else { continue };
-            let base = if sum.is_none() { running.base[at] } else { 0.0 };
+            let base = if sum.is_none() { running.base[at].unwrap_or(0.0) } else { 0.0 };
             let before = sum.unwrap_or_default();
             sum = Some(std::array::from_fn(|q| before[q] + rise[q] + base));
         }
-        sum
+        // What is known of one program is kept free of others as what is in use would be.
+        sum.map(|sum| sum.map(|value| value * (1.0 + self.policy.margin)))
     }
 
     /// Quantiles of the most it is to use within the minutes to come.
@@ -301,6 +307,9 @@ fn pressure(sample: &VmSample, resource: Resource) -> planner::Pressure {
     pressure
 }
 
+/// From this share of its vCPUs on a machine would use more if it had more; how much more nobody knows: half as much again.
+const BUSY: f64 = 0.8;
+const SATURATED: f64 = 1.5;
 /// Page faults a second that wait for a disk, from which on a guest counts as short of memory.
 const FAULTS: f64 = 100.0;
 /// Pressure that a guest which is short of memory counts as.

@@ -96,7 +96,9 @@ pub(crate) struct State {
     pub(crate) turns: Turns,
     pub(crate) model: Option<Arc<Weights>>,
     /// Changes under way, and when to try again what failed.
-    busy: HashSet<Uuid>,
+    busy: HashSet<(Uuid, Resource)>,
+    /// One change of a machine at a time: the others wait their turn.
+    turns_of: HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>,
     backoffs: HashMap<(Uuid, Resource), Backoff>,
     left_out: Vec<LeftOut>,
     /// What has become unusual since it was told last.
@@ -122,6 +124,7 @@ impl State {
             turns: Turns::default(),
             model: None,
             busy: HashSet::new(),
+            turns_of: HashMap::new(),
             backoffs: HashMap::new(),
             left_out: Vec::new(),
             found: Vec::new(),
@@ -153,11 +156,12 @@ impl State {
             });
             self.found.extend(machine.observe(sample, now_s).into_iter().map(|found| (uuid, found)));
         }
-        let latencies = &mut self.latencies;
+        let (latencies, turns_of) = (&mut self.latencies, &mut self.turns_of);
         self.machines.retain(|uuid, machine| {
             let keep = now_s.saturating_sub(machine.seen_s) <= FORGET_S;
             if !keep {
                 latencies.forget(*uuid);
+                turns_of.remove(uuid);
             }
             keep
         });

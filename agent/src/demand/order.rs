@@ -5,7 +5,8 @@ use super::{Order, State};
 use crate::planner::Kind;
 use prestage_integration::api::demand::{Mode, Resource};
 use prestage_integration::libvirt::Uuid;
-use prestage_integration::libvirt::act::{ActError, Backoff, Change, DiskLimits, Done, NetLimits, Outcome, Setting};
+use prestage_integration::libvirt::act::{ActError, Change, DiskLimits, Done, NetLimits, Outcome, Setting};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Why a decision is not carried out.
@@ -43,8 +44,8 @@ impl State {
         if settings.is_empty() {
             return Err(NotDone::Nothing);
         }
-        if self.busy.contains(&order.uuid) {
-            return Err(NotDone::Later("another change of this machine is under way".to_owned()));
+        if self.busy.contains(&(order.uuid, order.resource)) {
+            return Err(NotDone::Later("a change of it is under way".to_owned()));
         }
         if let Some(backoff) = self.backoffs.get(&(order.uuid, order.resource))
             && !backoff.is_ready(now)
@@ -52,7 +53,7 @@ impl State {
             let wait = backoff.wait(now).as_secs();
             return Err(NotDone::Later(format!("it failed {} times; tried again in {wait} s", backoff.failures())));
         }
-        self.busy.insert(order.uuid);
+        self.busy.insert((order.uuid, order.resource));
         let not_below = machine.not_below();
         Ok(settings.into_iter().map(|to| Change { vm: order.uuid, to, not_below }).collect())
     }
@@ -64,8 +65,8 @@ impl State {
         results: &[std::result::Result<Done, ActError>],
         now: Instant,
     ) -> Result {
-        self.busy.remove(&order.uuid);
         let key = (order.uuid, order.resource);
+        self.busy.remove(&key);
         let mut result = Result { outcome: "done", got: None, took_ms: 0, why: String::new() };
         let mut failed = false;
         for each in results {
@@ -96,16 +97,21 @@ impl State {
             }
         }
         if failed {
-            self.backoffs.entry(key).or_insert_with(Backoff::default).failed(now);
+            self.backoffs.entry(key).or_default().failed(now);
         } else {
             self.backoffs.remove(&key);
         }
         result
     }
 
-    /// The machine is free again without anything done.
-    pub(crate) fn release(&mut self, uuid: Uuid) {
-        self.busy.remove(&uuid);
+    /// It is free again without anything done.
+    pub(crate) fn release(&mut self, order: &Order) {
+        self.busy.remove(&(order.uuid, order.resource));
+    }
+
+    /// Held while a machine is changed.
+    pub(crate) fn turn_of(&mut self, uuid: Uuid) -> Arc<tokio::sync::Mutex<()>> {
+        Arc::clone(self.turns_of.entry(uuid).or_default())
     }
 }
 

@@ -216,9 +216,11 @@ impl Demand {
             if let Err(error) = recorded.await {
                 // What is not on record is not done: nobody could tell afterwards why.
                 tracing::error!(%error, vm = order.name, "a decision is not on record, and not carried out");
-                demand.state.lock().release(order.uuid);
+                demand.state.lock().release(&order);
                 return;
             }
+            let turn = demand.state.lock().turn_of(order.uuid);
+            let _turn = turn.lock().await;
             let mut results = Vec::with_capacity(changes.len());
             for change in changes {
                 results.push(demand.hypervisor.apply(change, Pace::default()).await);

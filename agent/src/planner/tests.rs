@@ -133,7 +133,7 @@ fn what_is_never_to_be_lowered_or_cannot_be_is_not() {
     let mut vms = [never, unable, stale];
     let decisions = rounds(&mut Planner::new(Settings::default()), &host(30.0, 0.0), &mut vms, 1_000_000, 500);
     assert!(decisions.iter().all(|decision| decision.kind == Kind::Hold), "{decisions:?}");
-    let reasons = |id: u128| decisions.iter().filter(|d| d.vm == VmId(id)).last().unwrap();
+    let reasons = |id: u128| decisions.iter().rfind(|d| d.vm == VmId(id)).unwrap();
     assert_eq!(reasons(1).reason, Reason::NeverLower);
     assert_eq!(
         (reasons(2).reason, reasons(2).missing),
