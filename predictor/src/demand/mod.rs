@@ -28,7 +28,7 @@ pub mod forecaster;
 mod history;
 mod kernel;
 pub mod profile;
-mod state;
+pub mod state;
 mod summary;
 pub mod weights;
 
