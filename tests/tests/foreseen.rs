@@ -100,8 +100,11 @@ fn a_program_that_is_known_finds_what_it_needs() {
         announced.uptime_ms, ready.uptime_ms, rise.uptime_ms
     );
     assert!(ready.uptime_ms < rise.uptime_ms && rise.ooms == 0, "{ready:?} {rise:?}");
-    let decisions = prestaged.ctl(&["decisions", "--vm", "known"]).unwrap();
-    assert!(foreseen(&decisions, "memory") > 0 && foreseen(&decisions, "cpu") > 0, "{decisions}");
+    // The guest sees it before it is read back and on record.
+    until("both are on record", &prestaged, || {
+        let decisions = prestaged.ctl(&["decisions", "--vm", "known"]).unwrap();
+        foreseen(&decisions, "memory") > 0 && foreseen(&decisions, "cpu") > 0
+    });
 
     // And gives it back when it has ended.
     run.order("free").unwrap();

@@ -104,6 +104,11 @@ impl State {
         result
     }
 
+    /// Whether a change of it is under way.
+    pub(crate) fn is_busy(&self, order: &Order) -> bool {
+        self.busy.contains(&(order.uuid, order.resource))
+    }
+
     /// It is free again without anything done.
     pub(crate) fn release(&mut self, order: &Order) {
         self.busy.remove(&(order.uuid, order.resource));

@@ -177,7 +177,14 @@ impl Demand {
         if order.decision.kind == Kind::Hold {
             return;
         }
-        let changes = self.state.lock().changes(&order, Instant::now());
+        let changes = {
+            let mut state = self.state.lock();
+            // What is half-way there is not refused.
+            if order.decision.kind == Kind::Refuse && state.is_busy(&order) {
+                return;
+            }
+            state.changes(&order, Instant::now())
+        };
         let at_us = unix_ms() * 1000;
         let (pending, why) = match &changes {
             Ok(_) => (true, order.decision.to_string()),
