@@ -22,7 +22,8 @@ pub struct Host {
     pub pressure: [Pressure; 4],
 }
 
-/// Pressure stall information: the share of the last 10 s in which work waited (`avg10`), 0 to 1. Disk's is that of `io`.
+/// Pressure stall information: the share of the last 10 s in which work waited (`avg10`), 0 to 1. Disk's is that of
+/// `io`.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Pressure {
     /// Some task waited.
@@ -146,8 +147,8 @@ pub struct Outlook {
 }
 
 impl Outlook {
-    /// What is exceeded with probability `risk`: between the quantiles, and beyond the last one, linear in the logarithm of
-    /// the risk, which is right for exponential tails. `None` where a quantile is no number.
+    /// What is exceeded with probability `risk`: between the quantiles, and beyond the last one, linear in the
+    /// logarithm of the risk, which is right for exponential tails. `None` where a quantile is no number.
     #[must_use]
     pub fn at_risk(&self, risk: f64) -> Option<f64> {
         let Self { p50, p90, p95 } = *self;

@@ -1,7 +1,8 @@
 //! What each machine is to be given: forecasts, measurements and promises in, decisions out.
 //!
 //! - `amount.rs`: [`Resource`], [`Amounts`], [`VmId`]
-//! - `input.rs`: [`Input`] and what it is made of: [`Host`], [`Vm`], [`Policy`], [`Abilities`], [`Reading`], [`Outlook`]
+//! - `input.rs`: [`Input`] and what it is made of: [`Host`], [`Vm`], [`Policy`], [`Abilities`], [`Reading`],
+//!   [`Outlook`]
 //! - `settings.rs`: [`Settings`], a [`Rule`] for each resource
 //! - `track.rs`: what is remembered of a machine's resource from round to round
 //! - `want.rs`: what one machine should have, its neighbours aside
@@ -10,13 +11,14 @@
 //! - `reservations.rs`: [`Reservations`], what is promised for later
 //! - `round.rs`: [`Planner`], which puts these together
 //!
-//! Sans-I/O and deterministic: time comes in with the input, the same inputs give the same decisions. Nothing here knows
-//! libvirt, forecasters or the database; what is decided is carried out, verified and written down elsewhere, and what came of
-//! it is seen in the next round's measurements.
+//! Sans-I/O and deterministic: time comes in with the input, the same inputs give the same decisions. Nothing here
+//! knows libvirt, forecasters or the database; what is decided is carried out, verified and written down elsewhere, and
+//! what came of it is seen in the next round's measurements.
 //!
-//! **Who may do what.** A forecast may raise and may hold back a lowering. Only measured idleness lowers: the highest use of a
-//! whole window, in bounded steps, after a cool-down. Pressure and OOM override both at once, and make the next lowering wait
-//! twice as long. Where the host is short, floors come first, then priorities in strict order, and weighted max-min within one.
+//! **Who may do what.** A forecast may raise and may hold back a lowering. Only measured idleness lowers: the highest
+//! use of a whole window, in bounded steps, after a cool-down. Pressure and OOM override both at once, and make the
+//! next lowering wait twice as long. Where the host is short: floors, then needs up to the fair share, then needs by
+//! strict priority, then what each has, then forecasts; weighted max-min within a priority (`share.rs`).
 
 mod amount;
 mod decision;

@@ -48,8 +48,8 @@ fn life(rounds: usize) -> impl Strategy<Value = Life> {
     )
 }
 
-/// Runs a host with these machines; what is decided happens with the next round, unless `deaf`. Calls `check` with what the
-/// planner saw and decided.
+/// Runs a host with these machines; what is decided happens with the next round, unless `deaf`. Calls `check` with what
+/// the planner saw and decided.
 fn live(
     lives: &[Life],
     rounds: usize,

@@ -1,15 +1,15 @@
 //! What is promised for later: cores, memory and I/O for a window of time.
 //!
-//! A reservation has a guaranteed part, which is never promised twice, and an oversubscribed part on top of it, admitted at
-//! the risk that the operator states (after Reidys et al., *Coach*, ASPLOS 2025). Admission looks at every moment of the
-//! window at which anything changes:
+//! A reservation has a guaranteed part, which is never promised twice, and an oversubscribed part on top of it,
+//! admitted at the risk that the operator states (after Reidys et al., *Coach*, ASPLOS 2025). Admission looks at every
+//! moment of the window at which anything changes:
 //!
 //! - guaranteed parts and machines' floors together never exceed the capacity;
-//! - these, or what is foreseen to be used if that is more, and the oversubscribed parts as far as they are likely to be
-//!   used, exceed it with at most the risk.
+//! - these, or what is foreseen to be used if that is more, and the oversubscribed parts as far as they are likely to
+//!   be used, exceed it with at most the risk.
 //!
-//! Machines' demands move together (the office day, a batch run), so their quantiles are added as if all peaks came at once;
-//! nothing is gained from their independence. Times for which nothing is foreseen count as the worst that is.
+//! Machines' demands move together (the office day, a batch run), so their quantiles are added as if all peaks came at
+//! once; nothing is gained from their independence. Times for which nothing is foreseen count as the worst that is.
 //!
 //! The whole is serialisable; what is read back is checked by [`Reservations::check`].
 
@@ -295,8 +295,8 @@ impl Reservations {
         starts.chain([now_s]).map(at).fold(0.0, f64::max)
     }
 
-    /// Guarantees that no longer fit, since the host has less or machines' floors are higher than when they were made: when,
-    /// of what, and by how much.
+    /// Guarantees that no longer fit, since the host has less or machines' floors are higher than when they were made:
+    /// when, of what, and by how much.
     #[must_use]
     pub fn broken(&self, now_s: u64, standing: &Standing<'_>) -> Vec<(u64, Resource, f64)> {
         let mut moments: Vec<u64> = self.bookings.iter().map(|booking| booking.promise.from_s.max(now_s)).collect();

@@ -9,7 +9,8 @@ use super::{Input, RESOURCES, Resource, Rule, Settings, Vm, VmId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Seconds after which a machine that is no longer there is forgotten: a restart or a migration to and fro is not the end.
+/// Seconds after which a machine that is no longer there is forgotten: a restart or a migration to and fro is not the
+/// end.
 const FORGET_S: u64 = 86_400;
 
 /// What is remembered between rounds. Serialisable: cool-downs and regrets outlive a restart.
@@ -35,8 +36,8 @@ struct Scratch {
     given: Vec<f64>,
 }
 
-/// One round without a past: what would be decided for machines never seen before. Nothing is lowered, since nothing was
-/// watched for long enough.
+/// One round without a past: what would be decided for machines never seen before. Nothing is lowered, since nothing
+/// was watched for long enough.
 #[must_use]
 pub fn plan(input: &Input<'_>, settings: &Settings) -> Vec<Decision> {
     Planner::new(*settings).plan(input)
@@ -62,8 +63,8 @@ impl Planner {
     /// Decides a round. What is held or refused is told once, and again when it changes or after
     /// [`Settings::repeat_s`]; what is recommended or observed likewise.
     ///
-    /// Raises of machines in [`super::Mode::Act`] never exceed what is free now: room that lowerings make is given out in a later
-    /// round, once it is read back; for what takes effect at once (all but memory) in the same. The caller
+    /// Raises of machines in [`super::Mode::Act`] never exceed what is free now: room that lowerings make is given out
+    /// in a later round, once it is read back; for what takes effect at once (all but memory) in the same. The caller
     /// carries out lowerings first.
     pub fn plan(&mut self, input: &Input<'_>) -> Vec<Decision> {
         self.now_s = self.now_s.max(input.now_s);
@@ -233,7 +234,8 @@ fn outcome(want: &Want, to: f64, rule: &Rule) -> (Kind, Reason, f64) {
     }
 }
 
-/// While the host is short, a machine that grows without end is held to its share by weight, its floor and what it holds.
+/// While the host is short, a machine that grows without end is held to its share by weight, its floor and what it
+/// holds.
 fn cap_runaways(wants: &mut [Want], vms: &[Vm], capacity: f64) {
     if !wants.iter().any(|want| want.runaway) || wants.iter().map(|want| want.goal).sum::<f64>() <= capacity {
         return;

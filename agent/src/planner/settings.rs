@@ -43,7 +43,8 @@ pub struct Settings {
     pub risk: f64,
     /// By [`Resource`].
     pub rules: [Rule; 4],
-    /// Most changes of a machine's resource in any hour is twice this: so many come back in an hour, so many can be saved up.
+    /// Most changes of a machine's resource in any hour is twice this: so many come back in an hour, so many can be
+    /// saved up.
     pub changes_per_hour: u32,
     /// Seconds before its window in which a reservation is already provided for.
     pub lead_s: u32,

@@ -1,7 +1,7 @@
 //! Who gets what when there is not enough.
 //!
-//! Tier by tier, and within each the highest priority first: the next gets something once all before it have what they ask for
-//! in the tier. Within a priority: weighted max-min.
+//! Tier by tier, and within each the highest priority first: the next gets something once all before it have what they
+//! ask for in the tier. Within a priority: weighted max-min.
 //!
 //! 1. Everybody's base: their floor, and what cannot or must not be taken.
 //! 2. What is needed now, up to the fair share: the capacity by weights, whatever the priorities. Nobody starves.

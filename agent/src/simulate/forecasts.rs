@@ -16,8 +16,8 @@ pub trait Forecasts {
     fn outlook(&mut self, vm: usize, resource: usize) -> Option<Outlook>;
 }
 
-/// Last value and the empirical quantiles of how far demand rose from such a value within the horizon, over the last 7 days: from
-/// values near the last one, and from the same time of the days before.
+/// Last value and the empirical quantiles of how far demand rose from such a value within the horizon, over the last 7
+/// days: from values near the last one, and from the same time of the days before.
 #[derive(Debug)]
 pub struct Empirical {
     horizon: usize,

@@ -5,10 +5,10 @@
 //! - a vCPU is there after 0.25 s and online within a second; less CPU (a quota) takes effect at once;
 //! - 424 MiB come back to a guest in 1.2 s, and are taken from it in 4.8 s; more takes longer in proportion.
 //!
-//! **A host given away more than once.** CPU: max-min fair, as the kernel's scheduler shares it. Memory: guests fill what they
-//! have with page cache, so what is given is touched; what does not fit is swapped out, the least used first. Pages that a
-//! guest comes to need again are swapped in at [`SWAP_IN`] bytes a second for the whole host: until then it goes short. Demand
-//! beyond the host is shared max-min.
+//! **A host given away more than once.** CPU: max-min fair, as the kernel's scheduler shares it. Memory: guests fill
+//! what they have with page cache, so what is given is touched; what does not fit is swapped out, the least used first.
+//! Pages that a guest comes to need again are swapped in at [`SWAP_IN`] bytes a second for the whole host: until then
+//! it goes short. Demand beyond the host is shared max-min.
 
 /// Bytes a second that a host swaps in: random pages from an SSD with the kernel's readahead.
 pub(super) const SWAP_IN: f64 = 200.0 * 1048576.0;
@@ -70,7 +70,8 @@ impl Pool {
         Self { kind, capacity, shares: vec![Share::default(); machines], moving: true }
     }
 
-    /// A machine's demand from now on, and whether it runs at all. One that starts has what is `given`, all of it there.
+    /// A machine's demand from now on, and whether it runs at all. One that starts has what is `given`, all of it
+    /// there.
     pub(super) fn demand(&mut self, machine: usize, on: bool, demand: f64, given: f64) {
         let share = &mut self.shares[machine];
         if on && !share.on {

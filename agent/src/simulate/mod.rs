@@ -7,11 +7,11 @@
 //! - `score.rs`: what is counted
 //! - `run.rs`: [`run`], which puts these together
 //!
-//! **Rules of the game**, the same for all. Everybody knows the training part, and decides from what a host can see: use
-//! (at most what a machine has, so want is not seen), and pressure. A machine's maximum is what it was provisioned with at that time; demand
-//! beyond it (turbo clocks, rounding) counts as that. Demand is held between samples: what comes in a straight line could be
-//! read off its first point. While a machine is off it is not there. Missing samples: the last one goes on being demanded,
-//! and the time is not counted.
+//! **Rules of the game**, the same for all. Everybody knows the training part, and decides from what a host can see:
+//! use (at most what a machine has, so want is not seen), and pressure. A machine's maximum is what it was provisioned
+//! with at that time; demand beyond it (turbo clocks, rounding) counts as that. Demand is held between samples: what
+//! comes in a straight line could be read off its first point. While a machine is off it is not there. Missing samples:
+//! the last one goes on being demanded, and the time is not counted.
 
 mod fixed;
 mod forecasts;

@@ -6,8 +6,9 @@ use super::policy::{HostSeen, Policy, Resource, Seen, Target};
 const LOOP_S: u64 = 10;
 const FREE: f64 = 0.2;
 
-/// oVirt MOM: while less than 20 % of the host is free, machines shrink by at most 5 % a loop down to what they use and a fifth
-/// of it; otherwise they grow by 5 % up to what was provisioned. MOM has this rule for balloons; here CPU quotas follow it too.
+/// oVirt MOM: while less than 20 % of the host is free, machines shrink by at most 5 % a loop down to what they use and
+/// a fifth of it; otherwise they grow by 5 % up to what was provisioned. MOM has this rule for balloons; here CPU
+/// quotas follow it too.
 #[derive(Debug)]
 pub(super) struct Mom;
 
@@ -36,9 +37,9 @@ impl Policy for Mom {
 }
 
 /// Proxmox VE: the host is kept at 80 % by steps of at most 100 MiB a machine and loop. What is too much is taken from
-/// machines with a quarter of their memory free, in proportion to it; what is left is given first to those with less free.
-/// CPU is left as provisioned. Kinder than the original in two ways: a machine's minimum, which an operator has to set there, is what
-/// it uses and a tenth of it; and machines with less than a tenth free grow up to a host of 95 %.
+/// machines with a quarter of their memory free, in proportion to it; what is left is given first to those with less
+/// free. CPU is left as provisioned. Kinder than the original in two ways: a machine's minimum, which an operator has
+/// to set there, is what it uses and a tenth of it; and machines with less than a tenth free grow up to a host of 95 %.
 #[derive(Debug)]
 pub(super) struct Proxmox;
 

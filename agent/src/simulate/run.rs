@@ -14,7 +14,8 @@ use serde::Serialize;
 
 /// Steps of a day.
 const DAY: usize = (86_400 / STEP_S) as usize;
-/// Seconds after which who can be woken is, once a machine goes short: PSI triggers fire within a window of a second or two.
+/// Seconds after which who can be woken is, once a machine goes short: PSI triggers fire within a window of a second or
+/// two.
 const WAKE_S: u64 = 2;
 /// Loops look this long after a step begins, as ones that know nothing of steps do on average.
 const PHASE_S: u64 = 5;
@@ -78,7 +79,8 @@ pub struct Row {
 }
 
 impl Row {
-    /// Better than another in all that counts: violations, of CPU, of memory and of either, and cores and memory unused.
+    /// Better than another in all that counts: violations, of CPU, of memory and of either, and cores and memory
+    /// unused.
     #[must_use]
     pub fn beats(&self, other: &Self) -> bool {
         let of = |row: &Self| {

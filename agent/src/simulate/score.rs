@@ -24,8 +24,8 @@ pub struct Score {
     pub gib_hours_short: f64,
     /// Changes asked for, a machine-hour, of both resources.
     pub changes_per_vm_hour: f64,
-    /// Times that demand for memory exceeded what was given by more than a tenth for 10 s or longer: a guest without swap would have killed
-    /// something.
+    /// Times that demand for memory exceeded what was given by more than a tenth for 10 s or longer: a guest without
+    /// swap would have killed something.
     pub oom_like: u64,
 }
 

@@ -2,13 +2,13 @@
 //!
 //! Two formats of text, plain or gzip, told apart by their first line:
 //!
-//! - comma-separated, one file for many machines, columns by name in any order: `ts` (Unix seconds), `vm`, `cores`, `cpu_pct`
-//!   (% of the cores), `mem_cap_kb`, `mem_kb`; others are left alone;
-//! - GWA-T-12 as published (Shen, van Beek, Iosup, CCGRID 2015), one file a machine: semicolons, `Timestamp [ms]` (which are
-//!   seconds), `CPU cores`, `CPU usage [%]`, `Memory capacity provisioned [KB]`, `Memory usage [KB]`.
+//! - comma-separated, one file for many machines, columns by name in any order: `ts` (Unix seconds), `vm`, `cores`,
+//!   `cpu_pct` (% of the cores), `mem_cap_kb`, `mem_kb`; others are left alone;
+//! - GWA-T-12 as published (Shen, van Beek, Iosup, CCGRID 2015), one file a machine: semicolons, `Timestamp [ms]`
+//!   (which are seconds), `CPU cores`, `CPU usage [%]`, `Memory capacity provisioned [KB]`, `Memory usage [KB]`.
 //!
-//! A sample goes to the nearest step, half up; the last of a step wins. Steps without one are missing. A machine without
-//! cores and memory is off.
+//! A sample goes to the nearest step, half up; the last of a step wins. Steps without one are missing. A machine
+//! without cores and memory is off.
 
 use flate2::read::MultiGzDecoder;
 use std::collections::BTreeMap;

@@ -1,8 +1,8 @@
 //! The Kubernetes vertical pod autoscaler's recommender: a quantile of a decaying histogram, and a margin.
 //!
-//! As in `pkg/recommender`: buckets that grow by 5 %, half-life 24 h, target 15 % above the quantile, upper edge of the bucket; a
-//! machine that runs out of memory counts as having used a fifth more. Recommendations are in force within a minute, without a
-//! restart, when they differ by 10 % from what is given.
+//! As in `pkg/recommender`: buckets that grow by 5 %, half-life 24 h, target 15 % above the quantile, upper edge of the
+//! bucket; a machine that runs out of memory counts as having used a fifth more. Recommendations are in force within a
+//! minute, without a restart, when they differ by 10 % from what is given.
 
 use super::policy::{HostSeen, Policy, Seen, Target};
 

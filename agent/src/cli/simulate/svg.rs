@@ -1,7 +1,8 @@
 //! The outcome as two charts: violations over what is allocated and not used, of CPU and of memory.
 //!
-//! Both axes are logarithmic: contestants differ by orders of magnitude. Lower left is better. Colours follow the page's
-//! scheme; the planner's runs are joined by a line and filled, the others hollow, so that no colour is needed to tell them apart.
+//! Both axes are logarithmic: contestants differ by orders of magnitude. Lower left is better. Colours follow the
+//! page's scheme; the planner's runs are joined by a line and filled, the others hollow, so that no colour is needed to
+//! tell them apart.
 
 use crate::simulate::{Report, Row};
 use std::fmt::Write;
