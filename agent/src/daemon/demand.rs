@@ -313,12 +313,14 @@ impl DemandControl for Handle {
                         demand.state.lock().unreserve(reservation.id, now_s);
                         return Err(store_error(&error));
                     }
+                    demand.told.notify_one();
                     Ok(reservation)
                 }
                 Err(refusal) => {
                     let refused = Reservation { request, why: refusal.to_string(), ..Reservation::default() };
                     let event = demand.promise_event(vm, &refused, false);
                     demand.store.record_event(event).await.map_err(|error| store_error(&error))?;
+                    demand.told.notify_one();
                     Err(ApiError::new(ErrorCode::NotPossible, refusal.to_string()))
                 }
             }

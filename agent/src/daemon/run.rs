@@ -124,6 +124,15 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         let config = daemon.config.lock().clone();
         let training = demand.start_training(config.daemon.state_dir.join("demand.model"));
         let training = training.inspect_err(|error| tracing::error!(%error, "no demand model is trained")).ok();
+        let (told, shared) = (Arc::clone(&demand.told), daemon.clone());
+        tasks.push(tokio::spawn(async move {
+            loop {
+                told.notified().await;
+                if let Some(couriers) = shared.couriers.lock().as_ref() {
+                    couriers.wake();
+                }
+            }
+        }));
         tasks.push(tokio::spawn(demand.run(config, training)));
     }
     tasks.push(tokio::spawn(keep_trying(daemon.clone())));

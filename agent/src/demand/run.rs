@@ -26,6 +26,7 @@ use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 
 /// Measurements wait so long for their transaction.
 const FLUSH: Duration = Duration::from_secs(10);
@@ -37,8 +38,9 @@ const RETAIN: Duration = Duration::from_secs(600);
 const ASKED_A_TURN: usize = 4;
 /// Roll-ups of so many seconds are read back after a restart.
 const RECALL_S: u64 = 14 * 86_400;
-/// Most decisions kept.
+/// Most decisions and events kept.
 const DECISIONS: u64 = 1_000_000;
+const EVENTS: u64 = 1_000_000;
 
 /// What measures, plans and acts, shared with the API.
 #[derive(Clone)]
@@ -48,6 +50,8 @@ pub(crate) struct Demand {
     pub(crate) hypervisor: Hypervisor,
     /// This host's name, for those who are told.
     host: Arc<str>,
+    /// Rung when there is something to tell.
+    pub(crate) told: Arc<Notify>,
 }
 
 impl Demand {
@@ -65,7 +69,8 @@ impl Demand {
             }
         }
         state.restore_reservations(&store)?;
-        let demand = Self { state: Arc::new(Mutex::new(state)), store, hypervisor, host: host.into() };
+        let demand =
+            Self { state: Arc::new(Mutex::new(state)), store, hypervisor, host: host.into(), told: Arc::default() };
         demand.restore()?;
         Ok(demand)
     }
@@ -211,10 +216,12 @@ impl Demand {
         };
         let recorded = self.store.record_decision(row, event);
         let Ok(changes) = changes else {
+            let told = Arc::clone(&self.told);
             tokio::spawn(async move {
                 if let Err(error) = recorded.await {
                     tracing::warn!(%error, "a decision is not on record");
                 }
+                told.notify_one();
             });
             return;
         };
@@ -271,6 +278,7 @@ impl Demand {
         if let Err(error) = self.store.finish_decision((&key.0, key.1, at_us), completion, Some(event)).await {
             tracing::warn!(%error, "what came of a decision is not on record");
         }
+        self.told.notify_one();
     }
 
     /// The event of a decision that is not carried out, where somebody is to be told.
@@ -411,6 +419,7 @@ fn retain(store: &Store, config: &Config, now_s: u64) {
     let before_s = now_s.saturating_sub(u64::from(config.demand.decision_days) * 86_400);
     drop(store.retain_decisions(before_s * 1_000_000, DECISIONS));
     drop(store.retain_reservations(before_s));
+    drop(store.retain_events(before_s * 1_000_000, EVENTS));
     let retention = crate::store::series::SeriesRetention {
         bytes: config.demand.series_bytes.0,
         ..crate::store::series::SeriesRetention::default()

@@ -160,7 +160,7 @@ impl Courier {
                 if failed.dead {
                     error!(
                         endpoint, seq, subject, tries = head.tries + 1, %reason,
-                        "webhook: an event is given up; mend the receiver and see `prestagectl events`"
+                        "webhook: an event is given up; mend the receiver; `prestagectl demand` counts what was given up"
                     );
                 } else if head.tries == 0 {
                     warn!(endpoint, seq, subject, %reason, "webhook: an event did not arrive, and is tried again");
