@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
+use crate::calendar::{DAY_S, Date, date_of};
 use crate::config::units::parse_duration;
-
-const DAY_S: u64 = 86_400;
 
 /// Parses `now`, `+2h` (from now) and RFC 3339 in UTC, with or without seconds: `2026-11-22T03:00Z`.
 pub(super) fn parse(text: &str, now_unix_ms: u64) -> Result<u64, String> {
@@ -68,14 +67,8 @@ fn days_from_civil(year: u64, month: u64, day: u64) -> Option<u64> {
 }
 
 fn civil_from_days(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (year + era * 400 + u64::from(month <= 2), month, day)
+    let Date { year, month, day } = date_of(days);
+    (year, month, day)
 }
 
 #[cfg(test)]

@@ -23,8 +23,8 @@ const MEASURED: u64 = 96;
 
 impl Daemon {
     fn demand(&self) -> Result<&Demand, ApiError> {
-        let off =
-            "demand is not measured: it needs demand.enabled = true and libvirt.enabled = true in the configuration";
+        let off = "demand is not measured: it needs demand.enabled = true and libvirt.enabled = true in the configuration, and a \
+             database that can be read (see the log)";
         self.demand.as_ref().ok_or_else(|| ApiError::new(ErrorCode::Unavailable, off))
     }
 }

@@ -297,7 +297,10 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     };
     let demand = match &hypervisor {
         Some(hypervisor) if config.demand.enabled => {
-            Some(Demand::new(store.clone(), hypervisor.clone(), &config, &super::report::host_name())?)
+            let most = if stand_in { super::STAND_IN_BYTES } else { u64::MAX };
+            let demand = Demand::new(store.clone(), hypervisor.clone(), &config, &super::report::host_name(), most);
+            // Guests need their disks more than anybody needs forecasts.
+            demand.inspect_err(|error| tracing::error!(%error, "demand is not measured")).ok()
         }
         _ => None,
     };

@@ -128,7 +128,8 @@ impl State {
         let machine = self.machines.get_mut(&uuid).filter(|machine| machine.seen_s + super::GONE_S >= now_s);
         let machine = machine.ok_or_else(|| gone(&start.vm))?;
         let (courses, runs) = executions.courses(&start);
-        executions.next += 1;
+        // Not one that was given out before a restart: its end may still be announced.
+        executions.next = (executions.next + 1).max(i64::try_from(now_s).unwrap_or(i64::MAX));
         let id = executions.next;
         machine.start(id, now_s, courses);
         let known_runs = u32::try_from(runs).unwrap_or(u32::MAX);

@@ -55,6 +55,9 @@ pub(crate) struct HostSettings {
     /// Bytes a second of all machines together; 0: not managed.
     pub(crate) disk_bps: f64,
     pub(crate) network_bps: f64,
+    /// Most of measurements, and how long decisions are kept.
+    pub(crate) series_bytes: u64,
+    pub(crate) decision_days: u32,
 }
 
 /// How a turn went.

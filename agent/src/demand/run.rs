@@ -50,6 +50,8 @@ pub(crate) struct Demand {
     pub(crate) hypervisor: Hypervisor,
     /// This host's name, for those who are told.
     host: Arc<str>,
+    /// Most bytes of measurements, whatever the configuration says.
+    most: u64,
     /// Rung when there is something to tell.
     pub(crate) told: Arc<Notify>,
 }
@@ -59,8 +61,14 @@ impl Demand {
     ///
     /// # Errors
     /// The database cannot be read.
-    pub(crate) fn new(store: Store, hypervisor: Hypervisor, config: &Config, host: &str) -> Result<Self, StoreError> {
-        let mut state = State::new(settings(config));
+    pub(crate) fn new(
+        store: Store,
+        hypervisor: Hypervisor,
+        config: &Config,
+        host: &str,
+        most: u64,
+    ) -> Result<Self, StoreError> {
+        let mut state = State::new(settings(config, most));
         state.set_rules(config.demand.risk, config.demand.idle, config.demand.cool_down);
         for row in store.policies()? {
             match (Uuid::parse_str(&row.vm), serde_json::from_str::<VmPolicy>(&row.data)) {
@@ -69,16 +77,23 @@ impl Demand {
             }
         }
         state.restore_reservations(&store)?;
-        let demand =
-            Self { state: Arc::new(Mutex::new(state)), store, hypervisor, host: host.into(), told: Arc::default() };
+        let demand = Self {
+            state: Arc::new(Mutex::new(state)),
+            store,
+            hypervisor,
+            host: host.into(),
+            most,
+            told: Arc::default(),
+        };
         demand.restore()?;
+        settle_pending(&demand.store)?;
         Ok(demand)
     }
 
     /// Settings that hold from the next turn on.
     pub(crate) fn set(&self, config: &Config) {
         let mut state = self.state.lock();
-        state.settings = settings(config);
+        state.settings = settings(config, self.most);
         state.set_rules(config.demand.risk, config.demand.idle, config.demand.cool_down);
     }
 
@@ -123,7 +138,8 @@ impl Demand {
             }
             if retained.is_none_or(|at| at.elapsed() >= RETAIN) {
                 retained = Some(Instant::now());
-                retain(&self.store, &config, now_s);
+                let settings = self.state.lock().settings;
+                retain(&self.store, &settings, now_s);
             }
             self.state.lock().turns.last_took = began.elapsed();
         }
@@ -356,7 +372,7 @@ impl Demand {
     }
 }
 
-fn settings(config: &Config) -> HostSettings {
+fn settings(config: &Config, most: u64) -> HostSettings {
     let rate = |limit: &RateLimit| match limit {
         RateLimit::Unlimited => 0.0,
         RateLimit::BytesPerSecond(bytes) => *bytes as f64,
@@ -366,6 +382,8 @@ fn settings(config: &Config) -> HostSettings {
         memory_reserve: config.demand.host_memory,
         disk_bps: rate(&config.demand.disk_rate),
         network_bps: rate(&config.demand.network_rate),
+        series_bytes: config.demand.series_bytes.0.min(most),
+        decision_days: config.demand.decision_days,
     }
 }
 
@@ -415,13 +433,24 @@ fn recall(store: &Store, uuid: Uuid, now_s: u64) -> Vec<(Resource, Vec<(u64, f64
     Resource::ALL.map(|resource| (resource, of(resource))).into()
 }
 
-fn retain(store: &Store, config: &Config, now_s: u64) {
-    let before_s = now_s.saturating_sub(u64::from(config.demand.decision_days) * 86_400);
+/// Decisions that were being carried out when the daemon was killed: nobody knows what came of them.
+fn settle_pending(store: &Store) -> Result<(), StoreError> {
+    for row in store.pending_decisions()? {
+        let why = "prestaged ended while it was carried out; what the machine has is measured anew".to_owned();
+        let completion = Completion { outcome: Outcome::Failed, got: None, verified: false, why };
+        let made = &row.decision;
+        drop(store.finish_decision((&made.vm, made.resource, made.at_us), completion, None));
+    }
+    Ok(())
+}
+
+fn retain(store: &Store, settings: &HostSettings, now_s: u64) {
+    let before_s = now_s.saturating_sub(u64::from(settings.decision_days) * 86_400);
     drop(store.retain_decisions(before_s * 1_000_000, DECISIONS));
     drop(store.retain_reservations(before_s));
     drop(store.retain_events(before_s * 1_000_000, EVENTS));
     let retention = crate::store::series::SeriesRetention {
-        bytes: config.demand.series_bytes.0,
+        bytes: settings.series_bytes,
         ..crate::store::series::SeriesRetention::default()
     };
     drop(store.retain_series(retention, now_s));
@@ -483,5 +512,37 @@ impl Gathered {
         if !batch.is_empty() {
             drop(store.append_series(batch));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_killed_daemon_was_about_is_not_under_way_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("prestage.db")).unwrap();
+        let decision = ledger::Decision {
+            at_us: 5,
+            vm: Uuid::from_u128(1).to_string(),
+            resource: ledger::Resource::Memory,
+            mode: ledger::Mode::Act,
+            kind: DecisionKind::Raise,
+            before: Some(1.0),
+            asked: Some(2.0),
+            pending: true,
+            why: "foreseen".to_owned(),
+            forecast: None,
+        };
+        store.record_decision(decision, None).await.unwrap();
+        assert_eq!(store.pending_decisions().unwrap().len(), 1);
+        settle_pending(&store).unwrap();
+        // Writes are done in order: this one comes after.
+        store.keep("after".to_owned(), Vec::new()).await.unwrap();
+        assert!(store.pending_decisions().unwrap().is_empty());
+        let rows = store.decisions(&ledger::Decisions { limit: 10, ..ledger::Decisions::default() }).unwrap();
+        assert_eq!(rows[0].outcome, Outcome::Failed);
+        assert!(rows[0].decision.why.contains("ended while"), "{:?}", rows[0]);
     }
 }

@@ -148,10 +148,10 @@ impl Store {
         })
     }
 
-    /// Removes reservations that are over (ended, refused, cancelled) and ended before `before_s` (Unix s).
+    /// Removes reservations, whatever became of them, that ended before `before_s` (Unix s).
     pub fn retain_reservations(&self, before_s: u64) -> Pending {
         self.inner.writer.submit(0, false, move |connection| {
-            let sql = "DELETE FROM reservations WHERE state IN ('ended', 'refused', 'cancelled') AND to_s < ?";
+            let sql = "DELETE FROM reservations WHERE to_s < ?";
             connection.execute(sql, [int(before_s)])?;
             Ok(())
         })

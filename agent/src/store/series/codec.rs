@@ -18,7 +18,7 @@
 //! Sapiro, IEEE Trans. Image Processing 2000); the shortest packing is taken. Times of a steady series cost three bytes.
 //!
 //! On 84 minutes of a busy host by the second (14 metrics), `bench series` counts 1.00 bytes a sample; XOR of floats (Pelkonen et al.,
-//! "Gorilla", VLDB 2015) takes 2.88. Varints in zstd frames took 1.0 to 1.15, and more time.
+//! "Gorilla", VLDB 2015) takes 2.88.
 
 use crate::store::segment::{get, put, unzigzag, zigzag};
 
