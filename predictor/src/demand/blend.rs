@@ -5,7 +5,7 @@ use super::experts::{LAST, NETWORK, Opinion};
 use super::{EXPERTS, QUANTILES};
 
 /// What one comparison moves the weights; losses are in shares of the blend's own.
-const RATE: f32 = 0.2;
+const RATE: f32 = 0.1;
 /// What of earlier comparisons counts beside the next.
 const KEEP: f32 = 0.997;
 /// Log-weights before the first comparison, with a network and without: it has been trained on many series.

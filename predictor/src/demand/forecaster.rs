@@ -4,13 +4,13 @@
 //! [blend](super::blend) learns whom to believe and the [conformal shifts](super::conformal) how wide to be. They are always
 //! forecasts of what had not been measured: a network's own training data would make it look better than it is.
 //!
-//! Memory: at most 72 KiB (two rings of 4536 steps at 5 bytes, 4 rehearsals of 12 steps, the summary); 30 KiB where the
+//! Memory: at most 72 KiB (two rings of 4536 steps at 5 bytes, 4 rehearsals of 12 steps, 25 of a day, the summary); 30 KiB where the
 //! step is 5 minutes or more.
 
 use std::collections::VecDeque;
 
 use super::blend::Blend;
-use super::conformal::Conformal;
+use super::conformal::{Conformal, Distant, FAR};
 use super::experts::{NETWORK, Opinion, ask};
 use super::features::Features;
 use super::history::Series;
@@ -24,6 +24,12 @@ pub(super) const REHEARSED: usize = 12;
 const APART: u64 = 3;
 /// Rehearsals whose outcome is not known yet.
 pub(super) const PENDING: usize = REHEARSED / APART as usize + 1;
+/// Steps between rehearsals of a day's worth of steps, and how many of them wait for their outcome.
+const FAR_APART: u64 = 12;
+const DAY: usize = FAR[FAR.len() - 1];
+pub(super) const FAR_PENDING: usize = DAY / FAR_APART as usize + 1;
+/// Of the steps of a maximum this share has to have been measured.
+const KNOWN: f32 = 0.9;
 /// A forecast goes this many times beyond what was ever seen, and no further.
 const BEYOND: f64 = 10.0;
 
@@ -38,6 +44,14 @@ pub(super) struct Rehearsal {
     pub(super) said: Opinion,
 }
 
+/// What was said at one origin of what is far.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct FarRehearsal {
+    pub(super) count: u64,
+    pub(super) scale: f32,
+    pub(super) said: Distant,
+}
+
 /// Forecasts one series; see the module's head.
 #[derive(Clone, Debug)]
 pub struct Forecaster {
@@ -46,6 +60,7 @@ pub struct Forecaster {
     pub(super) blend: Blend,
     pub(super) conformal: Conformal,
     pub(super) pending: VecDeque<Rehearsal>,
+    pub(super) far: VecDeque<FarRehearsal>,
     /// And how many steps the series had when it was made.
     summary: Option<(Summary, u64)>,
 }
@@ -54,7 +69,7 @@ impl Forecaster {
     /// `step_s`: seconds between values, at least 1.
     #[must_use]
     pub fn new(metric: Metric, step_s: u32) -> Self {
-        Self::of(metric, Series::new(step_s), Blend::default(), Conformal::default(), VecDeque::new())
+        Self::of(metric, Series::new(step_s), Blend::default(), Conformal::default(), VecDeque::new(), VecDeque::new())
     }
 
     pub(super) fn of(
@@ -63,8 +78,9 @@ impl Forecaster {
         blend: Blend,
         conformal: Conformal,
         pending: VecDeque<Rehearsal>,
+        far: VecDeque<FarRehearsal>,
     ) -> Self {
-        let mut forecaster = Self { metric, series, blend, conformal, pending, summary: None };
+        let mut forecaster = Self { metric, series, blend, conformal, pending, far, summary: None };
         forecaster.summarise();
         forecaster
     }
@@ -108,19 +124,26 @@ impl Forecaster {
         true
     }
 
-    /// Makes a forecast to learn from, if one is due: every third step. `model` is what [`Forecaster::forecast`] will be
-    /// given; `context` covers twelve steps. Returns whether it made one.
+    /// Makes a forecast to learn from, if one is due: of twelve steps every third step, of 288 every twelfth. `model` is
+    /// what [`Forecaster::forecast`] will be given; `context` covers as many steps. Returns whether it made one.
     pub fn rehearse(&mut self, context: &Context<'_>, model: Option<&Weights>) -> bool {
         let count = self.series.count;
-        let early = self.pending.back().is_some_and(|last| count < last.count + APART);
-        if count == 0 || early || self.pending.len() >= PENDING {
-            return false;
-        }
-        let Some((summary, _)) = &self.summary else { return false };
+        let due = |last: Option<u64>, apart: u64| count > 0 && last.is_none_or(|last| count >= last + apart);
+        let near = due(self.pending.back().map(|last| last.count), APART) && self.pending.len() < PENDING;
+        let far = due(self.far.back().map(|last| last.count), FAR_APART) && self.far.len() < FAR_PENDING;
+        let Some((summary, _)) = self.summary.as_ref().filter(|_| near || far) else { return false };
         let scale = summary.scale;
-        let opinions = self.opinions(summary, REHEARSED, context, model);
-        let said = self.say(&opinions, REHEARSED);
-        self.pending.push_back(Rehearsal { count, scale, opinions, said });
+        let made_far = far.then(|| {
+            let said = self.say(&self.opinions(summary, DAY, context, model), DAY, scale);
+            Distant { steps: FAR.map(|step| said.steps[step - 1]), peak: said.peak }
+        });
+        let made_near = near.then(|| {
+            let opinions = self.opinions(summary, REHEARSED, context, model);
+            let said = self.say(&opinions, REHEARSED, scale);
+            Rehearsal { count, scale, opinions, said }
+        });
+        self.far.extend(made_far.map(|said| FarRehearsal { count, scale, said }));
+        self.pending.extend(made_near);
         true
     }
 
@@ -135,7 +158,7 @@ impl Forecaster {
             return Forecast { origin_s: 0, step_s, steps, peak, capped: false, basis };
         };
         let opinions = self.opinions(summary, steps, context, model);
-        let said = self.say(&opinions, steps);
+        let said = self.say(&opinions, steps, summary.scale);
         let scale = f64::from(summary.scale);
         let most = BEYOND * f64::from(self.series.largest);
         let mut capped = false;
@@ -164,7 +187,10 @@ impl Forecaster {
     /// Memory in bytes.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        size_of::<Self>() + self.series.memory_bytes() + PENDING * REHEARSED * (EXPERTS + 2) * size_of::<[f32; 4]>()
+        size_of::<Self>()
+            + self.series.memory_bytes()
+            + PENDING * REHEARSED * (EXPERTS + 2) * size_of::<[f32; 4]>()
+            + FAR_PENDING * size_of::<FarRehearsal>()
     }
 
     /// The series as it is kept.
@@ -196,9 +222,9 @@ impl Forecaster {
         opinions
     }
 
-    fn say(&self, opinions: &[Option<Opinion>; EXPERTS], steps: usize) -> Opinion {
+    fn say(&self, opinions: &[Option<Opinion>; EXPERTS], steps: usize, scale: f32) -> Opinion {
         let mut said = self.blend.mix(opinions, steps);
-        self.conformal.apply(&mut said);
+        self.conformal.apply(&mut said, in_units(self.series.largest, scale));
         said
     }
 
@@ -211,12 +237,24 @@ impl Forecaster {
             let since = usize::try_from(count - first.count).unwrap_or(usize::MAX);
             let from = fine.values.len().checked_sub(since);
             if let Some(from) = from.filter(|from| fine.measured[*from..*from + REHEARSED].iter().all(|known| *known)) {
-                let z = |value: &f32| (value / first.scale).min(1e20).asinh();
-                let truth: Vec<f32> = fine.values[from..from + REHEARSED].iter().map(z).collect();
+                let values = &fine.values[from..from + REHEARSED];
+                let truth: Vec<f32> = values.iter().map(|value| in_units(*value, first.scale)).collect();
                 self.conformal.learn(&first.said, &truth);
                 self.blend.learn(&first.opinions, &truth);
             }
             self.pending.pop_front();
+        }
+        while let Some(first) = self.far.front().filter(|first| count > first.count + DAY as u64) {
+            let fine = &self.series.fine;
+            let since = usize::try_from(count - first.count).unwrap_or(usize::MAX);
+            if let Some(from) = fine.values.len().checked_sub(since) {
+                let (values, measured) = (&fine.values[from..from + DAY], &fine.measured[from..from + DAY]);
+                let truth = FAR.map(|step| measured[step - 1].then(|| in_units(values[step - 1], first.scale)));
+                let known = measured.iter().filter(|known| **known).count() as f32 >= KNOWN * DAY as f32;
+                let highest = values.iter().copied().fold(0.0, f32::max);
+                self.conformal.learn_far(&first.said, truth, known.then(|| in_units(highest, first.scale)));
+            }
+            self.far.pop_front();
         }
     }
 
@@ -225,4 +263,9 @@ impl Forecaster {
             self.summary = Some((Summary::of(&self.series.view()), self.series.count));
         }
     }
+}
+
+/// asinh(value / scale), bounded so that no float overflows.
+fn in_units(value: f32, scale: f32) -> f32 {
+    (value / scale).min(1e20).asinh()
 }

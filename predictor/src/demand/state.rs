@@ -11,9 +11,9 @@
 use std::collections::VecDeque;
 
 use super::blend::Blend;
-use super::conformal::Conformal;
+use super::conformal::{Conformal, Distant};
 use super::experts::Opinion;
-use super::forecaster::{Forecaster, PENDING, REHEARSED, Rehearsal};
+use super::forecaster::{FAR_PENDING, FarRehearsal, Forecaster, PENDING, REHEARSED, Rehearsal};
 use super::history::{FINE, Ring, SLACK, Series};
 use super::{EXPERTS, Metric};
 use crate::wire::{Reader, WireError, put, put_f32};
@@ -21,7 +21,7 @@ use thiserror::Error;
 
 const MAGIC: [u8; 8] = *b"PSTGFCST";
 /// Version of the format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 16;
 /// What a forecaster's bytes are at most.
 pub const BYTES_MOST: usize = 64 * 1024;
@@ -84,6 +84,13 @@ impl Forecaster {
             }
             write_opinion(&mut out, &rehearsal.said);
         }
+        put(&mut out, self.far.len() as u64);
+        for rehearsal in &self.far {
+            put(&mut out, rehearsal.count);
+            put_f32(&mut out, rehearsal.scale);
+            let said = &rehearsal.said;
+            said.steps.iter().chain([&said.peak]).flatten().for_each(|value| put_f32(&mut out, *value));
+        }
         let checksum = crc32c::crc32c(&out[HEADER_BYTES..]);
         out[HEADER_BYTES - 4..HEADER_BYTES].copy_from_slice(&checksum.to_le_bytes());
         out
@@ -133,8 +140,12 @@ impl Forecaster {
         let pending: VecDeque<Rehearsal> =
             (0..pending).map(|_| read_rehearsal(&mut reader, series.count)).collect::<Result<_, _>>()?;
         sound(pending.iter().zip(pending.iter().skip(1)).all(|(a, b)| a.count < b.count), "order of rehearsals")?;
+        let far = reader.at_most(FAR_PENDING as u64, "rehearsals")?;
+        let far: VecDeque<FarRehearsal> =
+            (0..far).map(|_| read_far(&mut reader, series.count)).collect::<Result<_, _>>()?;
+        sound(far.iter().zip(far.iter().skip(1)).all(|(a, b)| a.count < b.count), "order of rehearsals")?;
         sound(reader.is_empty(), "length")?;
-        Ok(Self::of(metric, series, blend, conformal, pending))
+        Ok(Self::of(metric, series, blend, conformal, pending, far))
     }
 }
 
@@ -184,6 +195,17 @@ fn read_rehearsal(reader: &mut Reader<'_>, count_most: u64) -> Result<Rehearsal,
         *opinion = if reader.byte()? == 0 { None } else { Some(read_opinion(reader)?) };
     }
     Ok(Rehearsal { count, scale, opinions, said: read_opinion(reader)? })
+}
+
+fn read_far(reader: &mut Reader<'_>, count_most: u64) -> Result<FarRehearsal, StateError> {
+    let count = reader.at_most(count_most, "rehearsal")?;
+    let scale = value(reader)?;
+    sound(scale > 0.0, "scale")?;
+    let mut said = Distant::default();
+    for values in said.steps.iter_mut().chain([&mut said.peak]) {
+        *values = quantiles(reader)?;
+    }
+    Ok(FarRehearsal { count, scale, said })
 }
 
 fn read_excess(reader: &mut Reader<'_>) -> Result<[[[f32; EXPERTS]; 4]; 2], StateError> {

@@ -211,6 +211,52 @@ fn intervals_keep_their_promise_while_the_series_changes() {
 }
 
 #[test]
+fn a_day_ahead_is_covered_too() {
+    // swings of some days: what the last days show of a day's change is too little in some, too much in others
+    let mut random = Random(11);
+    let (mut level, mut values) = (50.0_f64, Vec::new());
+    for at in 0..9000_u32 {
+        let width = if at / 1440 % 2 == 0 { 0.3 } else { 1.2 };
+        level = (level + width * random.normal()).clamp(5.0, 400.0);
+        values.push(level);
+    }
+    let mut forecaster = Forecaster::new(Metric::Cpu, 300);
+    let (mut inside, mut below, mut of) = (0, 0, 0);
+    for (at, value) in values.iter().enumerate() {
+        forecaster.observe(at as u64 * 300, *value);
+        forecaster.rehearse(&Context::default(), None);
+        if at > 1500 && at % 20 == 0 && at + 288 < values.len() {
+            let forecast = forecaster.forecast(288, &Context::default(), None);
+            let q = forecast.steps[287].0;
+            let highest = values[at + 1..=at + 288].iter().copied().fold(0.0, f64::max);
+            inside += usize::from((q[0]..=q[3]).contains(&values[at + 288]));
+            below += usize::from(highest <= forecast.peak.0[3]);
+            of += 1;
+        }
+    }
+    let (inside, below) = (inside as f64 / of as f64, below as f64 / of as f64);
+    assert!((inside - 0.9).abs() < 0.08, "{inside:.3} of the last steps inside");
+    assert!((below - 0.95).abs() < 0.06, "{below:.3} of the maxima below");
+}
+
+#[test]
+fn a_shift_does_not_go_beyond_what_was_seen() {
+    let mut random = Random(12);
+    let mut forecaster = Forecaster::new(Metric::Network, 300);
+    // silent, with bursts that quantiles of the changes miss at first
+    for at in 0..4000 {
+        let burst = random.unit() < 0.04;
+        forecaster.observe(at * 300, if burst { 1000.0 + 100.0 * random.unit() } else { 0.01 * random.unit() });
+        forecaster.rehearse(&Context::default(), None);
+        let forecast = forecaster.forecast(12, &Context::default(), None);
+        let last = forecaster.series().view().last();
+        if at > 100 && f64::from(last) < 1.0 {
+            assert!(forecast.peak.0[3] <= 1.001 * forecaster.largest(), "{at}: {:?}", forecast.peak);
+        }
+    }
+}
+
+#[test]
 fn a_day_that_repeats_is_believed() {
     let mut random = Random(5);
     let mut forecaster = Forecaster::new(Metric::Cpu, 300);
