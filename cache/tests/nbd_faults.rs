@@ -394,6 +394,29 @@ fn a_server_that_shuts_down_gets_its_requests_again_on_the_next_connection() {
     });
 }
 
+/// A machine that starts finds its store connected, whatever became of the server while the machine was off.
+#[test]
+fn a_lost_connection_is_made_again_before_anybody_asks() {
+    let server = Server::start(0, |number, got| match number {
+        0 => Answer::SendAndHangUp(got.honest()),
+        _ => Answer::Send(got.honest()),
+    });
+    let (uri, connections) = (server.uri(), Arc::clone(&server.connections));
+    on(EngineMode::Auto, move |shard| async move {
+        let store = open(&shard, &uri, &options(20_000, 20_000)).await.unwrap();
+        assert_eq!(read(&store, 0, 4096).await.unwrap(), expected(0, 4096));
+        // nothing is asked for from here on
+        let limit = Instant::now() + Duration::from_secs(30);
+        while connections.load(Ordering::SeqCst) < 2 {
+            assert!(Instant::now() < limit, "the connection was to be made again");
+            shard.blocking(|| std::thread::sleep(Duration::from_millis(1))).await.unwrap();
+        }
+        assert_eq!(read(&store, 4096, 4096).await.unwrap(), expected(4096, 4096));
+        store.close().await;
+    });
+    assert_eq!(server.connections.load(Ordering::SeqCst), 2, "the read found the connection that was there");
+}
+
 #[test]
 fn a_write_that_was_lost_is_sent_again_with_the_same_data() {
     let server = Server::start(FLAG_FUA | FLAG_FLUSH, |number, got| match number {
