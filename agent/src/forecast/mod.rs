@@ -8,5 +8,5 @@
 pub mod evaluate;
 pub mod table;
 
-pub use evaluate::{Timing, predict, train, trainable};
+pub use evaluate::{DayAhead, Timing, predict, train, trainable};
 pub use table::{Key, Line, Points, Table, TableError};

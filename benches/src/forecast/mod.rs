@@ -13,6 +13,7 @@ mod score;
 mod script;
 mod verdict;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use prestage_agent::forecast::evaluate::HORIZON;
-use prestage_agent::forecast::{Points, Table, Timing, predict, train, trainable};
+use prestage_agent::forecast::{DayAhead, Points, Table, Timing, predict, train, trainable};
 use prestage_predictor::demand::Weights;
 use prestage_train::demand::DemandConfig;
 use serde::Serialize;
@@ -85,6 +86,8 @@ struct Run {
     capped: usize,
     /// Network, last value, day, week, histogram, profile.
     shares: Vec<f64>,
+    /// Forecasts of a day, by kind of series and metric.
+    day: BTreeMap<String, DayAhead>,
     scores: Scores,
     verdict: Vec<Claim>,
 }
@@ -143,6 +146,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             largest_us: us(timing.largest),
             capped: timing.capped,
             shares: timing.shares.to_vec(),
+            day: timing.day.clone(),
             scores,
             verdict,
         };
@@ -184,9 +188,18 @@ fn words_of(timing: &Timing, trained_s: Option<f64>) -> String {
         .map(|(name, share)| format!("{name} {:.0} %", share * 100.0))
         .collect();
     let training = trained_s.map_or_else(String::new, |seconds| format!("; trained in {seconds:.0} s"));
+    let day: String = timing
+        .day
+        .iter()
+        .map(|(group, day)| {
+            let [inside, covered] = day.shares();
+            format!("\n  {group:<12}{inside:>8.3}{covered:>8.3}{:>8}", day.forecasts)
+        })
+        .collect();
     format!(
         "\nprestage: {} forecasts, {:.0} µs each (median; longest {:.0}), {} cut at ten times the largest value seen{training}\n\
-         medians come from: {}",
+         medians come from: {}\n\
+         a day ahead: steps within .05 and .95, days below the .95 quantile of their maximum, forecasts{day}",
         timing.forecasts,
         timing.median.as_secs_f64() * 1e6,
         timing.largest.as_secs_f64() * 1e6,
