@@ -158,13 +158,13 @@ impl Demand {
     pub(super) fn restore(&self) -> Result<(), crate::store::StoreError> {
         let mut state = self.state.lock();
         for (key, bytes) in self.store.kept(COURSE)? {
-            let name = key.trim_start_matches(COURSE).to_owned();
+            let name = key.strip_prefix(COURSE).unwrap_or(&key).to_owned();
             if !state.executions.restore(name, &bytes) {
                 tracing::warn!(key, "what was known of a program is damaged; it is learned anew");
             }
         }
         for (key, bytes) in self.store.kept(EVENT)? {
-            let id = key.trim_start_matches(EVENT).parse::<i64>().ok();
+            let id = key.strip_prefix(EVENT).and_then(|id| id.parse::<i64>().ok());
             let entry = serde_json::from_slice::<Kept>(&bytes).ok().and_then(Entry::from_kept);
             match (id, entry) {
                 (Some(id), Some(entry)) => state.calendar.set(id, entry),

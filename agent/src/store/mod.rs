@@ -9,7 +9,7 @@
 //! - `demand/`: decisions, policies, reservations, and the outbox of events
 //! - `executions.rs`: profiles of programs
 //! - `series/`: what machines used, with roll-ups
-//! - `rescue.rs`: what is done with a database that cannot be used
+//! - `rescue.rs`: what is done with a database that cannot be used; `carry.rs`: what is carried over from it
 //!
 //! Guests never wait for this: writes are queued, a full queue or a full disk loses history and says so in [`Store::condition`], and the
 //! data path does not know the database exists. Reads use a connection of their own, which writers do not block. Reads and
@@ -17,6 +17,7 @@
 //!
 //! What a crash leaves: commits are synced (`synchronous = FULL`) and atomic, so each queued write is there whole or not at all, in order.
 
+mod carry;
 pub mod demand;
 mod executions;
 mod history;
@@ -86,6 +87,14 @@ pub enum StoreError {
     Segment(#[from] segment::SegmentError),
 }
 
+impl StoreError {
+    /// The same write may succeed later: there may be room then, or the lock gone.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Full { .. } | Self::Locked { .. } | Self::Refused { .. } | Self::QueueFull { .. })
+    }
+}
+
 /// Sorts SQLite's errors by what an operator can do about them.
 fn refused(path: &Path, action: &'static str, error: rusqlite::Error) -> StoreError {
     let path = path.to_owned();
@@ -97,6 +106,62 @@ fn refused(path: &Path, action: &'static str, error: rusqlite::Error) -> StoreEr
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Locked { action, path },
         _ => StoreError::Refused { action, path, detail: error.to_string() },
     }
+}
+
+/// Tables that must be whole for a start.
+const SMALL: &[&str] = &[
+    "storages",
+    "profiles",
+    "disks",
+    "thresholds",
+    "policies",
+    "reservations",
+    "kept",
+    "execution_profiles",
+    "endpoints",
+    "deliveries",
+    "sqlite_sequence",
+];
+/// Those without which nothing is decided or told; looked at once a write has met damage.
+const GROWING: &[&str] = &["decisions", "events", "executions"];
+
+/// Its file is there if a write has met damage since the last start.
+fn suspect(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-suspect");
+    PathBuf::from(name)
+}
+
+/// Errors: `Damaged`, or what SQLite says.
+fn check(connection: &Connection, path: &Path, tables: &[&str]) -> Result<(), StoreError> {
+    for table in tables {
+        let sql = format!("PRAGMA quick_check({table})");
+        let verdict: String =
+            connection.query_row(&sql, [], |row| row.get(0)).map_err(|error| refused(path, "open", error))?;
+        if verdict != "ok" {
+            return Err(StoreError::Damaged { path: path.to_owned(), detail: verdict });
+        }
+    }
+    Ok(())
+}
+
+/// Rows that can be read; one whose values are not what its columns are for is left out, which is logged once for all of them.
+fn readable<T>(what: &'static str, rows: impl Iterator<Item = rusqlite::Result<T>>) -> rusqlite::Result<Vec<T>> {
+    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, Utf8Error};
+    let (mut read, mut odd) = (Vec::new(), 0u64);
+    for row in rows {
+        match row {
+            Ok(row) => read.push(row),
+            Err(FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | Utf8Error(..)) => {
+                odd += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if odd > 0 {
+        tracing::error!(rows = odd, "damaged {what} in the database are left out; set them anew");
+    }
+    Ok(read)
 }
 
 fn reader(path: &Path, busy_timeout: Duration) -> Result<Connection, StoreError> {
@@ -188,12 +253,12 @@ impl Store {
         // A long reader lets the log grow; it shrinks to this afterwards.
         connection.pragma_update(None, "journal_size_limit", 64 << 20).map_err(failed)?;
         // The history may be large and damage in it costs only itself; these are small and everything else needs them.
-        for table in ["storages", "profiles", "disks"] {
-            let verdict: String =
-                connection.query_row(&format!("PRAGMA quick_check({table})"), [], |row| row.get(0)).map_err(failed)?;
-            if verdict != "ok" {
-                return Err(StoreError::Damaged { path: path.to_owned(), detail: verdict });
-            }
+        check(&connection, path, SMALL)?;
+        let suspect = suspect(path);
+        if suspect.exists() {
+            // Seconds, where they have grown for years.
+            check(&connection, path, GROWING)?;
+            let _ = std::fs::remove_file(suspect);
         }
 
         let reader = reader(path, options.busy_timeout)?;

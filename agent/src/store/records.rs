@@ -4,7 +4,7 @@ use prestage_integration::api::Counters;
 use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 
 use super::writer::Pending;
-use super::{Store, StoreError};
+use super::{Store, StoreError, readable};
 
 /// What was learned of a storage, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -201,8 +201,7 @@ impl Store {
     }
 }
 
-/// Disks remembered, by name.
-pub(super) fn disks(connection: &Connection) -> rusqlite::Result<Vec<DiskRow>> {
+fn disks(connection: &Connection) -> rusqlite::Result<Vec<DiskRow>> {
     let sql = "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
     let row = |row: &Row<'_>| {
         Ok(DiskRow {
@@ -216,7 +215,7 @@ pub(super) fn disks(connection: &Connection) -> rusqlite::Result<Vec<DiskRow>> {
             added_unix_ms: unsigned(row, 7)?,
         })
     };
-    connection.prepare(sql)?.query_map([], row)?.collect()
+    readable("disks", connection.prepare(sql)?.query_map([], row)?)
 }
 
 const PROFILES: &str = "SELECT id, identity, saved_unix_ms, runs, length(data)";

@@ -2,18 +2,14 @@
 //!
 //! A damaged one is set aside under another name, and a new one begun. Anything else (locked, on a file system that refuses writes,
 //! full, of a newer version, another program's) is left as it is, and a *stand-in* that ends with the daemon takes its place. Either
-//! way the disks added at run time are read from the old one as far as they can be, for machines wait for them.
+//! way what machines and their managers rely on is carried over as far as it can be read (`carry.rs`). Events that are still to be told
+//! are only taken from one that is set aside: in one that is left as it is they wait for the next start.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, OpenFlags};
-
-use super::records::disks;
-use super::{DiskRow, Store, StoreError};
-
-/// How long the disks in a locked database are waited for.
-const LOCKED: Duration = Duration::from_secs(1);
+use super::carry::carry;
+use super::{Store, StoreError, suspect};
 
 /// A database that can be used.
 #[derive(Debug)]
@@ -36,10 +32,10 @@ pub fn open_or_rescue(path: &Path, stand_in: &Path) -> Result<Rescued, StoreErro
         match set_aside(path) {
             Ok(kept) => {
                 let store = Store::open(path)?;
-                let disks = take_over(&kept, &store);
+                let carried = carry(&kept, &store, true);
                 let trouble = format!(
-                    "database {} was damaged ({detail}); it is kept as {} and a new one begun: what was learned is learned \
-                     anew, {disks}",
+                    "database {} was damaged ({detail}); it is kept as {} and a new one begun: history, series, decisions and \
+                     models begin anew; {carried}",
                     path.display(),
                     kept.display()
                 );
@@ -53,9 +49,9 @@ pub fn open_or_rescue(path: &Path, stand_in: &Path) -> Result<Rescued, StoreErro
         let _ = std::fs::remove_file(file);
     }
     let store = Store::open(stand_in)?;
-    let disks = take_over(path, &store);
+    let carried = carry(path, &store, false);
     let trouble = format!(
-        "{error}; until that is mended and prestaged restarted nothing new is kept, {} stands in, {disks}",
+        "{error}; until that is mended and prestaged restarted nothing new is kept, {} stands in; {carried}",
         stand_in.display()
     );
     Ok(Rescued { store, trouble: Some(trouble), stand_in: true })
@@ -85,6 +81,8 @@ fn set_aside(path: &Path) -> std::io::Result<PathBuf> {
     }
     let [database, log, index] = files(path);
     let [kept, kept_log, kept_index] = files(&named(number));
+    // What it was suspected of is so.
+    let _ = std::fs::remove_file(suspect(path));
     // The log first: without it the database is one of before, with it beside a new database it would be that one's.
     for (from, to) in [(log, kept_log), (index, kept_index), (database, kept.clone())] {
         match std::fs::rename(from, to) {
@@ -95,50 +93,13 @@ fn set_aside(path: &Path) -> std::io::Result<PathBuf> {
     Ok(kept)
 }
 
-/// Takes the disks of a database that cannot be used over into one that can. Returns what became of them, in words.
-fn take_over(from: &Path, into: &Store) -> String {
-    let disks = match disks_of(from) {
-        Ok(disks) => disks,
-        Err(error) => {
-            return format!("disks added at run time cannot be read from it ({error}) and must be added again");
-        }
-    };
-    let (mut taken, mut lost) = (0, Vec::new());
-    for disk in disks {
-        let name = disk.name.clone();
-        match into.add_disk(disk).wait() {
-            Ok(()) => taken += 1,
-            Err(_) => lost.push(name),
-        }
-    }
-    match lost.as_slice() {
-        [] => format!("{taken} disks added at run time are served as before"),
-        lost => {
-            format!("{taken} disks added at run time are served as before, {} must be added again", lost.join(", "))
-        }
-    }
-}
-
-fn disks_of(path: &Path) -> rusqlite::Result<Vec<DiskRow>> {
-    let read = |name: &str| -> rusqlite::Result<Vec<DiskRow>> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
-        let connection = Connection::open_with_flags(name, flags)?;
-        connection.busy_timeout(LOCKED)?;
-        disks(&connection)
-    };
-    let mut name = String::from("file:");
-    for byte in path.as_os_str().as_encoded_bytes() {
-        match byte {
-            b'/' | b'.' | b'-' | b'_' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => name.push(char::from(*byte)),
-            byte => name.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    // Where SQLite cannot make the files beside it, or another process keeps it locked, it is read as it lies there.
-    read(&name).or_else(|error| read(&format!("{name}?immutable=1")).map_err(|_| error))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use rusqlite::Connection;
+
+    use super::super::DiskRow;
     use super::*;
 
     fn disk(name: &str) -> DiskRow {
@@ -178,7 +139,12 @@ mod tests {
             "{trouble}"
         );
         assert_eq!(names(&store), ["a", "b"]);
-        assert!(store.profiles().unwrap().is_empty());
+        // What lay on other pages than those is still known.
+        let profiles = store.profiles().unwrap().len();
+        assert!(
+            (1..50).contains(&profiles) && trouble.contains(&format!("{profiles} profiles")),
+            "{profiles}, {trouble}"
+        );
         let kept = |entry: std::io::Result<std::fs::DirEntry>| {
             let path = entry.unwrap().path();
             path.to_str().unwrap().contains(".db.damaged-").then_some(path)

@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use super::history::upgrade;
-use super::{StoreError, StoreOptions, refused};
+use super::{StoreError, StoreOptions, refused, suspect};
 
 /// Writes of one transaction: what one sync of the disk is shared by.
 const BATCH: usize = 64;
@@ -282,6 +282,10 @@ impl Thread {
                     // Once for each new reason: a full disk would fill the log's disk too.
                     if degraded.as_ref() != Some(&text) {
                         warn!(error = %text, "the database refuses writes");
+                        if matches!(error, StoreError::Damaged { .. }) {
+                            // The next start looks closer. Where no file can be made it does not, and this is said again.
+                            let _ = std::fs::File::create(suspect(&self.path));
+                        }
                         *degraded = Some(text);
                     }
                 }

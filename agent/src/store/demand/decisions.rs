@@ -14,7 +14,7 @@ use super::outbox::{self, NewEvent};
 use super::{json, words};
 use crate::store::records::{int, unsigned};
 use crate::store::writer::{Pending, WorkError};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, readable};
 
 /// Most decisions of a page.
 const PAGE_MAX: u32 = 1000;
@@ -234,7 +234,7 @@ impl Store {
     pub fn pending_decisions(&self) -> Result<Vec<DecisionRow>, StoreError> {
         self.read("read decisions from", |connection| {
             let sql = format!("{SELECT} WHERE outcome = 'pending' ORDER BY id");
-            connection.prepare_cached(&sql)?.query_map([], decision_row)?.collect()
+            readable("decisions", connection.prepare_cached(&sql)?.query_map([], decision_row)?)
         })
     }
 

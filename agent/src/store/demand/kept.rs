@@ -3,7 +3,7 @@
 use rusqlite::params;
 
 use crate::store::writer::Pending;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, readable};
 
 /// Longest value.
 const VALUE_MAX: usize = 1 << 20;
@@ -36,7 +36,8 @@ impl Store {
     pub fn kept(&self, prefix: &str) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         self.read("read what is kept in", |connection| {
             let sql = "SELECT name, value FROM kept WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name";
-            connection.prepare_cached(sql)?.query_map([prefix], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+            let mut statement = connection.prepare_cached(sql)?;
+            readable("programs and events", statement.query_map([prefix], |row| Ok((row.get(0)?, row.get(1)?)))?)
         })
     }
 }

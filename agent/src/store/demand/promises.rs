@@ -6,7 +6,7 @@ use super::outbox::{self, NewEvent};
 use super::{json, words};
 use crate::store::records::{int, unsigned};
 use crate::store::writer::Pending;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, readable};
 
 /// A policy of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,10 +94,8 @@ impl Store {
             let row = |row: &Row<'_>| {
                 Ok(PolicyRow { vm: row.get(0)?, data: row.get(1)?, changed_unix_ms: unsigned(row, 2)? })
             };
-            connection
-                .prepare_cached("SELECT vm, data, changed_unix_ms FROM policies ORDER BY vm")?
-                .query_map([], row)?
-                .collect()
+            let sql = "SELECT vm, data, changed_unix_ms FROM policies ORDER BY vm";
+            readable("policies", connection.prepare_cached(sql)?.query_map([], row)?)
         })
     }
 
@@ -144,7 +142,7 @@ impl Store {
                 })
             };
             let values = params![which.vm, which.state, to_s, from_s];
-            connection.prepare_cached(sql)?.query_map(values, row)?.collect()
+            readable("reservations", connection.prepare_cached(sql)?.query_map(values, row)?)
         })
     }
 
