@@ -2,8 +2,9 @@
 
 use super::Daemon;
 use super::control::{Handle, blocking, store_error};
+use crate::demand::gather::subject;
 use crate::demand::machine::Machine;
-use crate::demand::run::{Demand, resource_of, subject};
+use crate::demand::run::{Demand, resource_of};
 use crate::learner::run::unix_ms;
 use crate::store::StoreError;
 use crate::store::demand::{DecisionRow, Decisions, Outcome, PolicyRow};
@@ -106,12 +107,17 @@ impl Handle {
 impl DemandControl for Handle {
     fn demand(&self) -> Reply<'_, DemandStatus> {
         Box::pin(async {
-            let Some(demand) = &self.0.demand else { return Ok(DemandStatus::default()) };
+            let Some(demand) = &self.0.demand else {
+                let notes = self.0.demand_trouble.iter().cloned().collect();
+                return Ok(DemandStatus { notes, ..DemandStatus::default() });
+            };
             let store = demand.store.clone();
-            let series = blocking(move || store.series_status()).await?.map_err(|error| store_error(&error))?;
+            let series = blocking(move || store.series_status()).await?;
             let state = demand.state.lock();
             let (host, turns) = (&state.host, &state.turns);
             let mut notes: Vec<String> = turns.trouble.iter().map(|trouble| format!("libvirt: {trouble}")).collect();
+            notes.extend(state.unrecorded.trouble());
+            notes.extend(series.as_ref().err().map(|error| format!("what is kept of measurements: {error}")));
             let waits =
                 |of: fn(&prestage_integration::pressure::Pressure) -> Option<f64>| host.pressure.as_ref().and_then(of);
             if host.pressure.is_none() && turns.last_unix_ms.is_some() {
@@ -130,7 +136,7 @@ impl DemandControl for Handle {
                 host_available_bytes: host.memory_available_bytes,
                 host_cpu_pressure: waits(|pressure| pressure.cpu.map(|stall| stall.some.avg10)),
                 host_memory_pressure: waits(|pressure| pressure.memory.map(|stall| stall.some.avg10)),
-                series_bytes: series.size_bytes(),
+                series_bytes: series.map_or(0, |series| series.size_bytes()),
                 notes,
                 anomalies: state.anomalies(),
             })

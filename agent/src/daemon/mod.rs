@@ -52,6 +52,8 @@ struct Daemon {
     questions: Questions,
     hypervisor: Option<Hypervisor>,
     demand: Option<Demand>,
+    /// Why it is off although it is configured.
+    demand_trouble: Option<String>,
     couriers: Mutex<Option<Couriers>>,
     started: Instant,
     started_unix_ms: u64,

@@ -155,6 +155,9 @@ impl Daemon {
                 format!("{refused} saved profiles cannot be read; `prestagectl profile list` shows which and why");
             trouble("profiles", &detail);
         }
+        if let Some(detail) = self.demand_trouble.clone().or_else(|| self.demand.as_ref()?.trouble()) {
+            trouble("demand", &detail);
+        }
         for detail in self.models.troubles() {
             trouble("model", &detail);
         }

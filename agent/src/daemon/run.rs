@@ -295,14 +295,20 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
             ..HypervisorConfig::default()
         })?),
     };
-    let demand = match &hypervisor {
+    let (demand, demand_trouble) = match &hypervisor {
         Some(hypervisor) if config.demand.enabled => {
             let most = if stand_in { super::STAND_IN_BYTES } else { u64::MAX };
-            let demand = Demand::new(store.clone(), hypervisor.clone(), &config, &super::report::host_name(), most);
-            // Guests need their disks more than anybody needs forecasts.
-            demand.inspect_err(|error| tracing::error!(%error, "demand is not measured")).ok()
+            match Demand::new(store.clone(), hypervisor.clone(), &config, &super::report::host_name(), most) {
+                Ok(demand) => (Some(demand), None),
+                Err(error) => {
+                    // Guests need their disks more than anybody needs forecasts.
+                    let trouble = format!("off, no machine is measured or changed: {error}");
+                    tracing::error!("demand: {trouble}");
+                    (None, Some(trouble))
+                }
+            }
         }
-        _ => None,
+        _ => (None, None),
     };
     let daemon = Daemon {
         config: Mutex::new(config),
@@ -314,6 +320,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         questions: Questions::default(),
         hypervisor,
         demand,
+        demand_trouble,
         couriers: Mutex::default(),
         started: Instant::now(),
         started_unix_ms: unix_ms(),

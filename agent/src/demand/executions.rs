@@ -118,14 +118,14 @@ impl State {
         // Nobody ended them: their machine stopped, or whoever announced them went away.
         let machines = &self.machines;
         executions.running.retain(|_, (uuid, execution)| {
-            let here = machines.get(uuid).is_some_and(|machine| machine.seen_s + super::GONE_S >= now_s);
+            let here = machines.get(uuid).is_some_and(|machine| machine.is_here(now_s));
             here && now_s.saturating_sub(execution.started_unix_ms / 1000) <= FORGET_S
         });
         if executions.running.len() >= MOST {
             return Err(ApiError::new(ErrorCode::Busy, format!("{MOST} executions run already; end some")));
         }
         let gone = |name: &str| ApiError::new(ErrorCode::NotPossible, format!("machine `{name}` does not run"));
-        let machine = self.machines.get_mut(&uuid).filter(|machine| machine.seen_s + super::GONE_S >= now_s);
+        let machine = self.machines.get_mut(&uuid).filter(|machine| machine.is_here(now_s));
         let machine = machine.ok_or_else(|| gone(&start.vm))?;
         let (courses, runs) = executions.courses(&start);
         // Not one that was given out before a restart: its end may still be announced.

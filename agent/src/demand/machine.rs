@@ -116,6 +116,11 @@ impl Machine {
         found
     }
 
+    /// Whether it was measured just now, by whatever the clock says.
+    pub(crate) fn is_here(&self, now_s: u64) -> bool {
+        now_s.abs_diff(self.seen_s) <= super::GONE_S
+    }
+
     /// What is unusual now.
     pub(crate) fn unusual(&self) -> impl Iterator<Item = Found> {
         self.flows.iter().filter_map(Flow::unusual)
@@ -207,15 +212,35 @@ impl Machine {
             Resource::Memory => "its guest does not tell what memory it needs",
             _ => "libvirt does not say what it uses",
         })?;
-        let mut age_s = u32::try_from(now_s.saturating_sub(at_s)).unwrap_or(u32::MAX);
+        // What was measured before the clock was set back is old, too.
+        let mut age_s = u32::try_from(now_s.abs_diff(at_s)).unwrap_or(u32::MAX);
         if resource == Resource::Memory
             && let Some(guest) = &sample.memory.guest
         {
             age_s = age_s.saturating_add(u32::try_from(guest.age.as_secs()).unwrap_or(u32::MAX));
         }
-        let pressure = pressure(sample, resource);
+        let mut pressure = pressure(sample, resource);
+        if resource == Resource::Memory && self.room().is_some_and(|room| room < SHORT) {
+            pressure.some = pressure.some.max(GUEST_SHORT);
+        }
         let outlook = outlook.map(|[_, p50, p90, p95]| planner::Outlook { p50, p90, p95 });
         Ok(planner::Reading { allocated, used, age_s, pressure, oom: false, outlook })
+    }
+
+    /// What a guest that its balloon does not save has to spare, by what it is to be left with. `None`: its balloon gives back by itself,
+    /// it has none, or what it says is old.
+    fn room(&self) -> Option<f64> {
+        let abilities =
+            self.abilities.as_ref().filter(|abilities| abilities.balloon.is_yes() && !abilities.autodeflate)?;
+        let memory = &self.sample.as_ref()?.memory;
+        let guest = memory.guest.filter(|guest| guest.is_fresh(memory.period.or(abilities.period).unwrap_or(ASKED)))?;
+        let kept = self.policy.margin.max(LEAST_MARGIN) * guest.used_bytes() as f64;
+        (kept > 0.0).then(|| guest.spare_bytes() as f64 / kept)
+    }
+
+    /// It may run short before the next second is over.
+    pub(crate) fn is_tight(&self) -> bool {
+        self.policy.mode_of(Resource::Memory) == Mode::Act && self.room().is_some_and(|room| room < TIGHT)
     }
 
     fn planner_policy(&self) -> planner::Policy {
@@ -228,7 +253,8 @@ impl Machine {
         let max = Resource::ALL.map(|resource| {
             let own = self.bounds(resource).max.unwrap_or(f64::INFINITY);
             let least = own.min(most(resource).unwrap_or(f64::INFINITY));
-            if least.is_finite() { least } else { 0.0 }
+            // Where nobody says what it may have, it may have what it has.
+            if least.is_finite() { least } else { self.allocated(resource).unwrap_or(0.0) }
         });
         let min = Resource::ALL.map(|resource| self.bounds(resource).min.unwrap_or(0.0));
         planner::Policy {
@@ -274,11 +300,13 @@ impl Machine {
 pub(crate) fn used(sample: &VmSample) -> [(Resource, Option<f64>); 4] {
     let memory = sample.memory.guest.as_ref().filter(|guest| {
         // Figures that nobody renews tell of another time.
-        guest.is_fresh(sample.memory.period.unwrap_or(Duration::from_secs(2)))
+        guest.is_fresh(sample.memory.period.unwrap_or(ASKED))
     });
+    // A guest may say anything; it cannot use what it does not have.
+    let most = sample.memory.maximum_bytes.or(sample.memory.current_bytes).unwrap_or(u64::MAX);
     [
         (Resource::Cpu, sample.cpu.used_cores.or(sample.cpu.total_cores)),
-        (Resource::Memory, memory.map(|guest| guest.used_bytes() as f64)),
+        (Resource::Memory, memory.map(|guest| guest.used_bytes().min(most) as f64)),
         (Resource::Disk, sample.disk_bps()),
         (Resource::Network, sample.net_bps()),
     ]
@@ -314,3 +342,11 @@ const SATURATED: f64 = 1.5;
 const FAULTS: f64 = 100.0;
 /// Pressure that a guest which is short of memory counts as.
 const GUEST_SHORT: f64 = 0.2;
+/// How often a guest is asked for its memory where nothing is known of that.
+const ASKED: Duration = Duration::from_secs(2);
+/// Least share of what a guest uses that it is to have to spare, whatever its policy says.
+const LEAST_MARGIN: f64 = 0.05;
+/// Shares of that margin: below the first a guest without autodeflate is short, and is not to wait for its use to be averaged; below
+/// the second it is looked at more often. At the margin itself are all guests of a host that is full.
+const SHORT: f64 = 0.5;
+const TIGHT: f64 = 2.0;

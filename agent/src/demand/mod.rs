@@ -7,7 +7,8 @@
 //! - [`State`]: all machines, the host, what is promised and what was decided; sans-I/O
 //! - `order.rs`: from a decision to a change that libvirt can make
 //! - `promises.rs`: resources promised for a time
-//! - `run.rs`: the loop that measures, plans, acts and writes down; `training.rs`: the network of the forecasts
+//! - `run.rs`: the loop that measures, plans, acts and writes down; `gather.rs`: what it writes; `training.rs`: the network of the
+//!   forecasts
 //!
 //! Time comes in with each turn. The state is locked for a turn's arithmetic and for an answer, never across a call to libvirt or
 //! the database.
@@ -16,10 +17,13 @@ mod calendar;
 mod course;
 mod executions;
 pub(crate) mod flow;
+pub(crate) mod gather;
 pub(crate) mod machine;
 pub(crate) mod order;
 mod promises;
 pub(crate) mod run;
+#[cfg(test)]
+mod tests;
 mod training;
 
 use crate::planner::{self, Amounts, Host, Input, Planner, Reservations};
@@ -70,6 +74,32 @@ pub(crate) struct Turns {
     pub(crate) trouble: Option<String>,
 }
 
+/// Decisions that could not be put on record, since the last one that could; what is not on record is not done.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Unrecorded {
+    count: u64,
+    why: String,
+}
+
+impl Unrecorded {
+    /// Whether this is another reason than the last time: said once, not with every turn.
+    pub(crate) fn failed(&mut self, why: String) -> bool {
+        self.count += 1;
+        let new = self.why != why;
+        self.why = why;
+        new
+    }
+
+    pub(crate) fn recorded(&mut self) {
+        *self = Self::default();
+    }
+
+    pub(crate) fn trouble(&self) -> Option<String> {
+        let Self { count, why } = self;
+        (*count > 0).then(|| format!("{count} decisions are not on record and were not carried out: {why}"))
+    }
+}
+
 /// A decision on its way out.
 #[derive(Debug, Clone)]
 pub(crate) struct Order {
@@ -97,6 +127,7 @@ pub(crate) struct State {
     pub(crate) settings: HostSettings,
     pub(crate) latencies: Latencies,
     pub(crate) turns: Turns,
+    pub(crate) unrecorded: Unrecorded,
     pub(crate) model: Option<Arc<Weights>>,
     /// Changes under way, and when to try again what failed.
     busy: HashSet<(Uuid, Resource)>,
@@ -125,6 +156,7 @@ impl State {
             settings,
             latencies: Latencies::default(),
             turns: Turns::default(),
+            unrecorded: Unrecorded::default(),
             model: None,
             busy: HashSet::new(),
             turns_of: HashMap::new(),
@@ -161,7 +193,7 @@ impl State {
         }
         let (latencies, turns_of) = (&mut self.latencies, &mut self.turns_of);
         self.machines.retain(|uuid, machine| {
-            let keep = now_s.saturating_sub(machine.seen_s) <= FORGET_S;
+            let keep = now_s.abs_diff(machine.seen_s) <= FORGET_S;
             if !keep {
                 latencies.forget(*uuid);
                 turns_of.remove(uuid);
@@ -207,7 +239,7 @@ impl State {
         let mut left_out = Vec::new();
         let horizons: HashMap<Uuid, u32> = self.machines.keys().map(|uuid| (*uuid, self.horizon_s(*uuid))).collect();
         for machine in self.machines.values_mut() {
-            if now_s.saturating_sub(machine.seen_s) > GONE_S {
+            if !machine.is_here(now_s) {
                 continue;
             }
             let horizon_s = horizons.get(&machine.uuid).copied().unwrap_or(HORIZON_S);
@@ -238,6 +270,11 @@ impl State {
         let outlook = machine.outlook(resource, now_s, horizon_s, &event);
         let (name, mode) = (machine.name.clone(), machine.policy.mode_of(resource));
         Some(Order { decision, uuid, name, resource, mode, outlook })
+    }
+
+    /// Whether a guest may run short before the next beat.
+    pub(crate) fn is_tight(&self, now_s: u64) -> bool {
+        self.machines.values().any(|machine| machine.is_here(now_s) && machine.is_tight())
     }
 
     fn host_pressure(&self, resource: Resource) -> planner::Pressure {

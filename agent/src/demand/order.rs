@@ -109,9 +109,10 @@ impl State {
         self.busy.contains(&(order.uuid, order.resource))
     }
 
-    /// It is free again without anything done.
-    pub(crate) fn release(&mut self, order: &Order) {
+    /// It is free again without anything done, and may be decided anew.
+    pub(crate) fn withdraw(&mut self, order: &Order) {
         self.busy.remove(&(order.uuid, order.resource));
+        self.planner.withdraw(order.decision.vm, order.decision.resource);
     }
 
     /// Held while a machine is changed.

@@ -1,11 +1,12 @@
 //! The loop: measures, plans, acts, writes down.
 //!
 //! A turn measures all machines, plans, and sends off what is to be changed; changes run beside the loop, one a machine at a
-//! time. Every ten turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its
+//! time. A machine whose memory changes has its turn at once, and guests that may run short are looked at twice a second. Every ten turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its
 //! machines' figures and nothing else.
 
 use super::flow::Found;
-use super::machine::{Machine, used};
+use super::gather::{Gathered, recall, retain, settle_pending};
+use super::machine::Machine;
 use super::order::{NotDone, Result as ActResult};
 use super::training::Training;
 use super::{HostSettings, Order, State};
@@ -15,32 +16,31 @@ use crate::learner::run::unix_ms;
 use crate::notify::events::{Amount, Anomaly as AnomalyEvent, Change, Event, Reserved, unit};
 use crate::planner::{Kind, Reason};
 use crate::store::demand::{self as ledger, Completion, DecisionKind, NewEvent, Outcome};
-use crate::store::series::{Reading, Samples, resolution};
 use crate::store::{Store, StoreError};
 use parking_lot::Mutex;
 use prestage_integration::api::demand::{Mode, Reservation, Resource, VmPolicy};
 use prestage_integration::libvirt::act::Pace;
 use prestage_integration::libvirt::stats::{CollectConfig, Collector};
-use prestage_integration::libvirt::{Hypervisor, Uuid};
+use prestage_integration::libvirt::{Hypervisor, HypervisorEvent, Uuid, VmEventKind};
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::Notify;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Notify, broadcast};
 
 /// Measurements wait so long for their transaction.
 const FLUSH: Duration = Duration::from_secs(10);
+/// What the database did not take is offered again so often.
+const AGAIN: Duration = Duration::from_secs(2);
 /// What can be done to a machine is asked for anew so often.
 const ABILITIES: Duration = Duration::from_secs(60);
 /// Old rows are removed so often.
 const RETAIN: Duration = Duration::from_secs(600);
 /// Machines whose abilities are asked for in one turn.
 const ASKED_A_TURN: usize = 4;
-/// Roll-ups of so many seconds are read back after a restart.
-const RECALL_S: u64 = 14 * 86_400;
-/// Most decisions and events kept.
-const DECISIONS: u64 = 1_000_000;
-const EVENTS: u64 = 1_000_000;
+/// A turn between two beats comes so long after the one before: twice a second, whatever guests do.
+const APART: Duration = Duration::from_millis(500);
 
 /// What measures, plans and acts, shared with the API.
 #[derive(Clone)]
@@ -72,7 +72,7 @@ impl Demand {
         state.set_rules(config.demand.risk, config.demand.idle, config.demand.cool_down);
         for row in store.policies()? {
             match (Uuid::parse_str(&row.vm), serde_json::from_str::<VmPolicy>(&row.data)) {
-                (Ok(uuid), Ok(policy)) => drop(state.policies.insert(uuid, policy)),
+                (Ok(uuid), Ok(policy)) if policy.validate().is_ok() => drop(state.policies.insert(uuid, policy)),
                 _ => tracing::warn!(vm = row.vm, "a policy in the database is damaged; the default holds"),
             }
         }
@@ -105,16 +105,26 @@ impl Demand {
         let mut gathered = Gathered::default();
         let (mut flushed, mut retained) = (Instant::now(), None::<Instant>);
         let mut asked = HashMap::new();
+        let mut events = self.hypervisor.events();
+        let mut began = Instant::now();
         loop {
-            beat.tick().await;
-            let began = Instant::now();
+            let tight = self.state.lock().is_tight(unix_ms() / 1000);
+            tokio::select! {
+                _ = beat.tick() => {}
+                () = stirred(&mut events) => {
+                    tokio::time::sleep(APART.saturating_sub(began.elapsed())).await;
+                    beat.reset();
+                }
+                () = tokio::time::sleep(APART), if tight => beat.reset(),
+            }
+            began = Instant::now();
             let turn = collector.turn().await;
             let now_s = unix_ms() / 1000;
             gathered.take(&turn, now_s);
             let known: Vec<Uuid> = self.state.lock().machines.keys().copied().collect();
+            let answered = turn.vms.is_ok();
             let orders = {
                 let mut state = self.state.lock();
-                let answered = turn.vms.is_ok();
                 state.take(turn, now_s);
                 state.turns.last_unix_ms = Some(unix_ms());
                 // Without measurements there is nothing new to decide.
@@ -131,7 +141,10 @@ impl Demand {
             for order in orders {
                 self.carry_out(order);
             }
-            self.ask_abilities(&mut asked).await;
+            // One that does not answer would be waited for again and again.
+            if answered {
+                self.ask_abilities(&mut asked).await;
+            }
             if flushed.elapsed() >= FLUSH {
                 flushed = Instant::now();
                 gathered.flush(&self.store);
@@ -168,7 +181,7 @@ impl Demand {
         }
     }
 
-    async fn ask_abilities(&self, asked: &mut HashMap<Uuid, Instant>) {
+    pub(super) async fn ask_abilities(&self, asked: &mut HashMap<Uuid, Instant>) {
         let due: Vec<Uuid> = {
             let state = self.state.lock();
             asked.retain(|uuid, _| state.machines.contains_key(uuid));
@@ -194,7 +207,7 @@ impl Demand {
     }
 
     /// Writes a decision down and, where the mode says so, does it.
-    fn carry_out(&self, order: Order) {
+    pub(super) fn carry_out(&self, order: Order) {
         if order.decision.kind == Kind::Hold {
             return;
         }
@@ -231,33 +244,46 @@ impl Demand {
                 .map(|[p05, p50, p90, p95]| json!({ "p05": p05, "p50": p50, "p90": p90, "p95": p95 }).to_string()),
         };
         let recorded = self.store.record_decision(row, event);
-        let Ok(changes) = changes else {
-            let told = Arc::clone(&self.told);
-            tokio::spawn(async move {
-                if let Err(error) = recorded.await {
-                    tracing::warn!(%error, "a decision is not on record");
-                }
-                told.notify_one();
-            });
-            return;
-        };
         let demand = self.clone();
         tokio::spawn(async move {
-            if let Err(error) = recorded.await {
+            let recorded = recorded.await;
+            demand.on_record(&order, &recorded);
+            demand.told.notify_one();
+            let Ok(changes) = changes else { return };
+            if recorded.is_err() {
                 // What is not on record is not done: nobody could tell afterwards why.
-                tracing::error!(%error, vm = order.name, "a decision is not on record, and not carried out");
-                demand.state.lock().release(&order);
                 return;
             }
             let turn = demand.state.lock().turn_of(order.uuid);
-            let _turn = turn.lock().await;
-            let mut results = Vec::with_capacity(changes.len());
-            for change in changes {
-                results.push(demand.hypervisor.apply(change, Pace::default()).await);
-            }
-            let result = demand.state.lock().done(&order, &results, Instant::now());
+            let result = {
+                let _turn = turn.lock().await;
+                let mut results = Vec::with_capacity(changes.len());
+                for change in changes {
+                    results.push(demand.hypervisor.apply(change, Pace::default()).await);
+                }
+                demand.state.lock().done(&order, &results, Instant::now())
+            };
             demand.finish(&order, at_us, result).await;
         });
+    }
+
+    /// Notes whether a decision is on record; one that is not is not waited for either.
+    fn on_record(&self, order: &Order, recorded: &Result<(), StoreError>) {
+        let mut state = self.state.lock();
+        match recorded {
+            Ok(()) => state.unrecorded.recorded(),
+            Err(error) => {
+                state.withdraw(order);
+                if state.unrecorded.failed(error.to_string()) {
+                    tracing::error!(%error, vm = order.name, "decisions are not on record, and not carried out");
+                }
+            }
+        }
+    }
+
+    /// What keeps it from its work, for people.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.state.lock().unrecorded.trouble()
     }
 
     async fn finish(&self, order: &Order, at_us: u64, result: ActResult) {
@@ -291,10 +317,22 @@ impl Demand {
             why: result.why,
         };
         let key = (order.uuid.to_string(), resource_of(order.resource));
-        if let Err(error) = self.store.finish_decision((&key.0, key.1, at_us), completion, Some(event)).await {
-            tracing::warn!(%error, "what came of a decision is not on record");
+        // The machine was changed: that goes on record however long the database cannot take it.
+        let mut said = false;
+        loop {
+            let finished =
+                self.store.finish_decision((&key.0, key.1, at_us), completion.clone(), Some(event.clone())).await;
+            match finished {
+                Err(error) if error.may_pass() => {
+                    if !std::mem::replace(&mut said, true) {
+                        tracing::warn!(%error, vm = name, "what came of a decision is not on record yet");
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(error) => return tracing::warn!(%error, vm = name, "what came of a decision is not on record"),
+                Ok(()) => return self.told.notify_one(),
+            }
         }
-        self.told.notify_one();
     }
 
     /// The event of a decision that is not carried out, where somebody is to be told.
@@ -372,6 +410,22 @@ impl Demand {
     }
 }
 
+/// Until something happens to a machine that its memory depends on. May be dropped and called anew without missing anything.
+pub(super) async fn stirred(events: &mut broadcast::Receiver<HypervisorEvent>) {
+    use VmEventKind::{BalloonChanged, MemoryDeviceResized, Rebooted, Resumed, Started};
+    loop {
+        match events.recv().await {
+            Ok(HypervisorEvent::Vm(event)) => match event.kind {
+                BalloonChanged { .. } | MemoryDeviceResized { .. } | Rebooted | Resumed | Started => return,
+                _ => {}
+            },
+            Ok(_) => {}
+            Err(RecvError::Lagged(_)) => return,
+            Err(RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
 fn settings(config: &Config, most: u64) -> HostSettings {
     let rate = |limit: &RateLimit| match limit {
         RateLimit::Unlimited => 0.0,
@@ -410,139 +464,5 @@ fn kind_of(kind: Kind) -> DecisionKind {
         Kind::Lower => DecisionKind::Lower,
         Kind::Hold => DecisionKind::Hold,
         Kind::Refuse => DecisionKind::Refuse,
-    }
-}
-
-/// The subject and metric of a machine's series.
-pub(crate) fn subject(uuid: Uuid) -> String {
-    format!("vm:{uuid}")
-}
-
-/// What a machine used within 5 minutes each, from the roll-ups.
-fn recall(store: &Store, uuid: Uuid, now_s: u64) -> Vec<(Resource, Vec<(u64, f64)>)> {
-    let of = |resource: Resource| {
-        let step_s = u64::from(super::flow::COARSE_S);
-        match store.series(&subject(uuid), resource.name(), now_s.saturating_sub(RECALL_S), now_s, step_s) {
-            Ok(answer) => answer.points.iter().map(|point| (point.at_s, point.max)).collect(),
-            Err(error) => {
-                tracing::warn!(vm = %uuid, %error, "what the machine used before is not known");
-                Vec::new()
-            }
-        }
-    };
-    Resource::ALL.map(|resource| (resource, of(resource))).into()
-}
-
-/// Decisions that were being carried out when the daemon was killed: nobody knows what came of them.
-fn settle_pending(store: &Store) -> Result<(), StoreError> {
-    for row in store.pending_decisions()? {
-        let why = "prestaged ended while it was carried out; what the machine has is measured anew".to_owned();
-        let completion = Completion { outcome: Outcome::Failed, got: None, verified: false, why };
-        let made = &row.decision;
-        drop(store.finish_decision((&made.vm, made.resource, made.at_us), completion, None));
-    }
-    Ok(())
-}
-
-fn retain(store: &Store, settings: &HostSettings, now_s: u64) {
-    let before_s = now_s.saturating_sub(u64::from(settings.decision_days) * 86_400);
-    drop(store.retain_decisions(before_s * 1_000_000, DECISIONS));
-    drop(store.retain_reservations(before_s));
-    drop(store.retain_events(before_s * 1_000_000, EVENTS));
-    let retention = crate::store::series::SeriesRetention {
-        bytes: settings.series_bytes,
-        ..crate::store::series::SeriesRetention::default()
-    };
-    drop(store.retain_series(retention, now_s));
-}
-
-/// Measurements that are not in the database yet.
-#[derive(Debug, Default)]
-struct Gathered {
-    of: HashMap<(String, &'static str), (f64, Vec<Reading>)>,
-}
-
-impl Gathered {
-    fn add(&mut self, subject: &str, metric: &'static str, resolution: f64, at_s: u64, value: Option<f64>) {
-        let Some(value) = value else { return };
-        let readings = self.of.entry((subject.to_owned(), metric)).or_insert_with(|| (resolution, Vec::new()));
-        readings.1.push(Reading { at_s, value });
-    }
-
-    fn take(&mut self, turn: &prestage_integration::libvirt::stats::Turn, at_s: u64) {
-        let host = &turn.host;
-        self.add("host", "cpu", resolution::CORES, at_s, host.used_cores);
-        let memory = host.memory_bytes.saturating_sub(host.memory_available_bytes) as f64;
-        self.add("host", "memory", resolution::BYTES, at_s, Some(memory));
-        let waits = |stall: Option<&prestage_integration::pressure::Stall>| stall.map(|stall| 100.0 * stall.some.avg10);
-        if let Some(pressure) = &host.pressure {
-            self.add("host", "cpu_pressure", resolution::PERCENT, at_s, waits(pressure.cpu.as_ref()));
-            self.add("host", "memory_pressure", resolution::PERCENT, at_s, waits(pressure.memory.as_ref()));
-            self.add("host", "io_pressure", resolution::PERCENT, at_s, waits(pressure.io.as_ref()));
-        }
-        let Ok(vms) = &turn.vms else { return };
-        for vm in vms {
-            let subject = subject(vm.vm.uuid);
-            for (resource, value) in used(vm) {
-                let resolution = match resource {
-                    Resource::Cpu => resolution::CORES,
-                    _ => resolution::BYTES,
-                };
-                self.add(&subject, resource.name(), resolution, at_s, value);
-            }
-            self.add(&subject, "cpu_delay", resolution::CORES, at_s, vm.cpu.delayed_cores);
-            self.add(&subject, "vcpus", 1.0, at_s, vm.cpu.vcpus.map(f64::from));
-            let bytes = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
-            self.add(&subject, "balloon", resolution::BYTES, at_s, bytes(vm.memory.current_bytes));
-            self.add(&subject, "resident", resolution::BYTES, at_s, bytes(vm.memory.resident_bytes));
-            self.add(&subject, "disk_ops", resolution::OPERATIONS, at_s, vm.disk_ops());
-            if let Some(pressure) = &vm.pressure {
-                self.add(&subject, "cpu_pressure", resolution::PERCENT, at_s, waits(pressure.cpu.as_ref()));
-                self.add(&subject, "memory_pressure", resolution::PERCENT, at_s, waits(pressure.memory.as_ref()));
-                self.add(&subject, "io_pressure", resolution::PERCENT, at_s, waits(pressure.io.as_ref()));
-            }
-        }
-    }
-
-    fn flush(&mut self, store: &Store) {
-        let batch = std::mem::take(&mut self.of).into_iter().map(|((subject, metric), (resolution, readings))| {
-            Samples { subject, metric: metric.to_owned(), resolution, readings }
-        });
-        let batch: Vec<Samples> = batch.collect();
-        if !batch.is_empty() {
-            drop(store.append_series(batch));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn what_a_killed_daemon_was_about_is_not_under_way_for_ever() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("prestage.db")).unwrap();
-        let decision = ledger::Decision {
-            at_us: 5,
-            vm: Uuid::from_u128(1).to_string(),
-            resource: ledger::Resource::Memory,
-            mode: ledger::Mode::Act,
-            kind: DecisionKind::Raise,
-            before: Some(1.0),
-            asked: Some(2.0),
-            pending: true,
-            why: "foreseen".to_owned(),
-            forecast: None,
-        };
-        store.record_decision(decision, None).await.unwrap();
-        assert_eq!(store.pending_decisions().unwrap().len(), 1);
-        settle_pending(&store).unwrap();
-        // Writes are done in order: this one comes after.
-        store.keep("after".to_owned(), Vec::new()).await.unwrap();
-        assert!(store.pending_decisions().unwrap().is_empty());
-        let rows = store.decisions(&ledger::Decisions { limit: 10, ..ledger::Decisions::default() }).unwrap();
-        assert_eq!(rows[0].outcome, Outcome::Failed);
-        assert!(rows[0].decision.why.contains("ended while"), "{:?}", rows[0]);
     }
 }

@@ -6,7 +6,8 @@
 //! forecasts rest on the simple ones.
 
 use super::flow::COARSE_S;
-use super::run::{Demand, subject};
+use super::gather::subject;
+use super::run::Demand;
 use crate::learner::run::unix_ms;
 use crate::models::priority::become_idle;
 use prestage_integration::api::demand::Resource;

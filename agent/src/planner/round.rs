@@ -60,6 +60,13 @@ impl Planner {
         self.settings = settings;
     }
 
+    /// A change that was decided is not made: nothing of it is to be waited for.
+    pub fn withdraw(&mut self, vm: VmId, resource: Resource) {
+        if let Some(remembered) = self.memory.get_mut(&vm) {
+            remembered.tracks[resource as usize].withdraw();
+        }
+    }
+
     /// Decides a round. What is held or refused is told once, and again when it changes or after
     /// [`Settings::repeat_s`]; what is recommended or observed likewise.
     ///

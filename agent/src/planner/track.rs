@@ -186,6 +186,15 @@ impl Track {
         }
     }
 
+    /// The change is not made after all.
+    pub(super) fn withdraw(&mut self) {
+        let Some(ask) = self.ask.take() else { return };
+        self.tokens = self.tokens.map(|had| had + 1.0);
+        if ask.to < ask.from {
+            self.lowered_s = None;
+        }
+    }
+
     /// Whether this is news: not what was said last, or that long ago.
     pub(super) fn news(&mut self, now_s: u64, kind: Kind, reason: Reason, to: f64, repeat_s: u32) -> bool {
         let known = self.said.is_some_and(|(last, why, there, at)| {

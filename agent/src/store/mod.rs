@@ -303,6 +303,15 @@ impl Store {
         self.inner.writer.close(limit)
     }
 
+    /// Lets the database grow by this many pages more: a disk that is full, or is not any more.
+    #[cfg(test)]
+    pub(crate) fn leave_room(&self, pages: i64) -> Pending {
+        self.inner.writer.submit(0, false, move |connection| {
+            let has: i64 = connection.query_row("PRAGMA page_count", [], |row| row.get(0))?;
+            Ok(connection.query_row(&format!("PRAGMA max_page_count = {}", has + pages), [], |_| Ok(()))?)
+        })
+    }
+
     fn read<T>(
         &self,
         action: &'static str,

@@ -167,12 +167,7 @@ fn a_full_disk_loses_the_large_write_and_keeps_the_small() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(&folder.path().join("db")).unwrap();
     store.save_profile("before", vec![7; 5000], 1, MS).wait().unwrap();
-    let limit = store.inner.writer.submit(0, false, |connection| {
-        let pages: i64 = connection.query_row("PRAGMA page_count", [], |row| row.get(0))?;
-        connection.query_row(&format!("PRAGMA max_page_count = {}", pages + 2), [], |_| Ok(()))?;
-        Ok(())
-    });
-    limit.wait().unwrap();
+    store.leave_room(2).wait().unwrap();
     let error = store.save_profile("large", vec![7; 1_000_000], 1, MS).wait().unwrap_err();
     assert!(matches!(error, StoreError::Full { .. }), "{error:?}");
     assert!(error.to_string().contains("no space left; free some"), "{error}");

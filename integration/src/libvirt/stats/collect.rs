@@ -24,11 +24,14 @@ use crate::pressure::Groups;
 /// New VMs whose definitions are looked at in one go; more wait for the next.
 const NEW_AT_ONCE: usize = 8;
 
+/// A guest whose balloon has no autodeflate is asked at least so often.
+const UNSAVED: Duration = Duration::from_secs(1);
+
 /// How to collect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CollectConfig {
-    /// How often a guest whose definition says nothing of it is asked for its memory. Default 2 s; libvirt counts in whole
-    /// seconds.
+    /// How often a guest whose definition says nothing of it is asked for its memory; one whose balloon has no autodeflate is asked every
+    /// second. Default 2 s; libvirt counts in whole seconds.
     pub period: Duration,
     /// How long libvirt may take for a turn. Default 5 s; a turn that takes longer gives the host's figures alone.
     pub patience: Duration,
@@ -155,6 +158,8 @@ fn stats_period(domain: &Domain, uuid: Uuid, wanted: Duration) -> Option<Duratio
     if let Some(set) = period_of(balloon) {
         return Some(set);
     }
+    // A balloon that does not give back by itself: what its guest lacks must be seen in time.
+    let wanted = if balloon.attribute("autodeflate") == Some("on") { wanted } else { wanted.min(UNSAVED) };
     let seconds = wanted.as_secs().clamp(1, 3600);
     match domain.set_memory_stats_period(i32::try_from(seconds).ok()?, sys::VIR_DOMAIN_MEM_LIVE) {
         Ok(_) => Some(Duration::from_secs(seconds)),

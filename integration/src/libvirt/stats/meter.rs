@@ -167,8 +167,12 @@ fn nets(now: &[Net], before: Option<(f64, &[Net])>) -> Vec<NetSample> {
 /// The rates between two words of the guest; without a new word those of before.
 fn swapping(before: &Guest, now: &Guest, last: Swapping) -> Swapping {
     let (Some(from), Some(to)) = (before.updated_s, now.updated_s) else { return last };
-    if to <= from {
+    if to == from {
         return last;
+    }
+    if to < from {
+        // The clock was set back, or the guest was put back to an earlier state.
+        return Swapping::default();
     }
     let seconds = (to - from) as f64;
     let rate = |of: fn(&Guest) -> Option<u64>| Some(grown(of(before), of(now))? / seconds);
@@ -194,7 +198,8 @@ fn guest_memory(guest: &Guest, at_us: u64, swapping: Swapping) -> Option<GuestMe
         swap_in_bps: swapping.swapped_in_bps,
         swap_out_bps: swapping.swapped_out_bps,
         major_faults: swapping.major_faults,
-        age: Duration::from_micros(at_us.saturating_sub(updated_us)),
+        // A word from the future is from before the clock was set back: nobody knows how old it is, and it is not new.
+        age: Duration::from_micros(at_us.abs_diff(updated_us)),
     })
 }
 
@@ -250,6 +255,26 @@ mod tests {
         assert_eq!((sample.cpu.used_cores, sample.disk_bps()), (Some(1.0), None));
         let sample = turn(&mut meter, start, 2, 1, reading(3, Some(1000)));
         assert_eq!((sample.cpu.used_cores, sample.disk_bps()), (Some(2.0), Some(1000.0)));
+    }
+
+    #[test]
+    fn a_word_from_before_the_clock_was_set_back_is_old() {
+        let said = |updated_s| Guest {
+            total_bytes: Some(u64::MAX),
+            free_bytes: Some(0),
+            swap_in_bytes: Some(u64::MAX),
+            updated_s: Some(updated_s),
+            ..Guest::default()
+        };
+        let hour = guest_memory_of(&said(7200), 3_600_000_000).unwrap();
+        assert!(!hour.is_fresh(Duration::from_secs(2)) && hour.age == Duration::from_secs(3600));
+        assert_eq!(hour.used_bytes(), u64::MAX);
+        let second = guest_memory_of(&said(3601), 3_600_000_000).unwrap();
+        assert!(second.is_fresh(Duration::from_secs(1)), "stamps are rounded");
+        assert!(!guest_memory_of(&said(u64::MAX), 0).unwrap().is_fresh(Duration::from_secs(9)));
+        let before = Swapping { swapped_in_bps: Some(9.0), ..Swapping::default() };
+        assert_eq!(swapping(&said(7200), &said(3600), before).swapped_in_bps, None);
+        assert_eq!(swapping(&said(7200), &said(7200), before).swapped_in_bps, Some(9.0));
     }
 
     #[test]

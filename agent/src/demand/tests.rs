@@ -1,0 +1,347 @@
+//! What the state and the loop promise, on libvirt's test driver.
+
+use super::gather::settle_pending;
+use super::run::{Demand, stirred};
+use super::{Order, State};
+use crate::config::Config;
+use crate::planner::{self, Numbers, Reason, VmId};
+use crate::store::demand::{self as ledger, DecisionKind, Outcome};
+use crate::store::{Store, StoreOptions};
+use prestage_integration::api::demand::{Mode, Resource, VmPolicy};
+use prestage_integration::libvirt::act::Ability;
+use prestage_integration::libvirt::stats::{CollectConfig, Collector, GuestMemory, HostSample, Turn, VmSample};
+use prestage_integration::libvirt::{
+    Hypervisor, HypervisorConfig, HypervisorEvent, Uuid, VmEvent, VmEventKind, VmId as Named,
+};
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+use tokio::sync::broadcast;
+
+const GIB: u64 = 1 << 30;
+const MIB: u64 = 1 << 20;
+const NOW_S: u64 = 1_800_000_000;
+
+/// A host of its own with one running machine of 2 of 8 GiB.
+struct Bed {
+    folder: tempfile::TempDir,
+    hypervisor: Hypervisor,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let node = folder.path().join("node.xml");
+        let domain = "<domain type='test'><name>test</name><memory>8388608</memory><currentMemory>2097152</currentMemory>\
+            <vcpu>2</vcpu><os><type>hvm</type></os><devices><memballoon model='virtio'/></devices></domain>";
+        std::fs::write(&node, format!("<node>{domain}</node>")).unwrap();
+        let uri = format!("test://{}", node.display());
+        let hypervisor = Hypervisor::start(HypervisorConfig { uri, ..HypervisorConfig::default() }).unwrap();
+        Self { folder, hypervisor }
+    }
+
+    fn config(&self) -> Config {
+        let file = self.folder.path().join("prestaged.toml");
+        std::fs::write(&file, "").unwrap();
+        Config::load(&file, &[]).unwrap()
+    }
+
+    fn store(&self) -> Store {
+        Store::open(&self.folder.path().join("prestage.db")).unwrap()
+    }
+
+    async fn sample(&self) -> VmSample {
+        Collector::new(self.hypervisor.clone(), CollectConfig::default()).turn().await.vms.unwrap().remove(0)
+    }
+
+    /// With the machine measured, its abilities known, to be changed.
+    async fn demand(&self, store: &Store) -> (Demand, Uuid) {
+        let demand = Demand::new(store.clone(), self.hypervisor.clone(), &self.config(), "host", u64::MAX).unwrap();
+        let sample = self.sample().await;
+        let uuid = sample.vm.uuid;
+        let policy = VmPolicy { mode: Mode::Act, ..VmPolicy::default() };
+        demand.state.lock().set_policy(uuid, Some(policy));
+        demand.state.lock().take(Turn { host: HostSample::default(), vms: Ok(vec![sample]) }, NOW_S);
+        demand.ask_abilities(&mut HashMap::new()).await;
+        if let Some(abilities) = demand.state.lock().machines.get_mut(&uuid).and_then(|it| it.abilities.as_mut()) {
+            // The driver takes what no hypervisor would.
+            abilities.vcpus.fewest = 1;
+        }
+        (demand, uuid)
+    }
+
+    async fn vcpus(&self) -> u32 {
+        self.hypervisor.list().await.unwrap()[0].vcpus
+    }
+}
+
+/// One vCPU in place of two.
+fn order(uuid: Uuid) -> Order {
+    let decision = planner::Decision {
+        vm: VmId(uuid.as_u128()),
+        resource: planner::Resource::Cpu,
+        kind: planner::Kind::Lower,
+        reason: Reason::Idle,
+        before: 2.0,
+        to: 1.0,
+        mode: planner::Mode::Act,
+        numbers: Numbers::default(),
+        runaway: false,
+        missing: None,
+    };
+    Order { decision, uuid, name: "test".into(), resource: Resource::Cpu, mode: Mode::Act, outlook: None }
+}
+
+/// Waits for what a task brings about.
+async fn until(what: &str, mut is: impl FnMut() -> bool) {
+    for _ in 0..3000 {
+        if is() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not within 30 s: {what}");
+}
+
+fn old_decision(at_us: u64, why: String) -> ledger::Decision {
+    ledger::Decision {
+        at_us,
+        vm: Uuid::from_u128(1).to_string(),
+        resource: ledger::Resource::Memory,
+        mode: ledger::Mode::Act,
+        kind: DecisionKind::Raise,
+        before: Some(1.0),
+        asked: Some(2.0),
+        pending: true,
+        why,
+        forecast: None,
+    }
+}
+
+fn decisions(store: &Store) -> Vec<(DecisionKind, Outcome)> {
+    let all = ledger::Decisions { limit: 100, ..ledger::Decisions::default() };
+    store.decisions(&all).unwrap().into_iter().map(|row| (row.decision.kind, row.outcome)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_full_disk_nothing_is_done_and_with_room_it_goes_on() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    store.leave_room(0).await.unwrap();
+    // Until the last half-filled page of decisions is full, too.
+    let mut at_us = 0;
+    for why in [2000, 1] {
+        while store.record_decision(old_decision(at_us, "w".repeat(why)), None).await.is_ok() {
+            at_us += 1;
+        }
+    }
+    let had = decisions(&store);
+    for _ in 0..3 {
+        demand.carry_out(order(uuid));
+        until("the refusal", || !demand.state.lock().is_busy(&order(uuid))).await;
+    }
+    until("the count", || demand.trouble().is_some_and(|trouble| trouble.starts_with("3 decisions"))).await;
+    let trouble = demand.trouble().unwrap();
+    assert!(trouble.contains("not carried out") && trouble.contains("no space left"), "{trouble}");
+    assert_eq!((decisions(&store), bed.vcpus().await), (had, 2), "not on record and not done");
+    assert!(store.condition().degraded.is_some());
+
+    store.leave_room(1000).await.unwrap();
+    demand.carry_out(order(uuid));
+    until("the change", || decisions(&store).first() == Some(&(DecisionKind::Lower, Outcome::Done))).await;
+    assert_eq!((bed.vcpus().await, demand.trouble(), store.condition().degraded), (1, None, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_done_goes_on_record_once_the_database_takes_it() {
+    let bed = Bed::new();
+    let path = bed.folder.path().join("prestage.db");
+    let options = StoreOptions { busy_timeout: Duration::from_millis(10), ..StoreOptions::default() };
+    let store = Store::open_with(&path, options).unwrap();
+    let (demand, uuid) = bed.demand(&store).await;
+    let turn = demand.state.lock().turn_of(uuid);
+    let held = turn.lock().await;
+    demand.carry_out(order(uuid));
+    until("the record", || !decisions(&store).is_empty()).await;
+    let other = rusqlite::Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    drop(held);
+    until("the refusal", || store.condition().degraded.is_some()).await;
+    assert_eq!((bed.vcpus().await, decisions(&store)), (1, vec![(DecisionKind::Lower, Outcome::Pending)]));
+    other.execute_batch("ROLLBACK").unwrap();
+    until("the outcome", || decisions(&store) == [(DecisionKind::Lower, Outcome::Done)]).await;
+}
+
+#[tokio::test]
+async fn demand_tables_that_make_no_sense_are_begun_anew() {
+    let bed = Bed::new();
+    drop(bed.store());
+    let raw = rusqlite::Connection::open(bed.folder.path().join("prestage.db")).unwrap();
+    let uuid = Uuid::from_u128(7).to_string();
+    let policy = "{\"mode\":\"act\"}";
+    raw.execute("INSERT INTO policies VALUES (?, ?, 1)", [&uuid, policy]).unwrap();
+    for (vm, data) in [("no uuid", policy), ("00000000-0000-0000-0000-000000000008", "{\"margin\":-5}")] {
+        raw.execute("INSERT INTO policies VALUES (?, ?, 1)", [vm, data]).unwrap();
+    }
+    raw.execute("INSERT INTO policies VALUES (x'ff00', x'00', 'x')", []).unwrap();
+    raw.execute("INSERT INTO reservations VALUES ('1', 2.5, x'00', 'a', 'admitted', 3, 'y')", []).unwrap();
+    raw.execute("INSERT INTO kept VALUES ('event:x', 5), (6, 'y'), ('course:p', x'0102'), ('event:1', '{}')", [])
+        .unwrap();
+    drop(raw);
+    let store = bed.store();
+    let demand = Demand::new(store, bed.hypervisor.clone(), &bed.config(), "host", u64::MAX).unwrap();
+    let state = demand.state.lock();
+    assert_eq!(state.policies.keys().map(Uuid::to_string).collect::<Vec<_>>(), [uuid]);
+    assert!(state.promised(0).is_empty() && state.calendar.list(0).is_empty());
+}
+
+/// A machine of 1 GiB whose guest says that it has so much to spare.
+async fn plan_with(spare: u64, autodeflate: bool) -> (State, Vec<Order>) {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let mut sample = bed.sample().await;
+    sample.memory.current_bytes = Some(GIB);
+    sample.memory.maximum_bytes = Some(8 * GIB);
+    sample.memory.period = Some(Duration::from_secs(1));
+    sample.memory.guest = Some(GuestMemory {
+        total_bytes: GIB,
+        free_bytes: 0,
+        available_bytes: Some(spare),
+        cache_bytes: None,
+        swap_in_bps: None,
+        swap_out_bps: None,
+        major_faults: None,
+        age: Duration::ZERO,
+    });
+    let settings = demand.state.lock().settings;
+    let mut state = std::mem::replace(&mut *demand.state.lock(), State::new(settings));
+    let machine = state.machines.get_mut(&uuid).unwrap();
+    let abilities = machine.abilities.as_mut().unwrap();
+    (abilities.autodeflate, abilities.balloon) = (autodeflate, Ability::Yes);
+    let host = HostSample { cpus: 4, memory_bytes: 64 * GIB, ..HostSample::default() };
+    state.take(Turn { host, vms: Ok(vec![sample]) }, NOW_S + 1);
+    let orders = state.plan(NOW_S + 1);
+    (state, orders.into_iter().filter(|order| order.resource == Resource::Memory).collect())
+}
+
+#[tokio::test]
+async fn a_guest_that_its_balloon_does_not_save_gets_much_at_once() {
+    let (state, orders) = plan_with(20 * MIB, false).await;
+    assert!(state.is_tight(NOW_S + 1) && !state.is_tight(NOW_S + 60), "looked at more often while it is there");
+    let decision = &orders[0].decision;
+    assert_eq!((decision.kind, decision.reason), (planner::Kind::Raise, Reason::Pressure), "{decision}");
+    assert!(decision.to >= (2 * GIB) as f64, "{decision}");
+
+    let (state, orders) = plan_with(20 * MIB, true).await;
+    assert!(!state.is_tight(NOW_S + 1));
+    assert_eq!((orders[0].decision.reason, orders[0].decision.kind), (Reason::Use, planner::Kind::Raise));
+
+    let (state, orders) = plan_with(130 * MIB, false).await;
+    assert!(state.is_tight(NOW_S + 1), "looked at, as it may soon be short");
+    assert!(orders.iter().all(|order| order.decision.reason != Reason::Pressure), "{:?}", orders.first());
+    assert!(!plan_with(500 * MIB, false).await.0.is_tight(NOW_S + 1));
+}
+
+#[tokio::test]
+async fn a_machine_whose_most_is_not_known_keeps_what_it_has() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let mut sample = bed.sample().await;
+    (sample.memory.maximum_bytes, sample.cpu.vcpus_max) = (None, None);
+    let host = HostSample { cpus: 4, memory_bytes: 64 * GIB, ..HostSample::default() };
+    let mut state = demand.state.lock();
+    state.machines.get_mut(&uuid).unwrap().flow(Resource::Memory).observe(NOW_S, GIB as f64);
+    state.take(Turn { host, vms: Ok(vec![sample]) }, NOW_S + 1);
+    let orders = state.plan(NOW_S + 1);
+    assert!(orders.iter().all(|order| order.decision.kind != planner::Kind::Lower), "{}", orders[0].decision);
+}
+
+#[tokio::test]
+async fn what_a_guest_says_is_no_more_than_it_can_have() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let mut sample = bed.sample().await;
+    sample.memory.maximum_bytes = Some(8 * GIB);
+    let mut state = demand.state.lock();
+    let lies = [(u64::MAX, 0), (0, u64::MAX), (u64::MAX, u64::MAX), (GIB, 2 * GIB), (1, 0)];
+    for at in 0..600u64 {
+        let (total_bytes, spare) = lies[at as usize % lies.len()];
+        sample.memory.guest = Some(GuestMemory {
+            total_bytes,
+            free_bytes: spare,
+            available_bytes: (at % 2 == 0).then_some(spare),
+            cache_bytes: Some(u64::MAX),
+            swap_in_bps: Some(f64::MAX),
+            swap_out_bps: Some(if at % 3 == 0 { f64::NAN } else { f64::INFINITY }),
+            major_faults: Some(-1.0),
+            age: Duration::ZERO,
+        });
+        sample.memory.current_bytes = Some(if at % 50 == 0 { u64::MAX } else { 2 * GIB });
+        let host = HostSample { cpus: 4, memory_bytes: 16 * GIB, ..HostSample::default() };
+        state.take(Turn { host, vms: Ok(vec![sample.clone()]) }, NOW_S + at);
+        for order in state.plan(NOW_S + at) {
+            let to = order.decision.to;
+            assert!(to.is_finite() && (0.0..=(8 * GIB) as f64).contains(&to), "{}", order.decision);
+        }
+        let machine = state.machines.get_mut(&uuid).unwrap();
+        assert!(machine.flow(Resource::Memory).used().unwrap().1 <= (8 * GIB) as f64);
+    }
+    let machine = state.machines.get_mut(&uuid).unwrap();
+    let peak = machine.flow(Resource::Memory).forecast(600, &[]).unwrap().peak.0;
+    assert!(peak.iter().all(|q| q.is_finite() && *q <= 1e12), "{peak:?}");
+}
+
+#[tokio::test]
+async fn a_clock_that_is_set_back_leaves_nobody_here_who_is_gone() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, _) = bed.demand(&store).await;
+    let sample = bed.sample().await;
+    let mut state = demand.state.lock();
+    let earlier = NOW_S - 3600;
+    assert!(!state.machines.values().any(|machine| machine.is_here(earlier)));
+    assert!(state.plan(earlier).is_empty());
+    state.take(Turn { host: HostSample::default(), vms: Ok(vec![sample]) }, earlier);
+    assert!(state.machines.values().all(|machine| machine.is_here(earlier)), "the next turn finds it again");
+}
+
+#[tokio::test]
+async fn what_happens_to_a_guests_memory_wakes_the_loop() {
+    let (sender, mut events) = broadcast::channel(4);
+    let vm = || Named { uuid: Uuid::nil(), name: "a".into() };
+    let event = |kind| HypervisorEvent::Vm(VmEvent { vm: vm(), kind, at: SystemTime::UNIX_EPOCH });
+    let woken = async |events: &mut broadcast::Receiver<HypervisorEvent>| {
+        tokio::time::timeout(Duration::from_millis(50), stirred(events)).await.is_ok()
+    };
+    for kind in [VmEventKind::Defined, VmEventKind::AgentConnected, VmEventKind::Shutdown] {
+        sender.send(event(kind)).unwrap();
+    }
+    assert!(!woken(&mut events).await);
+    for kind in [VmEventKind::BalloonChanged { bytes: 1 }, VmEventKind::Rebooted, VmEventKind::Started] {
+        sender.send(event(kind)).unwrap();
+        assert!(woken(&mut events).await);
+    }
+    (0..9).for_each(|_| drop(sender.send(event(VmEventKind::Defined))));
+    assert!(woken(&mut events).await, "what was missed may have been one");
+    drop(sender);
+    assert!(!woken(&mut events).await, "libvirt is gone for good: the beat goes on");
+}
+
+#[tokio::test]
+async fn what_a_killed_daemon_was_about_is_not_under_way_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&folder.path().join("prestage.db")).unwrap();
+    let decision = old_decision(5, "foreseen".to_owned());
+    store.record_decision(decision, None).await.unwrap();
+    assert_eq!(store.pending_decisions().unwrap().len(), 1);
+    settle_pending(&store).unwrap();
+    // Writes are done in order: this one comes after.
+    store.keep("after".to_owned(), Vec::new()).await.unwrap();
+    assert!(store.pending_decisions().unwrap().is_empty());
+    let rows = store.decisions(&ledger::Decisions { limit: 10, ..ledger::Decisions::default() }).unwrap();
+    assert_eq!(rows[0].outcome, Outcome::Failed);
+    assert!(rows[0].decision.why.contains("ended while"), "{:?}", rows[0]);
+}
