@@ -215,7 +215,8 @@ fn norms(batch: &Batch) -> Vec<f32> {
         flat.extend(sums.iter().map(|sum| (sum / rows) as f32));
         flat.extend(sums.iter().zip(&squares).map(|(sum, square)| {
             let deviation = (square / rows - (sum / rows).powi(2)).max(0.0).sqrt() as f32;
-            1.0 / (deviation + NORM_FLOOR)
+            // of what never varied nothing was learned: it stays unheard, whatever comes later
+            if deviation > 0.0 { 1.0 / (deviation + NORM_FLOOR) } else { 0.0 }
         }));
     }
     flat
