@@ -4,7 +4,6 @@
 //! - [`models`]: neural models, trained and compared in the background
 //! - `demand`: what machines use and will use, measured, forecast and acted on; [`planner`]: who is to have what; [`simulate`]: the same on a recorded month
 //! - [`calendar`], [`schedule`]: dates, and events that come again
-//! - [`executions`]: what programs used when they ran before
 //! - [`notify`]: events to webhooks
 //! - [`forecast`]: demand of recorded series, foretold and trained on
 //! - [`config`]: the configuration; [`store`]: the database
@@ -16,7 +15,6 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 mod demand;
-pub mod executions;
 pub mod forecast;
 pub mod learner;
 pub mod models;

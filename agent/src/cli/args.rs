@@ -6,7 +6,9 @@ use clap::{Arg, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
-use super::demand::{DecisionsArgs, EventCommand, ExecutionCommand, ForecastCommand, PolicyArgs, ReservationCommand};
+use super::demand::{
+    ActivityArgs, DecisionsArgs, EventCommand, ExecutionCommand, ForecastCommand, PolicyArgs, ReservationCommand,
+};
 use super::history::HistoryCommand;
 use super::models::ModelCommand;
 use crate::config::units::parse_bytes;
@@ -174,6 +176,8 @@ pub enum VmCommand {
     },
     /// What may be done to a machine: show it, or change what is given
     Policy(Box<PolicyArgs>),
+    /// What users do in a machine, now or from a time on: tell it, or show what was told
+    Activity(ActivityArgs),
     /// Give a machine's disk its original source back
     Detach {
         /// Name or UUID

@@ -226,6 +226,7 @@ async fn vm(command: VmCommand, client: &Client, json: bool, out: &mut impl Writ
             let reply: Detached = client.post(&path(&vm, &target, "detach"), &json!({})).await?;
             answer(out, json, &reply, render::detached)
         }
+        VmCommand::Activity(args) => demand::activity(args, client, json, out).await,
         VmCommand::Policy(args) => demand::policy(*args, client, json, out).await,
     }
 }

@@ -9,9 +9,10 @@ use crate::learner::run::unix_ms;
 use crate::store::StoreError;
 use crate::store::demand::{DecisionRow, Decisions, Outcome, PolicyRow};
 use prestage_integration::api::demand::{
-    Ability, Advice, AdviceList, Decision, DecisionList, DecisionsQuery, DemandControl, DemandStatus, Event, EventList,
-    EventRequest, Execution, ExecutionList, ExecutionStart, Forecast, ForecastQuery, Measured, Mode, Quantiles,
-    Reservation, ReservationList, ReservationRequest, Resource, VmPolicy, VmPolicyShown, WebhookList,
+    Ability, ActivityRequest, Advice, AdviceList, Decision, DecisionList, DecisionsQuery, DemandControl, DemandStatus,
+    Event, EventList, EventRequest, Execution, ExecutionList, ExecutionStart, ExecutionsQuery, Forecast, ForecastQuery,
+    Measured, Mode, ProfileList, ProfilesQuery, Quantiles, Reservation, ReservationList, ReservationRequest, Resource,
+    VmActivity, VmPolicy, VmPolicyShown, WebhookList,
 };
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
 use prestage_integration::libvirt::Uuid;
@@ -39,7 +40,7 @@ fn measured(demand: &Demand, vm: &str) -> Result<Uuid, ApiError> {
     demand.state.lock().find(vm).ok_or_else(|| unknown(vm))
 }
 
-fn quantiles([p05, p50, p90, p95]: [f64; 4]) -> Quantiles {
+pub(super) fn quantiles([p05, p50, p90, p95]: [f64; 4]) -> Quantiles {
     Quantiles { p05, p50, p90, p95 }
 }
 
@@ -184,18 +185,17 @@ impl DemandControl for Handle {
             let resource = query.resource;
             let mut shown = {
                 let mut state = demand.state.lock();
-                let calendar = state.calendar.clone();
-                let machine = state.machines.get_mut(&uuid).ok_or_else(|| unknown(&vm))?;
-                let step_s = machine.flow(resource).step_s(query.horizon_s);
-                let events = calendar.shares(uuid, unix_ms() / 1000, step_s, query.horizon_s);
-                let forecast = machine.flow(resource).forecast(query.horizon_s, &events);
-                let forecast = forecast.ok_or_else(|| {
+                let forecast = state.forecast(uuid, resource, unix_ms() / 1000, query.horizon_s);
+                let (forecast, foreseen) = forecast.ok_or_else(|| {
                     let detail = format!(
                         "too little was measured of the {} of `{vm}`; wait a minute, or see `prestagectl demand` for why not",
                         resource.name()
                     );
                     ApiError::new(ErrorCode::NotPossible, detail)
                 })?;
+                let machine = state.machines.get(&uuid).ok_or_else(|| unknown(&vm))?;
+                let rests: Vec<String> =
+                    std::iter::once(basis(&forecast.basis, forecast.step_s)).chain(foreseen).collect();
                 Forecast {
                     uuid: uuid.to_string(),
                     name: machine.name.clone(),
@@ -205,7 +205,7 @@ impl DemandControl for Handle {
                     steps: forecast.steps.iter().map(|step| quantiles(step.0)).collect(),
                     peak: quantiles(forecast.peak.0),
                     capped: forecast.capped,
-                    basis: basis(&forecast.basis, forecast.step_s),
+                    basis: rests.join("; "),
                     allocated: machine.allocated(resource),
                     measured: Vec::new(),
                 }
@@ -342,8 +342,16 @@ impl DemandControl for Handle {
         })
     }
 
-    fn executions(&self) -> Reply<'_, ExecutionList> {
-        Box::pin(async { Ok(ExecutionList { executions: self.0.demand()?.state.lock().executions() }) })
+    fn executions(&self, query: ExecutionsQuery) -> Reply<'_, ExecutionList> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let vm = query.vm.as_deref().map(|vm| measured(demand, vm)).transpose()?;
+            Ok(demand.state.lock().executions(&query, vm))
+        })
+    }
+
+    fn execution_profiles(&self, query: ProfilesQuery) -> Reply<'_, ProfileList> {
+        Box::pin(async move { Ok(super::programs::profiles(&self.0.demand()?.state.lock(), &query)) })
     }
 
     fn execution_start(&self, request: ExecutionStart) -> Reply<'_, Execution> {
@@ -377,6 +385,21 @@ impl DemandControl for Handle {
 
     fn event_remove(&self, id: i64) -> Reply<'_, ()> {
         Box::pin(async move { self.0.demand()?.event_remove(id).await })
+    }
+
+    fn activity(&self, vm: String) -> Reply<'_, VmActivity> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            let (uuid, name) = self.defined(&vm).await?;
+            Ok(demand.state.lock().activity(uuid, name, unix_ms() / 1000))
+        })
+    }
+
+    fn activity_set(&self, vm: String, request: ActivityRequest) -> Reply<'_, VmActivity> {
+        Box::pin(async move {
+            let demand = self.0.demand()?;
+            demand.activity_set(self.defined(&vm).await?, request).await
+        })
     }
 
     fn webhooks(&self) -> Reply<'_, WebhookList> {
@@ -426,7 +449,7 @@ fn decision(row: &DecisionRow, name: String) -> Decision {
             Outcome::Proposed => "not_acted".to_owned(),
             other => other.name().to_owned(),
         },
-        took_ms: 0,
+        took_ms: row.took_ms,
         why: made.why.clone(),
     }
 }

@@ -5,7 +5,7 @@
 //! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `questions.rs`: how many questions about history are answered at a time
 //! - `models.rs`: models and thresholds
-//! - `demand.rs`: policies, forecasts, decisions, promises
+//! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
 //! - `webhooks.rs`: who is told
@@ -17,6 +17,7 @@ mod disks;
 mod history;
 mod machines;
 mod models;
+mod programs;
 mod questions;
 mod report;
 mod rows;

@@ -12,6 +12,10 @@ const MOST: usize = 1000;
 const DURATION_S: u64 = 3600;
 /// Beginnings of one schedule that are looked at for one forecast: each minute of a day, and before.
 const BEGINNINGS: usize = 2000;
+/// An occurrence that is noticed later than this was missed: what the machine used before is not known.
+const LATE_S: u64 = 10;
+/// Occurrences of one event that are foreseen at once.
+const FORESEEN: usize = 64;
 
 /// An event as it lies in the database.
 #[derive(Debug, Serialize, Deserialize)]
@@ -28,6 +32,18 @@ pub(crate) struct Entry {
     /// `None`: of all machines.
     pub(crate) vm: Option<Uuid>,
     schedule: Option<Schedule>,
+    /// Its next beginning, Unix s; `None`: not looked for yet.
+    next_s: Option<u64>,
+}
+
+/// An occurrence that begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Begins {
+    pub(crate) name: String,
+    /// `None`: in all machines.
+    pub(crate) vm: Option<Uuid>,
+    pub(crate) began_s: u64,
+    pub(crate) until_s: u64,
 }
 
 impl Entry {
@@ -36,7 +52,7 @@ impl Entry {
     pub(crate) fn new(request: EventRequest, vm: Option<Uuid>) -> Result<Self, String> {
         let schedule =
             request.cron.as_deref().map(str::parse::<Schedule>).transpose().map_err(|error| error.to_string())?;
-        Ok(Self { request, vm, schedule })
+        Ok(Self { request, vm, schedule, next_s: None })
     }
 
     pub(crate) fn kept(&self) -> Kept {
@@ -63,6 +79,15 @@ impl Entry {
         }
     }
 
+    /// Its first beginning after a time; `u64::MAX`: never again.
+    fn first_after(&self, after_s: u64) -> u64 {
+        let first = match &self.schedule {
+            Some(schedule) => schedule.next(after_s),
+            None => self.request.at_unix_ms.map(|at_ms| at_ms / 1000).filter(|at_s| *at_s > after_s),
+        };
+        first.unwrap_or(u64::MAX)
+    }
+
     /// Its beginnings within a time, Unix s.
     fn beginnings(&self, from_s: u64, to_s: u64) -> Vec<u64> {
         match (&self.schedule, self.request.at_unix_ms) {
@@ -82,6 +107,10 @@ pub(crate) struct Calendar {
 }
 
 impl Calendar {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         self.entries.len() >= MOST
     }
@@ -109,6 +138,38 @@ impl Calendar {
     /// Events that never come again.
     pub(crate) fn over(&self, now_s: u64) -> Vec<i64> {
         self.entries.iter().filter(|(_, entry)| entry.next(now_s).is_none()).map(|(id, _)| *id).collect()
+    }
+
+    /// What begins now, or did since it was asked last.
+    pub(crate) fn due(&mut self, now_s: u64) -> Vec<Begins> {
+        let mut due = Vec::new();
+        for entry in self.entries.values_mut() {
+            let next_s = entry.next_s.unwrap_or_else(|| entry.first_after(now_s.saturating_sub(1)));
+            entry.next_s = Some(next_s);
+            if next_s > now_s {
+                continue;
+            }
+            if now_s - next_s <= LATE_S {
+                let (name, until_s) = (entry.request.name.clone(), next_s.saturating_add(entry.lasts_s()));
+                due.push(Begins { name, vm: entry.vm, began_s: next_s, until_s });
+            }
+            entry.next_s = Some(entry.first_after(now_s));
+        }
+        due
+    }
+
+    /// Events of a machine that are to begin within a time, and when.
+    pub(crate) fn upcoming(&self, vm: Uuid, now_s: u64, horizon_s: u32) -> Vec<(&str, u64)> {
+        // A little more: one that begins just after may come early.
+        let end_s = now_s.saturating_add(horizon_s.into()).saturating_add(LATE_S);
+        let mut upcoming = Vec::new();
+        for entry in self.entries.values().filter(|entry| entry.vm.is_none_or(|of| of == vm)) {
+            let Some(next_s) = entry.next_s.filter(|next_s| *next_s <= end_s) else { continue };
+            let all = std::iter::successors(Some(next_s), |at_s| Some(entry.first_after(*at_s)));
+            let within = all.take_while(|at_s| *at_s <= end_s).take(FORESEEN);
+            upcoming.extend(within.map(|at_s| (entry.request.name.as_str(), at_s)));
+        }
+        upcoming
     }
 
     /// How much of each step is filled by events of a machine, 0 to 1: at the origin, then of each step ahead.
@@ -176,6 +237,21 @@ mod tests {
         assert_eq!(calendar.list(9_000)[0].next_unix_ms, Some(10_000_000));
         assert!(calendar.over(10_000 + 3599).is_empty());
         assert_eq!((calendar.over(10_000 + 3600), calendar.next_id()), (vec![4], 5));
+    }
+
+    #[test]
+    fn what_begins_is_told_once_and_what_was_missed_is_not() {
+        let mut calendar = Calendar::default();
+        let hourly = EventRequest { name: "hourly".into(), cron: Some("0 * * * *".into()), ..EventRequest::default() };
+        calendar.set(1, Entry::new(hourly, None).unwrap());
+        assert!(calendar.upcoming(Uuid::nil(), 3000, 3600).is_empty(), "nobody has looked yet");
+        assert!(calendar.due(3000).is_empty());
+        assert_eq!(calendar.upcoming(Uuid::nil(), 3000, 4200), [("hourly", 3600), ("hourly", 7200)]);
+        assert_eq!(calendar.upcoming(Uuid::nil(), 3000, 60), []);
+        let begins = Begins { name: "hourly".into(), vm: None, began_s: 3600, until_s: 7200 };
+        assert_eq!((calendar.due(3601), calendar.due(3602)), (vec![begins], vec![]));
+        assert!(calendar.due(7300).is_empty(), "too late to know what was used before");
+        assert_eq!(calendar.upcoming(Uuid::nil(), 7300, 86_400).len(), 24);
     }
 
     #[test]

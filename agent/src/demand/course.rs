@@ -9,13 +9,18 @@ const RUNS: usize = 16;
 /// Cells of one execution; of a longer one they become twice as long.
 const CELLS: usize = 128;
 /// A program is up to this much faster or slower than before.
-const PACE: f64 = 1.25;
+pub(crate) const PACE: f64 = 1.25;
 /// And starts this much earlier or later than announced, seconds.
-const JITTER_S: f64 = 2.0;
+pub(crate) const JITTER_S: f64 = 2.0;
 /// Format of [`Course::write`].
 const VERSION: u8 = 1;
 /// Cells longer than this are of no use.
 const WIDTH_MAX: u32 = 1 << 20;
+
+/// .05, .5, .9 and .95 quantiles of the most that is to be used above what the machine used before.
+pub(crate) type Rise = [f64; 4];
+
+const LEVELS: Rise = [0.05, 0.5, 0.9, 0.95];
 
 /// One execution: cells of `width_s` seconds, the most used in each above what was used before.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -57,6 +62,11 @@ impl Run {
         self.width_s *= 2;
     }
 
+    /// Whether nothing was measured.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.cells.is_empty()
+    }
+
     /// The most used between two times since the start; `None`: it had ended.
     fn most(&self, from_s: f64, to_s: f64) -> Option<f64> {
         let width = f64::from(self.width_s);
@@ -67,14 +77,27 @@ impl Run {
     }
 }
 
+/// Quantiles of values with weights. The next greater rank: of few values the high quantiles are the greatest. 0 without any.
+pub(crate) fn quantiles(weighted: &mut [(f64, f64)]) -> Rise {
+    weighted.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+    let total: f64 = weighted.iter().map(|(_, weight)| weight).sum();
+    let at = |q: f64| {
+        let mut sum = 0.0;
+        let reached = weighted.iter().find(|(_, weight)| {
+            sum += weight;
+            // Sums of shares are a little off.
+            sum >= q * total - 1e-9 * total
+        });
+        reached.or(weighted.last()).map_or(0.0, |(value, _)| *value)
+    };
+    LEVELS.map(at)
+}
+
 /// What is known of a program's use of one resource.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Course {
     runs: Vec<Run>,
 }
-
-/// .05, .5, .9 and .95 quantiles of the most that is to be used above what the machine used before.
-pub(crate) type Rise = [f64; 4];
 
 impl Course {
     pub(crate) fn runs(&self) -> usize {
@@ -92,21 +115,31 @@ impl Course {
         self.runs.push(run);
     }
 
-    /// What an execution that began `elapsed_s` ago is going to use at most within the next `horizon_s`. `None`: all known
-    /// ones had ended by then, or there are none.
-    pub(crate) fn expect(&self, elapsed_s: u32, horizon_s: u32) -> Option<Rise> {
-        let (now, then) = (f64::from(elapsed_s), f64::from(elapsed_s) + f64::from(horizon_s));
-        let (from, to) = (now / PACE - JITTER_S, then * PACE + JITTER_S);
-        let mut most: Vec<f64> = self.runs.iter().filter_map(|run| run.most(from, to)).collect();
-        // One that had ended used nothing more.
-        if most.is_empty() {
+    /// What each known execution used at most within `horizon_s` from `elapsed_s` after its start (negative: before it); 0 of one
+    /// that had ended, or not begun. `None`: none had begun and not ended, or there are none.
+    pub(crate) fn most(&self, elapsed_s: i64, horizon_s: u32) -> Option<Vec<f64>> {
+        let (now, then) = (elapsed_s as f64, elapsed_s as f64 + f64::from(horizon_s));
+        let (from, to) = (now / PACE - JITTER_S, then.max(then * PACE) + JITTER_S);
+        if to < 0.0 {
             return None;
         }
+        let mut most: Vec<f64> = self.runs.iter().filter_map(|run| run.most(from, to)).collect();
+        // One that had ended used nothing more.
+        let some = !most.is_empty();
         most.resize(self.runs.len(), 0.0);
-        most.sort_unstable_by(f64::total_cmp);
-        // The next greater rank: of few runs the high quantiles are the greatest seen.
-        let at = |q: f64| most[((q * most.len() as f64).ceil() as usize).clamp(1, most.len()) - 1];
-        Some([at(0.05), at(0.5), at(0.9), at(0.95)])
+        some.then_some(most)
+    }
+
+    /// What an execution that began `elapsed_s` ago (negative: is to begin) is going to use at most within the next `horizon_s`.
+    /// `None`: all known ones had ended by then or not begun, or there are none.
+    pub(crate) fn expect(&self, elapsed_s: i64, horizon_s: u32) -> Option<Rise> {
+        let most = self.most(elapsed_s, horizon_s)?;
+        Some(quantiles(&mut most.into_iter().map(|value| (value, 1.0)).collect::<Vec<_>>()))
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn size(&self) -> usize {
+        self.runs.iter().map(|run| size_of::<Run>() + run.cells.len() * size_of::<f32>()).sum()
     }
 
     /// Version, runs, and of each width, cells and their values.
@@ -169,6 +202,8 @@ mod tests {
         assert_eq!(course.expect(10, 10), Some([100.0; 4]), "a faster run may have risen by then");
         assert_eq!(course.expect(30, 5), Some([100.0; 4]));
         assert_eq!(course.expect(100, 5), None, "they had all ended");
+        assert_eq!(course.expect(-60, 30), None, "it has not begun by then");
+        assert_eq!(course.expect(-10, 40), Some([100.0; 4]));
     }
 
     #[test]
@@ -220,7 +255,7 @@ mod tests {
             let at = at.index(bytes.len());
             bytes[at] = byte;
             if let Some(read) = Course::read(&bytes) {
-                let _ = read.expect(0, u32::MAX);
+                let _ = (read.expect(0, u32::MAX), read.expect(i64::MIN, 1), read.expect(i64::MAX, u32::MAX));
             }
             prop_assert_eq!(Course::read(&bytes[..bytes.len() - 1]), None);
         }

@@ -1,277 +1,288 @@
 //! Programs that run in machines: announced at start and end, learned from, and told beforehand what they will need.
 //!
-//! What is learned of a program lies under three keys, looked up from the narrow to the wide: with its tags and the size of
-//! its input (in powers of two), with its tags, and alone. Each execution teaches all three.
+//! One that runs is on record from its start on, with what its machine used before. After a restart of the daemon it is taken up
+//! again, if its machine was not started anew meanwhile; else it ended unseen, and nothing is learned from it.
 
 use super::State;
-use super::calendar::{Entry, Kept};
-use super::course::{Course, Run};
+use super::course::Run;
+use super::foreseen::Base;
+use super::gather::subject;
 use super::run::Demand;
 use crate::learner::run::unix_ms;
-use prestage_integration::api::demand::{Event, EventRequest, Execution, ExecutionStart};
+use crate::store::executions::{ExecutionRow, ExecutionState, Learned};
+use prestage_integration::api::demand::{Execution, ExecutionList, ExecutionStart, ExecutionsQuery, Resource};
 use prestage_integration::api::{ApiError, ErrorCode};
 use prestage_integration::libvirt::Uuid;
-use std::collections::HashMap;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Executions that run at once, in all machines.
 const MOST: usize = 4096;
-/// Programs that are known at most, by key.
-const KNOWN: usize = 20_000;
 /// An execution that nobody ends is forgotten after a week.
 const FORGET_S: u64 = 7 * 86_400;
+/// After a restart a machine is waited for so long.
+const RETURNS_S: u64 = 60;
+/// Nothing is learned from an execution that was not measured for longer at a stretch.
+const GAP_S: u64 = 120;
 
-/// What is to be written down of a program: its key, and its courses as bytes.
-type Learned = (String, Vec<u8>);
+/// What of an execution lies in its row.
+#[derive(Debug, Serialize, Deserialize)]
+struct Data {
+    start: ExecutionStart,
+    base: Base,
+}
 
-/// What is known of programs, and which run.
+#[derive(Debug)]
+struct Running {
+    uuid: Uuid,
+    /// Boot of the host and number of the machine's start.
+    instance: String,
+    execution: Execution,
+    /// Of one that ran before the daemon was started: until when its machine is waited for, and what that used before.
+    interrupted: Option<(Option<u64>, Base)>,
+    /// It was measured all the time.
+    measured: bool,
+}
+
+/// Which programs run.
 #[derive(Debug, Default)]
 pub(crate) struct Executions {
-    /// By key: courses by resource.
-    known: HashMap<String, [Course; 4]>,
-    running: HashMap<i64, (Uuid, Execution)>,
+    running: BTreeMap<i64, Running>,
     next: i64,
 }
 
-/// Keys of an execution, narrow first.
-pub(crate) fn keys(start: &ExecutionStart) -> [String; 3] {
-    let mut tags = start.tags.clone();
-    tags.sort_unstable();
-    tags.dedup();
-    // Unit separators cannot be in a name: control characters are refused.
-    let (program, tags) = (&start.program, tags.join("\u{1f}"));
-    let class =
-        start.input_bytes.map_or_else(|| "-".to_owned(), |bytes| bytes.checked_ilog2().unwrap_or(0).to_string());
-    [format!("{program}\u{1e}{tags}\u{1e}{class}"), format!("{program}\u{1e}{tags}"), program.clone()]
-}
-
-impl Executions {
-    /// What earlier executions of the like did, and how many they were.
-    fn courses(&self, start: &ExecutionStart) -> ([Course; 4], usize) {
-        let known = keys(start).into_iter().find_map(|key| self.known.get(&key));
-        known.map_or_else(Default::default, |courses| {
-            (courses.clone(), courses.iter().map(Course::runs).max().unwrap_or(0))
-        })
-    }
-
-    /// Adds an execution; the courses to be written down by key.
-    fn learn(&mut self, start: &ExecutionStart, runs: &[Run; 4]) -> Vec<Learned> {
-        let mut changed = Vec::new();
-        for key in keys(start) {
-            if self.known.len() >= KNOWN && !self.known.contains_key(&key) {
-                continue;
-            }
-            let courses = self.known.entry(key.clone()).or_default();
-            for (course, run) in courses.iter_mut().zip(runs) {
-                course.learn(run.clone());
-            }
-            changed.push((key, write(courses)));
-        }
-        changed
-    }
-
-    /// Takes back what was written down.
-    pub(crate) fn restore(&mut self, key: String, bytes: &[u8]) -> bool {
-        match read(bytes) {
-            Some(courses) if self.known.len() < KNOWN => {
-                self.known.insert(key, courses);
-                true
-            }
-            _ => false,
-        }
-    }
-}
-
-/// Length and bytes of each course.
-fn write(courses: &[Course; 4]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for course in courses {
-        let bytes = course.write();
-        out.extend((bytes.len() as u32).to_le_bytes());
-        out.extend(bytes);
-    }
-    out
-}
-
-fn read(mut bytes: &[u8]) -> Option<[Course; 4]> {
-    let mut courses: [Course; 4] = Default::default();
-    for course in &mut courses {
-        let (length, rest) = bytes.split_first_chunk()?;
-        let length = u32::from_le_bytes(*length) as usize;
-        *course = Course::read(rest.get(..length)?)?;
-        bytes = &rest[length..];
-    }
-    bytes.is_empty().then_some(courses)
+/// What has become of executions without an announcement.
+#[derive(Debug, Default)]
+pub(crate) struct Settled {
+    /// Ended unseen.
+    pub(crate) lost: Vec<i64>,
+    /// Run still: in which machine, and since when (Unix s).
+    pub(crate) taken_up: Vec<(i64, Uuid, u64)>,
 }
 
 impl State {
-    pub(crate) fn executions(&self) -> Vec<Execution> {
-        let mut list: Vec<Execution> =
-            self.executions.running.values().map(|(_, execution)| execution.clone()).collect();
-        list.sort_by_key(|execution| execution.id);
-        list
+    fn instance(&self, uuid: Uuid) -> Option<String> {
+        let sample = self.machines.get(&uuid)?.sample.as_ref()?;
+        Some(format!("{}:{}", self.boot, sample.instance))
     }
 
-    /// A program begins in a machine that runs.
-    pub(crate) fn begin(&mut self, uuid: Uuid, start: ExecutionStart, now_ms: u64) -> Result<Execution, ApiError> {
+    fn is_here(&self, uuid: Uuid, now_s: u64) -> bool {
+        self.machines.get(&uuid).is_some_and(|machine| machine.is_here(now_s))
+    }
+
+    /// A page of what runs; `vm`: only in this machine.
+    pub(crate) fn executions(&self, query: &ExecutionsQuery, vm: Option<Uuid>) -> ExecutionList {
+        let from = query.after.map_or(i64::MIN, |after| after.saturating_add(1));
+        let all = self.executions.running.range(from..).map(|(_, running)| running);
+        let mut wanted = all.filter(|running| vm.is_none_or(|vm| vm == running.uuid));
+        let executions: Vec<Execution> =
+            wanted.by_ref().take(query.limit()).map(|running| running.execution.clone()).collect();
+        let next = wanted.next().and(executions.last()).map(|last| last.id);
+        ExecutionList { executions, next }
+    }
+
+    /// A program begins in a machine that runs: it, and what is to be written down.
+    pub(crate) fn begin(
+        &mut self,
+        uuid: Uuid,
+        start: ExecutionStart,
+        now_ms: u64,
+    ) -> Result<(Execution, ExecutionRow, Vec<Learned>), ApiError> {
         let now_s = now_ms / 1000;
-        let executions = &mut self.executions;
-        // Nobody ended them: their machine stopped, or whoever announced them went away.
-        let machines = &self.machines;
-        executions.running.retain(|_, (uuid, execution)| {
-            let here = machines.get(uuid).is_some_and(|machine| machine.is_here(now_s));
-            here && now_s.saturating_sub(execution.started_unix_ms / 1000) <= FORGET_S
-        });
-        if executions.running.len() >= MOST {
+        if self.executions.running.len() >= MOST {
             return Err(ApiError::new(ErrorCode::Busy, format!("{MOST} executions run already; end some")));
         }
-        let gone = |name: &str| ApiError::new(ErrorCode::NotPossible, format!("machine `{name}` does not run"));
-        let machine = self.machines.get_mut(&uuid).filter(|machine| machine.is_here(now_s));
-        let machine = machine.ok_or_else(|| gone(&start.vm))?;
-        let (courses, runs) = executions.courses(&start);
+        let instance = self.instance(uuid).filter(|_| self.is_here(uuid, now_s));
+        let (Some(instance), Some(machine)) = (instance, self.machines.get_mut(&uuid)) else {
+            return Err(ApiError::new(ErrorCode::NotPossible, format!("machine `{}` does not run", start.vm)));
+        };
         // Not one that was given out before a restart: its end may still be announced.
+        let executions = &mut self.executions;
         executions.next = (executions.next + 1).max(i64::try_from(now_s).unwrap_or(i64::MAX));
         let id = executions.next;
-        machine.start(id, now_s, courses);
-        let known_runs = u32::try_from(runs).unwrap_or(u32::MAX);
+        let (known, base) = (self.catalogue.known(&start), machine.base());
+        let known_runs = u32::try_from(known.runs).unwrap_or(u32::MAX);
+        machine.foreseen.start(id, &start.program, now_s, base, known);
+        let learned = self.catalogue.started(uuid, id, &start, now_s);
+        let data = serde_json::to_string(&Data { start: start.clone(), base });
+        let data = data.map_err(|error| ApiError::internal(error.to_string()))?;
+        let row = ExecutionRow {
+            id,
+            vm: uuid.to_string(),
+            instance: instance.clone(),
+            started_ms: now_ms,
+            ended_ms: None,
+            state: ExecutionState::Running,
+            data,
+        };
         let execution = Execution { id, start, started_unix_ms: now_ms, ended_unix_ms: None, known_runs };
-        executions.running.insert(id, (uuid, execution.clone()));
-        Ok(execution)
+        let running = Running { uuid, instance, execution: execution.clone(), interrupted: None, measured: true };
+        executions.running.insert(id, running);
+        Ok((execution, row, learned))
     }
 
     /// A program has ended: it, and what is to be written down.
     pub(crate) fn end(&mut self, id: i64, now_ms: u64) -> Option<(Execution, Vec<Learned>)> {
-        let (uuid, mut execution) = self.executions.running.remove(&id)?;
+        let running = self.executions.running.remove(&id)?;
+        let mut execution = running.execution;
         execution.ended_unix_ms = Some(now_ms);
-        let runs = self.machines.get_mut(&uuid).and_then(|machine| machine.end(id));
-        let changed = runs.map(|runs| self.executions.learn(&execution.start, &runs));
-        Some((execution, changed.unwrap_or_default()))
+        let now_s = now_ms / 1000;
+        let runs = self.machines.get_mut(&running.uuid).and_then(|machine| machine.foreseen.end(id, now_s));
+        let runs = runs.filter(|_| running.measured);
+        let duration_s = now_ms.saturating_sub(execution.started_unix_ms) / 1000;
+        let duration_s = u32::try_from(duration_s).unwrap_or(u32::MAX);
+        let learned = self.catalogue.ended(id, &execution.start, now_s, duration_s, runs.as_ref());
+        Some((execution, learned))
+    }
+
+    /// Takes back what was on record before a restart. One that ran is listed at once, and settled with the turns to come.
+    pub(crate) fn recall_execution(&mut self, row: &ExecutionRow) -> bool {
+        let data = serde_json::from_str::<Data>(&row.data).ok();
+        let (Ok(uuid), Some(Data { start, base })) = (Uuid::parse_str(&row.vm), data) else { return false };
+        let ended_s = row.ended_ms.map(|at_ms| at_ms / 1000);
+        self.catalogue.remember(uuid, row.id, &start.program, row.started_ms / 1000, ended_s);
+        self.executions.next = self.executions.next.max(row.id);
+        if row.state == ExecutionState::Running && self.executions.running.len() < MOST {
+            let known_runs = u32::try_from(self.catalogue.known(&start).runs).unwrap_or(u32::MAX);
+            let (id, started_unix_ms) = (row.id, row.started_ms);
+            let execution = Execution { id, start, started_unix_ms, ended_unix_ms: None, known_runs };
+            let (instance, interrupted) = (row.instance.clone(), Some((None, base)));
+            let running = Running { uuid, instance, execution, interrupted, measured: true };
+            self.executions.running.insert(id, running);
+        }
+        true
+    }
+
+    /// After a turn in which libvirt answered: what has ended without an announcement, and what runs on after a restart.
+    pub(crate) fn settle(&mut self, now_s: u64) -> Settled {
+        let mut settled = Settled::default();
+        let mut known = BTreeMap::new();
+        for (id, running) in &mut self.executions.running {
+            let machine = self.machines.get(&running.uuid);
+            let here = machine.filter(|machine| machine.is_here(now_s));
+            let sample = here.and_then(|machine| machine.sample.as_ref());
+            let same = sample.map(|sample| format!("{}:{}", self.boot, sample.instance) == running.instance);
+            let started_s = running.execution.started_unix_ms / 1000;
+            let forgotten = now_s.saturating_sub(started_s) > FORGET_S;
+            if let (None, Some((until_s, _))) = (same, &mut running.interrupted)
+                && now_s <= *until_s.get_or_insert(now_s + RETURNS_S)
+            {
+                continue;
+            }
+            match (same, running.interrupted) {
+                (Some(true), None) if !forgotten => {}
+                (Some(true), Some((_, base))) if !forgotten => {
+                    known.insert(*id, (base, self.catalogue.known(&running.execution.start)));
+                    running.interrupted = None;
+                    settled.taken_up.push((*id, running.uuid, started_s));
+                }
+                _ => settled.lost.push(*id),
+            }
+        }
+        for (id, uuid, started_s) in &settled.taken_up {
+            let running = self.executions.running.get(id).map(|running| running.execution.start.program.clone());
+            if let (Some(program), Some(machine), Some((base, known))) =
+                (running, self.machines.get_mut(uuid), known.remove(id))
+            {
+                machine.foreseen.start(*id, &program, *started_s, base, known);
+            }
+        }
+        for id in &settled.lost {
+            let Some(running) = self.executions.running.remove(id) else { continue };
+            if let Some(machine) = self.machines.get_mut(&running.uuid) {
+                machine.foreseen.end(*id, now_s);
+            }
+            drop(self.catalogue.ended(*id, &running.execution.start, now_s, 0, None));
+        }
+        settled
+    }
+
+    /// What one that was taken up used while the daemon was away, as far as it is known: resource, time (Unix s) and amount, in order.
+    pub(crate) fn fill_in(&mut self, id: i64, readings: &[(Resource, u64, f64)], now_s: u64) {
+        let Some(running) = self.executions.running.get_mut(&id) else { return };
+        let started_s = running.execution.started_unix_ms / 1000;
+        let mut times: Vec<u64> = readings.iter().map(|(_, at_s, _)| *at_s).chain([started_s, now_s]).collect();
+        times.sort_unstable();
+        running.measured = times.windows(2).all(|pair| pair[1] - pair[0] <= GAP_S);
+        let Some(machine) = self.machines.get_mut(&running.uuid) else { return };
+        for (resource, at_s, used) in readings.iter().filter(|(_, at_s, _)| *at_s >= started_s) {
+            machine.foreseen.recall(id, *resource, *at_s, *used);
+        }
+    }
+
+    /// It is not on record: as if it had not begun.
+    fn undo(&mut self, id: i64, now_s: u64) {
+        let Some(running) = self.executions.running.remove(&id) else { return };
+        let runs: Option<[Run; 4]> =
+            self.machines.get_mut(&running.uuid).and_then(|machine| machine.foreseen.end(id, now_s));
+        drop(runs);
     }
 }
 
-/// Where courses lie in the database.
-const COURSE: &str = "course:";
-/// Where events do.
-const EVENT: &str = "event:";
-
 impl Demand {
-    /// Reads courses and events back.
-    pub(super) fn restore(&self) -> Result<(), crate::store::StoreError> {
+    /// Reads back what is known of programs, and which ran.
+    pub(super) fn restore_executions(&self) -> Result<(), crate::store::StoreError> {
         let mut state = self.state.lock();
-        for (key, bytes) in self.store.kept(COURSE)? {
-            let name = key.strip_prefix(COURSE).unwrap_or(&key).to_owned();
-            if !state.executions.restore(name, &bytes) {
+        for row in self.store.programs()? {
+            let key = row.key.clone();
+            if !state.catalogue.restore(row) {
                 tracing::warn!(key, "what was known of a program is damaged; it is learned anew");
             }
         }
-        for (key, bytes) in self.store.kept(EVENT)? {
-            let id = key.strip_prefix(EVENT).and_then(|id| id.parse::<i64>().ok());
-            let entry = serde_json::from_slice::<Kept>(&bytes).ok().and_then(Entry::from_kept);
-            match (id, entry) {
-                (Some(id), Some(entry)) => state.calendar.set(id, entry),
-                _ => tracing::warn!(key, "an event in the database is damaged and left out"),
+        let since_ms = unix_ms().saturating_sub(super::catalogue::AFTER_S * 1000);
+        for row in self.store.executions(since_ms)? {
+            if !state.recall_execution(&row) {
+                tracing::warn!(id = row.id, "an execution in the database is damaged and left out");
+                drop(self.store.end_execution(row.id, unix_ms(), ExecutionState::Unseen, Vec::new()));
             }
         }
         Ok(())
     }
 
     pub(crate) async fn execution_start(&self, uuid: Uuid, start: ExecutionStart) -> Result<Execution, ApiError> {
-        let execution = self.state.lock().begin(uuid, start, unix_ms())?;
+        let (execution, row, learned) = self.state.lock().begin(uuid, start, unix_ms())?;
         // What it needs is planned for at once, not with the next turn.
         self.plan_now();
+        if let Err(error) = self.store.start_execution(row, learned).await {
+            self.state.lock().undo(execution.id, unix_ms() / 1000);
+            return Err(ApiError::new(ErrorCode::Unavailable, error.to_string()));
+        }
         Ok(execution)
     }
 
     pub(crate) async fn execution_end(&self, id: i64) -> Result<Execution, ApiError> {
-        let ended = self.state.lock().end(id, unix_ms());
-        let (execution, changed) =
+        let now_ms = unix_ms();
+        let ended = self.state.lock().end(id, now_ms);
+        let (execution, learned) =
             ended.ok_or_else(|| ApiError::not_found(format!("there is no execution {id}, or it has ended")))?;
-        for (key, bytes) in changed {
-            if let Err(error) = self.store.keep(format!("{COURSE}{key}"), bytes).await {
-                tracing::warn!(%error, "what was learned of a program is not on record");
-            }
+        if let Err(error) = self.store.end_execution(id, now_ms, ExecutionState::Ended, learned).await {
+            tracing::warn!(%error, "what was learned of a program is not on record");
         }
         Ok(execution)
     }
 
-    pub(crate) async fn event_add(&self, request: EventRequest, vm: Option<Uuid>) -> Result<Event, ApiError> {
-        let entry = Entry::new(request, vm).map_err(ApiError::invalid)?;
-        let now_s = unix_ms() / 1000;
-        let (id, over) = {
-            let mut state = self.state.lock();
-            let over = state.calendar.over(now_s);
-            for id in &over {
-                state.calendar.remove(*id);
-            }
-            if state.calendar.is_full() {
-                return Err(ApiError::new(ErrorCode::NoSpace, "there are 1000 events already; remove some"));
-            }
-            let id = state.calendar.next_id();
-            state.calendar.set(id, entry.clone());
-            (id, over)
-        };
-        for id in over {
-            drop(self.store.unkeep(format!("{EVENT}{id}")));
+    /// Ends on record what ended unseen, and fills in what runs on after a restart.
+    pub(super) async fn settle(&self, now_s: u64) {
+        let Settled { lost, taken_up } = self.state.lock().settle(now_s);
+        for id in lost {
+            tracing::info!(id, "an execution ended unseen: its machine stopped or was started anew");
+            drop(self.store.end_execution(id, now_s * 1000, ExecutionState::Unseen, Vec::new()));
         }
-        let bytes = serde_json::to_vec(&entry.kept()).map_err(|error| ApiError::internal(error.to_string()))?;
-        if let Err(error) = self.store.keep(format!("{EVENT}{id}"), bytes).await {
-            self.state.lock().calendar.remove(id);
-            return Err(ApiError::new(ErrorCode::Unavailable, error.to_string()));
+        for (id, uuid, started_s) in taken_up {
+            let store = self.store.clone();
+            let read = tokio::task::spawn_blocking(move || {
+                // By the second for an hour; of a longer one as its course is kept.
+                let step_s = now_s.saturating_sub(started_s).div_ceil(3600).next_power_of_two().min(64);
+                let of = |resource: Resource| {
+                    let answer = store.series(&subject(uuid), resource.name(), started_s, now_s, step_s);
+                    let points = answer.map(|answer| answer.points).unwrap_or_default();
+                    points.into_iter().map(move |point| (resource, point.at_s, point.max))
+                };
+                Resource::ALL.into_iter().flat_map(of).collect::<Vec<_>>()
+            });
+            let readings = read.await.unwrap_or_default();
+            self.state.lock().fill_in(id, &readings, now_s);
+            tracing::info!(id, vm = %uuid, "an execution of before the start is taken up again");
         }
-        let event = self.state.lock().calendar.get(id, now_s);
-        event.ok_or_else(|| ApiError::not_found(format!("event {id} was removed meanwhile")))
-    }
-
-    pub(crate) async fn event_remove(&self, id: i64) -> Result<(), ApiError> {
-        if !self.state.lock().calendar.remove(id) {
-            return Err(ApiError::not_found(format!("there is no event {id}")));
-        }
-        let gone = self.store.unkeep(format!("{EVENT}{id}")).await;
-        gone.map_err(|error| ApiError::new(ErrorCode::Unavailable, error.to_string()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn start(tags: &[&str], input_bytes: Option<u64>) -> ExecutionStart {
-        let tags = tags.iter().map(|tag| (*tag).to_owned()).collect();
-        ExecutionStart { vm: "web".into(), program: "report".into(), tags, input_bytes }
-    }
-
-    fn runs(above: f64) -> [Run; 4] {
-        std::array::from_fn(|_| {
-            let mut run = Run::new();
-            (0..10).for_each(|at| run.observe(at, above));
-            run
-        })
-    }
-
-    #[test]
-    fn the_narrowest_that_is_known_counts() {
-        let mut executions = Executions::default();
-        assert_eq!(executions.courses(&start(&[], None)).1, 0);
-        executions.learn(&start(&["night"], Some(1 << 20)), &runs(1.0));
-        executions.learn(&start(&["day"], Some(1 << 30)), &runs(9.0));
-        let most = |start: &ExecutionStart| executions.courses(start).0[1].expect(0, 1).map(|rise| rise[3]);
-        assert_eq!(most(&start(&["night"], Some(1 << 20))), Some(1.0));
-        assert_eq!(most(&start(&["night"], Some((1 << 20) + 5))), Some(1.0), "inputs of like size");
-        assert_eq!(most(&start(&["night"], Some(1 << 40))), Some(1.0), "by tags");
-        assert_eq!(most(&start(&["other"], None)), Some(9.0), "by program, the greatest");
-        assert_eq!(most(&ExecutionStart { program: "else".into(), ..start(&[], None) }), None);
-    }
-
-    #[test]
-    fn tags_have_no_order_and_what_is_written_is_read() {
-        assert_eq!(keys(&start(&["b", "a", "a"], None)), keys(&start(&["a", "b"], None)));
-        let mut executions = Executions::default();
-        let changed = executions.learn(&start(&[], None), &runs(2.0));
-        assert_eq!(changed.len(), 3);
-        let mut other = Executions::default();
-        for (key, bytes) in &changed {
-            assert!(other.restore(key.clone(), bytes));
-            assert!(!other.restore(key.clone(), &bytes[..bytes.len() - 1]));
-        }
-        assert_eq!(other.courses(&start(&[], None)), executions.courses(&start(&[], None)));
     }
 }

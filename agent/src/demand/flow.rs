@@ -19,6 +19,17 @@ const FINE_AHEAD: usize = 12;
 const COARSE_AHEAD: usize = 2;
 pub(crate) const COARSE_AHEAD_S: u32 = COARSE_S * COARSE_AHEAD as u32;
 
+/// Steps of 5 minutes that a forecast is rehearsed over, and more.
+pub(crate) const REHEARSED_S: u32 = 3600;
+
+/// What is known of the time to come besides the series, at the origin and then at each step ahead: the share of it in which an event
+/// is expected, and users' activity as a share of the most there was.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(crate) struct Covariates {
+    pub(crate) event: Vec<f32>,
+    pub(crate) activity: Vec<f32>,
+}
+
 /// A step in the making.
 #[derive(Debug, Clone, Copy, Default)]
 struct Bucket {
@@ -87,7 +98,7 @@ impl Flow {
     }
 
     /// A sample; what is no number or negative is none. Says what has become unusual.
-    pub(crate) fn observe(&mut self, at_s: u64, value: f64) -> Option<Found> {
+    pub(crate) fn observe(&mut self, at_s: u64, value: f64, covariates: &dyn Fn(u64) -> Covariates) -> Option<Found> {
         if !(value.is_finite() && value >= 0.0) {
             return None;
         }
@@ -98,15 +109,16 @@ impl Flow {
         self.told[0] = self.told[0].saturating_add(1);
         let (began_s, _, most) = self.five.add(began_s, COARSE_S, mean)?;
         let found = self.detector.observe(began_s, most, &self.usual);
-        self.recall(began_s, most);
+        self.recall(began_s, most, &covariates(began_s));
         found.map(|found| Found::of(self.resource, &found))
     }
 
     /// The most used within 5 minutes that began then: from the roll-ups, oldest first, or just measured.
-    pub(crate) fn recall(&mut self, began_s: u64, most: f64) {
+    pub(crate) fn recall(&mut self, began_s: u64, most: f64, covariates: &Covariates) {
         self.usual.observe(began_s, most);
         self.coarse.observe(began_s, most);
-        self.coarse.rehearse(&Context { profile: Some(&self.usual), ..Context::default() }, self.model.as_deref());
+        let Covariates { event, activity } = covariates;
+        self.coarse.rehearse(&Context { activity, event, profile: Some(&self.usual) }, self.model.as_deref());
         self.told[1] = self.told[1].saturating_add(1);
     }
 
@@ -127,7 +139,7 @@ impl Flow {
     }
 
     /// Quantiles of the maximum within the minutes to come, made anew with each fine step.
-    pub(crate) fn outlook(&mut self, now_s: u64, event: &[f32]) -> Option<[f64; 4]> {
+    pub(crate) fn outlook(&mut self, now_s: u64, covariates: &Covariates) -> Option<[f64; 4]> {
         let step = now_s / u64::from(FINE_S);
         if let Some((made, outlook)) = self.outlook
             && made == step
@@ -136,7 +148,8 @@ impl Flow {
         }
         let fine =
             (self.told[0] >= FINE_LEAST).then(|| self.fine.forecast(FINE_AHEAD, &Context::default(), None).peak.0);
-        let context = Context { event, profile: Some(&self.usual), ..Context::default() };
+        let Covariates { event, activity } = covariates;
+        let context = Context { activity, event, profile: Some(&self.usual) };
         let coarse = (self.told[1] >= COARSE_LEAST)
             .then(|| self.coarse.forecast(COARSE_AHEAD, &context, self.model.as_deref()).peak.0);
         let outlook = match (fine, coarse) {
@@ -153,15 +166,16 @@ impl Flow {
         if fine { FINE_S } else { COARSE_S }
     }
 
-    /// A forecast for people, in steps of [`Flow::step_s`]; `event`: as [`Context`] has it. `None`: too little was measured.
-    pub(crate) fn forecast(&self, horizon_s: u32, event: &[f32]) -> Option<Forecast> {
+    /// A forecast for people, in steps of [`Flow::step_s`], which those of `covariates` are too. `None`: too little was measured.
+    pub(crate) fn forecast(&self, horizon_s: u32, covariates: &Covariates) -> Option<Forecast> {
         let step_s = self.step_s(horizon_s);
         let (forecaster, known, model) = match step_s == FINE_S {
             true => (&self.fine, self.told[0] >= FINE_LEAST, None),
             false => (&self.coarse, true, self.model.as_deref()),
         };
         let steps = horizon_s.div_ceil(step_s).clamp(1, prestage_predictor::demand::MAX_STEPS as u32);
-        let context = Context { event, profile: Some(&self.usual), ..Context::default() };
+        let Covariates { event, activity } = covariates;
+        let context = Context { activity, event, profile: Some(&self.usual) };
         known.then(|| forecaster.forecast(steps as usize, &context, model))
     }
 }
@@ -229,16 +243,17 @@ mod tests {
 
     #[test]
     fn nothing_is_said_before_a_minute_was_measured() {
+        let none = |_: u64| Covariates::default();
         let mut flow = Flow::new(Resource::Cpu);
-        flow.observe(1000, f64::NAN);
-        flow.observe(1000, -1.0);
-        assert!(flow.used().is_none() && flow.outlook(1000, &[]).is_none());
-        (0..50).for_each(|at| assert!(flow.observe(1000 + at, 2.0).is_none()));
-        assert!(flow.forecast(3600, &[]).is_none());
-        (50..100).for_each(|at| assert!(flow.observe(1000 + at, 2.0).is_none()));
-        let outlook = flow.outlook(1100, &[]).unwrap();
+        flow.observe(1000, f64::NAN, &none);
+        flow.observe(1000, -1.0, &none);
+        assert!(flow.used().is_none() && flow.outlook(1000, &none(0)).is_none());
+        (0..50).for_each(|at| assert!(flow.observe(1000 + at, 2.0, &none).is_none()));
+        assert!(flow.forecast(3600, &none(0)).is_none());
+        (50..100).for_each(|at| assert!(flow.observe(1000 + at, 2.0, &none).is_none()));
+        let outlook = flow.outlook(1100, &none(0)).unwrap();
         assert!(outlook.is_sorted() && (1.0..4.0).contains(&outlook[3]), "{outlook:?}");
-        let forecast = flow.forecast(60, &[]).unwrap();
+        let forecast = flow.forecast(60, &none(0)).unwrap();
         assert_eq!((forecast.step_s, forecast.steps.len()), (10, 6));
     }
 }

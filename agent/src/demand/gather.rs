@@ -1,7 +1,7 @@
 //! What the loop writes down and reads back: measurements, retention, what a machine used before a restart.
 
-use super::HostSettings;
 use super::machine::used;
+use super::{HostSettings, State};
 use crate::store::demand::{Completion, Outcome};
 use crate::store::series::{Reading, Samples, resolution};
 use crate::store::{Store, StoreError};
@@ -15,6 +15,8 @@ const RECALL_S: u64 = 14 * 86_400;
 /// Most decisions and events kept.
 const DECISIONS: u64 = 1_000_000;
 const EVENTS: u64 = 1_000_000;
+/// What events fill is recorded so often, seconds.
+const TOLD_S: u64 = 10;
 
 /// The subject and metric of a machine's series.
 pub(crate) fn subject(uuid: Uuid) -> String {
@@ -40,7 +42,7 @@ pub(super) fn recall(store: &Store, uuid: Uuid, now_s: u64) -> Vec<(Resource, Ve
 pub(super) fn settle_pending(store: &Store) -> Result<(), StoreError> {
     for row in store.pending_decisions()? {
         let why = "prestaged ended while it was carried out; what the machine has is measured anew".to_owned();
-        let completion = Completion { outcome: Outcome::Failed, got: None, verified: false, why };
+        let completion = Completion { outcome: Outcome::Failed, got: None, verified: false, took_ms: None, why };
         let made = &row.decision;
         drop(store.finish_decision((&made.vm, made.resource, made.at_us), completion, None));
     }
@@ -51,6 +53,7 @@ pub(super) fn retain(store: &Store, settings: &HostSettings, now_s: u64) {
     let before_s = now_s.saturating_sub(u64::from(settings.decision_days) * 86_400);
     drop(store.retain_decisions(before_s * 1_000_000, DECISIONS));
     drop(store.retain_reservations(before_s));
+    drop(store.retain_executions(now_s.saturating_sub(2 * super::catalogue::AFTER_S) * 1000));
     drop(store.retain_events(before_s * 1_000_000, EVENTS));
     let retention = crate::store::series::SeriesRetention {
         bytes: settings.series_bytes,
@@ -103,6 +106,19 @@ impl Gathered {
                 self.add(&subject, "cpu_pressure", resolution::PERCENT, at_s, waits(pressure.cpu.as_ref()));
                 self.add(&subject, "memory_pressure", resolution::PERCENT, at_s, waits(pressure.memory.as_ref()));
                 self.add(&subject, "io_pressure", resolution::PERCENT, at_s, waits(pressure.io.as_ref()));
+            }
+        }
+    }
+
+    /// What somebody told of machines that are measured, besides what is.
+    pub(super) fn told(&mut self, state: &State, at_s: u64) {
+        for machine in state.machines.values().filter(|machine| machine.seen_s == at_s) {
+            let (activity, event) = state.told(machine.uuid, at_s);
+            let subject = subject(machine.uuid);
+            self.add(&subject, "activity", resolution::PERCENT, at_s, activity);
+            if at_s.is_multiple_of(TOLD_S) {
+                let percent = event.map(|share| 100.0 * share);
+                self.add(&subject, "event", resolution::PERCENT, at_s, percent);
             }
         }
     }

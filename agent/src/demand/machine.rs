@@ -1,24 +1,16 @@
 //! A machine's book: what it uses, what runs in it, what it may have and what can be done to it. Sans-I/O.
 
-use super::course::{Course, Rise, Run};
-use super::flow::{Flow, Found};
+use super::Ahead;
+use super::course::Rise;
+use super::flow::{Covariates, Flow, Found};
+use super::foreseen::{Base, Foreseen, Window};
 use crate::planner;
 use prestage_integration::api::demand::{Mode, Resource, ResourcePolicy, VmPolicy};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::libvirt::act::{Abilities, Ability};
 use prestage_integration::libvirt::stats::VmSample;
+use prestage_predictor::demand::{Forecast, Quantiles};
 use std::time::Duration;
-
-/// What an execution's start is compared with: use before it.
-#[derive(Debug)]
-struct Running {
-    id: i64,
-    started_s: u64,
-    /// By resource: use before, what it used so far, and what earlier executions did.
-    base: [Option<f64>; 4],
-    runs: [Run; 4],
-    courses: [Course; 4],
-}
 
 /// See the module's head.
 #[derive(Debug)]
@@ -31,7 +23,7 @@ pub(crate) struct Machine {
     pub(crate) abilities: Option<Abilities>,
     pub(crate) sample: Option<VmSample>,
     pub(crate) seen_s: u64,
-    running: Vec<Running>,
+    pub(crate) foreseen: Foreseen,
     /// Limits of disk and network as last applied.
     pub(crate) limits: [Option<f64>; 4],
     flows: [Flow; 4],
@@ -61,7 +53,7 @@ impl Machine {
             abilities: None,
             sample: None,
             seen_s: 0,
-            running: Vec::new(),
+            foreseen: Foreseen::default(),
             limits: [None; 4],
             flows: Resource::ALL.map(Flow::new),
         }
@@ -86,14 +78,19 @@ impl Machine {
         self.policy.resources.get(&resource).copied().unwrap_or_default()
     }
 
-    /// Takes in a second's sample. Says what has become unusual.
-    pub(crate) fn observe(&mut self, sample: VmSample, now_s: u64) -> Vec<Found> {
+    /// Takes in a second's sample; `covariates`: what else is known from a time on. Says what has become unusual.
+    pub(crate) fn observe(
+        &mut self,
+        sample: VmSample,
+        now_s: u64,
+        covariates: &dyn Fn(u64) -> Covariates,
+    ) -> Vec<Found> {
         let mut found = Vec::new();
         self.name.clone_from(&sample.vm.name);
         let restarted = self.sample.as_ref().is_some_and(|before| before.instance != sample.instance);
         if restarted {
             // What ran is gone, and limits with it.
-            self.running.clear();
+            self.foreseen.clear();
             self.limits = [None; 4];
             self.abilities = None;
         }
@@ -101,15 +98,9 @@ impl Machine {
             sample.cpu.vcpus.zip(sample.cpu.used_cores).is_some_and(|(has, uses)| uses >= BUSY * f64::from(has));
         for (resource, value) in used(&sample) {
             let Some(value) = value else { continue };
-            found.extend(self.flows[index(resource)].observe(now_s, value));
-            for running in &mut self.running {
-                let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
-                let at = index(resource);
-                // Where nothing was measured before, the first that is has to stand for it.
-                let base = *running.base[at].get_or_insert(value);
-                let wanted = if saturated && resource == Resource::Cpu { SATURATED * value } else { value };
-                running.runs[at].observe(elapsed, (wanted - base).max(0.0));
-            }
+            found.extend(self.flows[index(resource)].observe(now_s, value, covariates));
+            let wanted = if saturated && resource == Resource::Cpu { SATURATED * value } else { value };
+            self.foreseen.observe(resource, now_s, value, wanted);
         }
         self.seen_s = now_s;
         self.sample = Some(sample);
@@ -126,32 +117,18 @@ impl Machine {
         self.flows.iter().filter_map(Flow::unusual)
     }
 
-    /// A program begins.
-    pub(crate) fn start(&mut self, id: i64, now_s: u64, courses: [Course; 4]) {
-        let base = std::array::from_fn(|at| self.flows[at].used().map(|(_, used)| used));
-        let runs = std::array::from_fn(|_| Run::new());
-        self.running.push(Running { id, started_s: now_s, base, runs, courses });
+    /// What it uses now, by resource.
+    pub(crate) fn base(&self) -> Base {
+        std::array::from_fn(|at| self.flows[at].used().map(|(_, used)| used))
     }
 
-    /// A program has ended: what it used in its course, by resource.
-    pub(crate) fn end(&mut self, id: i64) -> Option<[Run; 4]> {
-        let at = self.running.iter().position(|running| running.id == id)?;
-        Some(self.running.remove(at).runs)
-    }
-
-    /// What the programs that run are known to use at most within `horizon_s`, and what the machine used before.
-    fn rise(&self, resource: Resource, now_s: u64, horizon_s: u32) -> Option<Rise> {
-        let at = index(resource);
-        let mut sum: Option<Rise> = None;
-        for running in &self.running {
-            let elapsed = u32::try_from(now_s.saturating_sub(running.started_s)).unwrap_or(u32::MAX);
-            let Some(rise) = running.courses[at].expect(elapsed, horizon_s) else { continue };
-            let base = if sum.is_none() { running.base[at].unwrap_or(0.0) } else { 0.0 };
-            let before = sum.unwrap_or_default();
-            sum = Some(std::array::from_fn(|q| before[q] + rise[q] + base));
-        }
-        // What is known of one program is kept free of others as what is in use would be.
-        sum.map(|sum| sum.map(|value| value * (1.0 + self.policy.margin)))
+    /// What is known to be used at most within `horizon_s`; 0 in quantiles of which nothing is known.
+    fn rise(&self, resource: Resource, now_s: u64, horizon_s: u32, ahead: &Ahead<'_>) -> Option<Rise> {
+        let window = Window { now_s, from_s: now_s, length_s: horizon_s };
+        let used = self.flows[index(resource)].used().map(|(_, used)| used);
+        let rise = self.foreseen.rise(resource, window, used, &ahead.upcoming)?;
+        // What is known to come is kept free of others as what is in use would be.
+        Some(rise.map(|value| value * (1.0 + self.policy.margin)))
     }
 
     /// Quantiles of the most it is to use within the minutes to come.
@@ -160,13 +137,45 @@ impl Machine {
         resource: Resource,
         now_s: u64,
         horizon_s: u32,
-        event: &[f32],
+        ahead: &Ahead<'_>,
     ) -> Option<[f64; 4]> {
-        let flow = self.flows[index(resource)].outlook(now_s, event);
-        match (flow, self.rise(resource, now_s, horizon_s)) {
+        let flow = self.flows[index(resource)].outlook(now_s, &ahead.covariates);
+        match (flow, self.rise(resource, now_s, horizon_s, ahead)) {
             (Some(flow), Some(rise)) => Some(std::array::from_fn(|q| f64::max(flow[q], rise[q]))),
-            (flow, rise) => flow.or(rise),
+            // Where nothing is known to come it stays as it is.
+            (None, Some(rise)) => {
+                let used = self.flows[index(resource)].used().map_or(0.0, |(_, used)| used);
+                Some(rise.map(|value| value.max(used)))
+            }
+            (flow, None) => flow,
         }
+    }
+
+    /// A forecast for people, with what is known to run, to follow and to come. `None`: too little was measured.
+    pub(crate) fn forecast(
+        &self,
+        resource: Resource,
+        now_s: u64,
+        horizon_s: u32,
+        ahead: &Ahead<'_>,
+    ) -> Option<Forecast> {
+        let flow = &self.flows[index(resource)];
+        let mut forecast = flow.forecast(horizon_s, &ahead.covariates)?;
+        let used = flow.used().map(|(_, used)| used);
+        let lift = |from_s: u64, length_s: u32, quantiles: &mut Quantiles| {
+            let window = Window { now_s, from_s, length_s };
+            if let Some(rise) = self.foreseen.rise(resource, window, used, &ahead.upcoming) {
+                quantiles.0 = std::array::from_fn(|q| quantiles.0[q].max(rise[q]));
+            }
+        };
+        let (mut from_s, step_s) = (forecast.origin_s, forecast.step_s);
+        for step in &mut forecast.steps {
+            from_s += u64::from(step_s);
+            lift(from_s, step_s, step);
+        }
+        let length_s = u32::try_from(from_s.saturating_sub(now_s)).unwrap_or(u32::MAX).saturating_add(step_s);
+        lift(now_s, length_s, &mut forecast.peak);
+        Some(forecast)
     }
 
     /// The machine as the planner sees it, and why a resource is left out.
@@ -174,12 +183,12 @@ impl Machine {
         &mut self,
         now_s: u64,
         horizon_s: u32,
-        event: &[f32],
+        ahead: &Ahead<'_>,
     ) -> (planner::Vm, [Option<&'static str>; 4]) {
         let mut left_out = [None; 4];
         let readings = std::array::from_fn(|at| {
             let resource = Resource::ALL[at];
-            let outlook = self.outlook(resource, now_s, horizon_s, event);
+            let outlook = self.outlook(resource, now_s, horizon_s, ahead);
             match self.reading(resource, now_s, outlook) {
                 Ok(reading) => Some(reading),
                 Err(reason) => {

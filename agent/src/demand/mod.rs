@@ -1,9 +1,10 @@
 //! Demand: measured, forecast, planned, and acted on through libvirt.
 //!
 //! - `flow.rs`: one machine's use of one resource, from samples to what is to be expected
-//! - `course.rs`: what a program used in the course of its earlier executions
-//! - `machine.rs`: a machine's book
-//! - `executions.rs`: programs that run, and what is known of them; `calendar.rs`: events that are to come
+//! - `course.rs`: what a program used in the course of its earlier executions; `profile.rs`: that, when it runs and what follows it;
+//!   `catalogue.rs`: of all programs and events
+//! - `machine.rs`: a machine's book; `foreseen.rs`: what runs in it, usually follows or is to come
+//! - `executions.rs`: programs that run; `events.rs`, `calendar.rs`: events that are to come; `activity.rs`: what users do
 //! - [`State`]: all machines, the host, what is promised and what was decided; sans-I/O
 //! - `order.rs`: from a decision to a change that libvirt can make
 //! - `promises.rs`: resources promised for a time
@@ -13,13 +14,20 @@
 //! Time comes in with each turn. The state is locked for a turn's arithmetic and for an answer, never across a call to libvirt or
 //! the database.
 
+mod activity;
 mod calendar;
+pub(crate) mod catalogue;
 mod course;
+mod events;
 mod executions;
 pub(crate) mod flow;
+mod foreseen;
 pub(crate) mod gather;
 pub(crate) mod machine;
 pub(crate) mod order;
+pub(crate) mod profile;
+#[cfg(test)]
+mod programs_tests;
 mod promises;
 pub(crate) mod run;
 #[cfg(test)]
@@ -27,15 +35,18 @@ mod tests;
 mod training;
 
 use crate::planner::{self, Amounts, Host, Input, Planner, Reservations};
+use activity::Activity;
 use calendar::Calendar;
+use catalogue::Catalogue;
 use executions::Executions;
-use flow::Found;
+use flow::{Covariates, Found};
+use foreseen::Upcoming;
 use machine::{Machine, planned};
 use prestage_integration::api::demand::{Anomaly, LeftOut, Mode, Quantiles, ReservationRequest, Resource, VmPolicy};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::libvirt::act::{Backoff, Kind, Latencies};
 use prestage_integration::libvirt::stats::{HostSample, Turn};
-use prestage_predictor::demand::Weights;
+use prestage_predictor::demand::{Forecast, Weights};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,6 +122,13 @@ pub(crate) struct Order {
     pub(crate) outlook: Option<[f64; 4]>,
 }
 
+/// What is known of the time to come of a machine.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead<'a> {
+    pub(crate) covariates: Covariates,
+    pub(crate) upcoming: Vec<Upcoming<'a>>,
+}
+
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct State {
@@ -121,7 +139,12 @@ pub(crate) struct State {
     /// What was asked for, by the number of the promise.
     pub(crate) asked: BTreeMap<u64, ReservationRequest>,
     pub(crate) calendar: Calendar,
+    /// What users do, by machine.
+    activities: HashMap<Uuid, Activity>,
+    catalogue: Catalogue,
     executions: Executions,
+    /// The host's boot: numbers of instances are of it.
+    pub(crate) boot: Arc<str>,
     planner: Planner,
     pub(crate) host: HostSample,
     pub(crate) settings: HostSettings,
@@ -150,7 +173,10 @@ impl State {
             reservations: Reservations::new(),
             asked: BTreeMap::new(),
             calendar: Calendar::default(),
+            activities: HashMap::new(),
+            catalogue: Catalogue::default(),
             executions: Executions::default(),
+            boot: "".into(),
             planner: Planner::new(rules),
             host: HostSample::default(),
             settings,
@@ -189,7 +215,10 @@ impl State {
                 }
                 machine
             });
-            self.found.extend(machine.observe(sample, now_s).into_iter().map(|found| (uuid, found)));
+            let (calendar, activity) = (&self.calendar, self.activities.get(&uuid));
+            let covariates =
+                |origin_s| covariates(calendar, activity, uuid, origin_s, flow::COARSE_S, flow::REHEARSED_S);
+            self.found.extend(machine.observe(sample, now_s, &covariates).into_iter().map(|found| (uuid, found)));
         }
         let (latencies, turns_of) = (&mut self.latencies, &mut self.turns_of);
         self.machines.retain(|uuid, machine| {
@@ -200,6 +229,8 @@ impl State {
             }
             keep
         });
+        let machines = &self.machines;
+        self.activities.retain(|uuid, activity| machines.contains_key(uuid) || !activity.is_over(now_s));
     }
 
     /// What the host has for machines.
@@ -243,8 +274,9 @@ impl State {
                 continue;
             }
             let horizon_s = horizons.get(&machine.uuid).copied().unwrap_or(HORIZON_S);
-            let event = self.calendar.shares(machine.uuid, now_s, flow::COARSE_S, flow::COARSE_AHEAD_S);
-            let (vm, reasons) = machine.planned(now_s, horizon_s, &event);
+            let (activity, span) = (self.activities.get(&machine.uuid), (flow::COARSE_S, flow::COARSE_AHEAD_S));
+            let ahead = ahead(&self.calendar, activity, &self.catalogue, machine.uuid, now_s, span);
+            let (vm, reasons) = machine.planned(now_s, horizon_s, &ahead);
             if let Some(reason) = reasons[machine::index(Resource::Memory)].or(reasons[machine::index(Resource::Cpu)]) {
                 left_out.push(LeftOut { name: machine.name.clone(), reason: reason.to_owned() });
             }
@@ -265,9 +297,10 @@ impl State {
         let uuid = Uuid::from_u128(decision.vm.0);
         let resource = Resource::ALL.into_iter().find(|resource| planned(*resource) == decision.resource)?;
         let horizon_s = self.horizon_s(uuid);
-        let event = self.calendar.shares(uuid, now_s, flow::COARSE_S, flow::COARSE_AHEAD_S);
+        let (activity, span) = (self.activities.get(&uuid), (flow::COARSE_S, flow::COARSE_AHEAD_S));
+        let ahead = ahead(&self.calendar, activity, &self.catalogue, uuid, now_s, span);
         let machine = self.machines.get_mut(&uuid)?;
-        let outlook = machine.outlook(resource, now_s, horizon_s, &event);
+        let outlook = machine.outlook(resource, now_s, horizon_s, &ahead);
         let (name, mode) = (machine.name.clone(), machine.policy.mode_of(resource));
         Some(Order { decision, uuid, name, resource, mode, outlook })
     }
@@ -275,6 +308,26 @@ impl State {
     /// Whether a guest may run short before the next beat.
     pub(crate) fn is_tight(&self, now_s: u64) -> bool {
         self.machines.values().any(|machine| machine.is_here(now_s) && machine.is_tight())
+    }
+
+    /// A forecast for people, and what it rests on besides what was measured. `None`: too little was measured.
+    pub(crate) fn forecast(
+        &mut self,
+        uuid: Uuid,
+        resource: Resource,
+        now_s: u64,
+        horizon_s: u32,
+    ) -> Option<(Forecast, Vec<String>)> {
+        let machine = self.machines.get_mut(&uuid)?;
+        let span = (machine.flow(resource).step_s(horizon_s), horizon_s);
+        let activity = self.activities.get(&uuid);
+        let ahead = ahead(&self.calendar, activity, &self.catalogue, uuid, now_s, span);
+        let mut words = machine.foreseen.words(now_s);
+        if !ahead.upcoming.is_empty() {
+            words.push("an event comes that has come before".to_owned());
+        }
+        let forecast = machine.forecast(resource, now_s, horizon_s, &ahead)?;
+        Some((forecast, words))
     }
 
     fn host_pressure(&self, resource: Resource) -> planner::Pressure {
@@ -330,6 +383,11 @@ impl State {
         &self.left_out
     }
 
+    /// What is known of programs and events.
+    pub(crate) fn catalogue(&self) -> &Catalogue {
+        &self.catalogue
+    }
+
     /// By name or UUID.
     pub(crate) fn find(&self, vm: &str) -> Option<Uuid> {
         match Uuid::parse_str(vm) {
@@ -350,4 +408,33 @@ impl State {
             self.backoffs.retain(|(of, _), _| *of != uuid);
         }
     }
+}
+
+fn covariates(
+    calendar: &Calendar,
+    activity: Option<&Activity>,
+    uuid: Uuid,
+    origin_s: u64,
+    step_s: u32,
+    horizon_s: u32,
+) -> Covariates {
+    let event = calendar.shares(uuid, origin_s, step_s, horizon_s);
+    let activity = activity.map(|activity| activity.shares(origin_s, step_s, horizon_s)).unwrap_or_default();
+    Covariates { event, activity }
+}
+
+/// `span`: step and horizon, seconds.
+fn ahead<'a>(
+    calendar: &Calendar,
+    activity: Option<&Activity>,
+    catalogue: &'a Catalogue,
+    uuid: Uuid,
+    now_s: u64,
+    (step_s, horizon_s): (u32, u32),
+) -> Ahead<'a> {
+    let upcoming = calendar.upcoming(uuid, now_s, horizon_s).into_iter().filter_map(|(name, begins_s)| {
+        let courses = catalogue.event(&profile::event_key(name, uuid))?;
+        Some(Upcoming { begins_s, courses })
+    });
+    Ahead { upcoming: upcoming.collect(), covariates: covariates(calendar, activity, uuid, now_s, step_s, horizon_s) }
 }

@@ -26,7 +26,6 @@ pub(crate) struct Result {
     /// `not_acted`, `done`, `partial`, `failed` or `impossible`.
     pub(crate) outcome: &'static str,
     pub(crate) got: Option<f64>,
-    pub(crate) took_ms: u64,
     pub(crate) why: String,
 }
 
@@ -67,14 +66,12 @@ impl State {
     ) -> Result {
         let key = (order.uuid, order.resource);
         self.busy.remove(&key);
-        let mut result = Result { outcome: "done", got: None, took_ms: 0, why: String::new() };
+        let mut result = Result { outcome: "done", got: None, why: String::new() };
         let mut failed = false;
         for each in results {
             match each {
                 Ok(done) => {
                     self.latencies.learn(done);
-                    result.took_ms =
-                        result.took_ms.saturating_add(u64::try_from(done.took.as_millis()).unwrap_or(u64::MAX));
                     let got = amount(&done.got);
                     result.got = got.or(result.got);
                     if let (Some(machine), Some(got)) = (self.machines.get_mut(&order.uuid), got)

@@ -114,7 +114,7 @@ impl State {
                 let allocated = machine.allocated(resource).unwrap_or(0.0);
                 let flow = machine.flow(resource);
                 let used = flow.used().map_or(0.0, |(_, used)| used);
-                let forecast = flow.forecast(FORESEEN_S, &[]);
+                let forecast = flow.forecast(FORESEEN_S, &super::flow::Covariates::default());
                 // Of what nothing is known, all it has may be used.
                 let [_, p50, p90, p95] =
                     forecast.map_or([0.0, used.max(allocated), allocated, allocated], |forecast| forecast.peak.0);

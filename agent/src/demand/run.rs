@@ -4,7 +4,7 @@
 //! time. A machine whose memory changes has its turn at once, and guests that may run short are looked at twice a second. Every ten turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its
 //! machines' figures and nothing else.
 
-use super::flow::Found;
+use super::flow::{Covariates, Found};
 use super::gather::{Gathered, recall, retain, settle_pending};
 use super::machine::Machine;
 use super::order::{NotDone, Result as ActResult};
@@ -41,6 +41,8 @@ const RETAIN: Duration = Duration::from_secs(600);
 const ASKED_A_TURN: usize = 4;
 /// A turn between two beats comes so long after the one before: twice a second, whatever guests do.
 const APART: Duration = Duration::from_millis(500);
+/// Names the host's boot (random(4)).
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What measures, plans and acts, shared with the API.
 #[derive(Clone)]
@@ -77,6 +79,10 @@ impl Demand {
             }
         }
         state.restore_reservations(&store)?;
+        match std::fs::read_to_string(BOOT_ID) {
+            Ok(boot) => state.boot = boot.trim().into(),
+            Err(error) => tracing::warn!(path = BOOT_ID, %error, "whether the host was started anew is not known"),
+        }
         let demand = Self {
             state: Arc::new(Mutex::new(state)),
             store,
@@ -85,7 +91,8 @@ impl Demand {
             most,
             told: Arc::default(),
         };
-        demand.restore()?;
+        demand.restore_executions()?;
+        demand.restore_events()?;
         settle_pending(&demand.store)?;
         Ok(demand)
     }
@@ -123,10 +130,21 @@ impl Demand {
             gathered.take(&turn, now_s);
             let known: Vec<Uuid> = self.state.lock().machines.keys().copied().collect();
             let answered = turn.vms.is_ok();
-            let orders = {
+            let learned = {
                 let mut state = self.state.lock();
                 state.take(turn, now_s);
+                gathered.told(&state, now_s);
                 state.turns.last_unix_ms = Some(unix_ms());
+                state.occur(now_s)
+            };
+            if !learned.is_empty() {
+                drop(self.store.learn_programs(learned));
+            }
+            if answered {
+                self.settle(now_s).await;
+            }
+            let orders = {
+                let mut state = self.state.lock();
                 // Without measurements there is nothing new to decide.
                 if answered { state.plan(now_s) } else { Vec::new() }
             };
@@ -153,6 +171,7 @@ impl Demand {
                 retained = Some(Instant::now());
                 let settings = self.state.lock().settings;
                 retain(&self.store, &settings, now_s);
+                self.forget_activities();
             }
             self.state.lock().turns.last_took = began.elapsed();
         }
@@ -176,7 +195,8 @@ impl Demand {
             let mut state = self.state.lock();
             let (Ok(recalled), Some(machine)) = (recalled, state.machines.get_mut(&uuid)) else { continue };
             for (resource, points) in recalled {
-                points.into_iter().for_each(|(at_s, most)| machine.flow(resource).recall(at_s, most));
+                let none = Covariates::default();
+                points.into_iter().for_each(|(at_s, most)| machine.flow(resource).recall(at_s, most, &none));
             }
         }
     }
@@ -219,7 +239,7 @@ impl Demand {
             }
             state.changes(&order, Instant::now())
         };
-        let at_us = unix_ms() * 1000;
+        let (at_us, asked) = (unix_ms() * 1000, Instant::now());
         let (pending, why) = match &changes {
             Ok(_) => (true, order.decision.to_string()),
             Err(NotDone::Mode) => (false, order.decision.to_string()),
@@ -263,7 +283,8 @@ impl Demand {
                 }
                 demand.state.lock().done(&order, &results, Instant::now())
             };
-            demand.finish(&order, at_us, result).await;
+            let took_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
+            demand.finish(&order, at_us, took_ms, result).await;
         });
     }
 
@@ -286,16 +307,17 @@ impl Demand {
         self.state.lock().unrecorded.trouble()
     }
 
-    async fn finish(&self, order: &Order, at_us: u64, result: ActResult) {
+    /// `took_ms`: from the order to what was read back, its wait for other changes of the machine included.
+    async fn finish(&self, order: &Order, at_us: u64, took_ms: u64, result: ActResult) {
         let (name, resource, outcome) = (&order.name, order.resource.name(), result.outcome);
         match outcome {
             "done" => {
-                tracing::info!(vm = name, resource, got = result.got, took_ms = result.took_ms, "{}", order.decision)
+                tracing::info!(vm = name, resource, got = result.got, took_ms, "{}", order.decision)
             }
             _ => tracing::warn!(vm = name, resource, outcome, why = result.why, "{}", order.decision),
         }
         let verified = outcome == "done" && result.got.is_some();
-        let mut change = self.change(order, result.got, verified);
+        let mut change = Change { took_ms: Some(took_ms), ..self.change(order, result.got, verified) };
         if !result.why.is_empty() {
             change.reason = format!("{}; {}", change.reason, result.why);
         }
@@ -314,6 +336,7 @@ impl Demand {
             },
             got: result.got,
             verified,
+            took_ms: Some(took_ms),
             why: result.why,
         };
         let key = (order.uuid.to_string(), resource_of(order.resource));
@@ -359,6 +382,7 @@ impl Demand {
             asked: Some(order.decision.to),
             got,
             verified,
+            took_ms: None,
             mode: order.mode.name(),
             reason: order.decision.to_string(),
         }

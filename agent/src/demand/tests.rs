@@ -1,5 +1,6 @@
 //! What the state and the loop promise, on libvirt's test driver.
 
+use super::flow::Covariates;
 use super::gather::settle_pending;
 use super::run::{Demand, stirred};
 use super::{Order, State};
@@ -252,7 +253,12 @@ async fn a_machine_whose_most_is_not_known_keeps_what_it_has() {
     (sample.memory.maximum_bytes, sample.cpu.vcpus_max) = (None, None);
     let host = HostSample { cpus: 4, memory_bytes: 64 * GIB, ..HostSample::default() };
     let mut state = demand.state.lock();
-    state.machines.get_mut(&uuid).unwrap().flow(Resource::Memory).observe(NOW_S, GIB as f64);
+    state
+        .machines
+        .get_mut(&uuid)
+        .unwrap()
+        .flow(Resource::Memory)
+        .observe(NOW_S, GIB as f64, &|_| Covariates::default());
     state.take(Turn { host, vms: Ok(vec![sample]) }, NOW_S + 1);
     let orders = state.plan(NOW_S + 1);
     assert!(orders.iter().all(|order| order.decision.kind != planner::Kind::Lower), "{}", orders[0].decision);
@@ -290,7 +296,7 @@ async fn what_a_guest_says_is_no_more_than_it_can_have() {
         assert!(machine.flow(Resource::Memory).used().unwrap().1 <= (8 * GIB) as f64);
     }
     let machine = state.machines.get_mut(&uuid).unwrap();
-    let peak = machine.flow(Resource::Memory).forecast(600, &[]).unwrap().peak.0;
+    let peak = machine.flow(Resource::Memory).forecast(600, &Covariates::default()).unwrap().peak.0;
     assert!(peak.iter().all(|q| q.is_finite() && *q <= 1e12), "{peak:?}");
 }
 

@@ -10,6 +10,7 @@ use super::gather::subject;
 use super::run::Demand;
 use crate::learner::run::unix_ms;
 use crate::models::priority::become_idle;
+use crate::store::series::Point;
 use prestage_integration::api::demand::Resource;
 use prestage_integration::libvirt::Uuid;
 use prestage_predictor::demand::{Metric, Weights};
@@ -135,11 +136,36 @@ impl Demand {
                 values.push(point.max as f32);
                 measured.push(true);
             }
-            let (activity, event) = (Vec::new(), Vec::new());
+            let known = |metric: &str, most: Option<f64>| {
+                let answer = self.store.series(&subject(uuid), metric, from_s, now_s, step_s).ok();
+                shares(&answer?.points, most, start_s, values.len())
+            };
+            let activity = known("activity", None).unwrap_or_default();
+            let event = known("event", Some(100.0)).unwrap_or_default();
             Some(DemandSeries { metric, step_s: COARSE_S, start_s, values, measured, activity, event })
         });
         series.collect()
     }
+}
+
+/// A value for each step from `start_s` on, as a share of `most` (default: the most there was); 0 where there is none. `None`: there
+/// never was any.
+fn shares(points: &[Point], most: Option<f64>, start_s: u64, count: usize) -> Option<Vec<f32>> {
+    let most = most.unwrap_or_else(|| points.iter().map(|point| point.max).fold(0.0, f64::max));
+    if most <= 0.0 || points.iter().all(|point| point.max <= 0.0) {
+        return None;
+    }
+    let mut shares = vec![0.0; count];
+    for point in points {
+        let step_s = u64::from(COARSE_S);
+        let Some(from) = point.at_s.checked_sub(start_s).map(|since_s| (since_s / step_s) as usize) else { continue };
+        // What is long ago is kept by the hour.
+        let to = from.saturating_add((point.step_s / step_s).max(1) as usize).min(count);
+        if let Some(shares) = shares.get_mut(from..to) {
+            shares.fill((point.max / most).clamp(0.0, 1.0) as f32);
+        }
+    }
+    Some(shares)
 }
 
 /// Whole or not at all.
@@ -147,4 +173,18 @@ fn write(file: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
     let new = file.with_extension("new");
     std::fs::write(&new, bytes)?;
     std::fs::rename(new, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_told_besides_lies_at_its_step() {
+        let point = |at_s, max| Point { at_s, step_s: 300, count: 1, min: 0.0, mean: 0.0, max };
+        let points = [point(0, 9.0), point(900, 5.0), point(1500, 10.0), point(9000, 1.0)];
+        assert_eq!(shares(&points, None, 600, 4), Some(vec![0.0, 0.5, 0.0, 1.0]));
+        assert_eq!(shares(&points, Some(100.0), 600, 2), Some(vec![0.0, 0.05]));
+        assert_eq!((shares(&[], None, 0, 4), shares(&[point(0, 0.0)], Some(100.0), 0, 4)), (None, None));
+    }
 }

@@ -36,6 +36,8 @@ pub struct Change {
     pub got: Option<f64>,
     /// `got` was read back from the machine.
     pub verified: bool,
+    /// From the decision to what was read back, ms; null where nothing was changed.
+    pub took_ms: Option<u64>,
     /// `observe`, `recommend` or `act`.
     pub mode: &'static str,
     /// In words, with figures.

@@ -31,6 +31,7 @@ fn change(vm: &str, reason: &str) -> Change {
         asked: Some(2e9),
         got: None,
         verified: false,
+        took_ms: None,
         mode: "act",
         reason: reason.to_owned(),
     }

@@ -38,8 +38,9 @@ const TABLES: &[Table] = &[
     Table { name: "thresholds", what: "thresholds", key: &["scope"], outbox: false },
     Table { name: "policies", what: "policies", key: &["vm"], outbox: false },
     Table { name: "reservations", what: "reservations", key: &["id"], outbox: false },
-    Table { name: "kept", what: "programs and coming events", key: &["name"], outbox: false },
-    Table { name: "execution_profiles", what: "profiles of programs", key: &["rowid"], outbox: false },
+    Table { name: "kept", what: "coming events", key: &["name"], outbox: false },
+    Table { name: "programs", what: "profiles of programs", key: &["key"], outbox: false },
+    Table { name: "executions", what: "executions", key: &["id"], outbox: false },
     Table { name: "events", what: "events to be told", key: &["seq"], outbox: true },
     Table { name: "deliveries", what: "deliveries of them", key: &["endpoint", "seq"], outbox: true },
 ];
@@ -326,7 +327,7 @@ mod tests {
             let (id, state, vm) = (name.clone(), ReservationState::Admitted, "v".repeat(50));
             let promise = Reservation { id, vm, from_s: 1, to_s: 2, state, data: text, changed_unix_ms: 1 };
             drop(store.set_reservation(promise, None));
-            drop(store.keep(format!("course:{name}"), vec![1; 300]));
+            drop(store.keep(format!("event:{name}"), vec![1; 300]));
             drop(store.record_event(event(n)));
         }
         store.record_event(event(ROWS)).wait().unwrap();
@@ -336,8 +337,9 @@ mod tests {
         let raw = Connection::open(&path).unwrap();
         for n in 0..ROWS {
             let values = (format!("p{n:04}"), vec![3u8; 300]);
-            let sql = "INSERT INTO execution_profiles VALUES (?, '', -1, 1, ?)";
-            raw.execute(sql, values).unwrap();
+            raw.execute("INSERT INTO programs VALUES (?, 1, '{}', ?)", values).unwrap();
+            let sql = "INSERT INTO executions VALUES (?, 'v', 'i', 1, NULL, 'running', ?)";
+            raw.execute(sql, (n as i64, "d".repeat(300))).unwrap();
             raw.execute("INSERT INTO thresholds VALUES (?, 0.5)", [format!("{n:04} {}", "x".repeat(200))]).unwrap();
         }
         (folder, path)
@@ -372,7 +374,8 @@ mod tests {
         store.policies().unwrap();
         store.reservations(&Reservations::default()).unwrap();
         store.kept("").unwrap();
-        store.catalogue().unwrap();
+        store.programs().unwrap();
+        store.executions(0).unwrap();
         store.pending_decisions().unwrap();
         store.waiting("m").unwrap();
         store.endpoints().unwrap();

@@ -1,17 +1,25 @@
-//! Execution profiles in the database, and the latest executions they were learned from. Profiles are opaque here
-//! (`executions/mod.rs`: version, numbers, checksum); one that is damaged is learned anew.
+//! Programs that run in machines, and what is known of programs and events. A profile is opaque here: figures as JSON and courses as bytes
+//! (`demand/profile.rs` and `demand/course.rs` in the agent); one that is damaged is learned anew.
+//!
+//! | from | to | by |
+//! | --- | --- | --- |
+//! | – | running | [`Store::start_execution`] |
+//! | running | ended (announced), unseen (its machine stopped, or the daemon was away) | [`Store::end_execution`] |
+//!
+//! What an execution teaches is written in the transaction that puts its start or end on record.
 
-use rusqlite::{Row, params};
+use rusqlite::{Connection, Row, params};
 
+use super::demand::words;
 use super::records::{int, unsigned};
-use super::writer::Pending;
+use super::writer::{Pending, WorkError};
 use super::{Store, StoreError};
-use crate::executions::{Catalogue, Execution, Kept, Key, Profile};
 
-/// Executions kept, of all programs: the latest.
-const EXECUTIONS_MAX: u64 = 100_000;
+/// Most profiles read back: the latest.
+pub const PROGRAMS_MAX: u32 = 4096;
 
-pub(super) const TABLES: &str = "
+/// Of version 6 of the database; [`TABLES`] replaces them.
+pub(super) const TABLES_6: &str = "
 -- tags: in order, with a line feed after each. size_class: -1 is any.
 CREATE TABLE execution_profiles (
     program TEXT NOT NULL,
@@ -39,124 +47,185 @@ CREATE INDEX executions_by_program ON executions(program, started_s);
 CREATE INDEX executions_by_vm ON executions(vm, started_s);
 ";
 
-/// Latest start (Unix s) and bytes of a profile.
-type Data = (u64, Vec<u8>);
+/// The tables before were never filled; courses lay in `kept`.
+pub(super) const TABLES: &str = "
+DROP TABLE execution_profiles;
+DROP TABLE executions;
+-- key: program, tags and class of input, or event and machine (demand/profile.rs). figures: JSON.
+CREATE TABLE programs (
+    key TEXT PRIMARY KEY,
+    last_s INTEGER NOT NULL,
+    figures TEXT NOT NULL,
+    courses BLOB NOT NULL
+);
+CREATE INDEX programs_by_age ON programs(last_s);
+INSERT INTO programs (key, last_s, figures, courses)
+    SELECT substr(name, 8), 0, '{}', value FROM kept WHERE substr(name, 1, 7) = 'course:';
+DELETE FROM kept WHERE substr(name, 1, 7) = 'course:';
+-- Running, and for as long as another may follow. instance: host's boot and libvirt's number of the machine's start. data: JSON.
+CREATE TABLE executions (
+    id INTEGER PRIMARY KEY,
+    vm TEXT NOT NULL,
+    instance TEXT NOT NULL,
+    started_ms INTEGER NOT NULL,
+    ended_ms INTEGER,
+    state TEXT NOT NULL CHECK (state IN ('running', 'ended', 'unseen')),
+    data TEXT NOT NULL
+);
+CREATE INDEX executions_by_state ON executions(state, ended_ms);
+ALTER TABLE decisions ADD COLUMN took_ms INTEGER;
+";
 
-fn tags_text(key: &Key) -> String {
-    key.tags.iter().map(|tag| format!("{}\n", tag.replace('\n', " "))).collect()
+/// What has become of an execution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExecutionState {
+    Running,
+    /// Its end was announced.
+    Ended,
+    /// It ended while nobody looked; nothing was learned from it.
+    Unseen,
 }
 
-fn class(key: &Key) -> i64 {
-    key.size_class.map_or(-1, i64::from)
+words!(ExecutionState { Running => "running", Ended => "ended", Unseen => "unseen" });
+
+/// An execution on record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecutionRow {
+    pub id: i64,
+    /// UUID.
+    pub vm: String,
+    /// The same as long as the machine was not started anew.
+    pub instance: String,
+    /// Unix ms.
+    pub started_ms: u64,
+    pub ended_ms: Option<u64>,
+    pub state: ExecutionState,
+    /// JSON: what was announced, and what its machine used before.
+    pub data: String,
 }
 
-fn key(row: &Row<'_>, column: usize) -> rusqlite::Result<Key> {
-    let tags: String = row.get(column + 1)?;
-    let class: i64 = row.get(column + 2)?;
-    Ok(Key {
-        program: row.get(column)?,
-        tags: tags.lines().map(str::to_owned).collect(),
-        size_class: u8::try_from(class).ok(),
-    })
+/// What is to be written down of a program or an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Learned {
+    Changed {
+        key: String,
+        /// Start of the latest execution, Unix s.
+        last_s: u64,
+        /// JSON.
+        figures: String,
+        /// `None`: as they were.
+        courses: Option<Vec<u8>>,
+    },
+    /// It made room for others.
+    Gone { key: String },
+}
+
+/// A profile as it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgramRow {
+    pub key: String,
+    pub last_s: u64,
+    pub figures: String,
+    pub courses: Vec<u8>,
+}
+
+fn write(connection: &Connection, learned: &[Learned]) -> rusqlite::Result<()> {
+    for each in learned {
+        match each {
+            Learned::Changed { key, last_s, figures, courses } => {
+                let sql = "INSERT INTO programs (key, last_s, figures, courses) VALUES (?1, ?2, ?3, ifnull(?4, x''))
+                    ON CONFLICT (key) DO UPDATE SET last_s = ?2, figures = ?3, courses = ifnull(?4, courses)";
+                connection.prepare_cached(sql)?.execute(params![key, int(*last_s), figures, courses])?;
+            }
+            Learned::Gone { key } => {
+                connection.prepare_cached("DELETE FROM programs WHERE key = ?")?.execute([key])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn size(learned: &[Learned]) -> u64 {
+    let of = |each: &Learned| match each {
+        Learned::Changed { figures, courses, .. } => figures.len() + courses.as_ref().map_or(0, Vec::len),
+        Learned::Gone { .. } => 0,
+    };
+    learned.iter().map(of).sum::<usize>() as u64
 }
 
 impl Store {
-    /// Adds an execution on a machine, and writes what it has changed in the catalogue, in one transaction. Beyond 100,000 executions
-    /// the oldest go.
-    pub fn add_execution(&self, vm: &str, execution: Execution, catalogue: &mut Catalogue) -> Pending {
-        let vm = vm.to_owned();
-        let changes: Vec<(Kept, Option<Data>)> = catalogue
-            .changes()
-            .into_iter()
-            .map(|change| match &change {
-                Kept::Changed(key) => {
-                    let data = catalogue.get(key).map(|profile| (profile.last_s, profile.to_bytes()));
-                    (change, data)
-                }
-                Kept::Gone(_) => (change, None),
-            })
-            .collect();
-        let size = changes.iter().filter_map(|(_, data)| data.as_ref()).map(|(_, data)| data.len() as u64).sum();
-        self.inner.writer.submit(size, false, move |connection| {
-            let Execution { key, started_s, duration_s, cpu_peak, cpu_mean, memory_peak, disk_peak, network_peak } = &execution;
-            let sql = "INSERT INTO executions (vm, program, tags, size_class, started_s, duration_s, cpu_peak, cpu_mean,
-                memory_peak, disk_peak, network_peak) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
-            connection.prepare_cached(sql)?.execute(params![
-                vm,
-                key.program,
-                tags_text(key),
-                class(key),
-                int(*started_s),
-                duration_s,
-                cpu_peak,
-                cpu_mean,
-                memory_peak,
-                disk_peak,
-                network_peak
-            ])?;
-            let newest = connection.last_insert_rowid();
-            connection
-                .prepare_cached("DELETE FROM executions WHERE id <= ?")?
-                .execute([newest.saturating_sub(int(EXECUTIONS_MAX))])?;
-            for (change, data) in &changes {
-                match (change, data) {
-                    (Kept::Changed(key), Some((last_s, data))) => {
-                        let sql = "REPLACE INTO execution_profiles (program, tags, size_class, last_s, data) VALUES (?, ?, ?, ?, ?)";
-                        let values = params![key.program, tags_text(key), class(key), int(*last_s), data];
-                        connection.prepare_cached(sql)?.execute(values)?;
-                    }
-                    (Kept::Changed(key) | Kept::Gone(key), _) => {
-                        let sql = "DELETE FROM execution_profiles WHERE program = ? AND tags = ? AND size_class = ?";
-                        connection.prepare_cached(sql)?.execute(params![key.program, tags_text(key), class(key)])?;
-                    }
-                }
+    /// Puts on record that an execution runs, and what its start teaches, in one transaction.
+    pub fn start_execution(&self, row: ExecutionRow, learned: Vec<Learned>) -> Pending {
+        self.inner.writer.submit(size(&learned), false, move |connection| {
+            let ExecutionRow { id, vm, instance, started_ms, state, data, .. } = &row;
+            let sql = "INSERT INTO executions (id, vm, instance, started_ms, state, data) VALUES (?, ?, ?, ?, ?, ?)
+                ON CONFLICT DO NOTHING";
+            let values = params![id, vm, instance, int(*started_ms), state, data];
+            if connection.prepare_cached(sql)?.execute(values)? == 0 {
+                return Err(StoreError::AlreadyExists { what: "execution", name: id.to_string() }.into());
             }
-            Ok(())
+            Ok(write(connection, &learned)?)
         })
     }
 
-    /// The catalogue as it was written, and how many profiles were damaged and are learned anew.
-    pub fn catalogue(&self) -> Result<(Catalogue, u64), StoreError> {
-        self.read("read execution profiles from", |connection| {
-            let mut damaged = 0;
-            let mut profiles = Vec::new();
-            let mut statement = connection.prepare("SELECT program, tags, size_class, data FROM execution_profiles")?;
-            let mut rows = statement.query([])?;
-            while let Some(row) = rows.next()? {
-                match Profile::from_bytes(row.get_ref(3)?.as_blob()?) {
-                    Some(profile) => profiles.push((key(row, 0)?, profile)),
-                    None => damaged += 1,
-                }
+    /// Puts on record that it runs no longer, and what it teaches, in one transaction. Errors: `NotFound` of one that does not run.
+    pub fn end_execution(&self, id: i64, ended_ms: u64, state: ExecutionState, learned: Vec<Learned>) -> Pending {
+        self.inner.writer.submit(size(&learned), false, move |connection| -> Result<(), WorkError> {
+            let sql = "UPDATE executions SET ended_ms = ?, state = ? WHERE id = ? AND state = 'running'";
+            if connection.prepare_cached(sql)?.execute(params![int(ended_ms), state, id])? == 0 {
+                return Err(StoreError::NotFound { what: "execution", name: id.to_string() }.into());
             }
-            Ok((Catalogue::new(profiles), damaged))
+            Ok(write(connection, &learned)?)
         })
     }
 
-    /// The latest executions of a program or on a machine, or of all; newest first, each with its machine.
-    pub fn executions(
-        &self,
-        program: Option<&str>,
-        vm: Option<&str>,
-        limit: u32,
-    ) -> Result<Vec<(String, Execution)>, StoreError> {
-        self.read("read executions from", |connection| {
-            let sql = "SELECT vm, program, tags, size_class, started_s, duration_s, cpu_peak, cpu_mean, memory_peak, disk_peak,
-                network_peak FROM executions WHERE (?1 IS NULL OR program = ?1) AND (?2 IS NULL OR vm = ?2)
-                ORDER BY started_s DESC, id DESC LIMIT ?3";
+    /// Writes down what was learned.
+    pub fn learn_programs(&self, learned: Vec<Learned>) -> Pending {
+        self.inner.writer.submit(size(&learned), false, move |connection| Ok(write(connection, &learned)?))
+    }
+
+    /// What is known of programs and events: the [`PROGRAMS_MAX`] that ran last, the oldest first.
+    pub fn programs(&self) -> Result<Vec<ProgramRow>, StoreError> {
+        self.read("read what is known of programs from", |connection| {
+            let sql = "SELECT key, last_s, figures, courses FROM
+                (SELECT * FROM programs ORDER BY last_s DESC, key LIMIT ?) ORDER BY last_s, key";
             let row = |row: &Row<'_>| {
-                let execution = Execution {
-                    key: key(row, 1)?,
-                    started_s: unsigned(row, 4)?,
-                    duration_s: row.get(5)?,
-                    cpu_peak: row.get(6)?,
-                    cpu_mean: row.get(7)?,
-                    memory_peak: row.get(8)?,
-                    disk_peak: row.get(9)?,
-                    network_peak: row.get(10)?,
-                };
-                Ok((row.get(0)?, execution))
+                let last_s = unsigned(row, 1)?;
+                Ok(ProgramRow { key: row.get(0)?, last_s, figures: row.get(2)?, courses: row.get(3)? })
             };
-            connection.prepare_cached(sql)?.query_map(params![program, vm, limit], row)?.collect()
+            connection.prepare_cached(sql)?.query_map([PROGRAMS_MAX], row)?.collect()
+        })
+    }
+
+    /// Executions that run, and those that ended since, in the order of their starts.
+    pub fn executions(&self, since_ms: u64) -> Result<Vec<ExecutionRow>, StoreError> {
+        self.read("read executions from", |connection| {
+            let sql = "SELECT id, vm, instance, started_ms, ended_ms, state, data FROM executions
+                WHERE state = 'running' OR ended_ms >= ? ORDER BY started_ms, id";
+            let row = |row: &Row<'_>| {
+                let ended_ms = row.get::<_, Option<i64>>(4)?.and_then(|at| u64::try_from(at).ok());
+                Ok(ExecutionRow {
+                    id: row.get(0)?,
+                    vm: row.get(1)?,
+                    instance: row.get(2)?,
+                    started_ms: unsigned(row, 3)?,
+                    ended_ms,
+                    state: row.get(5)?,
+                    data: row.get(6)?,
+                })
+            };
+            connection.prepare_cached(sql)?.query_map([int(since_ms)], row)?.collect()
+        })
+    }
+
+    /// Removes executions that ended before (Unix ms), and profiles beyond the latest [`PROGRAMS_MAX`].
+    pub fn retain_executions(&self, before_ms: u64) -> Pending {
+        self.inner.writer.submit(0, true, move |connection| {
+            connection.execute("DELETE FROM executions WHERE ended_ms < ?", [int(before_ms)])?;
+            let sql =
+                "DELETE FROM programs WHERE key NOT IN (SELECT key FROM programs ORDER BY last_s DESC, key LIMIT ?)";
+            connection.execute(sql, [PROGRAMS_MAX])?;
+            Ok(())
         })
     }
 }
@@ -165,41 +234,73 @@ impl Store {
 mod tests {
     use std::time::Duration;
 
+    use rusqlite::Connection;
+
     use super::*;
 
+    fn row(id: i64) -> ExecutionRow {
+        ExecutionRow {
+            id,
+            vm: "v".into(),
+            instance: "boot:1".into(),
+            started_ms: 1000 * id as u64,
+            ended_ms: None,
+            state: ExecutionState::Running,
+            data: "{}".into(),
+        }
+    }
+
+    fn changed(key: &str, last_s: u64, courses: Option<Vec<u8>>) -> Learned {
+        Learned::Changed { key: key.into(), last_s, figures: format!("{{\"at\":{last_s}}}"), courses }
+    }
+
     #[test]
-    fn profiles_and_executions_are_there_after_a_restart() {
+    fn an_execution_and_what_it_teaches_are_there_together_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("db");
         let store = Store::open(&path).unwrap();
-        let (mut catalogue, _) = store.catalogue().unwrap();
-        let execution = |n: u64| Execution {
-            key: Key::new("p", &["a".to_owned(), "b c".to_owned()], Some(n * 1000)),
-            started_s: n * 60,
-            duration_s: 5.5,
-            cpu_peak: 1.0,
-            cpu_mean: 0.5,
-            memory_peak: 1e9,
-            disk_peak: 2.0,
-            network_peak: 3.0,
-        };
-        for n in 0..5 {
-            catalogue.learn("vm", &execution(n));
-            store.add_execution("vm", execution(n), &mut catalogue).wait().unwrap();
-        }
+        store.start_execution(row(7), vec![changed("p", 7, None)]).wait().unwrap();
+        let again = store.start_execution(row(7), vec![changed("p", 8, None)]).wait();
+        assert!(matches!(again, Err(StoreError::AlreadyExists { .. })), "{again:?}");
+        store.start_execution(row(8), vec![]).wait().unwrap();
+        store.end_execution(7, 9000, ExecutionState::Ended, vec![changed("p", 7, Some(vec![1, 2]))]).wait().unwrap();
+        let twice = store.end_execution(7, 9500, ExecutionState::Unseen, vec![changed("q", 9, None)]).wait();
+        assert!(matches!(twice, Err(StoreError::NotFound { .. })), "{twice:?}");
+        store.learn_programs(vec![changed("p", 9, None), changed("old", 1, None)]).wait().unwrap();
         assert!(store.close(Duration::from_secs(60)));
+
         let store = Store::open(&path).unwrap();
-        let (back, damaged) = store.catalogue().unwrap();
-        assert_eq!((back.iter().count(), damaged), (catalogue.iter().count(), 0));
-        for ((key, profile), (key_back, profile_back)) in catalogue.iter().zip(back.iter()) {
-            assert_eq!((key, profile.count, profile.last_s), (key_back, profile_back.count, profile_back.last_s));
-        }
-        let latest = store.executions(Some("p"), None, 2).unwrap();
-        assert_eq!(latest, [("vm".to_owned(), execution(4)), ("vm".to_owned(), execution(3))]);
-        assert_eq!(store.executions(None, Some("other"), 10).unwrap(), []);
-        let raw = rusqlite::Connection::open(&path).unwrap();
-        raw.execute("UPDATE execution_profiles SET data = x'01' WHERE size_class = -1 AND program = 'p'", []).unwrap();
-        let (left, damaged) = store.catalogue().unwrap();
-        assert_eq!((left.iter().count(), damaged), (catalogue.iter().count() - 1, 1));
+        let programs = store.programs().unwrap();
+        let found: Vec<_> = programs.iter().map(|row| (row.key.as_str(), row.last_s, row.courses.as_slice())).collect();
+        assert_eq!(found, [("old", 1, [].as_slice()), ("p", 9, &[1, 2])], "courses stay where none are given");
+        assert_eq!(programs[1].figures, "{\"at\":9}");
+        let ended = ExecutionRow { ended_ms: Some(9000), state: ExecutionState::Ended, ..row(7) };
+        assert_eq!(store.executions(9000).unwrap(), [ended, row(8)]);
+        assert_eq!(store.executions(9001).unwrap(), [row(8)]);
+        store.learn_programs(vec![Learned::Gone { key: "p".into() }]).wait().unwrap();
+        store.retain_executions(9001).wait().unwrap();
+        assert_eq!((store.programs().unwrap().len(), store.executions(0).unwrap()), (1, vec![row(8)]));
+    }
+
+    #[test]
+    fn courses_of_before_are_taken_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db");
+        let store = Store::open(&path).unwrap();
+        assert!(store.close(Duration::from_secs(60)));
+        drop(store);
+        // Back to version 6, with a course as it was kept then.
+        let raw = Connection::open(&path).unwrap();
+        raw.execute_batch("DROP TABLE programs; DROP TABLE executions; ALTER TABLE decisions DROP COLUMN took_ms")
+            .unwrap();
+        raw.execute_batch(TABLES_6).unwrap();
+        raw.execute("INSERT INTO kept VALUES ('course:a' || char(30) || 'b', x'0001ff'), ('event:1', x'00')", [])
+            .unwrap();
+        raw.pragma_update(None, "user_version", 6).unwrap();
+        drop(raw);
+        let store = Store::open(&path).unwrap();
+        let wanted = ProgramRow { key: "a\u{1e}b".into(), last_s: 0, figures: "{}".into(), courses: vec![0, 1, 255] };
+        assert_eq!(store.programs().unwrap(), [wanted]);
+        assert_eq!((store.kept("course:").unwrap(), store.kept("").unwrap().len()), (vec![], 1));
     }
 }

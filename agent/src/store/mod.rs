@@ -7,7 +7,7 @@
 //! - `models.rs`: models, their audit, thresholds
 //! - `segment/`: accesses as compressed columns
 //! - `demand/`: decisions, policies, reservations, and the outbox of events
-//! - `executions.rs`: profiles of programs
+//! - `executions.rs`: programs that run, and what is known of them
 //! - `series/`: what machines used, with roll-ups
 //! - `rescue.rs`: what is done with a database that cannot be used; `carry.rs`: what is carried over from it
 //!
@@ -19,7 +19,7 @@
 
 mod carry;
 pub mod demand;
-mod executions;
+pub mod executions;
 mod history;
 pub mod models;
 #[cfg(test)]

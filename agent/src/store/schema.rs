@@ -12,8 +12,15 @@ use super::{StoreError, refused};
 /// "PRST", so that another program's database is not taken for ours.
 pub(super) const APPLICATION_ID: i64 = 0x5052_5354;
 
-const MIGRATIONS: &[&str] =
-    &[V1, V2, super::models::TABLES, super::series::TABLES, super::demand::TABLES, super::executions::TABLES];
+const MIGRATIONS: &[&str] = &[
+    V1,
+    V2,
+    super::models::TABLES,
+    super::series::TABLES,
+    super::demand::TABLES,
+    super::executions::TABLES_6,
+    super::executions::TABLES,
+];
 
 /// Version this program writes.
 pub(super) const VERSION: i64 = MIGRATIONS.len() as i64;

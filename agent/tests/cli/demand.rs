@@ -132,6 +132,54 @@ fn reservations_executions_and_events_are_one_command_each() {
 }
 
 #[test]
+fn what_is_known_of_programs_is_listed_and_told_in_full() {
+    let daemon = Daemon::start();
+    prints(
+        &daemon,
+        &["execution", "profiles"],
+        "\
+PROGRAM OR EVENT                                          STARTS  LAST      OFTEN       TAKES  MEASURED
+report [nightly], input from 1.0 GiB on                        4  -     1.0 a day  1 min 30 s         3
+month end, event of 11111111-2222-3333-4444-555555555555       2  -             -           -         0
+",
+    );
+    let shown = run(&daemon.socket, &["execution", "show", "report"]).out;
+    for line in [
+        "program:      report [nightly], input from 1.0 GiB on\n",
+        "runs:         4 starts, 1.0 a day\n",
+        "hours (UTC):  03h 75 %, 15h 25 %\n",
+        "takes:        1 min 30 s half of the time, up to 2 min 30 s in 95 %\n",
+        "memory:       1.5 GiB half of the time, up to 2.5 GiB in 95 % more\n",
+        "followed by:  load: 3 of 4, probability 0.70, 30 s (at most 1 min 30 s) after its end\n",
+    ] {
+        assert!(shown.contains(line), "{line}{shown}");
+    }
+    fails(&daemon.socket, &["execution", "show", "none"], 1, "nothing is known of `none`");
+    let asked = daemon.control.asked.lock().clone();
+    let cursor = "\"report\\u{1e}nightly\"";
+    assert_eq!(
+        asked[..2],
+        ["profiles None None Some(50)".to_owned(), format!("profiles None Some({cursor}) Some(49)"),]
+    );
+    let list = run(&daemon.socket, &["execution", "list", "--limit", "1"]).out;
+    assert!(list.contains("web1     report") && list.ends_with("more: --after 5\n"), "{list}");
+    prints(&daemon, &["execution", "list", "--after", "5", "--vm", "web1"], "no executions\n");
+}
+
+#[test]
+fn activity_is_told_announced_and_shown() {
+    let daemon = Daemon::start();
+    prints(&daemon, &["vm", "activity", "web1"], "machine:   web1 (uuid)\nactivity:  0 now, 100 at most\n");
+    let announced = "machine:    web1 (uuid)\nactivity:   0 now, 100 at most\n\
+                     announced:  40 from 2026-11-23 03:00 to 2026-11-23 05:00 UTC\n";
+    prints(&daemon, &["vm", "activity", "web1", "40", "--at", "2026-11-23T03:00Z", "--for", "2h"], announced);
+    fails(&daemon.socket, &["vm", "activity", "web1", "nan"], 2, "`activity` is 0 to");
+    fails(&daemon.socket, &["vm", "activity", "web1", "--at", "now"], 2, "<ACTIVITY>");
+    fails(&daemon.socket, &["vm", "activity", "web1", "1", "--for", "8d"], 2, "`duration_s`");
+    assert_eq!(daemon.control.asked.lock().len(), 1);
+}
+
+#[test]
 fn the_state_of_demand_names_what_is_unusual() {
     let daemon = Daemon::start();
     prints(

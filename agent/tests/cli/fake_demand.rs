@@ -39,7 +39,7 @@ fn decision(id: i64, outcome: &str) -> Decision {
         asked: 2.0 * GIB,
         got: (outcome != "not_acted").then_some(1.5 * GIB),
         outcome: outcome.into(),
-        took_ms: 1200,
+        took_ms: (outcome != "not_acted").then_some(1200),
         why: "2.0 GiB foreseen, 900 MiB in use".into(),
     }
 }
@@ -147,8 +147,56 @@ impl DemandControl for Fake {
         done(if id == 3 { Ok(()) } else { Err(ApiError::not_found(format!("there is no reservation {id}"))) })
     }
 
-    fn executions(&self) -> Reply<'_, ExecutionList> {
-        done(Ok(ExecutionList::default()))
+    fn executions(&self, query: ExecutionsQuery) -> Reply<'_, ExecutionList> {
+        let start = ExecutionStart { vm: "web1".into(), program: "report".into(), ..ExecutionStart::default() };
+        let execution = Execution { id: 5, start, started_unix_ms: AT, known_runs: 3, ..Execution::default() };
+        let next = (query.limit == Some(1)).then_some(5);
+        let executions = if query.after == Some(5) { vec![] } else { vec![execution] };
+        done(Ok(ExecutionList { executions, next }))
+    }
+
+    fn execution_profiles(&self, query: ProfilesQuery) -> Reply<'_, ProfileList> {
+        self.note(format!("profiles {:?} {:?} {:?}", query.program, query.after, query.limit));
+        if query.program.as_deref() == Some("none") {
+            return done(Ok(ProfileList::default()));
+        }
+        // Two pages, whatever is asked for; the cursor is as odd as they are.
+        if query.after.is_some() {
+            let vm = "11111111-2222-3333-4444-555555555555".to_owned();
+            let event =
+                ExecutionProfile { program: "month end".into(), event_of: Some(vm), starts: 2, ..Default::default() };
+            return done(Ok(ProfileList { profiles: vec![event], next: None }));
+        }
+        let after_s = Quantiles { p05: 20.0, p50: 30.0, p90: 60.0, p95: 90.0 };
+        let load = Follower { program: "load".into(), seen: 3, of: 4, probability: 0.7, after_s, beside: false };
+        let mut by_hour = vec![0; 24];
+        (by_hour[3], by_hour[15]) = (3, 1);
+        let report = ExecutionProfile {
+            program: "report".into(),
+            tags: vec!["nightly".into()],
+            input: Some((1u64 << 30).to_string()),
+            starts: 4,
+            runs_a_day: Some(1.0),
+            by_hour,
+            duration_s: Some(quantiles(60.0)),
+            known_runs: 3,
+            rise: [(Resource::Memory, quantiles(GIB))].into(),
+            followers: vec![load],
+            ..Default::default()
+        };
+        done(Ok(ProfileList { profiles: vec![report], next: Some("report\u{1e}nightly".into()) }))
+    }
+
+    fn activity(&self, vm: String) -> Reply<'_, VmActivity> {
+        done(Ok(VmActivity { name: vm, uuid: "uuid".into(), most: 100.0, ..VmActivity::default() }))
+    }
+
+    fn activity_set(&self, vm: String, request: ActivityRequest) -> Reply<'_, VmActivity> {
+        self.note(format!("{vm} {request:?}"));
+        let at_unix_ms = request.at_unix_ms.unwrap_or(AT);
+        let until_unix_ms = at_unix_ms + 1000 * u64::from(request.duration_s.unwrap_or(0));
+        let step = ActivityStep { at_unix_ms, until_unix_ms, activity: request.activity };
+        done(Ok(VmActivity { name: vm, uuid: "uuid".into(), activity: 0.0, most: 100.0, announced: vec![step] }))
     }
 
     fn execution_start(&self, start: ExecutionStart) -> Reply<'_, Execution> {

@@ -4,7 +4,7 @@
 //! - forecasts: [`Forecast`], [`ForecastQuery`]
 //! - what the planner says: [`Advice`], [`Decision`]
 //! - promises: [`Reservation`], [`ReservationRequest`]
-//! - what is known of the future and the present: [`Event`], [`Execution`]
+//! - what is known of the future and the present, in `demand/programs.rs`: [`Event`], [`Execution`], [`ExecutionProfile`], [`VmActivity`]
 //! - health: [`DemandStatus`], [`WebhookStatus`]
 //!
 //! Units: CPU in vCPUs (cores), memory in bytes, disk and network in bytes a second.
@@ -16,10 +16,15 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::Reply;
 
+mod programs;
+
+pub use programs::{
+    ActivityRequest, ActivityStep, Event, EventList, EventRequest, Execution, ExecutionList, ExecutionProfile,
+    ExecutionStart, ExecutionsQuery, Follower, ProfileList, ProfilesQuery, VmActivity,
+};
+
 /// Longest name, note or tag.
 const TEXT_MAX: usize = 200;
-/// Most tags of an execution.
-const TAGS_MAX: usize = 16;
 /// Longest horizon of a forecast: a day.
 const HORIZON_MAX_S: u32 = 86_400;
 
@@ -328,7 +333,9 @@ pub struct Decision {
     pub got: Option<f64>,
     /// `not_acted`, `done`, `partial`, `failed` or `impossible`.
     pub outcome: String,
-    pub took_ms: u64,
+    /// From the decision to what was read back; absent where nothing was done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub took_ms: Option<u64>,
     pub why: String,
 }
 
@@ -402,109 +409,6 @@ pub struct Reservation {
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct ReservationList {
     pub reservations: Vec<Reservation>,
-}
-
-/// A program begins in a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ExecutionStart {
-    /// Name or UUID of a running machine.
-    pub vm: String,
-    /// What tells the program from others: its name, or better the hash of its binary.
-    pub program: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub tags: Vec<String>,
-    /// Size of its input: executions are compared with those of inputs of like size.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub input_bytes: Option<u64>,
-}
-
-impl ExecutionStart {
-    /// # Errors
-    /// Which text is missing or too long.
-    pub fn validate(&self) -> Result<(), String> {
-        if self.program.is_empty() {
-            return Err("`program` is empty".to_owned());
-        }
-        text("program", &self.program)?;
-        if self.tags.len() > TAGS_MAX {
-            return Err(format!("at most {TAGS_MAX} tags, not {}", self.tags.len()));
-        }
-        self.tags.iter().try_for_each(|tag| text("tags", tag))
-    }
-}
-
-/// A program that runs in a machine, or ran.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-pub struct Execution {
-    pub id: i64,
-    #[serde(flatten)]
-    pub start: ExecutionStart,
-    pub started_unix_ms: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ended_unix_ms: Option<u64>,
-    /// Earlier executions that it is compared with.
-    pub known_runs: u32,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-pub struct ExecutionList {
-    pub executions: Vec<Execution>,
-}
-
-/// Something that is going to happen, or happens again and again, and that demand may follow.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct EventRequest {
-    /// What it is, such as `month end`.
-    pub name: String,
-    /// Name or UUID of a machine; absent: all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub vm: Option<String>,
-    /// Five fields of cron (minute, hour, day of month, month, day of week) in UTC.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cron: Option<String>,
-    /// Once, at this time.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub at_unix_ms: Option<u64>,
-    /// How long it lasts, 1 to 604,800. Default 3600.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub duration_s: Option<u32>,
-}
-
-impl EventRequest {
-    /// # Errors
-    /// What is missing or too much. Whether `cron` can be read is the daemon's to say.
-    pub fn validate(&self) -> Result<(), String> {
-        if self.name.is_empty() {
-            return Err("`name` is empty".to_owned());
-        }
-        text("name", &self.name)?;
-        if self.cron.is_some() == self.at_unix_ms.is_some() {
-            return Err("give either `cron` or `at_unix_ms`".to_owned());
-        }
-        match self.duration_s {
-            Some(duration) if !(1..=604_800).contains(&duration) => {
-                Err(format!("`duration_s` is 1 to 604800, not {duration}"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-pub struct Event {
-    pub id: i64,
-    #[serde(flatten)]
-    pub request: EventRequest,
-    /// Absent: never again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub next_unix_ms: Option<u64>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-pub struct EventList {
-    pub events: Vec<Event>,
 }
 
 /// Whether demand is measured, and what that costs.
@@ -596,7 +500,9 @@ pub trait DemandControl {
     /// Errors: `NotPossible` (it does not fit, with what is missing), `InvalidRequest` (in the past).
     fn reservation_add(&self, request: ReservationRequest) -> Reply<'_, Reservation>;
     fn reservation_cancel(&self, id: i64) -> Reply<'_, ()>;
-    fn executions(&self) -> Reply<'_, ExecutionList>;
+    fn executions(&self, query: ExecutionsQuery) -> Reply<'_, ExecutionList>;
+    /// What is known of programs and events.
+    fn execution_profiles(&self, query: ProfilesQuery) -> Reply<'_, ProfileList>;
     /// Errors: `NotPossible` (the machine does not run).
     fn execution_start(&self, request: ExecutionStart) -> Reply<'_, Execution>;
     fn execution_end(&self, id: i64) -> Reply<'_, Execution>;
@@ -604,6 +510,9 @@ pub trait DemandControl {
     /// Errors: `InvalidRequest` (the schedule cannot be read, or never comes).
     fn event_add(&self, request: EventRequest) -> Reply<'_, Event>;
     fn event_remove(&self, id: i64) -> Reply<'_, ()>;
+    fn activity(&self, vm: String) -> Reply<'_, VmActivity>;
+    /// Errors: `InvalidRequest` (over already, or too far ahead), `NoSpace` (too much is announced).
+    fn activity_set(&self, vm: String, request: ActivityRequest) -> Reply<'_, VmActivity>;
     fn webhooks(&self) -> Reply<'_, WebhookList>;
 }
 

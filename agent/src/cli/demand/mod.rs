@@ -1,9 +1,11 @@
 //! Demand from the command line.
 //!
 //! - `vm policy`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`: here, their text in `text.rs`
+//! - `vm activity`, what is known of programs: here, their text in `programs.rs`
 //! - `forecast show`: here, its chart in `chart.rs`
 
 mod chart;
+mod programs;
 mod text;
 
 use std::io::Write;
@@ -12,9 +14,9 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use prestage_integration::api::demand::{
-    AdviceList, DecisionList, DemandStatus, Event, EventList, EventRequest, Execution, ExecutionList, ExecutionStart,
-    Forecast, Mode, Reservation, ReservationList, ReservationRequest, Resource, ResourcePolicy, VmPolicy,
-    VmPolicyShown, WebhookList,
+    ActivityRequest, AdviceList, DecisionList, DemandStatus, Event, EventList, EventRequest, Execution, ExecutionList,
+    ExecutionStart, Forecast, Mode, ProfileList, Reservation, ReservationList, ReservationRequest, Resource,
+    ResourcePolicy, VmActivity, VmPolicy, VmPolicyShown, WebhookList,
 };
 use serde_json::json;
 
@@ -22,6 +24,9 @@ use super::render::now_unix_ms;
 use super::{Failure, answer, when};
 use crate::client::{Client, encode};
 use crate::config::units::{parse_bytes, parse_duration};
+
+/// Profiles of one program that are shown at most.
+const PROFILES: usize = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
@@ -401,7 +406,49 @@ pub enum ExecutionCommand {
         id: i64,
     },
     /// Programs that run, as far as they were announced
-    List,
+    List(ExecutionsArgs),
+    /// What is known of programs and events: how often they run, how long they take, what they use
+    Profiles {
+        /// At most so many
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=4096))]
+        limit: u32,
+    },
+    /// All that is known of a program or event: also at what hours it runs, and what follows it
+    Show {
+        /// As it was announced
+        program: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct ExecutionsArgs {
+    /// Name or UUID of a machine [default: all]
+    #[arg(long)]
+    vm: Option<String>,
+    /// How many
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    limit: u32,
+    /// Only those after this one
+    #[arg(long, value_name = "ID")]
+    after: Option<i64>,
+}
+
+/// Profiles, page by page; at most so many.
+async fn profiles(client: &Client, program: Option<&str>, limit: usize) -> Result<ProfileList, Failure> {
+    let program = program.map_or_else(String::new, |program| format!("&program={}", encode(program)));
+    let mut list = ProfileList::default();
+    loop {
+        let wanted = (limit - list.profiles.len()).clamp(1, 1000);
+        let after = list.next.as_ref().map_or_else(String::new, |after| format!("&after={}", encode(after)));
+        let path = format!("/v1/executions/profiles?limit={wanted}{program}{after}");
+        let page = client.get::<ProfileList>(&path).await?;
+        let empty = page.profiles.is_empty();
+        list.profiles.extend(page.profiles);
+        list.next = page.next;
+        if list.next.is_none() || empty || list.profiles.len() >= limit {
+            return Ok(list);
+        }
+    }
 }
 
 pub(super) async fn execution(
@@ -421,12 +468,63 @@ pub(super) async fn execution(
             let ended: Execution = client.post(&format!("/v1/executions/{id}/end"), &json!({})).await?;
             answer(out, json, &ended, text::execution_ended)
         }
-        ExecutionCommand::List => {
+        ExecutionCommand::List(args) => {
             let now = now_unix_ms();
-            let list = client.get::<ExecutionList>("/v1/executions").await?;
+            let vm = args.vm.map_or_else(String::new, |vm| format!("&vm={}", encode(&vm)));
+            let after = args.after.map_or_else(String::new, |id| format!("&after={id}"));
+            let path = format!("/v1/executions?limit={}{vm}{after}", args.limit);
+            let list = client.get::<ExecutionList>(&path).await?;
             answer(out, json, &list, |list| text::executions(list, now))
         }
+        ExecutionCommand::Profiles { limit } => {
+            let now = now_unix_ms();
+            let list = profiles(client, None, limit as usize).await?;
+            answer(out, json, &list, |list| programs::profiles(list, now))
+        }
+        ExecutionCommand::Show { program } => {
+            let now = now_unix_ms();
+            let list = profiles(client, Some(&program), PROFILES).await?;
+            if list.profiles.is_empty() {
+                let detail = format!("nothing is known of `{program}`; see `prestagectl execution profiles`");
+                return Err(Failure::Failed(detail));
+            }
+            answer(out, json, &list, |list| programs::detailed(list, now))
+        }
     }
+}
+
+#[derive(Debug, Args)]
+pub struct ActivityArgs {
+    /// Name or UUID
+    vm: String,
+    /// Sessions, requests a second, or whatever there is to count [default: show what was told]
+    activity: Option<f64>,
+    /// From when on: now, +2h, or in UTC 2026-11-22T03:00Z
+    #[arg(long, value_name = "TIME", requires = "activity")]
+    at: Option<String>,
+    /// How long it holds unless another follows
+    #[arg(long = "for", value_name = "DURATION", value_parser = parse_duration, default_value = "1h")]
+    lasts: Duration,
+}
+
+pub(super) async fn activity(
+    args: ActivityArgs,
+    client: &Client,
+    json: bool,
+    out: &mut impl Write,
+) -> Result<(), Failure> {
+    let path = format!("/v1/vms/{}/activity", encode(&args.vm));
+    let shown: VmActivity = match args.activity {
+        None => client.get(&path).await?,
+        Some(activity) => {
+            let at = args.at.map(|at| when::parse(&at, now_unix_ms())).transpose().map_err(Failure::Usage)?;
+            let lasts = u32::try_from(args.lasts.as_secs()).unwrap_or(u32::MAX);
+            let request = ActivityRequest { activity, at_unix_ms: at, duration_s: Some(lasts) };
+            request.validate().map_err(Failure::Usage)?;
+            client.post(&path, &request).await?
+        }
+    };
+    answer(out, json, &shown, programs::activity)
 }
 
 #[derive(Debug, Subcommand)]

@@ -120,7 +120,7 @@ pub(super) fn decisions(list: &DecisionList) -> String {
                 "not_acted" => format!("not acted ({})", decision.mode.name()),
                 outcome => outcome.to_owned(),
             },
-            decision.took_ms.to_string(),
+            dash(decision.took_ms.map(|took_ms| took_ms.to_string()).as_deref()),
             decision.why.clone(),
         ]);
     }
@@ -222,7 +222,11 @@ pub(super) fn executions(list: &ExecutionList, now_unix_ms: u64) -> String {
             execution.known_runs.to_string(),
         ]);
     }
-    table.render()
+    let mut text = table.render();
+    if let Some(next) = list.next {
+        text.push_str(&format!("more: --after {next}\n"));
+    }
+    text
 }
 
 pub(super) fn event_added(event: &Event) -> String {
@@ -341,7 +345,7 @@ mod tests {
             asked: 2.0,
             got: None,
             outcome: "not_acted".into(),
-            took_ms: 0,
+            took_ms: None,
             why: "busy".into(),
         };
         let text = decisions(&DecisionList { decisions: vec![decision], next: Some(9) });

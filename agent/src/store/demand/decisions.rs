@@ -107,6 +107,8 @@ pub struct Completion {
     pub got: Option<f64>,
     /// `got` was read back from the machine.
     pub verified: bool,
+    /// From the order to what was read back last; `None`: nobody knows.
+    pub took_ms: Option<u64>,
     /// Added to the decision's reasons; may be empty.
     pub why: String,
 }
@@ -120,6 +122,8 @@ pub struct DecisionRow {
     pub outcome: Outcome,
     pub got: Option<f64>,
     pub verified: Option<bool>,
+    /// `None`: not carried out, or not timed.
+    pub took_ms: Option<u64>,
 }
 
 /// Which decisions are asked for; the newest come first.
@@ -192,11 +196,13 @@ impl Store {
                     return Err(StoreError::WrongState(format!("decision {name} is {} already", other.name())).into());
                 }
             }
-            let Completion { outcome, got, verified, why } = &result;
+            let Completion { outcome, got, verified, took_ms, why } = &result;
             let sql = "UPDATE decisions SET outcome = ?, got = ?, verified = ?,
-                    why = CASE ?4 WHEN '' THEN why ELSE why || '; ' || ?4 END
+                    why = CASE ?4 WHEN '' THEN why ELSE why || '; ' || ?4 END, took_ms = ?
                 WHERE vm = ? AND at_us = ? AND resource = ?";
-            connection.prepare_cached(sql)?.execute(params![outcome, got, verified, why, vm, int(at_us), resource])?;
+            let took_ms = took_ms.map(int);
+            let values = params![outcome, got, verified, why, took_ms, vm, int(at_us), resource];
+            connection.prepare_cached(sql)?.execute(values)?;
             Ok(event.iter().try_for_each(|event| outbox::add(connection, event))?)
         })
     }
@@ -249,8 +255,7 @@ impl Store {
     }
 }
 
-const SELECT: &str =
-    "SELECT id, at_us, vm, resource, mode, kind, before, asked, why, forecast, outcome, got, verified FROM decisions";
+const SELECT: &str = "SELECT id, at_us, vm, resource, mode, kind, before, asked, why, forecast, outcome, got, verified, took_ms FROM decisions";
 
 fn decision_row(row: &Row<'_>) -> rusqlite::Result<DecisionRow> {
     let outcome: Outcome = row.get(10)?;
@@ -266,5 +271,6 @@ fn decision_row(row: &Row<'_>) -> rusqlite::Result<DecisionRow> {
         why: row.get(8)?,
         forecast: row.get(9)?,
     };
-    Ok(DecisionRow { id: row.get(0)?, decision, outcome, got: row.get(11)?, verified: row.get(12)? })
+    let took_ms = row.get::<_, Option<i64>>(13)?.and_then(|took_ms| u64::try_from(took_ms).ok());
+    Ok(DecisionRow { id: row.get(0)?, decision, outcome, got: row.get(11)?, verified: row.get(12)?, took_ms })
 }

@@ -1,4 +1,4 @@
-//! Small things that are kept under a name: what is known of programs, events that are to come.
+//! Small things that are kept under a name: events that are to come, announced activity.
 
 use rusqlite::params;
 

@@ -142,4 +142,4 @@ macro_rules! words {
         }
     };
 }
-use words;
+pub(super) use words;

@@ -64,6 +64,7 @@ fn a_decision_and_its_event_are_there_together_or_not_at_all() {
         outcome: Outcome::Partial,
         got: Some(1.5e9),
         verified: true,
+        took_ms: Some(1200),
         why: "the balloon gave no more".into(),
     };
     let finish = |at_us, done: Completion| {
@@ -83,7 +84,10 @@ fn a_decision_and_its_event_are_there_together_or_not_at_all() {
     assert_eq!(heads(&store, "m"), [("a".to_owned(), 1)]);
     let rows = store.decisions(&Decisions { limit: 10, ..Decisions::default() }).unwrap();
     let [row] = rows.as_slice() else { panic!("{rows:?}") };
-    assert_eq!((row.outcome, row.got, row.verified), (Outcome::Partial, Some(1.5e9), Some(true)));
+    assert_eq!(
+        (row.outcome, row.got, row.verified, row.took_ms),
+        (Outcome::Partial, Some(1.5e9), Some(true), Some(1200))
+    );
     assert_eq!(row.decision.why, "p95 of the next 10 min is 1.9 GB; the balloon gave no more");
     assert_eq!(Decision { why: decision("a", US, false).why, ..row.decision.clone() }, decision("a", US, false));
     let told = store.event(1).unwrap().unwrap();

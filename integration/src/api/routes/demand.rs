@@ -1,13 +1,13 @@
-//! Routes of demand: policies, forecasts, decisions, reservations, executions, events, webhooks.
+//! Routes of demand: policies, forecasts, decisions, reservations, executions, events, activity, webhooks.
 
 use super::{
     Answer, ApiError, Asked, At, Body, Json, OpenApiRouter, Problem, Response, Shared, State, StatusCode, change,
     header, routes,
 };
 use crate::api::demand::{
-    AdviceList, DecisionList, DecisionsQuery, DemandStatus, Event, EventList, EventRequest, Execution, ExecutionList,
-    ExecutionStart, Forecast, ForecastQuery, Reservation, ReservationList, ReservationRequest, VmPolicy, VmPolicyShown,
-    WebhookList,
+    ActivityRequest, AdviceList, DecisionList, DecisionsQuery, DemandStatus, Event, EventList, EventRequest, Execution,
+    ExecutionList, ExecutionStart, ExecutionsQuery, Forecast, ForecastQuery, ProfileList, ProfilesQuery, Reservation,
+    ReservationList, ReservationRequest, VmActivity, VmPolicy, VmPolicyShown, WebhookList,
 };
 use axum::response::IntoResponse;
 use serde::Deserialize;
@@ -23,8 +23,10 @@ pub(super) fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(reservation_cancel))
         .routes(routes!(executions, execution_start))
         .routes(routes!(execution_end))
+        .routes(routes!(execution_profiles))
         .routes(routes!(events, event_add))
         .routes(routes!(event_remove))
+        .routes(routes!(activity, activity_set))
         .routes(routes!(webhooks))
 }
 
@@ -129,10 +131,19 @@ async fn reservation_cancel(State(control): State<Shared>, At(id): At<i64>) -> R
 }
 
 /// Programs that run in machines, as far as they were announced.
-#[utoipa::path(get, path = "/v1/executions", tag = "demand",
+#[utoipa::path(get, path = "/v1/executions", tag = "demand", params(ExecutionsQuery),
     responses((status = 200, body = ExecutionList), (status = "default", body = Problem, content_type = "application/problem+json")))]
-async fn executions(State(control): State<Shared>) -> Answer<ExecutionList> {
-    control.executions().await.map(Json)
+async fn executions(State(control): State<Shared>, Asked(query): Asked<ExecutionsQuery>) -> Answer<ExecutionList> {
+    query.validate().map_err(ApiError::invalid)?;
+    control.executions(query).await.map(Json)
+}
+
+/// What is known of programs and events: how often and when they run, how long they take, what they use, what follows them.
+#[utoipa::path(get, path = "/v1/executions/profiles", tag = "demand", params(ProfilesQuery),
+    responses((status = 200, body = ProfileList), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn execution_profiles(State(control): State<Shared>, Asked(query): Asked<ProfilesQuery>) -> Answer<ProfileList> {
+    query.validate().map_err(ApiError::invalid)?;
+    control.execution_profiles(query).await.map(Json)
 }
 
 /// Announces that a program begins in a machine: what it needed before is made ready.
@@ -176,6 +187,26 @@ async fn event_add(State(control): State<Shared>, Body(request): Body<EventReque
 async fn event_remove(State(control): State<Shared>, At(id): At<i64>) -> Result<StatusCode, ApiError> {
     change(async move { control.event_remove(id).await }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// What was told of users' activity in a machine.
+#[utoipa::path(get, path = "/v1/vms/{vm}/activity", tag = "demand", params(("vm" = String, Path, description = "Name or UUID")),
+    responses((status = 200, body = VmActivity), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn activity(State(control): State<Shared>, At(vm): At<String>) -> Answer<VmActivity> {
+    control.activity(vm).await.map(Json)
+}
+
+/// Tells how much users do in a machine, now or from a time on: forecasts follow it as far as demand did before.
+#[utoipa::path(post, path = "/v1/vms/{vm}/activity", tag = "demand", request_body = ActivityRequest,
+    params(("vm" = String, Path, description = "Name or UUID")),
+    responses((status = 200, body = VmActivity), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn activity_set(
+    State(control): State<Shared>,
+    At(vm): At<String>,
+    Body(request): Body<ActivityRequest>,
+) -> Answer<VmActivity> {
+    request.validate().map_err(ApiError::invalid)?;
+    change(async move { control.activity_set(vm, request).await }).await.map(Json)
 }
 
 /// Where VM managers are told, and how that goes.

@@ -35,8 +35,11 @@ impl demand::DemandControl for Fake {
     fn reservation_cancel(&self, _: i64) -> Reply<'_, ()> {
         no()
     }
-    fn executions(&self) -> Reply<'_, demand::ExecutionList> {
-        no()
+    fn executions(&self, query: demand::ExecutionsQuery) -> Reply<'_, demand::ExecutionList> {
+        Box::pin(async move { Ok(demand::ExecutionList { next: query.after, ..Default::default() }) })
+    }
+    fn execution_profiles(&self, query: demand::ProfilesQuery) -> Reply<'_, demand::ProfileList> {
+        Box::pin(async move { Ok(demand::ProfileList { next: query.after, ..Default::default() }) })
     }
     fn execution_start(&self, start: demand::ExecutionStart) -> Reply<'_, demand::Execution> {
         Box::pin(async { Ok(demand::Execution { start, ..Default::default() }) })
@@ -52,6 +55,12 @@ impl demand::DemandControl for Fake {
     }
     fn event_remove(&self, _: i64) -> Reply<'_, ()> {
         no()
+    }
+    fn activity(&self, _: String) -> Reply<'_, demand::VmActivity> {
+        no()
+    }
+    fn activity_set(&self, name: String, request: demand::ActivityRequest) -> Reply<'_, demand::VmActivity> {
+        Box::pin(async move { Ok(demand::VmActivity { name, activity: request.activity, ..Default::default() }) })
     }
     fn webhooks(&self) -> Reply<'_, demand::WebhookList> {
         no()
@@ -97,4 +106,24 @@ fn horizons_pages_and_events_have_bounds() {
     assert_eq!(status, 201);
     assert_eq!(server.request("POST", "/v1/events", r#"{"name":"backup"}"#).0, 400);
     assert_eq!(server.request("POST", "/v1/executions", r#"{"vm":"web","program":""}"#).0, 400);
+}
+
+#[test]
+fn activity_is_a_number_of_at_least_nothing() {
+    let server = Server::start(Limits::default());
+    let (status, _, reply) = server.request("POST", "/v1/vms/web/activity", r#"{"activity":12.5}"#);
+    assert_eq!((status, &reply["activity"]), (200, &json!(12.5)));
+    for bad in [r#"{"activity":-1}"#, r#"{"activity":1e300}"#, r#"{}"#, r#"{"activity":1,"duration_s":0}"#] {
+        assert_eq!(server.request("POST", "/v1/vms/web/activity", bad).0, 400, "{bad}");
+    }
+}
+
+#[test]
+fn executions_and_profiles_come_in_pages() {
+    let server = Server::start(Limits::default());
+    assert_eq!(server.request("GET", "/v1/executions?after=12", "").2["next"], json!(12));
+    assert_eq!(server.request("GET", "/v1/executions/profiles?after=p%1Eq", "").2["next"], json!("p\u{1e}q"));
+    for bad in ["/v1/executions?limit=0", "/v1/executions/profiles?limit=1001"] {
+        assert_eq!(server.request("GET", bad, "").0, 400, "{bad}");
+    }
 }
