@@ -107,16 +107,30 @@ impl Fields {
 
 /// Control characters escaped.
 pub(super) fn printable(text: &str) -> String {
-    if text.chars().any(char::is_control) {
-        text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    let unsafe_to_print = |c: char| c.is_control() || changes_direction(c);
+    if text.chars().any(unsafe_to_print) {
+        text.chars().flat_map(|c| if unsafe_to_print(c) { c.escape_default().collect() } else { vec![c] }).collect()
     } else {
         text.to_owned()
     }
 }
 
+/// Characters that are not seen and put others elsewhere: a name could show as another (UAX 9, UTR 36), or break a line.
+fn changes_direction(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_stranger_named_does_nothing_to_the_terminal() {
+        let evil = "a\u{1b}[31m\u{202e}gnp\u{2066}\u{9b}\u{feff}\u{2028}";
+        let shown = printable(evil);
+        assert!(shown.is_ascii() && !shown.contains('\u{1b}') && shown.contains("\\u{202e}gnp"), "{shown}");
+        assert_eq!(printable("Müller 日本 עברית"), "Müller 日本 עברית");
+    }
 
     #[test]
     fn text_that_does_not_fit_follows_below_its_row_and_nothing_is_lost() {

@@ -70,7 +70,7 @@ impl Entry {
     }
 
     /// When it begins next, or began if it is not over.
-    fn next(&self, now_s: u64) -> Option<u64> {
+    pub(crate) fn next(&self, now_s: u64) -> Option<u64> {
         let earliest = now_s.saturating_sub(self.lasts_s());
         match (&self.schedule, self.request.at_unix_ms) {
             (Some(schedule), _) => schedule.next(earliest),
@@ -88,14 +88,29 @@ impl Entry {
         first.unwrap_or(u64::MAX)
     }
 
-    /// Its beginnings within a time, Unix s.
-    fn beginnings(&self, from_s: u64, to_s: u64) -> Vec<u64> {
-        match (&self.schedule, self.request.at_unix_ms) {
-            (Some(schedule), _) => schedule.within(from_s, to_s, BEGINNINGS).collect(),
-            (None, Some(at_ms)) => {
-                Some(at_ms / 1000).filter(|at_s| (from_s..to_s).contains(at_s)).into_iter().collect()
+    /// Adds how much of each step it fills, up to 1. Beginnings that overlap fill a step once, and no more are looked at than matter.
+    fn fill(&self, shares: &mut [f32], origin_s: u64, step_s: u64) {
+        let end_s = origin_s.saturating_add((shares.len() as u64).saturating_mul(step_s));
+        let lasts_s = self.lasts_s();
+        let from_s = origin_s.saturating_sub(lasts_s);
+        let once = self.request.at_unix_ms.map(|at_ms| at_ms / 1000).filter(|at_s| (from_s..end_s).contains(at_s));
+        let scheduled = self.schedule.iter().flat_map(|schedule| schedule.within(from_s, end_s, BEGINNINGS));
+        let mut filled_s = origin_s;
+        for begins_s in scheduled.chain(once.filter(|_| self.schedule.is_none())) {
+            let to_s = begins_s.saturating_add(lasts_s).min(end_s);
+            let mut at_s = begins_s.max(filled_s);
+            while at_s < to_s {
+                let step = (at_s - origin_s) / step_s;
+                let until_s = (origin_s + (step + 1) * step_s).min(to_s);
+                if let Some(share) = shares.get_mut(step as usize) {
+                    *share = (*share + (until_s - at_s) as f32 / step_s as f32).min(1.0);
+                }
+                at_s = until_s;
             }
-            (None, None) => Vec::new(),
+            filled_s = filled_s.max(to_s);
+            if filled_s >= end_s {
+                return;
+            }
         }
     }
 }
@@ -104,6 +119,8 @@ impl Entry {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Calendar {
     entries: BTreeMap<i64, Entry>,
+    /// The last id that was given out: whoever removes a number means the event that had it.
+    last: i64,
 }
 
 impl Calendar {
@@ -116,10 +133,11 @@ impl Calendar {
     }
 
     pub(crate) fn next_id(&self) -> i64 {
-        self.entries.last_key_value().map_or(1, |(id, _)| id.saturating_add(1))
+        self.last.saturating_add(1)
     }
 
     pub(crate) fn set(&mut self, id: i64, entry: Entry) {
+        self.last = self.last.max(id);
         self.entries.insert(id, entry);
     }
 
@@ -174,24 +192,27 @@ impl Calendar {
 
     /// How much of each step is filled by events of a machine, 0 to 1: at the origin, then of each step ahead.
     pub(crate) fn shares(&self, vm: Uuid, origin_s: u64, step_s: u32, horizon_s: u32) -> Vec<f32> {
-        let step_s = u64::from(step_s.max(1));
-        let steps = u64::from(horizon_s).div_ceil(step_s) as usize + 1;
-        let mut shares = vec![0f32; steps];
-        let end_s = origin_s + steps as u64 * step_s;
-        for entry in self.entries.values().filter(|entry| entry.vm.is_none_or(|of| of == vm)) {
-            let lasts_s = entry.lasts_s();
-            for begins_s in entry.beginnings(origin_s.saturating_sub(lasts_s), end_s) {
-                let (from, to) = (begins_s.max(origin_s), (begins_s + lasts_s).min(end_s));
-                let mut at_s = from;
-                while at_s < to {
-                    let step = (at_s - origin_s) / step_s;
-                    let until_s = (origin_s + (step + 1) * step_s).min(to);
-                    if let Some(share) = shares.get_mut(step as usize) {
-                        *share = (*share + (until_s - at_s) as f32 / step_s as f32).min(1.0);
-                    }
-                    at_s = until_s;
-                }
+        self.with_own(self.of_all(origin_s, step_s, horizon_s), vm, origin_s, step_s)
+    }
+
+    /// The same, of events that all machines have: what a turn works out once.
+    pub(crate) fn of_all(&self, origin_s: u64, step_s: u32, horizon_s: u32) -> Vec<f32> {
+        let step_s = step_s.max(1);
+        let steps = horizon_s.div_ceil(step_s) as usize + 1;
+        self.filled(vec![0f32; steps], None, origin_s, step_s)
+    }
+
+    /// And of those that one has besides.
+    pub(crate) fn with_own(&self, of_all: Vec<f32>, vm: Uuid, origin_s: u64, step_s: u32) -> Vec<f32> {
+        self.filled(of_all, Some(vm), origin_s, step_s.max(1))
+    }
+
+    fn filled(&self, mut shares: Vec<f32>, vm: Option<Uuid>, origin_s: u64, step_s: u32) -> Vec<f32> {
+        for entry in self.entries.values().filter(|entry| entry.vm == vm) {
+            if shares.iter().all(|share| *share >= 1.0) {
+                break;
             }
+            entry.fill(&mut shares, origin_s, u64::from(step_s));
         }
         shares
     }
@@ -228,6 +249,30 @@ mod tests {
     }
 
     #[test]
+    fn a_calendar_that_is_full_of_endless_events_costs_next_to_nothing() {
+        let mut calendar = Calendar::default();
+        for id in 0..MOST as i64 {
+            let request = EventRequest {
+                name: "again".into(),
+                cron: Some("* * * * *".into()),
+                // The first never let anybody stop early: a second of each minute.
+                duration_s: Some(if id < 500 { 1 } else { 604_800 }),
+                ..EventRequest::default()
+            };
+            calendar.set(id, Entry::new(request, None).unwrap());
+        }
+        let all = calendar.of_all(1_800_000_000, 300, 600);
+        assert_eq!(all, [1.0; 3]);
+        // 10,080 beginnings each: none but those of the day are looked at, and each fills what is not full yet.
+        let day = calendar.shares(Uuid::nil(), 1_800_000_007, 300, 86_400);
+        assert!(day.len() == 289 && day.iter().all(|share| *share == 1.0));
+        let mut sparse = Calendar::default();
+        sparse.set(1, calendar.entries[&1].clone());
+        let day = sparse.shares(Uuid::nil(), 1_800_000_000, 300, 86_400);
+        assert!(day.iter().all(|share| (share - 5.0 / 300.0).abs() < 1e-6), "{day:?}");
+    }
+
+    #[test]
     fn an_event_of_one_machine_is_not_anothers_and_one_that_was_is_over() {
         let mut calendar = Calendar::default();
         let once = EventRequest { name: "once".into(), at_unix_ms: Some(10_000_000), ..EventRequest::default() };
@@ -237,6 +282,8 @@ mod tests {
         assert_eq!(calendar.list(9_000)[0].next_unix_ms, Some(10_000_000));
         assert!(calendar.over(10_000 + 3599).is_empty());
         assert_eq!((calendar.over(10_000 + 3600), calendar.next_id()), (vec![4], 5));
+        calendar.remove(4);
+        assert_eq!(calendar.next_id(), 5, "whoever removes 4 again removes nobody else's");
     }
 
     #[test]

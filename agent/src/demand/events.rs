@@ -86,7 +86,7 @@ impl Demand {
     pub(super) fn restore_events(&self) -> Result<(), crate::store::StoreError> {
         let mut state = self.state.lock();
         for (key, bytes) in self.store.kept(EVENT)? {
-            let id = key.trim_start_matches(EVENT).parse::<i64>().ok();
+            let id = key.strip_prefix(EVENT).and_then(|id| id.parse::<i64>().ok());
             let entry = serde_json::from_slice::<Kept>(&bytes).ok().and_then(Entry::from_kept);
             match (id, entry) {
                 (Some(id), Some(entry)) => state.calendar.set(id, entry),
@@ -94,7 +94,7 @@ impl Demand {
             }
         }
         for (key, bytes) in self.store.kept(ACTIVITY)? {
-            match (Uuid::parse_str(key.trim_start_matches(ACTIVITY)), Activity::read(&bytes)) {
+            match (Uuid::parse_str(key.strip_prefix(ACTIVITY).unwrap_or_default()), Activity::read(&bytes)) {
                 (Ok(uuid), Some(activity)) if state.activities.len() < ACTIVITIES => {
                     state.activities.insert(uuid, activity);
                 }
@@ -107,6 +107,9 @@ impl Demand {
     pub(crate) async fn event_add(&self, request: EventRequest, vm: Option<Uuid>) -> Result<Event, ApiError> {
         let entry = Entry::new(request, vm).map_err(ApiError::invalid)?;
         let now_s = unix_ms() / 1000;
+        if entry.next(now_s).is_none() {
+            return Err(ApiError::invalid("it is over, and does not come again: `at_unix_ms` is in the past"));
+        }
         let (id, over) = {
             let mut state = self.state.lock();
             let over = state.calendar.over(now_s);
@@ -158,7 +161,7 @@ impl Demand {
     pub(super) fn forget_activities(&self) {
         let Ok(kept) = self.store.kept(ACTIVITY) else { return };
         for (key, _) in kept {
-            let uuid = Uuid::parse_str(key.trim_start_matches(ACTIVITY)).ok();
+            let uuid = Uuid::parse_str(key.strip_prefix(ACTIVITY).unwrap_or_default()).ok();
             if uuid.is_none_or(|uuid| !self.state.lock().activities.contains_key(&uuid)) {
                 drop(self.store.unkeep(key));
             }

@@ -269,13 +269,16 @@ impl State {
         let mut vms = Vec::with_capacity(self.machines.len());
         let mut left_out = Vec::new();
         let horizons: HashMap<Uuid, u32> = self.machines.keys().map(|uuid| (*uuid, self.horizon_s(*uuid))).collect();
+        let events = self.calendar.of_all(now_s, flow::COARSE_S, flow::COARSE_AHEAD_S);
         for machine in self.machines.values_mut() {
             if !machine.is_here(now_s) {
                 continue;
             }
             let horizon_s = horizons.get(&machine.uuid).copied().unwrap_or(HORIZON_S);
-            let (activity, span) = (self.activities.get(&machine.uuid), (flow::COARSE_S, flow::COARSE_AHEAD_S));
-            let ahead = ahead(&self.calendar, activity, &self.catalogue, machine.uuid, now_s, span);
+            let event = self.calendar.with_own(events.clone(), machine.uuid, now_s, flow::COARSE_S);
+            let activity = self.activities.get(&machine.uuid);
+            let span = (flow::COARSE_S, flow::COARSE_AHEAD_S);
+            let ahead = ahead(&self.calendar, event, activity, &self.catalogue, machine.uuid, now_s, span);
             let (vm, reasons) = machine.planned(now_s, horizon_s, &ahead);
             if let Some(reason) = reasons[machine::index(Resource::Memory)].or(reasons[machine::index(Resource::Cpu)]) {
                 left_out.push(LeftOut { name: machine.name.clone(), reason: reason.to_owned() });
@@ -287,18 +290,20 @@ impl State {
         let host = Host { capacity: self.capacity(), pressure: Resource::ALL.map(pressure) };
         let input = Input { now_s, host: &host, vms: &vms, reservations: &self.reservations };
         let decisions = planner.plan(&input);
-        let mut orders: Vec<Order> = decisions.into_iter().filter_map(|decision| self.order(decision, now_s)).collect();
+        let mut orders: Vec<Order> =
+            decisions.into_iter().filter_map(|decision| self.order(decision, now_s, &events)).collect();
         // Room is made before it is given away.
         orders.sort_by_key(|order| order.decision.kind != planner::Kind::Lower);
         orders
     }
 
-    fn order(&mut self, decision: planner::Decision, now_s: u64) -> Option<Order> {
+    fn order(&mut self, decision: planner::Decision, now_s: u64, events: &[f32]) -> Option<Order> {
         let uuid = Uuid::from_u128(decision.vm.0);
         let resource = Resource::ALL.into_iter().find(|resource| planned(*resource) == decision.resource)?;
         let horizon_s = self.horizon_s(uuid);
+        let event = self.calendar.with_own(events.to_vec(), uuid, now_s, flow::COARSE_S);
         let (activity, span) = (self.activities.get(&uuid), (flow::COARSE_S, flow::COARSE_AHEAD_S));
-        let ahead = ahead(&self.calendar, activity, &self.catalogue, uuid, now_s, span);
+        let ahead = ahead(&self.calendar, event, activity, &self.catalogue, uuid, now_s, span);
         let machine = self.machines.get_mut(&uuid)?;
         let outlook = machine.outlook(resource, now_s, horizon_s, &ahead);
         let (name, mode) = (machine.name.clone(), machine.policy.mode_of(resource));
@@ -321,7 +326,8 @@ impl State {
         let machine = self.machines.get_mut(&uuid)?;
         let span = (machine.flow(resource).step_s(horizon_s), horizon_s);
         let activity = self.activities.get(&uuid);
-        let ahead = ahead(&self.calendar, activity, &self.catalogue, uuid, now_s, span);
+        let event = self.calendar.shares(uuid, now_s, span.0, span.1);
+        let ahead = ahead(&self.calendar, event, activity, &self.catalogue, uuid, now_s, span);
         let mut words = machine.foreseen.words(now_s);
         if !ahead.upcoming.is_empty() {
             words.push("an event comes that has come before".to_owned());
@@ -419,13 +425,24 @@ fn covariates(
     horizon_s: u32,
 ) -> Covariates {
     let event = calendar.shares(uuid, origin_s, step_s, horizon_s);
+    with_activity(event, activity, origin_s, step_s, horizon_s)
+}
+
+fn with_activity(
+    event: Vec<f32>,
+    activity: Option<&Activity>,
+    origin_s: u64,
+    step_s: u32,
+    horizon_s: u32,
+) -> Covariates {
     let activity = activity.map(|activity| activity.shares(origin_s, step_s, horizon_s)).unwrap_or_default();
     Covariates { event, activity }
 }
 
-/// `span`: step and horizon, seconds.
+/// `event`: what [`Calendar::shares`] says for the span, which is step and horizon in seconds.
 fn ahead<'a>(
     calendar: &Calendar,
+    event: Vec<f32>,
     activity: Option<&Activity>,
     catalogue: &'a Catalogue,
     uuid: Uuid,
@@ -436,5 +453,5 @@ fn ahead<'a>(
         let courses = catalogue.event(&profile::event_key(name, uuid))?;
         Some(Upcoming { begins_s, courses })
     });
-    Ahead { upcoming: upcoming.collect(), covariates: covariates(calendar, activity, uuid, now_s, step_s, horizon_s) }
+    Ahead { upcoming: upcoming.collect(), covariates: with_activity(event, activity, now_s, step_s, horizon_s) }
 }

@@ -79,7 +79,7 @@ impl Loop {
     /// What is foreseen of processors within a time, by what runs, follows and comes; 0 where that is nothing.
     fn foreseen(&self, length_s: u32) -> [f64; 4] {
         let State { machines, calendar, catalogue, .. } = &self.state;
-        let ahead = ahead(calendar, None, catalogue, VM, self.now_s, (flow::COARSE_S, length_s));
+        let ahead = ahead(calendar, Vec::new(), None, catalogue, VM, self.now_s, (flow::COARSE_S, length_s));
         let window = foreseen::Window { now_s: self.now_s, from_s: self.now_s, length_s };
         let machine = &machines[&VM];
         machine.foreseen.rise(Resource::Cpu, window, machine.base()[0], &ahead.upcoming).unwrap_or_default()

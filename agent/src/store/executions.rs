@@ -13,7 +13,7 @@ use rusqlite::{Connection, Row, params};
 use super::demand::words;
 use super::records::{int, unsigned};
 use super::writer::{Pending, WorkError};
-use super::{Store, StoreError};
+use super::{Store, StoreError, readable};
 
 /// Most profiles read back: the latest.
 pub const PROGRAMS_MAX: u32 = 4096;
@@ -193,7 +193,7 @@ impl Store {
                 let last_s = unsigned(row, 1)?;
                 Ok(ProgramRow { key: row.get(0)?, last_s, figures: row.get(2)?, courses: row.get(3)? })
             };
-            connection.prepare_cached(sql)?.query_map([PROGRAMS_MAX], row)?.collect()
+            readable("programs", connection.prepare_cached(sql)?.query_map([PROGRAMS_MAX], row)?)
         })
     }
 
@@ -214,7 +214,7 @@ impl Store {
                     data: row.get(6)?,
                 })
             };
-            connection.prepare_cached(sql)?.query_map([int(since_ms)], row)?.collect()
+            readable("executions", connection.prepare_cached(sql)?.query_map([int(since_ms)], row)?)
         })
     }
 

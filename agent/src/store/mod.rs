@@ -117,13 +117,14 @@ const SMALL: &[&str] = &[
     "policies",
     "reservations",
     "kept",
-    "execution_profiles",
+    "programs",
+    "executions",
     "endpoints",
     "deliveries",
     "sqlite_sequence",
 ];
 /// Those without which nothing is decided or told; looked at once a write has met damage.
-const GROWING: &[&str] = &["decisions", "events", "executions"];
+const GROWING: &[&str] = &["decisions", "events"];
 
 /// Its file is there if a write has met damage since the last start.
 fn suspect(path: &Path) -> PathBuf {
