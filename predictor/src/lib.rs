@@ -17,6 +17,7 @@
 //! | `experts` | sets of experts |
 //! | [`lstm`] | LSTM over ordinals: weights as bytes, inference kernels |
 //! | [`ordinals`] | which of the things on offer a read turned out to be: what the LSTM reads |
+//! | `weight_file` | what the files of both networks have in common |
 //! | `odds`, `pageset`, `wire` | counts that become probabilities, page masks, byte encoding |
 
 pub mod access;
@@ -35,6 +36,7 @@ pub mod predictor;
 pub mod profile;
 mod record;
 mod replay;
+mod weight_file;
 mod wire;
 
 pub use access::{Access, BLOCK_PAGES, Candidate, Expert, Op, Outcome, PAGE_BYTES, Phase};

@@ -1,28 +1,17 @@
 //! The network's weights: members of fixed shape whose quantiles are averaged, as bytes.
 //!
-//! ```text
-//! offset  bytes  content, all little-endian
-//!      0      8  magic "PSTGDMND"
-//!      8      4  version
-//!     12      4  CRC-32C of everything behind it
-//!     16     20  shape: steps read, channels, features of origin, step and maximum, hidden, width, quantiles, gates, members; u16
-//!     36      …  for each member the parts of [`PARTS`] in order, each row-major; f32
-//! ```
-//!
-//! The length follows from the shape, and only one shape is read, with 1 to [`MEMBERS_MOST`] members. A file is written
-//! whole by its owner, hence no order of writes here.
+//! As bytes (`weight_file.rs`): magic "PSTGDMND"; shape: steps read, channels, features of origin, step and maximum, hidden, width,
+//! quantiles, gates, members; for each of 1 to [`MEMBERS_MOST`] members the parts of [`PARTS`].
 
 use super::QUANTILES;
 use super::features::{CHANNELS, FIXED, PEAK, RECENT, STEP};
 use crate::lstm::Path;
-use thiserror::Error;
+use crate::weight_file::Format;
+pub use crate::weight_file::{Part, WeightsError};
 
-const MAGIC: [u8; 8] = *b"PSTGDMND";
 /// Version of the format; raised whenever the meaning of the bytes, or of the features, changes.
 pub const VERSION: u32 = 1;
-const CHECKED_FROM: usize = 16;
-const SHAPE_BYTES: usize = 20;
-const HEADER_BYTES: usize = CHECKED_FROM + SHAPE_BYTES;
+const FORMAT: Format = Format { what: "demand model", magic: "PSTGDMND", version: VERSION };
 
 /// Units of the LSTM.
 pub const HIDDEN: usize = 32;
@@ -34,26 +23,6 @@ pub const WIDTH: usize = 64;
 pub const HEADS: usize = QUANTILES.len();
 /// Members of one model at most: each costs as much as the first.
 pub const MEMBERS_MOST: usize = 8;
-
-/// Name and shape of one part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    pub name: &'static str,
-    pub rows: usize,
-    pub columns: usize,
-}
-
-impl Part {
-    #[must_use]
-    pub const fn len(self) -> usize {
-        self.rows * self.columns
-    }
-
-    #[must_use]
-    pub const fn is_empty(self) -> bool {
-        self.len() == 0
-    }
-}
 
 const fn part(name: &'static str, rows: usize, columns: usize) -> Part {
     Part { name, rows, columns }
@@ -107,28 +76,6 @@ pub const OFFSETS: [usize; PARTS.len() + 1] = {
 /// Number of weights of a member.
 pub const COUNT: usize = OFFSETS[PARTS.len()];
 
-/// No weight of a trained model comes near this; beneath it no sum of the kernel can overflow.
-const LARGEST: f32 = 1e4;
-
-/// Why something is not a demand model of this program.
-#[derive(Clone, Debug, PartialEq, Error)]
-pub enum WeightsError {
-    #[error("not a prestage demand model: it does not begin with PSTGDMND; train a new one")]
-    NotWeights,
-    #[error("the demand model has format version {found}, this program reads version {expected}; train a new one")]
-    OtherVersion { found: u32, expected: u32 },
-    #[error("the demand model has {found} bytes, not {expected}: it is truncated or of another shape; train a new one")]
-    Length { found: usize, expected: usize },
-    #[error("the demand model's checksum is {found:#010x}, not {expected:#010x}: it is damaged; train a new one")]
-    Checksum { found: u32, expected: u32 },
-    #[error("the demand model has the shape {found:?}, this program reads {expected:?}; train a new one")]
-    Shape { found: Vec<u16>, expected: Vec<u16> },
-    #[error("a demand model has 1 to {MEMBERS_MOST} members of {COUNT} weights, not {found} weights; train a new one")]
-    Count { found: usize },
-    #[error("weight {index} of the demand model's part {part} is {value}, beyond ±{LARGEST}; train a new one")]
-    Value { part: &'static str, index: usize, value: f32 },
-}
-
 /// A network that is ready to run.
 #[derive(Clone, Debug)]
 pub struct Weights {
@@ -144,14 +91,12 @@ impl Weights {
     /// [`WeightsError::Count`] and [`WeightsError::Value`].
     pub fn new(flat: Vec<f32>) -> Result<Self, WeightsError> {
         if flat.is_empty() || !flat.len().is_multiple_of(COUNT) || flat.len() / COUNT > MEMBERS_MOST {
-            return Err(WeightsError::Count { found: flat.len() });
+            let (what, found) = (FORMAT.what, flat.len());
+            return Err(WeightsError::Count { what, found, expected: COUNT, most: COUNT * MEMBERS_MOST });
         }
         for member in flat.chunks_exact(COUNT) {
             for (part, from) in PARTS.iter().zip(OFFSETS) {
-                let values = &member[from..from + part.len()];
-                if let Some(index) = values.iter().position(|value| value.is_nan() || value.abs() > LARGEST) {
-                    return Err(WeightsError::Value { part: part.name, index, value: values[index] });
-                }
+                FORMAT.check(*part, &member[from..from + part.len()])?;
             }
         }
         Ok(Self { path: Path::best(), flat })
@@ -172,15 +117,7 @@ impl Weights {
     /// Serialises the network, see the module's head. Deterministic.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + 4 * self.flat.len());
-        bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend([0; 4]);
-        bytes.extend(shape(self.flat.len() / COUNT).iter().flat_map(|size| size.to_le_bytes()));
-        bytes.extend(self.flat.iter().flat_map(|value| value.to_le_bytes()));
-        let checksum = crc32c::crc32c(&bytes[CHECKED_FROM..]);
-        bytes[CHECKED_FROM - 4..CHECKED_FROM].copy_from_slice(&checksum.to_le_bytes());
-        bytes
+        FORMAT.write(&shape(self.flat.len() / COUNT), &self.flat)
     }
 
     /// Makes a network of what [`Weights::to_bytes`] gave.
@@ -188,30 +125,10 @@ impl Weights {
     /// # Errors
     /// See [`WeightsError`]. Any bytes are refused or accepted without panic.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, WeightsError> {
-        let rest = bytes.strip_prefix(&MAGIC).ok_or(WeightsError::NotWeights)?;
-        let truncated = WeightsError::Length { found: bytes.len(), expected: HEADER_BYTES + 4 * COUNT };
-        let (version, rest) = rest.split_first_chunk::<4>().ok_or(truncated.clone())?;
-        let version = u32::from_le_bytes(*version);
-        if version != VERSION {
-            return Err(WeightsError::OtherVersion { found: version, expected: VERSION });
-        }
-        let (checksum, checked) = rest.split_first_chunk::<4>().ok_or(truncated.clone())?;
-        let (found_shape, parts) = checked.split_at_checked(SHAPE_BYTES).ok_or(truncated)?;
-        let (found, expected) = (crc32c::crc32c(checked), u32::from_le_bytes(*checksum));
-        if found != expected {
-            return Err(WeightsError::Checksum { found, expected });
-        }
-        let found: Vec<u16> = found_shape.as_chunks().0.iter().map(|size| u16::from_le_bytes(*size)).collect();
-        let members = usize::from(found.last().copied().unwrap_or(0)).clamp(1, MEMBERS_MOST);
-        let expected = shape(members);
-        if found != expected {
-            return Err(WeightsError::Shape { found, expected: expected.to_vec() });
-        }
-        if parts.len() != 4 * COUNT * members {
-            let expected = HEADER_BYTES + 4 * COUNT * members;
-            return Err(WeightsError::Length { found: bytes.len(), expected });
-        }
-        Self::new(parts.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
+        Self::new(FORMAT.read(bytes, |found| {
+            let members = usize::from(found.last().copied().unwrap_or(0)).clamp(1, MEMBERS_MOST);
+            (shape(members), COUNT * members)
+        })?)
     }
 
     /// Memory of the network.
@@ -221,6 +138,6 @@ impl Weights {
     }
 }
 
-fn shape(members: usize) -> [u16; SHAPE_BYTES / 2] {
+fn shape(members: usize) -> [u16; 10] {
     [RECENT, CHANNELS, FIXED, STEP, PEAK, HIDDEN, WIDTH, HEADS, GATES, members].map(|size| size as u16)
 }

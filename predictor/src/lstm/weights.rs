@@ -1,26 +1,16 @@
 //! A model's weights: nine parts of fixed shape, as bytes and as the kernels want them.
 //!
-//! ```text
-//! offset  bytes  content, all little-endian
-//!      0      8  magic "PSTGLSTM"
-//!      8      4  version
-//!     12      4  CRC-32C of everything behind it
-//!     16     22  shape: symbols, ops, sizes, gaps, symbol width, context width, hidden, gates, leads in accesses (3); u16
-//!     38      …  the parts of [`PARTS`] in order, each row-major; f32
-//! ```
-//!
-//! The length follows from the shape, and only one shape is read: a model of another is of another version of this
-//! program. A file is written whole by its owner, hence no order of writes here.
+//! As bytes (`weight_file.rs`): magic "PSTGLSTM"; shape: symbols, ops, sizes, gaps, symbol width, context width, hidden, gates, leads in
+//! accesses (3); the parts of [`PARTS`].
 
 use super::isa::LANES;
 use super::{CONTEXT_WIDTH, GAPS, GATES, HIDDEN, INPUT, Lead, OPS, Path, SIZES, SYMBOL_WIDTH, SYMBOLS, Token};
-use thiserror::Error;
+use crate::weight_file::Format;
+pub use crate::weight_file::{Part, WeightsError};
 
-const MAGIC: [u8; 8] = *b"PSTGLSTM";
 /// Version of the format; raised whenever the meaning of the bytes changes.
 pub const VERSION: u32 = 1;
-const CHECKED_FROM: usize = 16;
-const HEADER_BYTES: usize = CHECKED_FROM + 2 * SHAPE.len();
+const FORMAT: Format = Format { what: "model", magic: "PSTGLSTM", version: VERSION };
 const SHAPE: [u16; 11] = [
     SYMBOLS as u16,
     OPS as u16,
@@ -34,26 +24,6 @@ const SHAPE: [u16; 11] = [
     4,
     8,
 ];
-
-/// Name and shape of one part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    pub name: &'static str,
-    pub rows: usize,
-    pub columns: usize,
-}
-
-impl Part {
-    #[must_use]
-    pub const fn len(self) -> usize {
-        self.rows * self.columns
-    }
-
-    #[must_use]
-    pub const fn is_empty(self) -> bool {
-        self.len() == 0
-    }
-}
 
 /// The parts, in the order of the bytes. Columns of `input`, `recurrent` and `bias` are gates (input, forget, cell,
 /// output) of [`HIDDEN`] units each; those of `head` and `head_bias` are leads of [`SYMBOLS`] each. The layer's input is
@@ -79,28 +49,6 @@ pub const COUNT: usize = {
     }
     sum
 };
-
-/// No weight of a trained model comes near this; beneath it no sum of the kernels can overflow.
-const LARGEST: f32 = 1e4;
-
-/// Why something is not a model of this program.
-#[derive(Clone, Debug, PartialEq, Error)]
-pub enum WeightsError {
-    #[error("not a prestage model: it does not begin with PSTGLSTM; train a new one")]
-    NotWeights,
-    #[error("the model has format version {found}, this program reads version {expected}; train a new one")]
-    OtherVersion { found: u32, expected: u32 },
-    #[error("the model has {found} bytes, not {expected}: it is truncated or of another shape; train a new one")]
-    Length { found: usize, expected: usize },
-    #[error("the model's checksum is {found:#010x}, not {expected:#010x}: it is damaged; train a new one")]
-    Checksum { found: u32, expected: u32 },
-    #[error("the model has the shape {found:?}, this program reads {expected:?}; train a new one")]
-    Shape { found: Vec<u16>, expected: Vec<u16> },
-    #[error("the model has {found} weights, not {expected}; train a new one")]
-    Count { found: usize, expected: usize },
-    #[error("weight {index} of the model's part {part} is {value}, beyond ±{LARGEST}; train a new one")]
-    Value { part: &'static str, index: usize, value: f32 },
-}
 
 /// A model that is ready to run.
 #[derive(Clone, Debug)]
@@ -135,16 +83,15 @@ impl Weights {
     /// [`WeightsError::Count`] and [`WeightsError::Value`].
     pub fn new(flat: Vec<f32>) -> Result<Self, WeightsError> {
         if flat.len() != COUNT {
-            return Err(WeightsError::Count { found: flat.len(), expected: COUNT });
+            let (what, found) = (FORMAT.what, flat.len());
+            return Err(WeightsError::Count { what, found, expected: COUNT, most: COUNT });
         }
         let mut rest = flat.as_slice();
         let [symbol, op, size, gap, input, recurrent, bias, head, head_bias] = {
             let mut parts = [&[][..]; PARTS.len()];
             for (slot, part) in parts.iter_mut().zip(PARTS) {
                 (*slot, rest) = rest.split_at(part.len());
-                if let Some(index) = slot.iter().position(|value| value.is_nan() || value.abs() > LARGEST) {
-                    return Err(WeightsError::Value { part: part.name, index, value: slot[index] });
-                }
+                FORMAT.check(part, slot)?;
             }
             parts
         };
@@ -188,15 +135,7 @@ impl Weights {
     /// Serialises the model, see the module's head. Deterministic.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + 4 * COUNT);
-        bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend([0; 4]);
-        bytes.extend(SHAPE.iter().flat_map(|size| size.to_le_bytes()));
-        bytes.extend(self.flat.iter().flat_map(|value| value.to_le_bytes()));
-        let checksum = crc32c::crc32c(&bytes[CHECKED_FROM..]);
-        bytes[CHECKED_FROM - 4..CHECKED_FROM].copy_from_slice(&checksum.to_le_bytes());
-        bytes
+        FORMAT.write(&SHAPE, &self.flat)
     }
 
     /// Makes a model of what [`Weights::to_bytes`] gave.
@@ -204,28 +143,7 @@ impl Weights {
     /// # Errors
     /// See [`WeightsError`]. Any bytes are refused or accepted without panic.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, WeightsError> {
-        let rest = bytes.strip_prefix(&MAGIC).ok_or(WeightsError::NotWeights)?;
-        let expected = HEADER_BYTES + 4 * COUNT;
-        let truncated = WeightsError::Length { found: bytes.len(), expected };
-        let (version, rest) = rest.split_first_chunk::<4>().ok_or(truncated.clone())?;
-        let version = u32::from_le_bytes(*version);
-        if version != VERSION {
-            return Err(WeightsError::OtherVersion { found: version, expected: VERSION });
-        }
-        let (checksum, checked) = rest.split_first_chunk::<4>().ok_or(truncated.clone())?;
-        let (shape, parts) = checked.split_at_checked(2 * SHAPE.len()).ok_or(truncated.clone())?;
-        let (found, expected) = (crc32c::crc32c(checked), u32::from_le_bytes(*checksum));
-        if found != expected {
-            return Err(WeightsError::Checksum { found, expected });
-        }
-        let shape: Vec<u16> = shape.as_chunks().0.iter().map(|size| u16::from_le_bytes(*size)).collect();
-        if shape != SHAPE {
-            return Err(WeightsError::Shape { found: shape, expected: SHAPE.to_vec() });
-        }
-        if parts.len() != 4 * COUNT {
-            return Err(truncated);
-        }
-        Self::new(parts.as_chunks().0.iter().map(|value| f32::from_le_bytes(*value)).collect())
+        Self::new(FORMAT.read(bytes, |_| (SHAPE, COUNT))?)
     }
 
     /// Memory of the model.
