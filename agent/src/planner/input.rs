@@ -18,7 +18,8 @@ pub struct Input<'a> {
 pub struct Host {
     /// For machines, what the host itself needs taken off. 0: this resource is not managed.
     pub capacity: Amounts,
-    /// Of the whole host.
+    /// Of the whole host. Once it waits for memory ([`super::Rule::pressure`]), none is given for what is foreseen, and what is idle is
+    /// taken without waiting for the cool-down.
     pub pressure: [Pressure; 4],
 }
 

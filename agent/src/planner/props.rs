@@ -55,14 +55,27 @@ fn live(
     rounds: usize,
     capacity: f64,
     deaf: usize,
+    check: impl FnMut(u64, &[Vm], &[Decision]),
+) -> Planner {
+    live_on(lives, rounds, capacity, deaf, |_| 0.0, check)
+}
+
+/// The same on a host that waits for memory for such a share of each round.
+fn live_on(
+    lives: &[Life],
+    rounds: usize,
+    capacity: f64,
+    deaf: usize,
+    waits: impl Fn(usize) -> f64,
     mut check: impl FnMut(u64, &[Vm], &[Decision]),
 ) -> Planner {
     let mut planner = Planner::new(Settings::default());
-    let host = Host { capacity: Amounts::of(capacity, capacity * GIB), ..Host::default() };
+    let mut host = Host { capacity: Amounts::of(capacity, capacity * GIB), ..Host::default() };
     let mut vms: Vec<Vm> = lives.iter().map(|life| life.vm.clone()).collect();
     let none = Reservations::new();
     for round in 0..rounds {
         let now_s = 1_000_000 + 10 * round as u64;
+        host.pressure[Resource::Memory as usize].some = waits(round);
         for (at, (vm, life)) in vms.iter_mut().zip(lives).enumerate() {
             vm.id = VmId(at as u128);
             for resource in [Resource::Cpu, Resource::Memory] {
@@ -129,6 +142,30 @@ proptest! {
                 }
                 let after: f64 = after.iter().sum();
                 assert!(after <= before.max(capacity * unit) * (1.0 + 1e-9), "{resource}: {before} to {after} of {capacity}");
+            }
+        });
+    }
+
+    /// While the host waits for memory none is given for what is foreseen; what is taken is never in use.
+    #[test]
+    fn a_host_that_waits_for_memory_gives_only_what_is_needed(
+        lives in prop::collection::vec(life(400), 1..8), capacity in 1.0..60.0f64, deaf in 0usize..5, calm in 1usize..60,
+    ) {
+        let waits = |round: usize| if round / calm % 2 == 1 { 0.05 } else { 0.049 };
+        live_on(&lives, 400, capacity, deaf, waits, |now_s, vms, decisions| {
+            let round = (now_s - 1_000_000) as usize / 10;
+            for decision in decisions.iter().filter(|decision| decision.resource == Resource::Memory) {
+                let vm = &vms[decision.vm.0 as usize];
+                let reading = vm.readings[Resource::Memory as usize].unwrap();
+                match decision.kind {
+                    Kind::Raise => {
+                        assert!(waits(round) < 0.05 || decision.reason != Reason::Foreseen, "{decision:?}");
+                    }
+                    Kind::Lower => {
+                        assert!(decision.to >= reading.used.max(vm.policy.min[Resource::Memory]) * (1.0 - 1e-9), "{decision:?}");
+                    }
+                    Kind::Hold | Kind::Refuse => {}
+                }
             }
         });
     }

@@ -99,6 +99,9 @@ impl Planner {
         }
         let present = |vm| self.memory.get(&vm).is_some_and(|remembered| remembered.seen_s == now_s);
         let mut capacity = managed - promised.unclaimed(resource, now_s, settings.lead_s, present);
+        // Others than memory are shared anew every moment: that the host waits for them is what sharing means.
+        let pressure = input.host.pressure[resource as usize].some;
+        let host_waits = !resource.compressible() && pressure >= settings.rule(resource).pressure;
         wants.clear();
         for (index, vm) in input.vms.iter().enumerate() {
             let floor = vm.policy.min[resource].max(promised.guaranteed(vm.id, resource, now_s, settings.lead_s));
@@ -109,7 +112,7 @@ impl Planner {
                 continue;
             };
             let Some(remembered) = self.memory.get_mut(&vm.id) else { continue };
-            let common = Common { now_s, settings: &settings, resource };
+            let common = Common { now_s, settings: &settings, resource, host_waits };
             wants.push(want(common, index, vm, reading, floor, &mut remembered.tracks[resource as usize]));
         }
         let capacity = capacity.max(0.0);

@@ -74,6 +74,39 @@ fn a_forecast_raises_and_never_lowers() {
 }
 
 #[test]
+fn a_host_that_waits_for_memory_takes_what_is_idle_at_once_and_gives_nothing_for_later() {
+    let calm = host(0.0, 64.0 * GIB);
+    let mut waits = calm;
+    waits.pressure[1].some = Settings::default().rules[1].pressure;
+    let mut later = vm(1, Amounts::of(0.0, 16.0 * GIB));
+    let foreseen = Outlook { p50: 5.0 * GIB, p90: 6.0 * GIB, p95: 7.0 * GIB };
+    later.readings[1] = Some(Reading { outlook: Some(foreseen), ..reading(4.0 * GIB, 2.0 * GIB) });
+    assert_eq!(once(&[later.clone()], &calm)[0].reason, Reason::Foreseen);
+    assert!(once(&[later], &waits).iter().all(|decision| decision.kind != Kind::Raise));
+
+    // Idle for a window, and lowered a moment ago.
+    let second_step = |host: &Host, pressed: bool| {
+        let (mut planner, calm) = (Planner::new(Settings::default()), &calm);
+        let mut idle = vm(1, Amounts::of(0.0, 16.0 * GIB));
+        idle.readings[1] = Some(reading(16.0 * GIB, GIB));
+        if pressed {
+            idle.readings[1].as_mut().unwrap().pressure.some = 1.0;
+            rounds(&mut planner, calm, std::slice::from_mut(&mut idle), 1_000_000 - 10, 1);
+            idle.readings[1].as_mut().unwrap().pressure.some = 0.0;
+        }
+        let mut from_s = 1_000_000;
+        while idle.readings[1].unwrap().allocated == 16.0 * GIB {
+            rounds(&mut planner, calm, std::slice::from_mut(&mut idle), from_s, 1);
+            from_s += 10;
+        }
+        rounds(&mut planner, host, std::slice::from_mut(&mut idle), from_s, 2).iter().any(|it| it.kind == Kind::Lower)
+    };
+    assert!(second_step(&waits, false), "the next step does not wait for the cool-down");
+    assert!(!second_step(&calm, false));
+    assert!(!second_step(&waits, true), "one that was short itself is left alone");
+}
+
+#[test]
 fn an_outlook_holds_back_a_lowering() {
     let mut one = vm(1, Amounts::of(8.0, 0.0));
     one.readings[0] = Some(Reading { outlook: Some(Outlook { p50: 7.0, p90: 7.8, p95: 7.9 }), ..reading(8.0, 0.5) });

@@ -129,8 +129,12 @@ impl Track {
         }
     }
 
-    /// Whether the last change is long enough ago for a lowering.
-    pub(super) fn cooled(&self, now_s: u64, rule: &Rule) -> bool {
+    /// Whether the last change is long enough ago for a lowering. While the host waits, it is for a machine that has not been pressed
+    /// and whose last lowering was not regretted.
+    pub(super) fn cooled(&self, now_s: u64, rule: &Rule, host_waits: bool) -> bool {
+        if host_waits && self.regrets == 0 && self.pressed_s.is_none() {
+            return true;
+        }
         let wait_s = u64::from(rule.cool_down_s) << self.regrets;
         now_s.saturating_sub(self.changed_s.max(self.pressed_s.unwrap_or(0))) >= wait_s
     }

@@ -59,6 +59,8 @@ pub(super) struct Common<'a> {
     pub(super) now_s: u64,
     pub(super) settings: &'a Settings,
     pub(super) resource: Resource,
+    /// The host itself waits for this resource, and giving more makes it wait more.
+    pub(super) host_waits: bool,
 }
 
 /// The wish of machine number `index`, which has `floor` guaranteed for now.
@@ -70,7 +72,7 @@ pub(super) fn want(
     floor: f64,
     track: &mut Track,
 ) -> Want {
-    let Common { now_s, settings, resource } = common;
+    let Common { now_s, settings, resource, host_waits } = common;
     let rule = settings.rule(resource);
     let at = resource as usize;
     let policy = &vm.policy;
@@ -114,7 +116,9 @@ pub(super) fn want(
         }
     };
     let kept = (KEPT_CHANGES * f64::from(settings.changes_per_hour)).max(LAST_CHANGES + 1.0);
+    // What may be needed later is not given while what is needed now waits.
     if let Some(foreseen) = foreseen
+        && !host_waits
         && tokens >= kept
         && foreseen > before * (1.0 + rule.dead)
     {
@@ -145,7 +149,7 @@ pub(super) fn want(
         } else if before > keep * (1.0 + rule.dead) + rule.grain {
             reason = if policy.never_lower[at] {
                 Reason::NeverLower
-            } else if pressed || !track.watched(now_s, rule) || !track.cooled(now_s, rule) {
+            } else if pressed || !track.watched(now_s, rule) || !track.cooled(now_s, rule, host_waits) {
                 Reason::CoolDown
             } else if tokens < kept {
                 Reason::Changes
