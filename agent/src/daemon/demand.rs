@@ -351,7 +351,7 @@ impl DemandControl for Handle {
     }
 
     fn execution_profiles(&self, query: ProfilesQuery) -> Reply<'_, ProfileList> {
-        Box::pin(async move { Ok(super::programs::profiles(&self.0.demand()?.state.lock(), &query)) })
+        Box::pin(async move { Ok(super::programs::profiles(&self.0.demand()?.state.lock(), &query, unix_ms() / 1000)) })
     }
 
     fn execution_start(&self, request: ExecutionStart) -> Reply<'_, Execution> {

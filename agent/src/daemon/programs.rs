@@ -6,12 +6,12 @@ use crate::demand::profile::{self, Lag, Profile, Subject};
 use prestage_integration::api::demand::{ExecutionProfile, Follower, ProfileList, ProfilesQuery, Quantiles, Resource};
 
 /// A page of profiles.
-pub(super) fn profiles(state: &State, query: &ProfilesQuery) -> ProfileList {
+pub(super) fn profiles(state: &State, query: &ProfilesQuery, now_s: u64) -> ProfileList {
     let catalogue = state.catalogue();
     let (page, more) = catalogue.list(query.program.as_deref(), query.after.as_deref(), query.limit());
     let next = page.last().filter(|_| more).map(|(key, _)| (*key).to_owned());
     let shown = page.into_iter().map(|(key, profile)| ExecutionProfile {
-        followers: catalogue.followers(key).into_iter().map(follower).collect(),
+        followers: catalogue.followers(key, now_s).into_iter().map(follower).collect(),
         ..shown(key, profile)
     });
     ProfileList { profiles: shown.collect(), next }

@@ -3,8 +3,8 @@
 //! Each execution teaches all of its keys ([`profile::keys`]); the narrowest that is known counts. A program *follows* another if it
 //! begins in the same machine while that runs, or within an hour after its end.
 
-use super::course::{Course, Run};
-use super::profile::{self, Figures, Lag, Profile, TRIALS};
+use super::course::{Course, JITTER_S, PACE, Run};
+use super::profile::{self, Figures, Follower, Lag, Profile, TRIALS};
 use crate::store::executions::{Learned, PROGRAMS_MAX, ProgramRow};
 use prestage_integration::api::demand::ExecutionStart;
 use prestage_integration::libvirt::Uuid;
@@ -94,21 +94,21 @@ impl Catalogue {
     }
 
     /// What is known of a program, by the narrowest profile there is.
-    pub(crate) fn known(&self, start: &ExecutionStart) -> Known {
+    pub(crate) fn known(&self, start: &ExecutionStart, now_s: u64) -> Known {
         let profiles: Vec<&Profile> = profile::keys(start).iter().filter_map(|key| self.profiles.get(key)).collect();
         let used = profiles.iter().find(|profile| profile.runs() > 0);
         Known {
             courses: used.map(|profile| profile.courses.clone()).unwrap_or_default(),
             runs: used.map_or(0, |profile| profile.runs()),
             takes_s: profiles.iter().find_map(|profile| profile.figures.duration_s(0.5)),
-            successors: self.successors(&start.program),
+            successors: self.successors(&start.program, now_s),
         }
     }
 
-    fn successors(&self, program: &str) -> Vec<Successor> {
+    fn successors(&self, program: &str, now_s: u64) -> Vec<Successor> {
         let Some(figures) = self.profiles.get(program).map(|profile| &profile.figures) else { return Vec::new() };
         let likely = figures.followers.iter().filter_map(|follower| {
-            let trials = self.trials(program, figures, &follower.program);
+            let trials = self.trials(program, figures, follower, now_s);
             let probability = follower.probability(trials);
             let courses = self.profiles.get(&follower.program).filter(|profile| profile.runs() > 0)?.courses.clone();
             let (program, lags) = (follower.program.clone(), follower.lags.clone());
@@ -117,9 +117,22 @@ impl Catalogue {
         likely.collect()
     }
 
-    /// Executions of a program of which is known whether the other followed: it did, or can no longer.
-    fn trials(&self, program: &str, figures: &Figures, follower: &str) -> u32 {
-        let open = |recent: &&Recent| recent.program == program && !recent.followed.iter().any(|name| name == follower);
+    /// Executions of a program of which is known whether the other followed: it did, or would have by now.
+    fn trials(&self, program: &str, figures: &Figures, follower: &Follower, now_s: u64) -> u32 {
+        let longest = |beside| follower.lags.iter().filter(|lag| lag.beside == beside).map(|lag| lag.s).max();
+        let (beside, after) = (longest(true), longest(false));
+        let within = |since_s: u64, longest: Option<u32>| {
+            longest.is_some_and(|longest| now_s.saturating_sub(since_s) as f64 <= f64::from(longest) * PACE + JITTER_S)
+        };
+        let open = |recent: &&Recent| {
+            let comes_after = match recent.ended_s {
+                None => after.is_some(),
+                Some(ended_s) => within(ended_s, after),
+            };
+            recent.program == program
+                && !recent.followed.contains(&follower.program)
+                && (comes_after || recent.ended_s.is_none() && within(recent.started_s, beside))
+        };
         let open = self.recent.iter().filter(open).count();
         figures.trials.saturating_sub(u32::try_from(open).unwrap_or(u32::MAX))
     }
@@ -242,10 +255,10 @@ impl Catalogue {
     }
 
     /// Executions of a program that a follower may have come after, for people: came after, of so many, and how surely.
-    pub(crate) fn followers(&self, key: &str) -> Vec<(profile::Follower, u32, f64)> {
+    pub(crate) fn followers(&self, key: &str, now_s: u64) -> Vec<(Follower, u32, f64)> {
         let Some(figures) = self.profiles.get(key).map(|profile| &profile.figures) else { return Vec::new() };
-        let of = |follower: &profile::Follower| {
-            let trials = self.trials(key, figures, &follower.program);
+        let of = |follower: &Follower| {
+            let trials = self.trials(key, figures, follower, now_s);
             (follower.clone(), trials, follower.probability(trials))
         };
         figures.followers.iter().map(of).collect()
@@ -306,10 +319,10 @@ mod tests {
     fn the_narrowest_that_is_known_counts() {
         let mut catalogue = Catalogue::default();
         let of = |tags: &[&str], input| start("report", tags, input);
-        assert_eq!(catalogue.known(&of(&[], None)).runs, 0);
+        assert_eq!(catalogue.known(&of(&[], None), 0).runs, 0);
         ran(&mut catalogue, &of(&["night"], Some(1 << 20)), 0, 10, 1.0);
         ran(&mut catalogue, &of(&["day"], Some(1 << 30)), 20, 30, 9.0);
-        let most = |start: &ExecutionStart| catalogue.known(start).courses[1].expect(0, 1).map(|rise| rise[3]);
+        let most = |start: &ExecutionStart| catalogue.known(start, 0).courses[1].expect(0, 1).map(|rise| rise[3]);
         assert_eq!(most(&of(&["night"], Some(1 << 20))), Some(1.0));
         assert_eq!(most(&of(&["night"], Some((1 << 20) + 5))), Some(1.0), "inputs of like size");
         assert_eq!(most(&of(&["night"], Some(1 << 40))), Some(1.0), "by tags");
@@ -323,7 +336,7 @@ mod tests {
         let mut catalogue = Catalogue::default();
         ran(&mut catalogue, &start("report", &[], None), 0, 10, 3.0);
         catalogue.started(VM, 20, &start("report", &["new"], None), 20);
-        assert_eq!(catalogue.known(&start("report", &["new"], None)).runs, 1);
+        assert_eq!(catalogue.known(&start("report", &["new"], None), 20).runs, 1);
     }
 
     #[test]
@@ -340,7 +353,7 @@ mod tests {
             catalogue.started(Uuid::from_u128(2), (at_s + 170) as i64, &start("lonely", &[], None), at_s + 170);
             ran(&mut catalogue, &start("late", &[], None), at_s + 5000, at_s + 5001, 1.0);
         }
-        let expected = catalogue.known(&extract).successors;
+        let expected = catalogue.known(&extract, 99_000).successors;
         let [load] = expected.as_slice() else { panic!("{expected:?}") };
         assert_eq!(
             (load.program.as_str(), load.lags.as_slice()),
@@ -348,9 +361,13 @@ mod tests {
         );
         assert!((load.probability - 3.5 / 5.0).abs() < 1e-9, "3 of 4: {}", load.probability);
         assert_eq!(load.courses[0].runs(), 3);
-        // One that runs now does not count against it.
+        // One that runs now does not count against it, nor one that has just ended; later it does.
+        let probability = |catalogue: &Catalogue, now_s| catalogue.known(&extract, now_s).successors[0].probability;
         catalogue.started(VM, 99_000, &extract, 99_000);
-        assert!((catalogue.known(&extract).successors[0].probability - 3.5 / 5.0).abs() < 1e-9);
+        assert!((probability(&catalogue, 99_000) - 3.5 / 5.0).abs() < 1e-9);
+        catalogue.ended(99_000, &extract, 99_100, 100, None);
+        assert!((probability(&catalogue, 99_170) - 3.5 / 5.0).abs() < 1e-9);
+        assert!((probability(&catalogue, 99_200) - 3.5 / 6.0).abs() < 1e-9);
     }
 
     #[test]
@@ -380,10 +397,10 @@ mod tests {
         back.remember(VM, 1, "a", 20_000, Some(20_050));
         back.remember(VM, 2, "b", 20_060, Some(20_070));
         back.started(VM, 3, &b, 20_080);
-        assert_eq!(back.followers("a")[0].0.count, 3, "b had followed that one already");
+        assert_eq!(back.followers("a", 20_100)[0].0.count, 3, "b had followed that one already");
         back.started(VM, 4, &a, 20_090);
         back.started(VM, 5, &b, 20_100);
-        assert_eq!(back.followers("a")[0].0.count, 4);
+        assert_eq!(back.followers("a", 20_100)[0].0.count, 4);
     }
 
     #[test]

@@ -81,6 +81,11 @@ impl State {
     }
 }
 
+/// Whose activity lies under a name.
+fn machine_of(key: &str) -> Option<Uuid> {
+    key.strip_prefix(ACTIVITY).and_then(|uuid| Uuid::parse_str(uuid).ok())
+}
+
 impl Demand {
     /// Reads events and users' activity back.
     pub(super) fn restore_events(&self) -> Result<(), crate::store::StoreError> {
@@ -94,8 +99,8 @@ impl Demand {
             }
         }
         for (key, bytes) in self.store.kept(ACTIVITY)? {
-            match (Uuid::parse_str(key.strip_prefix(ACTIVITY).unwrap_or_default()), Activity::read(&bytes)) {
-                (Ok(uuid), Some(activity)) if state.activities.len() < ACTIVITIES => {
+            match (machine_of(&key), Activity::read(&bytes)) {
+                (Some(uuid), Some(activity)) if state.activities.len() < ACTIVITIES => {
                     state.activities.insert(uuid, activity);
                 }
                 _ => tracing::warn!(key, "users' activity in the database is damaged and left out"),
@@ -161,8 +166,7 @@ impl Demand {
     pub(super) fn forget_activities(&self) {
         let Ok(kept) = self.store.kept(ACTIVITY) else { return };
         for (key, _) in kept {
-            let uuid = Uuid::parse_str(key.strip_prefix(ACTIVITY).unwrap_or_default()).ok();
-            if uuid.is_none_or(|uuid| !self.state.lock().activities.contains_key(&uuid)) {
+            if machine_of(&key).is_none_or(|uuid| !self.state.lock().activities.contains_key(&uuid)) {
                 drop(self.store.unkeep(key));
             }
         }

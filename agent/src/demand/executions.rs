@@ -100,7 +100,7 @@ impl State {
         let executions = &mut self.executions;
         executions.next = (executions.next + 1).max(i64::try_from(now_s).unwrap_or(i64::MAX));
         let id = executions.next;
-        let (known, base) = (self.catalogue.known(&start), machine.base());
+        let (known, base) = (self.catalogue.known(&start, now_s), machine.base());
         let known_runs = u32::try_from(known.runs).unwrap_or(u32::MAX);
         machine.foreseen.start(id, &start.program, now_s, base, known);
         let learned = self.catalogue.started(uuid, id, &start, now_s);
@@ -143,7 +143,8 @@ impl State {
         self.catalogue.remember(uuid, row.id, &start.program, row.started_ms / 1000, ended_s);
         self.executions.next = self.executions.next.max(row.id);
         if row.state == ExecutionState::Running && self.executions.running.len() < MOST {
-            let known_runs = u32::try_from(self.catalogue.known(&start).runs).unwrap_or(u32::MAX);
+            let known_runs =
+                u32::try_from(self.catalogue.known(&start, row.started_ms / 1000).runs).unwrap_or(u32::MAX);
             let (id, started_unix_ms) = (row.id, row.started_ms);
             let execution = Execution { id, start, started_unix_ms, ended_unix_ms: None, known_runs };
             let (instance, interrupted) = (row.instance.clone(), Some((None, base)));
@@ -172,7 +173,7 @@ impl State {
             match (same, running.interrupted) {
                 (Some(true), None) if !forgotten => {}
                 (Some(true), Some((_, base))) if !forgotten => {
-                    known.insert(*id, (base, self.catalogue.known(&running.execution.start)));
+                    known.insert(*id, (base, self.catalogue.known(&running.execution.start, now_s)));
                     running.interrupted = None;
                     settled.taken_up.push((*id, running.uuid, started_s));
                 }

@@ -147,7 +147,7 @@ fn a_program_that_usually_follows_is_made_ready_before_it_is_announced() {
     assert!(forecast.peak.0[3] > 2.0 && forecast.steps[0].0[3] < 2.0, "{forecast:?}");
     assert!(words.iter().any(|word| word.contains("`load` follows")), "{words:?}");
     // Of four executions the fourth is not counted yet.
-    let (_, trials, probability) = turns.state.catalogue().followers("extract")[0].clone();
+    let (_, trials, probability) = turns.state.catalogue().followers("extract", now_s)[0].clone();
     assert_eq!((trials, probability), (3, 3.5 / 4.0));
 }
 
@@ -224,7 +224,7 @@ fn an_execution_outlives_the_daemon_if_its_machine_does() {
     let (ended, learned) = back.state.end(id, back.now_s * 1000).unwrap();
     assert_eq!(ended.ended_unix_ms.map(|at| at - ended.started_unix_ms), Some(56_000));
     assert!(matches!(&learned[0], Learned::Changed { courses: Some(_), .. }), "it is learned from");
-    let rise = back.state.catalogue().known(&ended.start).courses[0].expect(0, 10).unwrap();
+    let rise = back.state.catalogue().known(&ended.start, back.now_s).courses[0].expect(0, 10).unwrap();
     assert!((rise[0] - (1.2 - IDLE)).abs() < 0.01, "from its very start on: {rise:?}");
     store.end_execution(id, back.now_s * 1000, ExecutionState::Ended, learned).wait().unwrap();
     assert_eq!(store.executions(u64::MAX).unwrap(), []);

@@ -93,6 +93,10 @@ web1     cpu   recommend  raise  1.00  2.00  0.90      1.75  1.75 cores foreseen
     );
     let decisions = run(&daemon.socket, &["decisions", "--limit", "2"]).out;
     assert!(decisions.contains("partial") && decisions.contains("not acted (observe)"), "{decisions}");
+    assert!(
+        decisions.contains("  1200  ") && decisions.contains("  -  "),
+        "how long it took, where it was done: {decisions}"
+    );
     assert!(decisions.ends_with("older ones: --before 8\n"), "{decisions}");
 }
 

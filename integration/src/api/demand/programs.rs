@@ -191,7 +191,8 @@ pub struct ProfileList {
     pub next: Option<String>,
 }
 
-/// Something that is going to happen, or happens again and again, and that demand may follow.
+/// Something that is going to happen, or happens again and again, and that demand may follow. What a machine used while it lasted is known
+/// by its name, and foreseen at its next announced time once it was there twice.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EventRequest {
