@@ -6,19 +6,21 @@ mod svg;
 mod text;
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{Failure, print_json};
 use crate::config::units::parse_bytes;
-use crate::simulate::{Setup, Trace, empirical, run as simulate};
+use crate::simulate::{Between, Setup, Trace, run as simulate};
+use prestage_predictor::demand::Weights;
 
 #[derive(Debug, Args)]
 #[command(
     long_about = "Run a recorded month of machines on one simulated host: by the planner at several risks, by rules that \
     react (as oVirt MOM and Proxmox VE), by the Kubernetes vertical pod autoscaler's recommender, and with nothing changed.\n\n\
-    Samples are 5 minutes apart; demand is held in between. The first 31 days (of a shorter trace, half) are for training, what \
+    Samples are 5 minutes apart. The first 31 days (of a shorter trace, half) are for training, what \
     follows is counted. The host has what all machines together used at most in 99 % of the training part, unless it is \
     given: it is short at times. Actuation takes what it was measured to take: a vCPU is online after a second, 424 MiB of memory come in 1.2 s and go in \
     4.8 s, more in proportion. Machines that are off, and times without a sample, are not counted.\n\nDATA: comma-separated \
@@ -50,9 +52,21 @@ pub struct SimulateArgs {
     /// Probabilities with which demand may exceed what is given: a run of the planner each
     #[arg(long, value_name = "P", value_delimiter = ',', default_values_t = [0.3, 0.2, 0.1, 0.05], value_parser = risk)]
     pub risk: Vec<f64>,
+    /// A trained network for the forecasts (`forecast evaluate --save-model`); otherwise they do without
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// What demand does between two samples: stays (every rise comes at once, the worst case), or goes in a straight line
+    #[arg(long, value_enum, default_value_t = BetweenArg::Held)]
+    pub between: BetweenArg,
     /// Write a chart: violations over what is allocated and not used
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BetweenArg {
+    Held,
+    Linear,
 }
 
 pub(super) async fn run(args: SimulateArgs, json: bool, out: &mut impl Write) -> Result<(), Failure> {
@@ -63,6 +77,11 @@ pub(super) async fn run(args: SimulateArgs, json: bool, out: &mut impl Write) ->
         host_cores: args.host_cores,
         host_memory: args.host_memory.map(|bytes| bytes as f64),
         seed: args.seed,
+        between: match args.between {
+            BetweenArg::Held => Between::Held,
+            BetweenArg::Linear => Between::Linear,
+        },
+        model: args.model.as_deref().map(read_model).transpose()?,
         risks: args.risk.clone(),
         ..Setup::default()
     };
@@ -76,7 +95,7 @@ pub(super) async fn run(args: SimulateArgs, json: bool, out: &mut impl Write) ->
                 let _ = write!(io::stderr(), "\r\x1b[Ksimulating: {policy}");
             }
         };
-        let report = simulate(&trace, &setup, &|| empirical(&setup), &mut progress).map_err(Failure::Failed);
+        let report = simulate(&trace, &setup, &mut progress).map_err(Failure::Failed);
         if shown {
             let _ = write!(io::stderr(), "\r\x1b[K");
         }
@@ -94,6 +113,12 @@ pub(super) async fn run(args: SimulateArgs, json: bool, out: &mut impl Write) ->
         return print_json(out, &report);
     }
     Ok(out.write_all(text::report(&report).as_bytes())?)
+}
+
+fn read_model(path: &Path) -> Result<Arc<Weights>, Failure> {
+    let failed = |error: &dyn std::error::Error| Failure::Failed(format!("{}: {error}", path.display()));
+    let bytes = std::fs::read(path).map_err(|error| failed(&error))?;
+    Weights::from_bytes(&bytes).map(Arc::new).map_err(|error| failed(&error))
 }
 
 fn cores(text: &str) -> Result<f64, String> {

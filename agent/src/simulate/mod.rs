@@ -3,14 +3,14 @@
 //! - `trace.rs`: [`Trace`], the demand of each machine as recorded, and its reader
 //! - `host.rs`: the host: what arrives of what is asked for and when, and who goes short
 //! - `policy.rs`: [`Policy`], who decides; `fixed.rs`, `reactive.rs`, `vpa.rs`: the peers; `ours.rs`: the planner
-//! - `forecasts.rs`: [`Forecasts`], what the planner is told of the future
+//! - `forecasts.rs`: `Forecasts`, what the planner is told of the future
 //! - `score.rs`: what is counted
 //! - `run.rs`: [`run`], which puts these together
 //!
 //! **Rules of the game**, the same for all. Everybody knows the training part, and decides from what a host can see:
 //! use (at most what a machine has, so want is not seen), and pressure. A machine's maximum is what it was provisioned
-//! with at that time; demand beyond it (turbo clocks, rounding) counts as that. Demand is held between samples: what
-//! comes in a straight line could be read off its first point. While a machine is off it is not there. Missing samples:
+//! with at that time; demand beyond it (turbo clocks, rounding) counts as that. Demand is held between samples, the
+//! worst case, or goes in a straight line. While a machine is off it is not there. Missing samples:
 //! the last one goes on being demanded, and the time is not counted.
 
 mod fixed;
@@ -27,8 +27,7 @@ mod vpa;
 #[cfg(test)]
 mod tests;
 
-pub use forecasts::{Empirical, Forecasts};
 pub use policy::{Policy, Seen};
-pub use run::{Report, Row, Setup, empirical, run};
+pub use run::{Between, CRITERIA, Report, Row, Setup, run};
 pub use score::Score;
 pub use trace::{Trace, TraceError, VmTrace};

@@ -11,7 +11,7 @@ use crate::planner::{
 pub(super) struct Ours {
     name: String,
     planner: Planner,
-    forecasts: Option<Box<dyn Forecasts>>,
+    forecasts: Option<Forecasts>,
     priorities: Vec<u8>,
     outlooks: Vec<[Option<Outlook>; 2]>,
     stale: bool,
@@ -20,12 +20,7 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    pub(super) fn new(
-        name: String,
-        settings: Settings,
-        forecasts: Option<Box<dyn Forecasts>>,
-        priorities: Vec<u8>,
-    ) -> Self {
+    pub(super) fn new(name: String, settings: Settings, forecasts: Option<Forecasts>, priorities: Vec<u8>) -> Self {
         Self {
             name,
             planner: Planner::new(settings),
@@ -64,7 +59,7 @@ impl Policy for Ours {
         if self.stale {
             self.stale = false;
             self.outlooks.resize(seen.len(), [None; 2]);
-            if let Some(forecasts) = &mut self.forecasts {
+            if let Some(forecasts) = &self.forecasts {
                 for (vm, outlooks) in self.outlooks.iter_mut().enumerate() {
                     *outlooks = [forecasts.outlook(vm, 0), forecasts.outlook(vm, 1)];
                 }

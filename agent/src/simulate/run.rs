@@ -1,7 +1,7 @@
 //! A month on one host, contestant by contestant.
 
 use super::fixed::{Provisioned, Quantile, quantile};
-use super::forecasts::{Empirical, Forecasts};
+use super::forecasts::Forecasts;
 use super::host::{Kind, Pool};
 use super::ours::Ours;
 use super::policy::{HostSeen, Policy, Resource, Seen, Target};
@@ -10,7 +10,9 @@ use super::score::{Moment, Score, Tally};
 use super::trace::{STEP_S, Sample, Trace, VmTrace};
 use super::vpa::Vpa;
 use crate::planner::Settings;
+use prestage_predictor::demand::Weights;
 use serde::Serialize;
+use std::sync::Arc;
 
 /// Steps of a day.
 const DAY: usize = (86_400 / STEP_S) as usize;
@@ -19,9 +21,22 @@ const DAY: usize = (86_400 / STEP_S) as usize;
 const WAKE_S: u64 = 2;
 /// Loops look this long after a step begins, as ones that know nothing of steps do on average.
 const PHASE_S: u64 = 5;
+/// Demand that moves in a straight line stays as it is for so many seconds.
+const STRETCH_S: u64 = 30;
+
+/// What demand does between two samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Between {
+    /// Stays as it was sampled: every rise comes at once, the worst case.
+    #[default]
+    Held,
+    /// Goes to the next sample in a straight line, in stretches of 30 s.
+    Linear,
+}
 
 /// What to simulate.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Setup {
     /// Machines at most; more are drawn by `seed`.
     pub vms: usize,
@@ -36,12 +51,15 @@ pub struct Setup {
     /// Bytes; `None`: likewise.
     pub host_memory: Option<f64>,
     pub seed: u64,
+    pub between: Between,
     /// Risks at which the planner runs.
     pub risks: Vec<f64>,
     /// The planner's; the risk is replaced.
     pub settings: Settings,
     /// Steps that forecasts look ahead.
     pub horizon: usize,
+    /// A trained network, which has a say in forecasts.
+    pub model: Option<Arc<Weights>>,
     /// Only these contestants (part of a name), all if empty.
     pub only: Vec<String>,
 }
@@ -56,13 +74,19 @@ impl Default for Setup {
             host_cores: None,
             host_memory: None,
             seed: 1,
+            between: Between::Held,
             risks: vec![0.3, 0.2, 0.1, 0.05],
             settings: Settings::default(),
-            horizon: 3,
+            // As the daemon does.
+            horizon: 2,
+            model: None,
             only: Vec::new(),
         }
     }
 }
+
+/// What counts: less of each is better.
+pub const CRITERIA: [&str; 6] = ["VIOL", "CPU", "MEM", "CORE-H", "GIB-H", "OOM"];
 
 /// One contestant's line.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -79,15 +103,17 @@ pub struct Row {
 }
 
 impl Row {
-    /// Better than another in all that counts: violations, of CPU, of memory and of either, and cores and memory
-    /// unused.
+    /// By [`CRITERIA`]: whether this is better than another.
     #[must_use]
-    pub fn beats(&self, other: &Self) -> bool {
+    pub fn better(&self, other: &Self) -> [bool; 6] {
         let of = |row: &Self| {
             let s = &row.score;
-            [s.violation_min, s.cpu_violation_min, s.memory_violation_min, s.core_hours_unused, s.gib_hours_unused]
+            let minutes = [s.violation_min, s.cpu_violation_min, s.memory_violation_min];
+            let [either, cpu, memory] = minutes;
+            [either, cpu, memory, s.core_hours_unused, s.gib_hours_unused, s.oom_like as f64]
         };
-        of(self).iter().zip(of(other)).all(|(own, theirs)| *own < theirs)
+        let (own, theirs) = (of(self), of(other));
+        std::array::from_fn(|at| own[at] < theirs[at])
     }
 }
 
@@ -105,21 +131,17 @@ pub struct Report {
     /// Share of the counted time in which all together want more than the host has.
     pub cpu_short_share: f64,
     pub memory_short_share: f64,
+    pub between: Between,
     pub forecasts: String,
     pub rows: Vec<Row>,
     pub notes: Vec<String>,
 }
 
-/// Runs all contestants on `trace`. `forecasts` makes a fresh source for each run of the planner.
+/// Runs all contestants on `trace`.
 ///
 /// # Errors
 /// The trace is too short, or has no machines that run.
-pub fn run(
-    trace: &Trace,
-    setup: &Setup,
-    forecasts: &dyn Fn() -> Box<dyn Forecasts>,
-    progress: &mut dyn FnMut(&str),
-) -> Result<Report, String> {
+pub fn run(trace: &Trace, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Result<Report, String> {
     let machines = drawn(trace, setup);
     let steps = machines.iter().map(|vm| vm.samples.len()).max().unwrap_or(0).saturating_sub(setup.skip_days * DAY);
     let train = (setup.train_days * DAY).min(steps / 2);
@@ -142,7 +164,10 @@ pub fn run(
     let share =
         |all: Vec<f64>, most: f64| all.iter().filter(|sum| **sum > most).count() as f64 / all.len().max(1) as f64;
     let most = |of: &dyn Fn(&Sample) -> f64| sums(0, train + counted, of).into_iter().fold(0.0, f64::max);
-    let world = World { machines: &machines, first, train, counted, host_cores, host_memory };
+    // The hour matters to forecasts; 0 stands for "never" here and there.
+    let start_s = (trace.start_s / STEP_S).max(1) * STEP_S + first as u64 * STEP_S;
+    let world =
+        World { machines: &machines, start_s, between: setup.between, first, train, counted, host_cores, host_memory };
     let priorities: Vec<u8> =
         (0..machines.len()).map(|vm| (mixed(setup.seed ^ (vm as u64 + 1) << 20) % 3) as u8).collect();
 
@@ -160,7 +185,8 @@ pub fn run(
     };
     contestants.push((ours("prestage, no forecast".to_owned(), 0.5, None), Some(0.5)));
     for risk in &setup.risks {
-        contestants.push((ours(format!("prestage, risk {risk}"), *risk, Some(forecasts())), Some(*risk)));
+        let forecasts = Forecasts::new(setup.horizon, setup.model.clone());
+        contestants.push((ours(format!("prestage, risk {risk}"), *risk, Some(forecasts)), Some(*risk)));
     }
     let mut rows = Vec::new();
     for (mut contestant, risk) in contestants {
@@ -194,16 +220,15 @@ pub fn run(
         provisioned_memory_bytes: most(&|s| s.capacity),
         cpu_short_share: share(sums(train, train + counted, &|s| s.cpu), host_cores),
         memory_short_share: share(sums(train, train + counted, &|s| s.memory), host_memory),
-        forecasts: forecasts().name(),
+        between: setup.between,
+        forecasts: format!(
+            "{}, {} min ahead",
+            if setup.model.is_some() { "with a trained network" } else { "without a network" },
+            setup.horizon as u64 * STEP_S / 60
+        ),
         rows,
         notes: trace.notes.clone(),
     })
-}
-
-/// The source that needs no training.
-#[must_use]
-pub fn empirical(setup: &Setup) -> Box<dyn Forecasts> {
-    Box::new(Empirical::new(setup.horizon))
 }
 
 /// Machines to simulate: all, or as many as asked, drawn by the seed.
@@ -226,6 +251,9 @@ fn mixed(seed: u64) -> u64 {
 
 struct World<'a> {
     machines: &'a [VmTrace],
+    /// Unix seconds at which the training part begins.
+    start_s: u64,
+    between: Between,
     first: usize,
     train: usize,
     counted: usize,
@@ -236,6 +264,16 @@ struct World<'a> {
 impl World<'_> {
     fn sample(&self, vm: usize, step: usize) -> Option<Sample> {
         self.machines[vm].samples.get(self.first + step).copied().filter(Sample::on)
+    }
+
+    /// A sample, or what demand is at that part (0 to 1) of the way to the next.
+    fn between(&self, vm: usize, step: usize, part: f64) -> Option<Sample> {
+        let now = self.sample(vm, step)?;
+        let Some(next) = self.sample(vm, step + 1).filter(|_| self.between == Between::Linear) else {
+            return Some(now);
+        };
+        let cpu = (now.cpu + part * (next.cpu - now.cpu)).min(now.cores);
+        Some(Sample { cpu, memory: (now.memory + part * (next.memory - now.memory)).min(now.capacity), ..now })
     }
 
     fn play(&self, policy: &mut dyn Policy) -> Tally {
@@ -249,8 +287,7 @@ impl World<'_> {
             stalled: vec![[0.0; 2]; machines],
             short: false,
         };
-        // Unix time matters to nobody; 0 stands for "never" here and there.
-        let start_s = 1_000_000 * STEP_S;
+        let start_s = self.start_s;
         for step in 0..self.train {
             for vm in 0..machines {
                 if let Some(sample) = self.sample(vm, step).filter(|sample| sample.measured) {
@@ -258,45 +295,55 @@ impl World<'_> {
                 }
             }
         }
+        let stretch_s = if self.between == Between::Held { STEP_S } else { STRETCH_S };
+        let mut most = vec![[0.0_f64; 2]; machines];
         for step in self.train..self.train + self.counted {
-            for vm in 0..machines {
-                let (on, sample) = match self.sample(vm, step) {
-                    Some(sample) => (true, sample),
-                    None => (false, Sample { cores: 0.0, cpu: 0.0, capacity: 0.0, memory: 0.0, measured: false }),
-                };
-                pools[0].demand(vm, on, sample.cpu, sample.cores);
-                pools[1].demand(vm, on, sample.memory, sample.capacity);
-                let seen = &mut state.seen[vm];
-                (seen.on, seen.cpu.provisioned, seen.memory.provisioned) = (on, sample.cores, sample.capacity);
+            most.fill([0.0; 2]);
+            for stretch in 0..STEP_S / stretch_s {
+                let part = stretch as f64 * stretch_s as f64 / STEP_S as f64;
+                for vm in 0..machines {
+                    let (on, sample) = match self.between(vm, step, part) {
+                        Some(sample) => (true, sample),
+                        None => (false, Sample { cores: 0.0, cpu: 0.0, capacity: 0.0, memory: 0.0, measured: false }),
+                    };
+                    pools[0].demand(vm, on, sample.cpu, sample.cores);
+                    pools[1].demand(vm, on, sample.memory, sample.capacity);
+                    let seen = &mut state.seen[vm];
+                    (seen.on, seen.cpu.provisioned, seen.memory.provisioned) = (on, sample.cores, sample.capacity);
+                }
+                let begin_s = start_s + step as u64 * STEP_S + stretch * stretch_s;
+                self.stretch(step, begin_s, stretch_s, policy, &mut pools, &mut state, &mut tally);
+                for (most, seen) in most.iter_mut().zip(&state.seen) {
+                    *most = [most[0].max(seen.cpu.used), most[1].max(seen.memory.used)];
+                }
             }
-            self.step(step, start_s, policy, &mut pools, &mut state, &mut tally);
-            for vm in 0..machines {
+            for (vm, [cpu, memory]) in most.iter().enumerate() {
                 if self.sample(vm, step).is_some_and(|sample| sample.measured) {
-                    let seen = &state.seen[vm];
-                    policy.observe(vm, start_s + (step as u64 + 1) * STEP_S, seen.cpu.used, seen.memory.used);
+                    policy.observe(vm, start_s + (step as u64 + 1) * STEP_S, *cpu, *memory);
                 }
             }
         }
         tally
     }
 
-    /// Five minutes.
-    fn step(
+    /// So many seconds of a step, from `begin_s` on, in which demand stays as it is.
+    #[allow(clippy::too_many_arguments)]
+    fn stretch(
         &self,
         step: usize,
-        start_s: u64,
+        begin_s: u64,
+        length_s: u64,
         policy: &mut dyn Policy,
         pools: &mut [Pool; 2],
         state: &mut State,
         tally: &mut Tally,
     ) {
-        let begin_s = start_s + step as u64 * STEP_S;
         let every_s = policy.loop_s();
         let mut at_s = 0;
         let mut wake_s = None;
         // Whether the last look changed anything.
         let mut changed = true;
-        while at_s < STEP_S {
+        while at_s < length_s {
             // Looks are at PHASE_S, PHASE_S + every_s, …
             let since = (begin_s + at_s + every_s - PHASE_S % every_s) % every_s;
             let look = since == 0;
@@ -328,7 +375,8 @@ impl World<'_> {
             }
             let moving = pools.iter().any(Pool::moving);
             let to_look = every_s - (begin_s + at_s + every_s - PHASE_S % every_s) % every_s;
-            let mut seconds = if moving { 1 } else { to_look.min(STEP_S - at_s) };
+            // Demand changes at the start: who goes short then is seen at once.
+            let mut seconds = if moving || at_s == 0 { 1 } else { to_look.min(length_s - at_s) };
             if let Some(wake_s) = wake_s {
                 seconds = seconds.min(wake_s - at_s);
             }
@@ -352,6 +400,7 @@ impl World<'_> {
         let [cpu, memory] = pools;
         let mut any = false;
         let mut measured = false;
+        let wanted: f64 = memory.shares.iter().map(|share| share.demand).sum();
         for vm in 0..self.machines.len() {
             let (c, m) = (&cpu.shares[vm], &memory.shares[vm]);
             let short = [c.short(), m.short()];
@@ -370,6 +419,7 @@ impl World<'_> {
                     cpu_missing: c.demand - c.used(),
                     memory_missing: m.demand - m.used(),
                     memory_demand: m.demand,
+                    host_short: wanted > memory.capacity,
                 };
                 tally.machine(vm, &moment, &state.seen[vm]);
             }

@@ -27,6 +27,8 @@ pub struct Score {
     /// Times that demand for memory exceeded what was given by more than a tenth for 10 s or longer: a guest without
     /// swap would have killed something.
     pub oom_like: u64,
+    /// Of these, while all machines together wanted more memory than the host has.
+    pub oom_like_host_short: u64,
 }
 
 /// Seconds of violation that make an OOM.
@@ -56,6 +58,7 @@ pub(super) struct Moment {
     pub(super) cpu_missing: f64,
     pub(super) memory_missing: f64,
     pub(super) memory_demand: f64,
+    pub(super) host_short: bool,
 }
 
 impl Tally {
@@ -89,6 +92,7 @@ impl Tally {
         if moment.memory_demand > seen.memory.have * OOM_MARGIN {
             if *starved < OOM_S && *starved + seconds >= OOM_S {
                 self.score.oom_like += 1;
+                self.score.oom_like_host_short += u64::from(moment.host_short);
             }
             *starved += seconds;
         } else {

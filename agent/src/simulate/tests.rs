@@ -115,7 +115,7 @@ fn a_short_month_comes_out_the_same_and_the_planner_beats_what_only_sizes() {
     let trace = Trace::read(&[sample()]).unwrap();
     assert_eq!((trace.vms.len(), trace.steps()), (4, 288));
     let setup = Setup { risks: vec![0.2], host_cores: Some(20.0), host_memory: Some(60.0 * GIB), ..Setup::default() };
-    let play = || run(&trace, &setup, &|| empirical(&setup), &mut |_| {}).unwrap();
+    let play = || run(&trace, &setup, &mut |_| {}).unwrap();
     let report = play();
     assert_eq!(report, play());
     assert_eq!(report.rows.len(), 8);
@@ -127,5 +127,5 @@ fn a_short_month_comes_out_the_same_and_the_planner_beats_what_only_sizes() {
     // What was wanted was used or missed, whoever decided.
     let wanted = |row: &Row| row.score.core_hours_used + row.score.core_hours_short;
     assert!(report.rows.iter().all(|one| (wanted(one) - wanted(fixed)).abs() < 1e-6 * wanted(fixed)));
-    assert!(run(&trace, &Setup { days: 0, ..setup.clone() }, &|| empirical(&setup), &mut |_| {}).is_err());
+    assert!(run(&trace, &Setup { days: 0, ..setup.clone() }, &mut |_| {}).is_err());
 }

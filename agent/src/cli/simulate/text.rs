@@ -3,7 +3,7 @@
 use crate::cli::render::count;
 use crate::cli::table::{Align, Table};
 use crate::config::units::human_bytes;
-use crate::simulate::Report;
+use crate::simulate::{Between, CRITERIA, Report};
 use std::fmt::Write;
 
 const LEGEND: &str = "\
@@ -11,6 +11,7 @@ VIOL CPU MEM  minutes a machine-day in which demand exceeded what was there: eit
 CORE-H GIB-H  allocated and not used, of what the host has
 CHG/H         changes a machine-hour
 OOM           times that demand for memory exceeded what was given by over a tenth for 10 s: without swap, an OOM kill
+SHORT         of these, while all machines together wanted more memory than the host has
 HIGH LOW      VIOL of the machines of the highest and of the lowest of three priorities
 ";
 
@@ -19,7 +20,7 @@ pub(super) fn report(report: &Report) -> String {
     let mut text = format!(
         "{}, {:.1} days after {:.1} days of training; provisioned: {:.0} cores, {}\n\
          host: {:.0} cores, {}; all together want more {} of the time (cpu), {} (memory)\n\
-         demand held between samples; forecasts: {}\n\n",
+         demand {} between samples; forecasts {}\n\n",
         count(report.vms as u64, "machine", "machines"),
         report.days,
         report.train_days,
@@ -29,6 +30,10 @@ pub(super) fn report(report: &Report) -> String {
         human_bytes(report.host_memory_bytes as u64),
         percent(report.cpu_short_share),
         percent(report.memory_short_share),
+        match report.between {
+            Between::Held => "held",
+            Between::Linear => "in a straight line",
+        },
         report.forecasts
     );
     let right = |name| (name, Align::Right);
@@ -41,6 +46,7 @@ pub(super) fn report(report: &Report) -> String {
         right("GIB-H"),
         right("CHG/H"),
         right("OOM"),
+        right("SHORT"),
         right("HIGH"),
         right("LOW"),
     ]);
@@ -55,6 +61,7 @@ pub(super) fn report(report: &Report) -> String {
             format!("{:.0}", s.gib_hours_unused),
             format!("{:.2}", s.changes_per_vm_hour),
             s.oom_like.to_string(),
+            s.oom_like_host_short.to_string(),
             format!("{:.2}", row.high_priority_violation_min),
             format!("{:.2}", row.low_priority_violation_min),
         ]);
@@ -64,17 +71,45 @@ pub(super) fn report(report: &Report) -> String {
     text.push_str(LEGEND);
     text.push('\n');
     for peer in report.rows.iter().filter(|row| !row.ours) {
-        let better: Vec<&str> =
-            report.rows.iter().filter(|row| row.ours && row.beats(peer)).map(|row| row.policy.as_str()).collect();
-        let verdict = match better.as_slice() {
-            [] => "no run is better in all five (VIOL, CPU, MEM, CORE-H, GIB-H)".to_owned(),
-            some => format!("better in all five: {}", some.join("; ")),
-        };
+        let verdicts: Vec<String> = report
+            .rows
+            .iter()
+            .filter(|row| row.ours)
+            .map(|row| format!("{}: {}", row.policy.trim_start_matches("prestage, "), verdict(row.better(peer))))
+            .collect();
         // Text cannot fail to be written to.
-        let _ = writeln!(text, "against {}: {verdict}", peer.policy);
+        let _ = writeln!(text, "against {}, better in: {}", peer.policy, verdicts.join("; "));
     }
     for note in &report.notes {
         let _ = writeln!(text, "{note}");
     }
     text
+}
+
+/// In what one is better, and in what not.
+fn verdict(better: [bool; 6]) -> String {
+    let names = |wanted: bool| {
+        let some: Vec<&str> =
+            CRITERIA.iter().zip(better).filter(|(_, is)| *is == wanted).map(|(name, _)| *name).collect();
+        some.join(" ")
+    };
+    match better.iter().filter(|is| **is).count() {
+        6 => "all".to_owned(),
+        0 => "nothing".to_owned(),
+        4 | 5 => format!("all but {}", names(false)),
+        _ => names(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::verdict;
+
+    #[test]
+    fn verdicts_name_what_is_better() {
+        assert_eq!(verdict([true; 6]), "all");
+        assert_eq!(verdict([false; 6]), "nothing");
+        assert_eq!(verdict([true, true, true, true, true, false]), "all but OOM");
+        assert_eq!(verdict([false, true, false, true, true, false]), "CPU CORE-H GIB-H");
+    }
 }
