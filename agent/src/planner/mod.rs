@@ -19,6 +19,10 @@
 //! use of a whole window, in bounded steps, after a cool-down. Pressure and OOM override both at once, and make the
 //! next lowering wait twice as long. Where the host is short: floors, then needs up to the fair share, then needs by
 //! strict priority, then what each has, then forecasts; weighted max-min within a priority (`share.rs`).
+//!
+//! **Memory comes and goes slowly.** A balloon brings some 350 MiB a second and takes a quarter of that, so that who jumps
+//! can only be helped from what is free. A pool of the host is kept free for it: whoever has idle memory gives it up
+//! before it is asked for, but for a reserve by the machine's own rises.
 
 mod amount;
 mod decision;

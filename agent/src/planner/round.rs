@@ -118,15 +118,16 @@ impl Planner {
         let capacity = capacity.max(0.0);
         let rule = settings.rule(resource);
         let spare = rule.spare * capacity;
+        let pool = (rule.pool * capacity).max(spare);
         cap_runaways(wants, input.vms, capacity);
 
         // First what each should end up with, if all changes were done at once …
         let wanted: f64 = wants.iter().map(|want| want.goal.max(want.hold)).sum();
-        let short = wanted > capacity - spare;
+        let short = wanted > capacity - pool;
         if short {
             claims.clear();
             claims.extend(wants.iter().map(|want| want.claim(&input.vms[want.vm])));
-            share(capacity, spare, claims, given);
+            share(capacity, spare, pool, claims, given);
         } else {
             given.clear();
             given.extend(wants.iter().map(|want| want.goal.max(want.hold.min(want.before))));
@@ -143,7 +144,7 @@ impl Planner {
         let base = |want: &Want, to: f64| if lowers(want, to) { to } else { want.taken };
         let free = capacity - wants.iter().zip(given.iter()).map(|(want, to)| base(want, *to)).sum::<f64>();
         let raises: f64 = wants.iter().zip(given.iter()).map(|(want, to)| (to - base(want, *to)).max(0.0)).sum();
-        if raises > free - spare {
+        if raises > free - pool {
             claims.clear();
             claims.extend(wants.iter().zip(given.iter()).map(|(want, to)| {
                 let base = base(want, *to);
@@ -151,7 +152,7 @@ impl Planner {
                 Claim { base, need: want.need.clamp(base, goal), goal, ..want.claim(&input.vms[want.vm]) }
             }));
             let lowered: Vec<f64> = given.clone();
-            share(capacity, spare, claims, given);
+            share(capacity, spare, pool, claims, given);
             for ((want, to), lowered) in wants.iter().zip(given.iter_mut()).zip(lowered) {
                 // Memory that is to be taken away still counts as had above.
                 if lowered < want.before {

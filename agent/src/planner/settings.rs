@@ -30,8 +30,14 @@ pub struct Rule {
     pub stale_s: u32,
     /// Seconds that a change may take to be read back.
     pub settle_s: u32,
-    /// Share of the host that is kept for what is needed at once, out of reach of forecasts.
+    /// Share of the host that is kept for machines that need less than their fair share of it.
     pub spare: f64,
+    /// Share of the host that is kept free for what is needed at once: idle machines give up theirs for it, and
+    /// forecasts do not reach it. At least `spare`.
+    pub pool: f64,
+    /// What a machine keeps above what it uses, as a share of the largest rise that it lately made while a change takes
+    /// effect. If not 0, pressure raises by that rise at least.
+    pub reserve: f64,
     /// Amounts are multiples of this.
     pub grain: f64,
 }
@@ -83,6 +89,8 @@ impl Settings {
                 ("lower_step", rule.lower_step, 1e-3, 1.0),
                 ("dead", rule.dead, 1e-3, 0.5),
                 ("spare", rule.spare, 0.0, 0.9),
+                ("pool", rule.pool, 0.0, 0.9),
+                ("reserve", rule.reserve, 0.0, 10.0),
                 ("grain", rule.grain, 1e-9, f64::MAX),
             ];
             for (name, value, low, high) in ranges {
@@ -107,13 +115,15 @@ impl Default for Settings {
             worn: 0.7,
             pressure: 0.1,
             boost: 2.0,
-            window_s: 900,
+            window_s: 1800,
             cool_down_s: 300,
             lower_step: 0.5,
             dead: 0.05,
             stale_s: 30,
             settle_s: 10,
             spare: 0.0,
+            pool: 0.0,
+            reserve: 0.0,
             grain: 0.01,
         };
         // A balloon takes 5 s and more to inflate: some is kept ready. Swapping costs more than waiting for a core.
@@ -123,11 +133,13 @@ impl Default for Settings {
             lower_step: 0.3,
             settle_s: 60,
             spare: 0.015,
+            pool: 0.1,
+            reserve: 0.2,
             grain: 16.0 * MIB,
             ..cpu
         };
         let rate = Rule { headroom: 0.5, slack: MIB, grain: 64.0 * 1024.0, ..cpu };
-        Self { risk: 0.05, rules: [cpu, memory, rate, rate], changes_per_hour: 30, lead_s: 120, repeat_s: 600 }
+        Self { risk: 0.05, rules: [cpu, memory, rate, rate], changes_per_hour: 60, lead_s: 120, repeat_s: 600 }
     }
 }
 

@@ -6,14 +6,17 @@
 //! 1. Everybody's base: their floor, and what cannot or must not be taken.
 //! 2. What is needed now, up to the fair share: the capacity by weights, whatever the priorities. Nobody starves.
 //! 3. What is needed now beyond it, less a spare for the next who needs its fair share.
-//! 4. What each has already and is not idle for long enough to lose.
-//! 5. What is foreseen: a need comes before anybody's forecast, and a forecast takes nothing from anybody.
+//! 4. Of what each has, what it is likely to need within the next minute.
+//! 5. The rest of what each has and is not idle for long enough to lose, less a pool for what is needed at once.
+//! 6. What is foreseen: a need comes before anybody's forecast, and a forecast takes nothing from anybody.
 
-/// One machine's claim; amounts in one unit, `base <= need <= keep <= goal` after [`Claim::ordered`].
+/// One machine's claim; amounts in one unit, `base <= need <= likely <= keep <= goal` after [`Claim::ordered`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Claim {
     pub(super) base: f64,
     pub(super) need: f64,
+    /// Of what it has, what it is likely to need within the next minute.
+    pub(super) likely: f64,
     /// What it has, unless it is to have less.
     pub(super) keep: f64,
     pub(super) goal: f64,
@@ -26,14 +29,15 @@ impl Claim {
         let goal = self.goal.max(self.base);
         let weight = if self.weight.is_finite() { self.weight.clamp(1e-6, 1e6) } else { 1.0 };
         let need = self.need.clamp(self.base, goal);
-        Self { need, keep: self.keep.clamp(need, goal), goal, weight, ..self }
+        let keep = self.keep.clamp(need, goal);
+        Self { need, likely: self.likely.clamp(need, keep), keep, goal, weight, ..self }
     }
 }
 
 /// Writes to `given` what each claim gets of `capacity`, in their order; `spare` of it is only for what is
-/// needed within fair shares. The sum exceeds
+/// needed within fair shares, `pool` (no less) only for what is needed or likely to be. The sum exceeds
 /// `capacity` only where the bases do; then everybody gets their base.
-pub(super) fn share(capacity: f64, spare: f64, claims: &[Claim], given: &mut Vec<f64>) {
+pub(super) fn share(capacity: f64, spare: f64, pool: f64, claims: &[Claim], given: &mut Vec<f64>) {
     given.clear();
     given.extend(claims.iter().map(|claim| claim.base));
     let mut rest = capacity - given.iter().sum::<f64>();
@@ -44,8 +48,13 @@ pub(super) fn share(capacity: f64, spare: f64, claims: &[Claim], given: &mut Vec
     let fair = |claim: &Claim| claim.need.min(capacity * claim.weight / weights);
     // What is asked for in each tier, and what is from then on out of reach.
     type Tier<'a> = (&'a dyn Fn(&Claim) -> f64, f64);
-    let tiers: [Tier<'_>; 4] =
-        [(&fair, 0.0), (&|claim| claim.need, spare), (&|claim| claim.keep, 0.0), (&|claim| claim.goal, 0.0)];
+    let tiers: [Tier<'_>; 5] = [
+        (&fair, 0.0),
+        (&|claim| claim.need, spare),
+        (&|claim| claim.likely, 0.0),
+        (&|claim| claim.keep, (pool - spare).max(0.0)),
+        (&|claim| claim.goal, 0.0),
+    ];
     for (target, spare) in tiers {
         rest -= spare;
         for &priority in &priorities {
@@ -84,12 +93,12 @@ mod tests {
     use super::*;
 
     fn claim(base: f64, need: f64, goal: f64, priority: u8, weight: f64) -> Claim {
-        Claim { base, need, keep: need, goal, priority, weight }
+        Claim { base, need, likely: need, keep: need, goal, priority, weight }
     }
 
     fn given(capacity: f64, claims: &[Claim]) -> Vec<f64> {
         let mut given = Vec::new();
-        share(capacity, 0.0, claims, &mut given);
+        share(capacity, 0.0, 0.0, claims, &mut given);
         given.iter().map(|amount| (amount * 1e6).round() / 1e6).collect()
     }
 
@@ -112,10 +121,22 @@ mod tests {
     fn the_spare_is_for_who_is_below_the_fair_share() {
         let claims = [claim(8.0, 12.0, 12.0, 9, 1.0), claim(0.5, 0.5, 2.0, 0, 1.0)];
         let mut given = Vec::new();
-        share(10.0, 1.0, &claims, &mut given);
+        share(10.0, 1.0, 1.0, &claims, &mut given);
         assert!((given[0] - 8.5).abs() < 1e-6 && given[1] == 0.5, "{given:?}");
-        share(10.0, 1.0, &[claims[0], claim(0.5, 1.4, 2.0, 0, 1.0)], &mut given);
+        share(10.0, 1.0, 1.0, &[claims[0], claim(0.5, 1.4, 2.0, 0, 1.0)], &mut given);
         assert_eq!(given, [8.0, 1.4]);
+    }
+
+    #[test]
+    fn the_pool_is_for_needs_and_what_is_likely_but_neither_for_idle_nor_for_foreseen_amounts() {
+        let idle = Claim { likely: 3.0, keep: 6.0, ..claim(1.0, 2.0, 9.0, 0, 1.0) };
+        let mut given = Vec::new();
+        share(16.0, 0.0, 4.0, &[idle, idle], &mut given);
+        assert!(given.iter().all(|amount| (amount - 6.0).abs() < 1e-6), "{given:?}");
+        share(14.0, 0.0, 4.0, &[idle, idle], &mut given);
+        assert!(given.iter().all(|amount| (amount - 5.0).abs() < 1e-6), "{given:?}");
+        share(7.0, 0.0, 4.0, &[idle, idle], &mut given);
+        assert_eq!(given, [3.0, 3.0]);
     }
 
     #[test]

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 const PARTS: usize = 9;
 /// Growth is looked at so often, seconds.
 const GROWTH_S: u64 = 600;
+/// A rise counts half after so many seconds.
+const RISE_HALF_LIFE_S: f64 = 86_400.0;
 /// Highest doubling of the cool-down: 32 times.
 const REGRETS_MAX: u8 = 5;
 
@@ -52,6 +54,10 @@ pub(super) struct Track {
     ask: Option<Ask>,
     failures: u8,
     retry_s: u64,
+    /// Lowest use of this stretch of [`Rule::settle_s`] and of the one before, and this one's number.
+    lows: [f64; 2],
+    stretch: u64,
+    rise: f64,
     growth_part: u64,
     growth_peak: f64,
     growth_last: f64,
@@ -76,6 +82,7 @@ impl Track {
             }
         }
         self.part = part;
+        self.observe_rise(now_s, used, rule);
         self.seen_s = now_s;
         let newest = &mut self.peaks[(part % PARTS as u64) as usize];
         *newest = newest.max(used);
@@ -90,6 +97,26 @@ impl Track {
             (self.growth_part, self.growth_last, self.growth_peak) = (part, self.growth_peak, used);
         }
         self.growth_peak = self.growth_peak.max(used);
+    }
+
+    /// Follows the lowest use, and how far use is above it.
+    fn observe_rise(&mut self, now_s: u64, used: f64, rule: &Rule) {
+        let stretch = now_s / u64::from(rule.settle_s).max(1);
+        if self.seen_s == 0 || stretch > self.stretch + 1 {
+            self.lows = [used; 2];
+        } else if stretch != self.stretch {
+            self.lows = [used, self.lows[0]];
+        }
+        self.stretch = stretch;
+        self.lows[0] = self.lows[0].min(used);
+        let passed_s = now_s.saturating_sub(self.seen_s) as f64;
+        self.rise *= (-passed_s / RISE_HALF_LIFE_S).exp2();
+        self.rise = self.rise.max(used - self.lows[0].min(self.lows[1]));
+    }
+
+    /// The largest rise within the time that a change may take; one of a day ago counts half.
+    pub(super) fn rise(&self) -> f64 {
+        self.rise
     }
 
     /// Highest use of the window, or of as much of it as was watched.

@@ -26,6 +26,8 @@ pub(super) struct Want {
     pub(super) hold: f64,
     /// What it needs now, with its margin.
     pub(super) need: f64,
+    /// And what it is likely to need within the next minute.
+    pub(super) likely: f64,
     /// What it should have.
     pub(super) goal: f64,
     /// Why the goal is what it is.
@@ -45,6 +47,7 @@ impl Want {
         Claim {
             base: self.hold,
             need: self.need.min(self.goal),
+            likely: self.likely.min(self.before).min(self.goal),
             keep: self.before.min(self.goal),
             goal: self.goal,
             priority: vm.policy.priority,
@@ -103,6 +106,8 @@ pub(super) fn want(
 
     let foreseen = reading.outlook.as_ref().and_then(|outlook| outlook.at_risk(settings.risk));
     let least = limit(used * (1.0 + margin));
+    let likely = limit(used * (1.0 + margin) + rule.reserve * track.rise());
+    let rise = if rule.reserve > 0.0 { track.rise() } else { 0.0 };
     let mut goal = before;
     let mut reason = Reason::CoolDown;
     let mut frozen = false;
@@ -129,7 +134,10 @@ pub(super) fn want(
     }
     if pressed {
         let boosted = before.max(rule.grain) * rule.boost.powi(i32::from(track.presses) + 1);
-        raise(boosted.max(foreseen.unwrap_or(0.0)), if reading.oom { Reason::Oom } else { Reason::Pressure });
+        raise(
+            boosted.max(before + rise).max(foreseen.unwrap_or(0.0)),
+            if reading.oom { Reason::Oom } else { Reason::Pressure },
+        );
     }
     if before + 0.5 * rule.grain < floor {
         raise(floor, Reason::Floor);
@@ -143,7 +151,7 @@ pub(super) fn want(
     if above {
         (goal, reason) = (cap, Reason::Maximum);
     } else if goal <= before {
-        let keep = limit(with_room(track.peak(), 1.0)).max(foreseen.map_or(0.0, limit)).max(floor.min(cap));
+        let keep = limit(with_room(track.peak(), 1.0)).max(likely).max(foreseen.map_or(0.0, limit)).max(floor.min(cap));
         if !fresh {
             reason = Reason::Stale;
         } else if before > keep * (1.0 + rule.dead) + rule.grain {
@@ -198,6 +206,7 @@ pub(super) fn want(
         cap,
         hold,
         need,
+        likely,
         goal,
         reason,
         foreseen,
