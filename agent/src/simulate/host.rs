@@ -3,20 +3,20 @@
 //! Actuation takes what it took when measured (libvirt 11.3, QEMU 10.0, Debian 12 guests):
 //!
 //! - a vCPU is there after 0.25 s and online within a second; less CPU (a quota) takes effect at once;
-//! - 424 MiB come back to a guest in 1.2 s, and are taken from it in 4.8 s; more takes longer in proportion.
+//! - by balloon 424 MiB come back to a guest in 1.2 s, and are taken from it in 4.8 s; by virtio-mem 512 MiB come in 0.3 s
+//!   and go in 1.9 s; more takes longer in proportion.
 //!
 //! **A host given away more than once.** CPU: max-min fair, as the kernel's scheduler shares it. Memory: guests fill
 //! what they have with page cache, so what is given is touched; what does not fit is swapped out, the least used first.
 //! Pages that a guest comes to need again are swapped in at [`SWAP_IN`] bytes a second for the whole host: until then
 //! it goes short. Demand beyond the host is shared max-min.
 
+use serde::Serialize;
+
 /// Bytes a second that a host swaps in: random pages from an SSD with the kernel's readahead.
 pub(super) const SWAP_IN: f64 = 200.0 * 1048576.0;
 /// Seconds until more CPU is online.
 const CPU_RAISE_S: f64 = 1.0;
-const BALLOON: f64 = 424.0 * 1048576.0;
-const GROW_S: f64 = 1.2;
-const SHRINK_S: f64 = 4.8;
 /// Less than this is rounding.
 const EPSILON: f64 = 1e-9;
 
@@ -25,6 +25,31 @@ const EPSILON: f64 = 1e-9;
 pub(super) enum Kind {
     Cpu,
     Memory,
+}
+
+/// By which means memory comes and goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryBy {
+    #[default]
+    Balloon,
+    VirtioMem,
+}
+
+impl MemoryBy {
+    /// Bytes that were moved when it was measured, and how many seconds they took to come and to go.
+    const fn measured(self) -> (f64, f64, f64) {
+        match self {
+            Self::Balloon => (424.0 * 1048576.0, 1.2, 4.8),
+            Self::VirtioMem => (512.0 * 1048576.0, 0.3, 1.9),
+        }
+    }
+
+    /// Bytes that come in so many seconds.
+    pub(super) fn comes_in(self, seconds: f64) -> f64 {
+        let (bytes, grow_s, _) = self.measured();
+        bytes / grow_s * seconds
+    }
 }
 
 /// A machine's share of one resource.
@@ -60,14 +85,15 @@ impl Share {
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
     kind: Kind,
+    by: MemoryBy,
     pub(super) capacity: f64,
     pub(super) shares: Vec<Share>,
     moving: bool,
 }
 
 impl Pool {
-    pub(super) fn new(kind: Kind, capacity: f64, machines: usize) -> Self {
-        Self { kind, capacity, shares: vec![Share::default(); machines], moving: true }
+    pub(super) fn new(kind: Kind, by: MemoryBy, capacity: f64, machines: usize) -> Self {
+        Self { kind, by, capacity, shares: vec![Share::default(); machines], moving: true }
     }
 
     /// A machine's demand from now on, and whether it runs at all. One that starts has what is `given`, all of it
@@ -96,8 +122,9 @@ impl Pool {
             Kind::Cpu if share.target < share.have => share.have = share.target,
             Kind::Cpu => share.pace = CPU_RAISE_S,
             Kind::Memory => {
-                let seconds = if share.target > share.have { GROW_S } else { SHRINK_S };
-                share.pace = change / (seconds * (change / BALLOON).max(1.0));
+                let (bytes, grow_s, shrink_s) = self.by.measured();
+                let seconds = if share.target > share.have { grow_s } else { shrink_s };
+                share.pace = change / (seconds * (change / bytes).max(1.0));
             }
         }
         self.moving = true;

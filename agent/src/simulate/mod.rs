@@ -27,6 +27,7 @@ mod vpa;
 #[cfg(test)]
 mod tests;
 
+pub use host::MemoryBy;
 pub use policy::{Policy, Seen};
 pub use run::{Between, CRITERIA, Report, Row, Setup, run};
 pub use score::Score;

@@ -2,7 +2,7 @@
 
 use super::fixed::{Provisioned, Quantile, quantile};
 use super::forecasts::Forecasts;
-use super::host::{Kind, Pool};
+use super::host::{Kind, MemoryBy, Pool};
 use super::ours::Ours;
 use super::policy::{HostSeen, Policy, Resource, Seen, Target};
 use super::reactive::{Mom, Proxmox};
@@ -52,6 +52,7 @@ pub struct Setup {
     pub host_memory: Option<f64>,
     pub seed: u64,
     pub between: Between,
+    pub memory_by: MemoryBy,
     /// Risks at which the planner runs.
     pub risks: Vec<f64>,
     /// The planner's; the risk is replaced.
@@ -75,6 +76,7 @@ impl Default for Setup {
             host_memory: None,
             seed: 1,
             between: Between::Held,
+            memory_by: MemoryBy::Balloon,
             risks: vec![0.3, 0.2, 0.1, 0.05],
             settings: Settings::default(),
             // As the daemon does.
@@ -132,6 +134,7 @@ pub struct Report {
     pub cpu_short_share: f64,
     pub memory_short_share: f64,
     pub between: Between,
+    pub memory_by: MemoryBy,
     pub forecasts: String,
     pub rows: Vec<Row>,
     pub notes: Vec<String>,
@@ -166,8 +169,17 @@ pub fn run(trace: &Trace, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Resu
     let most = |of: &dyn Fn(&Sample) -> f64| sums(0, train + counted, of).into_iter().fold(0.0, f64::max);
     // The hour matters to forecasts; 0 stands for "never" here and there.
     let start_s = (trace.start_s / STEP_S).max(1) * STEP_S + first as u64 * STEP_S;
-    let world =
-        World { machines: &machines, start_s, between: setup.between, first, train, counted, host_cores, host_memory };
+    let world = World {
+        machines: &machines,
+        start_s,
+        between: setup.between,
+        memory_by: setup.memory_by,
+        first,
+        train,
+        counted,
+        host_cores,
+        host_memory,
+    };
     let priorities: Vec<u8> =
         (0..machines.len()).map(|vm| (mixed(setup.seed ^ (vm as u64 + 1) << 20) % 3) as u8).collect();
 
@@ -221,6 +233,7 @@ pub fn run(trace: &Trace, setup: &Setup, progress: &mut dyn FnMut(&str)) -> Resu
         cpu_short_share: share(sums(train, train + counted, &|s| s.cpu), host_cores),
         memory_short_share: share(sums(train, train + counted, &|s| s.memory), host_memory),
         between: setup.between,
+        memory_by: setup.memory_by,
         forecasts: format!(
             "{}, {} min ahead",
             if setup.model.is_some() { "with a trained network" } else { "without a network" },
@@ -254,6 +267,7 @@ struct World<'a> {
     /// Unix seconds at which the training part begins.
     start_s: u64,
     between: Between,
+    memory_by: MemoryBy,
     first: usize,
     train: usize,
     counted: usize,
@@ -278,9 +292,11 @@ impl World<'_> {
 
     fn play(&self, policy: &mut dyn Policy) -> Tally {
         let machines = self.machines.len();
-        let mut tally = Tally::new(machines);
-        let mut pools =
-            [Pool::new(Kind::Cpu, self.host_cores, machines), Pool::new(Kind::Memory, self.host_memory, machines)];
+        let mut tally = Tally::new(machines, self.memory_by);
+        let mut pools = [
+            Pool::new(Kind::Cpu, self.memory_by, self.host_cores, machines),
+            Pool::new(Kind::Memory, self.memory_by, self.host_memory, machines),
+        ];
         let mut state = State {
             seen: vec![Seen::default(); machines],
             targets: vec![Target::default(); machines],

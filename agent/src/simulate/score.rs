@@ -1,5 +1,6 @@
 //! What is counted.
 
+use super::host::MemoryBy;
 use super::policy::Seen;
 use serde::Serialize;
 
@@ -29,6 +30,8 @@ pub struct Score {
     pub oom_like: u64,
     /// Of these, while all machines together wanted more memory than the host has.
     pub oom_like_host_short: u64,
+    /// Of the others, those that lacked more from the start than can come within that time.
+    pub oom_like_out_of_reach: u64,
 }
 
 /// Seconds of violation that make an OOM.
@@ -43,6 +46,9 @@ pub(super) struct Tally {
     vm_s: f64,
     changes: u64,
     starved_s: Vec<f64>,
+    /// Whether what was lacking when this began was too much to come in time.
+    far: Vec<bool>,
+    within_reach: f64,
     /// Seconds of violation by machine, either resource.
     pub(super) by_vm_s: Vec<f64>,
     /// Seconds counted by machine.
@@ -62,12 +68,14 @@ pub(super) struct Moment {
 }
 
 impl Tally {
-    pub(super) fn new(machines: usize) -> Self {
+    pub(super) fn new(machines: usize, by: MemoryBy) -> Self {
         Self {
             score: Score::default(),
             vm_s: 0.0,
             changes: 0,
             starved_s: vec![0.0; machines],
+            far: vec![false; machines],
+            within_reach: by.comes_in(OOM_S),
             by_vm_s: vec![0.0; machines],
             counted_s: vec![0.0; machines],
         }
@@ -89,10 +97,15 @@ impl Tally {
         self.score.core_hours_short += moment.cpu_missing * seconds / 3600.0;
         self.score.gib_hours_short += moment.memory_missing * seconds / 3600.0 / GIB;
         let starved = &mut self.starved_s[vm];
-        if moment.memory_demand > seen.memory.have * OOM_MARGIN {
+        let lacks = moment.memory_demand / OOM_MARGIN - seen.memory.have;
+        if lacks > 0.0 {
+            if *starved == 0.0 {
+                self.far[vm] = lacks > self.within_reach;
+            }
             if *starved < OOM_S && *starved + seconds >= OOM_S {
                 self.score.oom_like += 1;
                 self.score.oom_like_host_short += u64::from(moment.host_short);
+                self.score.oom_like_out_of_reach += u64::from(self.far[vm] && !moment.host_short);
             }
             *starved += seconds;
         } else {

@@ -1,6 +1,6 @@
 //! The simulated host keeps its rules, the reader reads what it says, and a short month comes out the same each time.
 
-use super::host::{Kind, Pool};
+use super::host::{Kind, MemoryBy, Pool};
 use super::trace::Sample;
 use super::*;
 use std::io::Write;
@@ -57,7 +57,7 @@ fn the_published_format_is_read_and_mistakes_are_named_with_their_line() {
 
 #[test]
 fn changes_take_the_time_they_were_measured_to_take() {
-    let mut cpu = Pool::new(Kind::Cpu, 16.0, 1);
+    let mut cpu = Pool::new(Kind::Cpu, MemoryBy::Balloon, 16.0, 1);
     cpu.demand(0, true, 4.0, 2.0);
     assert!(cpu.ask(0, 8.0) && !cpu.ask(0, 8.0), "the same again is no change");
     cpu.pass(0.5);
@@ -68,7 +68,7 @@ fn changes_take_the_time_they_were_measured_to_take() {
     cpu.pass(0.0);
     assert!(cpu.shares[0].short(), "a quota takes effect at once");
 
-    let mut memory = Pool::new(Kind::Memory, 64.0 * GIB, 1);
+    let mut memory = Pool::new(Kind::Memory, MemoryBy::Balloon, 64.0 * GIB, 1);
     memory.demand(0, true, GIB, 2.0 * GIB);
     memory.ask(0, 1.5 * GIB);
     let mut seconds = 0;
@@ -77,11 +77,16 @@ fn changes_take_the_time_they_were_measured_to_take() {
         seconds += 1;
     }
     assert_eq!(seconds, 6, "512 MiB at 88 MiB/s");
+    let mut device = Pool::new(Kind::Memory, MemoryBy::VirtioMem, 64.0 * GIB, 1);
+    device.demand(0, true, GIB, 2.0 * GIB);
+    device.ask(0, 5.0 * GIB);
+    device.pass(1.0);
+    assert_eq!((device.shares[0].have / GIB * 100.0).round() / 100.0, 3.67, "512 MiB in 0.3 s");
 }
 
 #[test]
 fn cpu_is_shared_max_min_and_memory_that_is_given_twice_is_swapped_in() {
-    let mut cpu = Pool::new(Kind::Cpu, 6.0, 3);
+    let mut cpu = Pool::new(Kind::Cpu, MemoryBy::Balloon, 6.0, 3);
     for (vm, demand) in [1.0, 4.0, 8.0].into_iter().enumerate() {
         cpu.demand(vm, true, demand, 8.0);
     }
@@ -90,7 +95,7 @@ fn cpu_is_shared_max_min_and_memory_that_is_given_twice_is_swapped_in() {
     assert_eq!(used, [1.0, 2.5, 2.5]);
     assert_eq!(cpu.unused(), 0.0);
 
-    let mut memory = Pool::new(Kind::Memory, 8.0 * GIB, 2);
+    let mut memory = Pool::new(Kind::Memory, MemoryBy::Balloon, 8.0 * GIB, 2);
     memory.demand(0, true, GIB, 8.0 * GIB);
     memory.demand(1, true, GIB, 8.0 * GIB);
     memory.pass(1.0);
@@ -128,4 +133,35 @@ fn a_short_month_comes_out_the_same_and_the_planner_beats_what_only_sizes() {
     let wanted = |row: &Row| row.score.core_hours_used + row.score.core_hours_short;
     assert!(report.rows.iter().all(|one| (wanted(one) - wanted(fixed)).abs() < 1e-6 * wanted(fixed)));
     assert!(run(&trace, &Setup { days: 0, ..setup.clone() }, &mut |_| {}).is_err());
+}
+
+/// One machine of 32 GiB that uses half a GiB, and from one sample to the next `to` GiB.
+fn jump(to: f64, setup: Setup) -> Score {
+    let mut text = "vm,ts,cores,cpu_pct,mem_cap_kb,mem_kb\n".to_owned();
+    for step in 0..100 {
+        let used = if step < 80 { 0.5 } else { to };
+        text += &format!("1,{},4,10,{},{}\n", 300_000 + 300 * step, 32 << 20, used * 1048576.0);
+    }
+    let host_memory = Some(64.0 * GIB);
+    let setup = Setup { host_memory, risks: vec![], only: vec!["no forecast".to_owned()], ..setup };
+    run(&read(&text).unwrap(), &setup, &mut |_| {}).unwrap().rows[0].score
+}
+
+#[test]
+fn who_goes_short_as_demand_jumps_is_seen_at_once_and_a_straight_line_is_followed() {
+    let seconds = |score: Score| (score.memory_violation_min * 60.0 * score.vm_days).round();
+    let held = jump(3.0, Setup::default());
+    assert!((3.0..=12.0).contains(&seconds(held)), "{held:?}");
+    assert_eq!(held.oom_like, 0, "2 GiB come in time");
+    let linear = jump(3.0, Setup { between: Between::Linear, ..Setup::default() });
+    assert!(seconds(linear) < 0.5 * seconds(held), "{linear:?}");
+}
+
+#[test]
+fn a_jump_beyond_what_a_balloon_brings_in_time_is_told_apart() {
+    let balloon = jump(12.0, Setup::default());
+    assert_eq!((balloon.oom_like, balloon.oom_like_out_of_reach, balloon.oom_like_host_short), (1, 1, 0));
+    let device = jump(12.0, Setup { memory_by: MemoryBy::VirtioMem, ..Setup::default() });
+    assert_eq!(device.oom_like_out_of_reach, 0, "{device:?}");
+    assert!(device.memory_violation_min < balloon.memory_violation_min);
 }

@@ -3,7 +3,7 @@
 use crate::cli::render::count;
 use crate::cli::table::{Align, Table};
 use crate::config::units::human_bytes;
-use crate::simulate::{Between, CRITERIA, Report};
+use crate::simulate::{Between, CRITERIA, MemoryBy, Report};
 use std::fmt::Write;
 
 const LEGEND: &str = "\
@@ -12,6 +12,7 @@ CORE-H GIB-H  allocated and not used, of what the host has
 CHG/H         changes a machine-hour
 OOM           times that demand for memory exceeded what was given by over a tenth for 10 s: without swap, an OOM kill
 SHORT         of these, while all machines together wanted more memory than the host has
+FAR           of the others, those that lacked more from the start than can come within 10 s
 HIGH LOW      VIOL of the machines of the highest and of the lowest of three priorities
 ";
 
@@ -20,7 +21,7 @@ pub(super) fn report(report: &Report) -> String {
     let mut text = format!(
         "{}, {:.1} days after {:.1} days of training; provisioned: {:.0} cores, {}\n\
          host: {:.0} cores, {}; all together want more {} of the time (cpu), {} (memory)\n\
-         demand {} between samples; forecasts {}\n\n",
+         demand {} between samples; memory by {}; forecasts {}\n\n",
         count(report.vms as u64, "machine", "machines"),
         report.days,
         report.train_days,
@@ -33,6 +34,10 @@ pub(super) fn report(report: &Report) -> String {
         match report.between {
             Between::Held => "held",
             Between::Linear => "in a straight line",
+        },
+        match report.memory_by {
+            MemoryBy::Balloon => "balloon",
+            MemoryBy::VirtioMem => "virtio-mem",
         },
         report.forecasts
     );
@@ -47,6 +52,7 @@ pub(super) fn report(report: &Report) -> String {
         right("CHG/H"),
         right("OOM"),
         right("SHORT"),
+        right("FAR"),
         right("HIGH"),
         right("LOW"),
     ]);
@@ -62,6 +68,7 @@ pub(super) fn report(report: &Report) -> String {
             format!("{:.2}", s.changes_per_vm_hour),
             s.oom_like.to_string(),
             s.oom_like_host_short.to_string(),
+            s.oom_like_out_of_reach.to_string(),
             format!("{:.2}", row.high_priority_violation_min),
             format!("{:.2}", row.low_priority_violation_min),
         ]);
