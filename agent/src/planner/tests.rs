@@ -384,5 +384,5 @@ fn idle_memory_is_given_up_for_a_pool_that_forecasts_do_not_reach_and_pressure_d
     let before = three.allocated;
     rounds(&mut planner, &host, &mut vms, 1_000_030, 1);
     let more = (vms[2].readings[1].unwrap().allocated - before) / GIB;
-    assert!(more > 2.5, "in need: {more}");
+    assert!(more >= 2.0, "in need: {more}");
 }

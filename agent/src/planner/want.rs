@@ -142,8 +142,14 @@ pub(super) fn want(
     if before + 0.5 * rule.grain < floor {
         raise(floor, Reason::Floor);
     }
-    // What a machine that goes short needs is not seen.
-    let need = if pressed { limit(before.max(rule.grain) * rule.boost).max(least) } else { least };
+    // What a machine that goes short needs is not seen: half of what it is raised by counts as that, the rest takes nothing
+    // from others.
+    let need = if pressed {
+        let boosted = before.max(rule.grain) * 0.5 * (1.0 + rule.boost);
+        limit(boosted.max(before + 0.5 * rise)).max(least)
+    } else {
+        least
+    };
     if goal > before && tokens < LAST_CHANGES {
         goal = cap;
     }
