@@ -101,16 +101,16 @@ impl Track {
 
     /// Follows the lowest use, and how far use is above it.
     fn observe_rise(&mut self, now_s: u64, used: f64, rule: &Rule) {
-        let stretch = now_s / u64::from(rule.settle_s).max(1);
-        if self.seen_s == 0 || stretch > self.stretch + 1 {
-            self.lows = [used; 2];
-        } else if stretch != self.stretch {
-            self.lows = [used, self.lows[0]];
+        let length = u64::from(rule.settle_s).max(1);
+        let stretch = now_s / length;
+        if stretch != self.stretch {
+            let next = self.seen_s != 0 && stretch == self.stretch + 1;
+            self.lows = [used, if next { self.lows[0] } else { used }];
+            let passed_s = (stretch.saturating_sub(self.stretch) * length) as f64;
+            self.rise *= (-passed_s / RISE_HALF_LIFE_S).exp2();
+            self.stretch = stretch;
         }
-        self.stretch = stretch;
         self.lows[0] = self.lows[0].min(used);
-        let passed_s = now_s.saturating_sub(self.seen_s) as f64;
-        self.rise *= (-passed_s / RISE_HALF_LIFE_S).exp2();
         self.rise = self.rise.max(used - self.lows[0].min(self.lows[1]));
     }
 
