@@ -121,6 +121,8 @@ pub(crate) struct Calendar {
     entries: BTreeMap<i64, Entry>,
     /// The last id that was given out: whoever removes a number means the event that had it.
     last: i64,
+    /// When it was last looked what begins, Unix s.
+    looked_s: u64,
 }
 
 impl Calendar {
@@ -161,7 +163,10 @@ impl Calendar {
     /// What begins now, or did since it was asked last.
     pub(crate) fn due(&mut self, now_s: u64) -> Vec<Begins> {
         let mut due = Vec::new();
+        // A clock that was set back: what was to come next is to come again.
+        let back = now_s < std::mem::replace(&mut self.looked_s, now_s);
         for entry in self.entries.values_mut() {
+            entry.next_s = entry.next_s.filter(|_| !back);
             let next_s = entry.next_s.unwrap_or_else(|| entry.first_after(now_s.saturating_sub(1)));
             entry.next_s = Some(next_s);
             if next_s > now_s {
@@ -299,6 +304,7 @@ mod tests {
         assert_eq!((calendar.due(3601), calendar.due(3602)), (vec![begins], vec![]));
         assert!(calendar.due(7300).is_empty(), "too late to know what was used before");
         assert_eq!(calendar.upcoming(Uuid::nil(), 7300, 86_400).len(), 24);
+        assert_eq!((calendar.due(3599).len(), calendar.due(3600).len()), (0, 1), "the clock was set back");
     }
 
     #[test]
