@@ -1,6 +1,7 @@
 //! Sends one message: a POST over a connection of its own, with limits on everything the other side decides.
 
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -118,7 +119,13 @@ impl Sender {
     async fn exchange(&self, message: &Message, now: SystemTime) -> Result<(), SendError> {
         let request = self.request(message, now)?;
         let address = (self.target.host.as_str(), self.target.port);
-        let stream = TcpStream::connect(address).await.map_err(|error| self.unreachable(&error))?;
+        let found = tokio::net::lookup_host(address).await.map_err(|error| self.unreachable(&error))?;
+        let (fit, unfit): (Vec<SocketAddr>, Vec<_>) = found.partition(|address| is_fit(address.ip()));
+        if let (true, Some(address)) = (fit.is_empty(), unfit.first()) {
+            let detail = format!("{} is no receiver's address: it is link-local, multicast or nobody's", address.ip());
+            return Err(SendError::Unreachable { to: self.origin(), detail });
+        }
+        let stream = TcpStream::connect(fit.as_slice()).await.map_err(|error| self.unreachable(&error))?;
         let response = match &self.tls {
             None => self.over(stream, request).await?,
             Some(tls) => {
@@ -208,6 +215,15 @@ fn connector(authorities: Option<&Path>) -> Result<TlsConnector, SenderError> {
         .with_root_certificates(roots)
         .with_no_client_auth();
     Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// Not where clouds keep their hosts' secrets (169.254.169.254, fe80::), nor what reaches many or nobody: whoever answers for a name
+/// must not send this host's events, or its processes, there.
+fn is_fit(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => !(v4.is_link_local() || v4.is_multicast() || v4.is_unspecified() || v4.is_broadcast()),
+        IpAddr::V6(v6) => !(v6.is_unicast_link_local() || v6.is_multicast() || v6.is_unspecified()),
+    }
 }
 
 /// The beginning of an answer, in one line.

@@ -212,6 +212,18 @@ async fn https_is_spoken_with_whom_the_authority_vouches_for_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn nothing_is_sent_to_addresses_that_no_receiver_has() {
+    for host in
+        ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "0.0.0.0", "[::]", "224.0.0.1", "[ff02::1]"]
+    {
+        let target = Target::parse(&format!("http://{host}:9/"), true).unwrap();
+        let sender = Sender::new(target, vec![Secret::parse(SECRET).unwrap()], None).unwrap();
+        let error = sender.send(&message(), then()).await.unwrap_err().to_string();
+        assert!(error.contains("no receiver's address"), "{host}: {error}");
+    }
+}
+
+#[tokio::test]
 async fn redirects_are_not_followed_and_refusals_tell_what_they_ask_for() {
     let (elsewhere, untouched) = receiver("HTTP/1.1 200 OK\r\n\r\n").await;
     let answer = format!("HTTP/1.1 307 Temporary Redirect\r\nlocation: {elsewhere}\r\ncontent-length: 0\r\n\r\n");
