@@ -310,6 +310,10 @@ impl DemandControl for Handle {
                 None => None,
             };
             let now_s = unix_ms() / 1000;
+            if demand.state.lock().host.cpus == 0 {
+                let early = "what this host has is not measured yet; ask again in a moment";
+                return Err(ApiError::new(ErrorCode::Unavailable, early));
+            }
             let admitted = demand.state.lock().reserve(request.clone(), vm, now_s);
             match admitted {
                 Ok((reservation, row)) => {

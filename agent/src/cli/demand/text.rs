@@ -268,7 +268,8 @@ fn range(resource: Resource, expected: &Quantiles) -> String {
 pub(super) fn demand(status: &DemandStatus, webhooks: &WebhookList, now_unix_ms: u64) -> String {
     let mut fields = Fields::default();
     if !status.enabled {
-        fields.add("demand", "off (demand.enabled in the configuration)");
+        let why = if status.notes.is_empty() { "off (demand.enabled in the configuration)" } else { "off" };
+        fields.add("demand", why);
     } else {
         let machines = count(status.machines.into(), "machine", "machines");
         fields
