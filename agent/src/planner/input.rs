@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 /// One round's view of the host. Machines in any order, each once; of one given twice the last counts.
 #[derive(Debug, Clone, Copy)]
 pub struct Input<'a> {
-    /// Unix seconds; never earlier than the round's before (an earlier one counts as the same).
+    /// Unix seconds. One that is earlier than the round's before counts as the same; if by more than a minute, the clock was set back and
+    /// what is remembered of machines begins anew.
     pub now_s: u64,
     pub host: &'a Host,
     pub vms: &'a [Vm],

@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 /// end.
 const FORGET_S: u64 = 86_400;
 
+/// A clock that was set back by more than this is followed; by less, it stands still for so long.
+const SET_BACK_S: u64 = 60;
+
 /// What is remembered between rounds. Serialisable: cool-downs and regrets outlive a restart.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Planner {
@@ -74,6 +77,11 @@ impl Planner {
     /// in a later round, once it is read back; for what takes effect at once (all but memory) in the same. The caller
     /// carries out lowerings first.
     pub fn plan(&mut self, input: &Input<'_>) -> Vec<Decision> {
+        if input.now_s.saturating_add(SET_BACK_S) < self.now_s {
+            // All times that are remembered are to come, and nothing would change until they have: it is learned anew.
+            self.memory.clear();
+            self.now_s = input.now_s;
+        }
         self.now_s = self.now_s.max(input.now_s);
         let now_s = self.now_s;
         for vm in input.vms {

@@ -107,6 +107,32 @@ fn a_host_that_waits_for_memory_takes_what_is_idle_at_once_and_gives_nothing_for
 }
 
 #[test]
+fn a_clock_that_is_set_back_stops_nothing_and_hurries_nothing() {
+    let (mut planner, host) = (Planner::new(Settings::default()), host(16.0, 0.0));
+    let mut one = vm(1, Amounts::of(8.0, 0.0));
+    one.readings[0] = Some(reading(2.0, 2.0));
+    // So many raises that none is left in this hour.
+    for round in 0..100 {
+        one.readings[0] = Some(Reading { pressure: Pressure { some: 1.0, full: 1.0 }, ..reading(2.0, 2.0) });
+        planner.plan(&Input {
+            now_s: 1_000_000 + round,
+            host: &host,
+            vms: &[one.clone()],
+            reservations: &Reservations::new(),
+        });
+    }
+    let back_s = 1_000_000 - 3600;
+    let decisions = rounds(&mut planner, &host, std::slice::from_mut(&mut one), back_s, 1);
+    assert_eq!((decisions[0].kind, decisions[0].reason), (Kind::Raise, Reason::Pressure), "{decisions:?}");
+    one.readings[0] = Some(reading(8.0, 0.1));
+    let window = u64::from(Settings::default().rules[0].window_s);
+    let early = rounds(&mut planner, &host, std::slice::from_mut(&mut one), back_s + 10, window / 10 - 1);
+    assert!(early.iter().all(|decision| decision.kind != Kind::Lower), "{early:?}");
+    let later = rounds(&mut planner, &host, std::slice::from_mut(&mut one), back_s + window, 60);
+    assert!(later.iter().any(|decision| decision.kind == Kind::Lower), "within the hour that was gone through twice");
+}
+
+#[test]
 fn an_outlook_holds_back_a_lowering() {
     let mut one = vm(1, Amounts::of(8.0, 0.0));
     one.readings[0] = Some(Reading { outlook: Some(Outlook { p50: 7.0, p90: 7.8, p95: 7.9 }), ..reading(8.0, 0.5) });
