@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::planner::{self, Numbers, Reason, VmId};
 use crate::store::demand::{self as ledger, DecisionKind, Outcome};
 use crate::store::{Store, StoreOptions};
-use prestage_integration::api::demand::{Mode, Resource, VmPolicy};
+use prestage_integration::api::demand::{ExecutionStart, ExecutionsQuery, Mode, Resource, VmPolicy};
 use prestage_integration::libvirt::act::Ability;
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, GuestMemory, HostSample, Turn, VmSample};
 use prestage_integration::libvirt::{
@@ -188,12 +188,18 @@ async fn demand_tables_that_make_no_sense_are_begun_anew() {
     raw.execute("INSERT INTO reservations VALUES ('1', 2.5, x'00', 'a', 'admitted', 3, 'y')", []).unwrap();
     raw.execute("INSERT INTO kept VALUES ('event:x', 5), (6, 'y'), ('course:p', x'0102'), ('event:1', '{}')", [])
         .unwrap();
+    let sql = "INSERT INTO programs VALUES ('p', 1, '{', x''), ('q', 1, '{}', x'0102'), (x'ff', 'x', 2, 3)";
+    raw.execute(sql, []).unwrap();
+    raw.execute("INSERT INTO executions VALUES (1, 'no uuid', '', 'x', NULL, 'running', '{}')", []).unwrap();
+    raw.execute("INSERT INTO executions VALUES (2, ?, '', 1, NULL, 'running', '{}')", [&uuid]).unwrap();
     drop(raw);
     let store = bed.store();
     let demand = Demand::new(store, bed.hypervisor.clone(), &bed.config(), "host", u64::MAX).unwrap();
     let state = demand.state.lock();
     assert_eq!(state.policies.keys().map(Uuid::to_string).collect::<Vec<_>>(), [uuid]);
     assert!(state.promised(0).is_empty() && state.calendar.list(0).is_empty());
+    assert!(state.catalogue().list(None, None, 9).0.is_empty());
+    assert!(state.executions(&ExecutionsQuery::default(), None).executions.is_empty());
 }
 
 /// A machine of 1 GiB whose guest says that it has so much to spare.
@@ -350,4 +356,35 @@ async fn what_a_killed_daemon_was_about_is_not_under_way_for_ever() {
     let rows = store.decisions(&ledger::Decisions { limit: 10, ..ledger::Decisions::default() }).unwrap();
     assert_eq!(rows[0].outcome, Outcome::Failed);
     assert!(rows[0].decision.why.contains("ended while"), "{:?}", rows[0]);
+}
+
+#[tokio::test]
+async fn a_program_that_runs_is_taken_up_by_the_next_daemon_and_told_of_its_end() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let start = ExecutionStart { vm: "test".into(), program: "report".into(), ..ExecutionStart::default() };
+    let (execution, row, learned) = demand.state.lock().begin(uuid, start, NOW_S * 1000).unwrap();
+    assert!(row.instance.len() > 36, "the host's boot and the machine's number: {}", row.instance);
+    store.start_execution(row, learned).await.unwrap();
+    let (again, _) = bed.demand(&store).await;
+    again.settle(NOW_S).await;
+    let listed = again.state.lock().executions(&ExecutionsQuery::default(), Some(uuid)).executions;
+    assert_eq!(listed, std::slice::from_ref(&execution));
+    again.execution_end(execution.id).await.unwrap();
+    assert!(again.execution_end(execution.id).await.is_err());
+    let catalogue = again.store.programs().unwrap();
+    assert_eq!(catalogue.iter().map(|row| row.last_s).collect::<Vec<_>>(), [NOW_S; 3], "under each of its keys");
+
+    // Its machine was started anew while the next but one was away.
+    let start = ExecutionStart { vm: "test".into(), program: "other".into(), ..ExecutionStart::default() };
+    let (execution, mut row, learned) = again.state.lock().begin(uuid, start, NOW_S * 1000).unwrap();
+    row.instance.push('0');
+    store.start_execution(row, learned).await.unwrap();
+    let (last, _) = bed.demand(&store).await;
+    last.settle(NOW_S).await;
+    assert!(last.execution_end(execution.id).await.is_err());
+    // Writes are done in order: this one comes after.
+    store.keep("after".to_owned(), Vec::new()).await.unwrap();
+    assert!(store.executions(u64::MAX).unwrap().is_empty());
 }
