@@ -70,5 +70,7 @@ test: check deny image
 	  cargo test --locked --workspace --no-fail-fast; \
 	fi
 
+# Of the whole workspace: a part of it would be built with other features, and for ten minutes.
 torture: image
-	PRESTAGE_SCHEDULES=100 cargo test --locked -p prestage-tests --test demand -- --nocapture a_guest_filled
+	cargo build --locked --workspace --bins
+	PRESTAGE_SCHEDULES=100 cargo test --locked --workspace --test demand -- --nocapture a_guest_filled

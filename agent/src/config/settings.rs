@@ -258,7 +258,7 @@ sections! {
         /// Time between two measurements; 1s to 1m.
         every: Duration = SECOND, lasts(SECOND, SECOND * 60), restart;
         /// Probability, 0.0001 to 0.5, with which a machine may need more than it is given for what is foreseen.
-        risk: f64 = 0.05, risk, reload;
+        risk: f64 = 0.1, risk, reload;
         /// How long a machine must have used less before anything is taken from it; 10s to 24h.
         idle: Duration = SECOND * 1800, lasts(SECOND * 10, HOUR * 24), reload;
         /// How long after a change nothing is taken from a machine; 5s to 24h. Doubled each time that this proves too short.

@@ -404,16 +404,17 @@ mod tests {
     }
 
     #[test]
-    fn millions_of_names_stay_bounded_and_the_database_is_told() {
+    fn any_number_of_names_stays_bounded_and_the_database_is_told() {
         let mut catalogue = Catalogue::default();
         let mut gone = 0;
-        for n in 0..3 * MOST as u64 {
+        let names = MOST as u64 + 1000;
+        for n in 0..names {
             let learned = catalogue.started(VM, n as i64, &start(&format!("p{n}"), &["t"], Some(n)), n);
             gone += learned.iter().filter(|each| matches!(each, Learned::Gone { .. })).count();
         }
         assert_eq!(catalogue.profiles.len(), MOST);
-        assert!(gone > 2 * MOST && catalogue.recent.len() <= RECENT, "{gone}");
-        assert!(catalogue.profiles.contains_key(&format!("p{}", 3 * MOST - 1)), "the latest stay");
+        assert!(gone > MOST && catalogue.recent.len() <= RECENT, "{gone}");
+        assert!(catalogue.profiles.contains_key(&format!("p{}", names - 1)), "the latest stay");
         let (page, more) = catalogue.list(None, None, 10);
         assert!(page.len() == 10 && more);
         let (next, _) = catalogue.list(None, page.last().map(|(key, _)| *key), 10);
@@ -423,7 +424,7 @@ mod tests {
             (0..128).for_each(|at| run.observe(at, 1.0));
             run
         });
-        for n in 0..30_000u64 {
+        for n in 0..9000u64 {
             let key = profile::event_key(&format!("e{}", n % 3000), VM);
             catalogue.happened(key, 1_000_000 + n, 1, &wide);
         }

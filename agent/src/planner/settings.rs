@@ -139,7 +139,7 @@ impl Default for Settings {
             ..cpu
         };
         let rate = Rule { headroom: 0.5, slack: MIB, grain: 64.0 * 1024.0, ..cpu };
-        Self { risk: 0.05, rules: [cpu, memory, rate, rate], changes_per_hour: 60, lead_s: 120, repeat_s: 600 }
+        Self { risk: 0.1, rules: [cpu, memory, rate, rate], changes_per_hour: 60, lead_s: 120, repeat_s: 600 }
     }
 }
 

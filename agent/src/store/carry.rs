@@ -286,6 +286,7 @@ fn write(into: &Store, name: &'static str, list: &str, rows: Vec<Vec<Value>>, ca
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
+    use std::sync::OnceLock;
 
     use proptest::prelude::*;
     use tempfile::TempDir;
@@ -488,8 +489,10 @@ mod tests {
         /// Whatever was flipped, there is a database that takes decisions afterwards, and what was carried over can be read.
         #[test]
         fn any_damage_leaves_a_database_to_work_with(flips in prop::collection::vec((any::<prop::sample::Index>(), 1..=255u8), 1..40)) {
-            let (folder, path) = filled();
-            let mut bytes = std::fs::read(&path).unwrap();
+            static WHOLE: OnceLock<Vec<u8>> = OnceLock::new();
+            let mut bytes = WHOLE.get_or_init(|| std::fs::read(filled().1).unwrap()).clone();
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("db");
             for (at, bits) in flips {
                 let at = at.index(bytes.len());
                 bytes[at] ^= bits;
