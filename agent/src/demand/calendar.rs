@@ -138,6 +138,11 @@ impl Calendar {
         self.last.saturating_add(1)
     }
 
+    /// Numbers up to this were given out before a restart.
+    pub(crate) fn given_out(&mut self, last: i64) {
+        self.last = self.last.max(last);
+    }
+
     pub(crate) fn set(&mut self, id: i64, entry: Entry) {
         self.last = self.last.max(id);
         self.entries.insert(id, entry);
@@ -289,6 +294,9 @@ mod tests {
         assert_eq!((calendar.over(10_000 + 3600), calendar.next_id()), (vec![4], 5));
         calendar.remove(4);
         assert_eq!(calendar.next_id(), 5, "whoever removes 4 again removes nobody else's");
+        let mut next = Calendar::default();
+        next.given_out(4);
+        assert_eq!(next.next_id(), 5, "nor after a restart");
     }
 
     #[test]

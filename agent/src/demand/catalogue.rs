@@ -5,10 +5,10 @@
 
 use super::course::{Course, JITTER_S, PACE, Run};
 use super::profile::{self, Figures, Follower, Lag, Profile, TRIALS};
-use crate::store::executions::{Learned, PROGRAMS_MAX, ProgramRow};
+use crate::store::executions::{EXECUTIONS_MAX, Learned, PROGRAMS_MAX, ProgramRow};
 use prestage_integration::api::demand::ExecutionStart;
 use prestage_integration::libvirt::Uuid;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Most profiles, and most bytes of their courses; beyond, what ran longest ago goes.
 const MOST: usize = PROGRAMS_MAX as usize;
@@ -18,7 +18,7 @@ pub(crate) const AFTER_S: u64 = 3600;
 /// Nothing follows what began longer ago.
 const RECENT_S: u64 = 7 * 86_400;
 /// Executions that others may follow.
-const RECENT: usize = 8192;
+const RECENT: usize = EXECUTIONS_MAX as usize;
 /// Followers of one execution that are counted.
 const FOLLOWED: usize = 16;
 /// A follower is foreseen from this probability on: below, not even the .9 quantile would know of it.
@@ -64,7 +64,7 @@ pub(crate) struct Catalogue {
     /// Of all courses, bytes.
     size: usize,
     /// By start.
-    recent: Vec<Recent>,
+    recent: VecDeque<Recent>,
 }
 
 impl Catalogue {
@@ -90,7 +90,14 @@ impl Catalogue {
             }
         }
         let (program, followed) = (program.to_owned(), Vec::new());
-        self.recent.push(Recent { id, vm, program, started_s, ended_s, followed });
+        self.keep_recent(Recent { id, vm, program, started_s, ended_s, followed });
+    }
+
+    fn keep_recent(&mut self, recent: Recent) {
+        if self.recent.len() >= RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(recent);
     }
 
     /// What is known of a program, by the narrowest profile there is.
@@ -157,11 +164,8 @@ impl Catalogue {
             }
             changed.push(key);
         }
-        if self.recent.len() >= RECENT {
-            self.recent.remove(0);
-        }
         let (program, followed) = (start.program.clone(), Vec::new());
-        self.recent.push(Recent { id, vm, program, started_s: at_s, ended_s: None, followed });
+        self.keep_recent(Recent { id, vm, program, started_s: at_s, ended_s: None, followed });
         changed.sort_unstable();
         changed.dedup();
         self.written(changed, false)

@@ -13,6 +13,8 @@ use prestage_integration::libvirt::Uuid;
 
 /// Where events and users' activity lie in the database.
 const EVENT: &str = "event:";
+/// The last number that an event was given.
+const LAST_EVENT: &str = "last_event";
 const ACTIVITY: &str = "activity:";
 /// Machines whose users' activity is known.
 const ACTIVITIES: usize = 4096;
@@ -98,6 +100,10 @@ impl Demand {
                 _ => tracing::warn!(key, "an event in the database is damaged and left out"),
             }
         }
+        for (_, bytes) in self.store.kept(LAST_EVENT)? {
+            let last = std::str::from_utf8(&bytes).ok().and_then(|last| last.parse().ok());
+            state.calendar.given_out(last.unwrap_or_default());
+        }
         for (key, bytes) in self.store.kept(ACTIVITY)? {
             match (machine_of(&key), Activity::read(&bytes)) {
                 (Some(uuid), Some(activity)) if state.activities.len() < ACTIVITIES => {
@@ -125,12 +131,16 @@ impl Demand {
                 return Err(ApiError::new(ErrorCode::NoSpace, "there are 1000 events already; remove some"));
             }
             let id = state.calendar.next_id();
+            if id == i64::MAX {
+                return Err(ApiError::new(ErrorCode::NoSpace, "there are no numbers left for events"));
+            }
             state.calendar.set(id, entry.clone());
             (id, over)
         };
         for id in over {
             drop(self.store.unkeep(format!("{EVENT}{id}")));
         }
+        drop(self.store.keep(LAST_EVENT.to_owned(), id.to_string().into_bytes()));
         let bytes = serde_json::to_vec(&entry.kept()).map_err(|error| ApiError::internal(error.to_string()))?;
         if let Err(error) = self.store.keep(format!("{EVENT}{id}"), bytes).await {
             self.state.lock().calendar.remove(id);

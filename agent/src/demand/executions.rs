@@ -7,7 +7,7 @@ use super::State;
 use super::course::Run;
 use super::foreseen::Base;
 use super::gather::subject;
-use super::run::Demand;
+use super::run::{AGAIN, Demand};
 use crate::learner::run::unix_ms;
 use crate::store::executions::{ExecutionRow, ExecutionState, Learned};
 use prestage_integration::api::demand::{Execution, ExecutionList, ExecutionStart, ExecutionsQuery, Resource};
@@ -164,7 +164,7 @@ impl State {
             let sample = here.and_then(|machine| machine.sample.as_ref());
             let same = sample.map(|sample| format!("{}:{}", self.boot, sample.instance) == running.instance);
             let started_s = running.execution.started_unix_ms / 1000;
-            let forgotten = now_s.saturating_sub(started_s) > FORGET_S;
+            let forgotten = now_s.abs_diff(started_s) > FORGET_S;
             if let (None, Some((until_s, _))) = (same, &mut running.interrupted)
                 && now_s <= *until_s.get_or_insert(now_s + RETURNS_S)
             {
@@ -256,8 +256,22 @@ impl Demand {
         let ended = self.state.lock().end(id, now_ms);
         let (execution, learned) =
             ended.ok_or_else(|| ApiError::not_found(format!("there is no execution {id}, or it has ended")))?;
-        if let Err(error) = self.store.end_execution(id, now_ms, ExecutionState::Ended, learned).await {
-            tracing::warn!(%error, "what was learned of a program is not on record");
+        if let Err(error) = self.store.end_execution(id, now_ms, ExecutionState::Ended, learned.clone()).await {
+            tracing::warn!(id, %error, "the end of an execution is not on record yet");
+            // It has ended, whatever the database says: after a restart it is not to run again.
+            if error.may_pass() {
+                let store = self.store.clone();
+                tokio::spawn(async move {
+                    loop {
+                        tokio::time::sleep(AGAIN).await;
+                        match store.end_execution(id, now_ms, ExecutionState::Ended, learned.clone()).await {
+                            Err(error) if error.may_pass() => {}
+                            Err(error) => return tracing::warn!(id, %error, "the end of an execution is not on record"),
+                            Ok(()) => return,
+                        }
+                    }
+                });
+            }
         }
         Ok(execution)
     }

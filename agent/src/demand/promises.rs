@@ -1,9 +1,7 @@
 //! Promises of resources for a time: asked for, admitted or refused, kept over restarts.
 
 use super::State;
-use crate::planner::{
-    self, Amounts, Booking, BookingId, Foreseen, Outlook, Promise, Refusal, Reservations, Standing, VmId,
-};
+use crate::planner::{self, Amounts, Booking, BookingId, Foreseen, Outlook, Promise, Refusal, Standing, VmId};
 use crate::store::demand::{self as ledger, ReservationState};
 use crate::store::{Store, StoreError};
 use prestage_integration::api::demand::{Reservation, ReservationRequest, Resource};
@@ -22,8 +20,8 @@ struct Kept {
 }
 
 impl State {
-    /// Reads promises back. A row that is damaged is told and left alone.
-    pub(crate) fn restore_reservations(&mut self, store: &Store) -> Result<(), StoreError> {
+    /// Reads back promises that hold or are to come. A row that is damaged is told and left alone; it costs no other.
+    pub(crate) fn restore_reservations(&mut self, store: &Store, now_s: u64) -> Result<(), StoreError> {
         let (mut bookings, mut next) = (Vec::new(), 0u64);
         for row in store.reservations(&ledger::Reservations::default())? {
             // Numbers are never used twice, also those of promises that are over.
@@ -32,18 +30,19 @@ impl State {
                 continue;
             }
             match serde_json::from_str::<Kept>(&row.data) {
-                Ok(kept) if kept.booking.id.0.to_string() == row.id => {
+                Ok(kept)
+                    if kept.booking.promise.to_s <= now_s
+                        && kept.booking.promise.from_s < kept.booking.promise.to_s => {}
+                Ok(kept) if kept.booking.id.0.to_string() == row.id && kept.booking.promise.sound() => {
                     self.asked.insert(kept.booking.id.0, kept.request);
                     bookings.push(kept.booking);
                 }
                 _ => tracing::error!(id = row.id, "a reservation in the database is damaged and does not hold"),
             }
         }
-        bookings.sort_unstable_by_key(|booking| booking.id);
-        let restored = serde_json::from_value::<Reservations>(json!({ "bookings": bookings, "next": next }));
-        match restored.map_err(|error| error.to_string()).and_then(|all| all.check().map(|()| all)) {
-            Ok(all) => self.reservations = all,
-            Err(error) => tracing::error!(error, "reservations in the database are damaged and do not hold"),
+        let over = self.reservations.restore(bookings, next);
+        if over > 0 {
+            tracing::error!(over, "more reservations hold than there can be; the last of them do not");
         }
         Ok(())
     }

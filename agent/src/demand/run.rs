@@ -32,7 +32,7 @@ use tokio::sync::{Notify, broadcast};
 /// Measurements wait so long for their transaction.
 const FLUSH: Duration = Duration::from_secs(10);
 /// What the database did not take is offered again so often.
-const AGAIN: Duration = Duration::from_secs(2);
+pub(super) const AGAIN: Duration = Duration::from_secs(2);
 /// What can be done to a machine is asked for anew so often.
 const ABILITIES: Duration = Duration::from_secs(60);
 /// Old rows are removed so often.
@@ -78,7 +78,7 @@ impl Demand {
                 _ => tracing::warn!(vm = row.vm, "a policy in the database is damaged; the default holds"),
             }
         }
-        state.restore_reservations(&store)?;
+        state.restore_reservations(&store, unix_ms() / 1000)?;
         match std::fs::read_to_string(BOOT_ID) {
             Ok(boot) => state.boot = boot.trim().into(),
             Err(error) => tracing::warn!(path = BOOT_ID, %error, "whether the host was started anew is not known"),

@@ -3,7 +3,7 @@
 use super::flow::Covariates;
 use super::gather::settle_pending;
 use super::run::{Demand, stirred};
-use super::{Order, State};
+use super::{HostSettings, Order, State};
 use crate::config::Config;
 use crate::planner::{self, Numbers, Reason, VmId};
 use crate::store::demand::{self as ledger, DecisionKind, Outcome};
@@ -387,4 +387,59 @@ async fn a_program_that_runs_is_taken_up_by_the_next_daemon_and_told_of_its_end(
     // Writes are done in order: this one comes after.
     store.keep("after".to_owned(), Vec::new()).await.unwrap();
     assert!(store.executions(u64::MAX).unwrap().is_empty());
+}
+
+#[test]
+fn promises_that_are_over_or_odd_cost_those_that_hold_nothing() {
+    let bed = tempfile::tempdir().unwrap();
+    let path = bed.path().join("prestage.db");
+    let store = Store::open(&path).unwrap();
+    let settings = HostSettings {
+        cpu_overcommit: 1.0,
+        memory_reserve: 0.0,
+        disk_bps: 0.0,
+        network_bps: 0.0,
+        series_bytes: 0,
+        decision_days: 1,
+    };
+    let row = |id: u64, from_s: u64, to_s: u64, cores: f64| {
+        let amounts = planner::Amounts::of(cores, 0.0);
+        let promise = planner::Promise {
+            vm: None,
+            from_s,
+            to_s,
+            guaranteed: amounts,
+            oversubscribed: planner::Amounts::of(0.0, 0.0),
+            likely: None,
+        };
+        let booking = planner::Booking { id: planner::BookingId(id), promise };
+        let request = prestage_integration::api::demand::ReservationRequest::default();
+        ledger::Reservation {
+            id: id.to_string(),
+            vm: String::new(),
+            from_s,
+            to_s,
+            state: ledger::ReservationState::Admitted,
+            data: serde_json::json!({ "request": request, "booking": booking }).to_string(),
+            changed_unix_ms: 1,
+        }
+    };
+    // More that are over than there may be at once, one that cannot be, and two that hold.
+    for id in 0..4200 {
+        drop(store.set_reservation(row(id, 5, 6, 1.0), None));
+        if id % 500 == 0 {
+            store.keep("wait".to_owned(), Vec::new()).wait().unwrap();
+        }
+    }
+    for odd in
+        [row(4200, NOW_S, NOW_S + 60, -1.0), row(4201, NOW_S, NOW_S + 60, 1.0), row(4202, NOW_S + 60, NOW_S + 90, 2.0)]
+    {
+        store.set_reservation(odd, None).wait().unwrap();
+    }
+    let mut state = State::new(settings);
+    state.restore_reservations(&store, NOW_S).unwrap();
+    let held: Vec<u64> = state.reservations.bookings().iter().map(|booking| booking.id.0).collect();
+    assert_eq!(held, [4201, 4202]);
+    let json = serde_json::to_value(&state.reservations).unwrap();
+    assert_eq!(json["next"], 4203, "no number is used again");
 }

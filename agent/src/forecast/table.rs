@@ -15,6 +15,10 @@ use thiserror::Error;
 pub const STEP_S: u32 = 300;
 /// Steps of a series, at most: ten years.
 const STEPS_MOST: usize = 10 * 366 * 288;
+/// Values of all series, at most, with what is filled: half a gigabyte.
+const VALUES_MOST: usize = 50_000_000;
+/// Longest line, bytes.
+const LINE_MOST: u64 = 4096;
 
 /// Why a file cannot be used.
 #[derive(Debug, Error)]
@@ -77,6 +81,7 @@ impl Table {
     /// [`TableError`] with file, line and what is wrong there.
     pub fn read(path: &Path) -> Result<Self, TableError> {
         let mut lines: BTreeMap<Key, Line> = BTreeMap::new();
+        let mut total = 0;
         rows(path, ["series", "metric", "step", "value"], |[series, metric, step, value]| {
             let step: usize = step.parse().map_err(|_| format!("step {step:?} is no number"))?;
             let value: f64 = value.parse().map_err(|_| format!("value {value:?} is no number"))?;
@@ -90,6 +95,10 @@ impl Table {
             let line = lines.entry(key).or_default();
             if step < line.values.len() || step > STEPS_MOST {
                 return Err(format!("step {step} comes after step {}", line.values.len()));
+            }
+            total += step + 1 - line.values.len();
+            if total > VALUES_MOST {
+                return Err(format!("{VALUES_MOST} values of all series, with what is filled, are the most"));
             }
             let before = line.values.last().copied().unwrap_or(0.0);
             line.values.resize(step, before);
@@ -145,8 +154,10 @@ impl Table {
     fn find_filled(&mut self) {
         let names: Vec<String> = self.lines.keys().map(|key| key.series.clone()).collect();
         for name in names.chunk_by(|a, b| a == b).map(|same| same[0].clone()) {
-            let of = |key: &Key| key.series == name;
-            let lines: Vec<&Line> = self.lines.iter().filter(|(key, _)| of(key)).map(|(_, line)| line).collect();
+            let first = Key { series: name.clone(), metric: String::new() };
+            let of = |key: &&Key| key.series == name;
+            let lines: Vec<&Line> =
+                self.lines.range(first.clone()..).take_while(|(key, _)| of(key)).map(|(_, line)| line).collect();
             let steps = lines.iter().map(|line| line.values.len()).max().unwrap_or(0);
             if lines.len() < 2 {
                 continue;
@@ -160,7 +171,7 @@ impl Table {
                         })
                 })
                 .collect();
-            for (_, line) in self.lines.iter_mut().filter(|(key, _)| of(key)) {
+            for (_, line) in self.lines.range_mut(first.clone()..).take_while(|(key, _)| of(key)) {
                 for (known, still) in line.measured.iter_mut().zip(&still) {
                     *known &= !still;
                 }
@@ -179,8 +190,14 @@ fn rows<const N: usize>(
     let mut file = BufReader::new(File::open(path).map_err(read)?);
     let gzip = file.fill_buf().map_err(read)?.starts_with(&[0x1f, 0x8b]);
     let file: Box<dyn Read> = if gzip { Box::new(flate2::read::MultiGzDecoder::new(file)) } else { Box::new(file) };
-    let mut lines = BufReader::new(file).lines();
-    let header = lines.next().transpose().map_err(read)?.unwrap_or_default();
+    let mut file = BufReader::new(file);
+    // A line is a few names and numbers: what is longer is no such file, and does not come into memory whole.
+    let mut next = |line: &mut String| {
+        line.clear();
+        file.by_ref().take(LINE_MOST).read_line(line).map_err(read)
+    };
+    let (mut header, mut line) = (String::new(), String::new());
+    next(&mut header)?;
     let header: Vec<&str> = header.trim().split(',').collect();
     let mut places = [0; N];
     for (place, column) in places.iter_mut().zip(columns) {
@@ -189,9 +206,10 @@ fn rows<const N: usize>(
             .position(|name| *name == column)
             .ok_or_else(|| TableError::Column { path: path.to_owned(), column })?;
     }
-    for (number, line) in lines.enumerate() {
-        let line = line.map_err(read)?;
-        let wrong = |what| TableError::Row { path: path.to_owned(), line: number + 2, what };
+    let mut number = 1;
+    while next(&mut line)? > 0 {
+        number += 1;
+        let wrong = |what| TableError::Row { path: path.to_owned(), line: number, what };
         let fields: Vec<&str> = line.trim().split(',').collect();
         let mut of = [""; N];
         for (field, place) in of.iter_mut().zip(places) {
@@ -200,4 +218,41 @@ fn rows<const N: usize>(
         row(of).map_err(wrong)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What reading a text says.
+    fn read(text: &str) -> Result<Table, TableError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("series.csv");
+        std::fs::write(&path, text).unwrap();
+        Table::read(&path)
+    }
+
+    #[test]
+    fn small_files_do_not_become_large_in_memory() {
+        let mut text = "series,metric,step,value\n".to_owned();
+        for series in 0..60 {
+            text.push_str(&format!("a{series},cpu,{},1\n", STEPS_MOST - 1));
+        }
+        let error = read(&text).unwrap_err().to_string();
+        assert!(error.contains("are the most"), "{error}");
+        let endless = format!("series,metric,step,value\na,cpu,1,{}", "1".repeat(100_000));
+        assert!(read(&endless).is_err());
+    }
+
+    #[test]
+    fn where_all_metrics_stand_still_they_are_filled() {
+        let table =
+            read("series,metric,step,value\na,cpu,0,1\na,mem,0,2\na,cpu,1,1\na,mem,1,2\nb,cpu,0,1\nb,cpu,1,1\n")
+                .unwrap();
+        let measured = |series: &str, metric: &str| {
+            table.lines[&Key { series: series.to_owned(), metric: metric.to_owned() }].measured.clone()
+        };
+        assert_eq!((measured("a", "cpu"), measured("a", "mem")), (vec![true, false], vec![true, false]));
+        assert_eq!(measured("b", "cpu"), [true, true]);
+    }
 }

@@ -47,7 +47,9 @@ impl Promise {
         (self.from_s..self.to_s).contains(&at_s)
     }
 
-    fn sound(&self) -> bool {
+    /// Amounts and window are possible.
+    #[must_use]
+    pub fn sound(&self) -> bool {
         self.guaranteed.sound() && self.oversubscribed.sound() && self.from_s < self.to_s
     }
 
@@ -149,6 +151,18 @@ impl Reservations {
             Some(bad) => Err(format!("reservation {} has an amount, a window or a number that cannot be", bad.id.0)),
             None => Ok(()),
         }
+    }
+
+    /// Takes back what was on record, `next` being the first number that is free; returns how many are beyond the most there can
+    /// be, and were left out. All of them are [sound](Promise::sound).
+    pub fn restore(&mut self, mut bookings: Vec<Booking>, next: u64) -> usize {
+        bookings.sort_unstable_by_key(|booking| booking.id);
+        bookings.dedup_by_key(|booking| booking.id);
+        let over = bookings.len().saturating_sub(MOST);
+        bookings.truncate(MOST);
+        self.next = bookings.last().map_or(next, |last| next.max(last.id.0.saturating_add(1)));
+        self.bookings = bookings;
+        over
     }
 
     /// Takes a reservation if it fits, at a risk of `risk` (0.0001 to 0.5) for what is not guaranteed.

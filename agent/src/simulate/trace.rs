@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 pub(super) const STEP_S: u64 = 300;
 /// Samples of a machine at most: 20 years.
 const STEPS_MAX: usize = 20 * 366 * 288;
+/// Samples of all machines at most, with what is held over: a gigabyte.
+const SAMPLES_MAX: usize = 20_000_000;
 /// Machines at most: what one host can have, with room.
 const VMS_MAX: usize = 4096;
 
@@ -34,6 +36,10 @@ pub enum TraceError {
         "{folder} has no demand to replay; give files with the columns ts, vm, cores, cpu_pct, mem_cap_kb, mem_kb, or of GWA-T-12"
     )]
     Empty { folder: String },
+    #[error(
+        "the demand of all machines is more than {SAMPLES_MAX} steps of 5 minutes; give fewer machines or a shorter time"
+    )]
+    Long,
 }
 
 /// One step of a machine.
@@ -113,7 +119,7 @@ impl Trace {
             }
         }
         let folder = paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
-        rows.trace(notes).ok_or(TraceError::Empty { folder })
+        rows.trace(notes)?.ok_or(TraceError::Empty { folder })
     }
 }
 
@@ -163,14 +169,19 @@ impl Rows {
         Ok(true)
     }
 
-    fn trace(self, notes: Vec<String>) -> Option<Trace> {
-        let start_s = self.0.values().flatten().map(|(ts, _)| *ts).min()?;
-        let mut vms = Vec::new();
+    /// `None`: there is nothing.
+    fn trace(self, notes: Vec<String>) -> Result<Option<Trace>, TraceError> {
+        let Some(start_s) = self.0.values().flatten().map(|(ts, _)| *ts).min() else { return Ok(None) };
+        let (mut vms, mut total) = (Vec::new(), 0);
         for (name, mut rows) in self.0 {
             rows.sort_by_key(|(ts, _)| *ts);
             let step = |ts: u64| ((ts - start_s + STEP_S / 2) / STEP_S) as usize;
             let last = rows.last().map_or(0, |(ts, _)| step(*ts)).min(STEPS_MAX);
             let off = Sample { cores: 0.0, cpu: 0.0, capacity: 0.0, memory: 0.0, measured: false };
+            total += last + 1;
+            if total > SAMPLES_MAX {
+                return Err(TraceError::Long);
+            }
             let mut samples = vec![off; last + 1];
             for (ts, sample) in rows {
                 if let Some(slot) = samples.get_mut(step(ts)) {
@@ -189,7 +200,7 @@ impl Rows {
         }
         // By number where names are numbers.
         vms.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
-        Some(Trace { start_s, vms, notes })
+        Ok(Some(Trace { start_s, vms, notes }))
     }
 }
 

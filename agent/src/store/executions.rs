@@ -17,6 +17,8 @@ use super::{Store, StoreError, readable};
 
 /// Most profiles read back: the latest.
 pub const PROGRAMS_MAX: u32 = 4096;
+/// Most executions that ended read back and kept: the latest.
+pub const EXECUTIONS_MAX: u32 = 8192;
 
 /// Of version 6 of the database; [`TABLES`] replaces them.
 pub(super) const TABLES_6: &str = "
@@ -197,11 +199,13 @@ impl Store {
         })
     }
 
-    /// Executions that run, and those that ended since, in the order of their starts.
+    /// Executions that run, and of those that ended since the latest [`EXECUTIONS_MAX`], in the order of their starts.
     pub fn executions(&self, since_ms: u64) -> Result<Vec<ExecutionRow>, StoreError> {
         self.read("read executions from", |connection| {
-            let sql = "SELECT id, vm, instance, started_ms, ended_ms, state, data FROM executions
-                WHERE state = 'running' OR ended_ms >= ? ORDER BY started_ms, id";
+            let sql =
+                "SELECT id, vm, instance, started_ms, ended_ms, state, data FROM executions WHERE state = 'running'
+                OR id IN (SELECT id FROM executions WHERE ended_ms >= ? ORDER BY ended_ms DESC, id DESC LIMIT ?)
+                ORDER BY started_ms, id";
             let row = |row: &Row<'_>| {
                 let ended_ms = row.get::<_, Option<i64>>(4)?.and_then(|at| u64::try_from(at).ok());
                 Ok(ExecutionRow {
@@ -214,14 +218,20 @@ impl Store {
                     data: row.get(6)?,
                 })
             };
-            readable("executions", connection.prepare_cached(sql)?.query_map([int(since_ms)], row)?)
+            readable(
+                "executions",
+                connection.prepare_cached(sql)?.query_map([int(since_ms), EXECUTIONS_MAX.into()], row)?,
+            )
         })
     }
 
-    /// Removes executions that ended before (Unix ms), and profiles beyond the latest [`PROGRAMS_MAX`].
+    /// Removes executions that ended before (Unix ms) or are beyond the latest [`EXECUTIONS_MAX`], and profiles beyond the latest [`PROGRAMS_MAX`].
     pub fn retain_executions(&self, before_ms: u64) -> Pending {
         self.inner.writer.submit(0, true, move |connection| {
             connection.execute("DELETE FROM executions WHERE ended_ms < ?", [int(before_ms)])?;
+            let sql = "DELETE FROM executions WHERE id IN (SELECT id FROM executions WHERE ended_ms IS NOT NULL
+                ORDER BY ended_ms DESC, id DESC LIMIT -1 OFFSET ?)";
+            connection.execute(sql, [EXECUTIONS_MAX])?;
             let sql =
                 "DELETE FROM programs WHERE key NOT IN (SELECT key FROM programs ORDER BY last_s DESC, key LIMIT ?)";
             connection.execute(sql, [PROGRAMS_MAX])?;
@@ -302,5 +312,28 @@ mod tests {
         let wanted = ProgramRow { key: "a\u{1e}b".into(), last_s: 0, figures: "{}".into(), courses: vec![0, 1, 255] };
         assert_eq!(store.programs().unwrap(), [wanted]);
         assert_eq!((store.kept("course:").unwrap(), store.kept("").unwrap().len()), (vec![], 1));
+    }
+
+    #[test]
+    fn of_those_that_ended_the_latest_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("db")).unwrap();
+        let most = i64::from(EXECUTIONS_MAX);
+        for id in 0..most + 50 {
+            let ended_ms = (id > 0).then_some(5_000_000 + id as u64);
+            let state = if id > 0 { ExecutionState::Ended } else { ExecutionState::Running };
+            drop(store.start_execution(ExecutionRow { ended_ms, state, ..row(id) }, Vec::new()));
+            if id % 500 == 0 {
+                store.keep("wait".to_owned(), Vec::new()).wait().unwrap();
+            }
+        }
+        store.keep("wait".to_owned(), Vec::new()).wait().unwrap();
+        let ids = |store: &Store| store.executions(0).unwrap().iter().map(|row| row.id).collect::<Vec<_>>();
+        let read = ids(&store);
+        assert_eq!((read.len() as i64, read[0], read[1], read.last().copied()), (most + 1, 0, 50, Some(most + 49)));
+        store.retain_executions(0).wait().unwrap();
+        let raw = Connection::open(folder.path().join("db")).unwrap();
+        let rows: i64 = raw.query_row("SELECT count(*) FROM executions", [], |row| row.get(0)).unwrap();
+        assert_eq!((rows, ids(&store)), (most + 1, read));
     }
 }

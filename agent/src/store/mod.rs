@@ -34,7 +34,7 @@ mod tests;
 mod writer;
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -165,6 +165,11 @@ fn readable<T>(what: &'static str, rows: impl Iterator<Item = rusqlite::Result<T
     Ok(read)
 }
 
+/// What tells a file from another of the same name.
+fn file_at(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
 fn reader(path: &Path, busy_timeout: Duration) -> Result<Connection, StoreError> {
     let failed = |source| refused(path, "open", source);
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -214,6 +219,8 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
+    /// Device and inode of the file that was opened.
+    file: Option<(u64, u64)>,
     reader: Mutex<Connection>,
     /// Idle connections for questions about history, which may take longer than others can wait for.
     history: Mutex<Vec<Connection>>,
@@ -268,8 +275,9 @@ impl Store {
     }
 
     fn of(path: &Path, reader: Connection, busy_timeout: Duration, writer: Arc<Writer>) -> Self {
+        let file = file_at(path);
         let (path, reader, history) = (path.to_owned(), Mutex::new(reader), Mutex::default());
-        Self { inner: Arc::new(Inner { path, reader, history, busy_timeout, writer }) }
+        Self { inner: Arc::new(Inner { path, file, reader, history, busy_timeout, writer }) }
     }
 
     /// The same database with connections of its own, so that a thread of idle priority that reads it holds no lock that
@@ -288,12 +296,17 @@ impl Store {
             std::fs::metadata(PathBuf::from(name)).map_or(0, |meta| meta.len())
         };
         let (queued, writes_dropped, degraded) = self.inner.writer.condition();
+        let path = &self.inner.path;
+        let gone = (file_at(path) != self.inner.file).then(|| {
+            let path = path.display();
+            format!("{path} was removed or replaced while it is in use: what is written is lost with the next stop; restart prestaged")
+        });
         Condition {
             path: self.inner.path.clone(),
             size_bytes: size("") + size("-wal"),
             queued,
             writes_dropped,
-            degraded,
+            degraded: gone.or(degraded),
         }
     }
 

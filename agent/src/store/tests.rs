@@ -385,3 +385,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_database_that_is_removed_while_it_is_in_use_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("db");
+    let store = Store::open(&path).unwrap();
+    assert_eq!(store.condition().degraded, None);
+    std::fs::remove_file(&path).unwrap();
+    assert!(store.condition().degraded.unwrap().contains("removed or replaced"));
+    std::fs::write(&path, "another").unwrap();
+    assert!(store.condition().degraded.is_some());
+}

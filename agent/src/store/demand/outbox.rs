@@ -4,6 +4,8 @@
 //! that cannot be made is *dead* in the end, and kept so for as long as its event is. Within an endpoint and a subject (a machine) one
 //! waits for the one before.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::json;
@@ -17,6 +19,8 @@ pub const WAITING_MAX: u64 = 10_000;
 const LANES_MAX: u32 = 4096;
 /// Longest reason kept of a failure.
 const ERROR_MAX: usize = 500;
+/// The minute in which it was last said that too many wait.
+static SAID: AtomicU64 = AtomicU64::new(0);
 
 /// Something that happened, about to be told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,7 +112,11 @@ pub(super) fn add(connection: &Connection, event: &NewEvent) -> rusqlite::Result
             let sql = "UPDATE deliveries SET dead = 1, error = 'too many events wait for this endpoint'
                 WHERE endpoint = ?1 AND seq IN (SELECT seq FROM deliveries WHERE endpoint = ?1 AND dead = 0 ORDER BY seq LIMIT ?2)";
             connection.prepare_cached(sql)?.execute(params![name, int(excess)])?;
-            tracing::error!(endpoint = name, waiting, "webhook: too many events wait, the oldest are given up");
+            // Once a minute, not with every event.
+            let minute = at_us / 60_000_000;
+            if SAID.swap(minute, Ordering::Relaxed) != minute {
+                tracing::error!(endpoint = name, waiting, "webhook: too many events wait, the oldest are given up");
+            }
         }
     }
     Ok(())
