@@ -203,7 +203,7 @@ pub(super) fn svg(forecast: &Forecast) -> String {
     ));
     let past = line(forecast.measured.iter().enumerate().map(|(at, step)| (x(at), y(step.mean))).collect());
     put(format_args!("<polyline points=\"{past}\" fill=\"none\" stroke=\"currentColor\" stroke-width=\"2\"/>"));
-    let marks = [(Some(forecast.peak.p95), "95 % of the peak", "6 3"), (forecast.allocated, "allocated", "2 3")];
+    let marks = [(Some(forecast.peak.p95), "maximum, 95 % sure", "6 3"), (forecast.allocated, "allocated", "2 3")];
     for (value, name, dash) in marks {
         if let Some(value) = value {
             put(format_args!(
@@ -214,6 +214,17 @@ pub(super) fn svg(forecast: &Forecast) -> String {
                 y(value) - 4.0,
                 amount(forecast.resource, value),
                 y = y(value)
+            ));
+        }
+    }
+    let step_s = u64::from(forecast.step_s);
+    for (steps, at, sign, anchor) in [(before, 0, '-', "start"), (after, before + after, '+', "end")] {
+        if steps > 0 {
+            put(format_args!(
+                "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\" fill=\"currentColor\">{sign}{}</text>",
+                x(at),
+                HEIGHT - bottom + 18.0,
+                exact_duration(Duration::from_secs(step_s.saturating_mul(steps as u64)))
             ));
         }
     }
@@ -268,6 +279,10 @@ mod tests {
         assert!(!svg(&empty).contains("NaN"));
         let drawing = svg(&forecast());
         assert!(drawing.starts_with("<svg") && drawing.ends_with("</svg>\n") && !drawing.contains("<script"));
+        assert!(
+            drawing.contains(">now<") && drawing.contains("text-anchor=\"end\" fill=\"currentColor\">+"),
+            "{drawing}"
+        );
         assert!(!drawing.contains("NaN") && !drawing.contains('\u{1b}'));
     }
 
