@@ -1,7 +1,8 @@
 //! One change at a time a VM, on a thread of its own.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -18,13 +19,13 @@ use super::{device, tune, vcpus};
 use crate::libvirt::error::HypervisorError;
 use crate::libvirt::hypervisor::{Hypervisor, failed};
 
-/// The VMs that a change is under way on.
+/// The VMs that a change is under way on, and whether it is to be broken off.
 #[derive(Debug, Clone, Default)]
-pub(in crate::libvirt) struct Acting(Arc<Mutex<HashSet<Uuid>>>);
+pub(in crate::libvirt) struct Acting(Arc<Mutex<HashMap<Uuid, Arc<AtomicBool>>>>);
 
 /// A VM's turn; given back when dropped, which is when the work ends, whoever still waits for it.
 #[derive(Debug)]
-struct Turn(Acting, Uuid);
+struct Turn(Acting, Uuid, Arc<AtomicBool>);
 
 /// Changes at once. Fewer than the slow calls allowed, so that VMs can still be started and stopped.
 const MOST_AT_ONCE: usize = 8;
@@ -33,14 +34,20 @@ impl Acting {
     /// A VM's turn, or why it has none now.
     fn take(&self, vm: Uuid) -> Result<Turn, &'static str> {
         let mut acting = self.0.lock();
-        if acting.contains(&vm) {
+        if acting.contains_key(&vm) {
             return Err("it is being changed already");
         }
         if acting.len() >= MOST_AT_ONCE {
             return Err("as many other VMs as may be are being changed");
         }
-        acting.insert(vm);
-        Ok(Turn(self.clone(), vm))
+        let broken_off = Arc::clone(acting.entry(vm).or_default());
+        Ok(Turn(self.clone(), vm, broken_off))
+    }
+
+    fn break_off(&self, vm: Uuid) {
+        if let Some(broken_off) = self.0.lock().get(&vm) {
+            broken_off.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -73,10 +80,16 @@ impl Hypervisor {
             self.acting().take(change.vm).map_err(|reason| ActError::Busy { vm: change.vm.to_string(), reason })?;
         let (vm, limit) = (change.vm.to_string(), pace.limit(change.to.kind()));
         let work = move |domain: &Domain| {
-            let _turn = turn;
-            Ok(apply(domain, &change, &pace))
+            let turn = turn;
+            Ok(apply(domain, &change, &pace, &turn.2))
         };
         self.beside("change the VM", &vm, limit, work).await?
+    }
+
+    /// Has a change of a VM that takes memory, if one is under way, stop where it is: within a look ([`Pace::look`]). Any other change
+    /// goes on.
+    pub fn break_off(&self, vm: Uuid) {
+        self.acting().break_off(vm);
     }
 }
 
@@ -108,15 +121,16 @@ struct Work<'a> {
     name: String,
     pace: &'a Pace,
     change: &'a Change,
+    broken_off: &'a AtomicBool,
     abilities: Abilities,
     started: Instant,
 }
 
-fn apply(domain: &Domain, change: &Change, pace: &Pace) -> Result<Done, ActError> {
+fn apply(domain: &Domain, change: &Change, pace: &Pace, broken_off: &AtomicBool) -> Result<Done, ActError> {
     let started = Instant::now();
     let name = of_running(domain, change.vm)?;
     let abilities = abilities(domain, &name)?;
-    let work = Work { domain, name, pace, change, abilities, started };
+    let work = Work { domain, name, pace, change, broken_off, abilities, started };
     let done = match &change.to {
         Setting::Memory(bytes) => work.memory(*bytes),
         Setting::Balloon(bytes) => work.balloon(*bytes),
@@ -189,8 +203,8 @@ impl Work<'_> {
 
     /// Chooses the means.
     fn memory(&self, to: u64) -> Result<Done, ActError> {
-        let balloon =
-            Balloon::new(self.domain, self.pace).map_err(|e| self.error(Kind::Balloon, &e, "nothing was changed"))?;
+        let balloon = Balloon::new(self.domain, self.pace, self.broken_off)
+            .map_err(|e| self.error(Kind::Balloon, &e, "nothing was changed"))?;
         let current = balloon.current().map_err(|e| self.error(Kind::Balloon, &e, "nothing was changed"))?;
         match choose(current, balloon.maximum(), to, &self.abilities.devices) {
             Means::Balloon(bytes) => self.balloon(bytes),
@@ -214,7 +228,8 @@ impl Work<'_> {
     fn balloon(&self, to: u64) -> Result<Done, ActError> {
         let kind = super::balloon::KIND;
         let nothing = "nothing was changed";
-        let balloon = Balloon::new(self.domain, self.pace).map_err(|e| self.error(kind, &e, nothing))?;
+        let balloon =
+            Balloon::new(self.domain, self.pace, self.broken_off).map_err(|e| self.error(kind, &e, nothing))?;
         let current = balloon.current().map_err(|e| self.error(kind, &e, nothing))?;
         if to > balloon.maximum() {
             let most = balloon.maximum() >> 20;
@@ -277,7 +292,7 @@ impl Work<'_> {
                 return Err(self.refused(format!("it has {has} MiB to spare and keeps at least {spare} MiB")));
             }
         }
-        let resized = device::resize(self.domain, self.pace, device, bytes).map_err(|reason| {
+        let resized = device::resize(self.domain, self.pace, device, bytes, self.broken_off).map_err(|reason| {
             let now = device::current(self.domain, alias).map_or_else(|e| e, |b| format!("{} MiB", b >> 20));
             self.failed(kind, &reason, &format!("the device holds {now} now"))
         })?;
@@ -425,7 +440,11 @@ mod tests {
         assert!(acting.take(vm).unwrap_err().contains("already"));
         let others: Vec<_> = (2..=8).map(|id| acting.take(Uuid::from_u128(id)).unwrap()).collect();
         assert!(acting.take(Uuid::from_u128(9)).unwrap_err().contains("other VMs"));
+        acting.break_off(vm);
+        let broken_off = |turn: &Turn| turn.2.load(Ordering::Relaxed);
+        assert!(broken_off(&turn) && !others.iter().any(broken_off));
         drop((turn, others));
-        assert!(acting.take(vm).is_ok());
+        acting.break_off(vm);
+        assert!(!broken_off(&acting.take(vm).unwrap()), "the next change is another");
     }
 }

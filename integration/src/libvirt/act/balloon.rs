@@ -5,8 +5,11 @@
 //! that runs short gets back at once all that was taken. A balloon without autodeflate that takes more than the guest can give
 //! kills its programs within seconds.
 //!
+//! Taking ends where it is once the VM is to have more ([`BROKEN_OFF`]).
+//!
 //! [`Shrink`] decides, on figures passed in; [`shrink`] and [`grow`] carry it out.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use virt::domain::Domain;
@@ -25,6 +28,9 @@ const STUCK: Duration = Duration::from_secs(4);
 const PERIOD_S: i32 = 1;
 /// The longest wait for the guest's next word: three periods, and one for the timers' phase.
 const SILENCE: Duration = Duration::from_secs(4);
+
+/// Why no more was taken of a VM that is to have more.
+pub(super) const BROKEN_OFF: &str = "broken off, as it is to have more; what was reached stays";
 
 /// What a way of changing memory came to.
 #[derive(Debug, PartialEq, Eq)]
@@ -97,13 +103,15 @@ impl Shrink {
 pub(super) struct Balloon<'a> {
     domain: &'a Domain,
     pace: &'a Pace,
+    /// No more is to be taken.
+    broken_off: &'a AtomicBool,
     maximum: u64,
 }
 
 impl<'a> Balloon<'a> {
-    pub(super) fn new(domain: &'a Domain, pace: &'a Pace) -> Result<Self, Error> {
+    pub(super) fn new(domain: &'a Domain, pace: &'a Pace, broken_off: &'a AtomicBool) -> Result<Self, Error> {
         let maximum = domain.get_info()?.max_mem.saturating_mul(1024);
-        Ok(Self { domain, pace, maximum })
+        Ok(Self { domain, pace, broken_off, maximum })
     }
 
     pub(super) fn maximum(&self) -> u64 {
@@ -120,15 +128,22 @@ impl<'a> Balloon<'a> {
         guest_memory_of(&guest_says(self.domain).ok()?, now_us())
     }
 
+    fn is_broken_off(&self) -> bool {
+        self.broken_off.load(Ordering::Relaxed)
+    }
+
     fn set(&self, bytes: u64) -> Result<(), Error> {
         self.domain.set_memory_flags(bytes.div_ceil(1024), sys::VIR_DOMAIN_MEM_LIVE).map(drop)
     }
 
-    /// Waits until the guest's memory is `to`, while it moves.
+    /// Waits until the guest's memory is `to`, while it moves; downwards, until it is broken off.
     fn settle(&self, to: u64, until: Instant) -> Result<u64, Error> {
         let mut last = self.current()?;
         let mut moved = Instant::now();
         while last.abs_diff(to) > TOLERANCE && Instant::now() < until && moved.elapsed() < STUCK {
+            if last > to && self.is_broken_off() {
+                break;
+            }
             std::thread::sleep(self.pace.look);
             let current = self.current()?;
             if current != last {
@@ -138,7 +153,7 @@ impl<'a> Balloon<'a> {
         Ok(last)
     }
 
-    /// Waits for a word of the guest that is younger than `since` (seconds since 1970).
+    /// Waits for a word of the guest that is younger than `since` (seconds since 1970), until it is broken off.
     fn next_word(&self, since: u64) -> Result<Option<GuestMemory>, Error> {
         let until = Instant::now() + SILENCE;
         loop {
@@ -146,7 +161,7 @@ impl<'a> Balloon<'a> {
             if said.updated_s.is_some_and(|s| s > since) {
                 return Ok(guest_memory_of(&said, now_us()));
             }
-            if Instant::now() >= until {
+            if Instant::now() >= until || self.is_broken_off() {
                 return Ok(None);
             }
             std::thread::sleep(self.pace.look);
@@ -189,7 +204,11 @@ impl<'a> Balloon<'a> {
         let mut before = None;
         loop {
             // libvirt stamps the guest's words in whole seconds: a later stamp is surely after the last step.
-            let Some(guest) = self.next_word(now_us() / 1_000_000)? else {
+            let word = self.next_word(now_us() / 1_000_000)?;
+            if self.is_broken_off() {
+                return end(self.hold()?, Outcome::Partial, BROKEN_OFF);
+            }
+            let Some(guest) = word else {
                 let why = "the guest stopped answering, so no more was taken";
                 return end(self.hold()?, Outcome::Partial, why);
             };
@@ -208,7 +227,7 @@ impl<'a> Balloon<'a> {
                 Step::To(bytes) => {
                     self.set(bytes)?;
                     let got = self.settle(bytes, until)?;
-                    if got > bytes.saturating_add(TOLERANCE) {
+                    if got > bytes.saturating_add(TOLERANCE) && !self.is_broken_off() {
                         let why = "the guest's balloon stopped short: it finds no more memory to give";
                         return end(self.hold()?, Outcome::Partial, why);
                     }

@@ -1,6 +1,7 @@
 //! The guest's memory, by a virtio-mem device: what the device is asked to hold is changed, and the guest plugs and unplugs
 //! blocks until it holds that. A block in use stays, so shrinking kills nothing and may stop short.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use roxmltree::Document;
@@ -8,6 +9,7 @@ use virt::domain::Domain;
 use virt::sys;
 
 use super::abilities::MemoryDevice;
+use super::balloon::BROKEN_OFF;
 use super::change::Outcome;
 use super::pace::Pace;
 use crate::libvirt::link::no_nul;
@@ -24,13 +26,20 @@ pub(super) struct Resized {
     pub(super) why: String,
 }
 
-/// Requests `bytes` of the device and waits until it holds them, or no longer moves.
-pub(super) fn resize(domain: &Domain, pace: &Pace, device: &MemoryDevice, bytes: u64) -> Result<Resized, String> {
+/// Requests `bytes` of the device and waits until it holds them, or no longer moves; while it shrinks, until it is broken off.
+pub(super) fn resize(
+    domain: &Domain,
+    pace: &Pace,
+    device: &MemoryDevice,
+    bytes: u64,
+    broken_off: &AtomicBool,
+) -> Result<Resized, String> {
     let growing = bytes > device.current_bytes;
+    let is_broken_off = || !growing && broken_off.load(Ordering::Relaxed);
     request(domain, &device.alias, bytes)?;
     let until = Instant::now() + if growing { pace.grow } else { pace.shrink };
     let (mut last, mut moved) = (current(domain, &device.alias)?, Instant::now());
-    while last != bytes && Instant::now() < until && moved.elapsed() < STUCK {
+    while last != bytes && Instant::now() < until && moved.elapsed() < STUCK && !is_broken_off() {
         std::thread::sleep(pace.look);
         let now = current(domain, &device.alias)?;
         if now != last {
@@ -42,6 +51,7 @@ pub(super) fn resize(domain: &Domain, pace: &Pace, device: &MemoryDevice, bytes:
     }
     let why = match growing {
         true => "the guest has not plugged all of it: is its virtio_mem driver loaded?",
+        false if is_broken_off() => BROKEN_OFF,
         false => "the guest uses the rest, and keeps it",
     };
     // What the guest could not give up it must not lose later, when nobody looks.
