@@ -167,20 +167,8 @@ impl Foreseen {
         upcoming: &[Upcoming<'_>],
     ) -> Option<Rise> {
         let at = super::machine::index(resource);
-        let (mut running, mut base, mut rise): (Option<Rise>, f64, Rise) = (None, used.unwrap_or(0.0), [0.0; 4]);
-        for each in &self.running {
-            let elapsed_s = since(window.from_s, each.started_s);
-            let Some(expected) = each.courses[at].expect(elapsed_s, window.length_s) else { continue };
-            let before = each.base[at].unwrap_or(0.0);
-            match each.what {
-                What::Execution { .. } => {
-                    base = if running.is_none() { before } else { base };
-                    let sum = running.unwrap_or_default();
-                    running = Some(std::array::from_fn(|q| sum[q] + expected[q]));
-                }
-                What::Event { .. } => rise = std::array::from_fn(|q| rise[q].max(before + expected[q])),
-            }
-        }
+        let (running, mut rise) = self.running(at, window);
+        let (base, running) = running.map_or((used.unwrap_or(0.0), None), |(base, sum)| (base, Some(sum)));
         // Those that come after what runs take its place; those that come beside it are added.
         let (mut after, mut beside): (Rise, Rise) = ([0.0; 4], [0.0; 4]);
         for each in &self.expected {
@@ -204,6 +192,32 @@ impl Foreseen {
             }
         }
         (running.is_some() || rise.iter().any(|value| *value > 0.0)).then_some(rise)
+    }
+
+    /// The same of what runs alone, to its end, however far ahead. `None`: nothing that is known runs, or all of it should have ended.
+    pub(crate) fn rest(&self, resource: Resource, now_s: u64) -> Option<Rise> {
+        let window = Window { now_s, from_s: now_s, length_s: u32::MAX };
+        let (running, rise) = self.running(super::machine::index(resource), window);
+        let rest = running.map_or(rise, |(base, sum)| std::array::from_fn(|q| rise[q].max(base + sum[q])));
+        rest.iter().any(|value| *value > 0.0).then_some(rest)
+    }
+
+    /// What runs: use before the first program and the sum of what all add to it, and the most of the events.
+    fn running(&self, at: usize, window: Window) -> (Option<(f64, Rise)>, Rise) {
+        let (mut programs, mut events): (Option<(f64, Rise)>, Rise) = (None, [0.0; 4]);
+        for each in &self.running {
+            let elapsed_s = since(window.from_s, each.started_s);
+            let Some(expected) = each.courses[at].expect(elapsed_s, window.length_s) else { continue };
+            let before = each.base[at].unwrap_or(0.0);
+            match each.what {
+                What::Execution { .. } => {
+                    let (base, sum) = programs.unwrap_or((before, [0.0; 4]));
+                    programs = Some((base, std::array::from_fn(|q| sum[q] + expected[q])));
+                }
+                What::Event { .. } => events = std::array::from_fn(|q| events[q].max(before + expected[q])),
+            }
+        }
+        (programs, events)
     }
 
     /// What is known to run and to follow, in words.
@@ -303,6 +317,23 @@ mod tests {
     }
 
     const AFTER: Lag = Lag { s: 30, beside: false };
+
+    #[test]
+    fn the_rest_of_a_course_is_known_to_its_end_and_no_further() {
+        let mut run = Run::new();
+        (0..600).for_each(|at| run.observe(at, if (300..330).contains(&at) { 7.0 } else { 0.0 }));
+        let mut course = Course::default();
+        course.learn(run);
+        let courses = std::array::from_fn(|_| course.clone());
+        let known = Known { courses, runs: 1, takes_s: Some(600), successors: vec![successor(1.0, &[AFTER], 50.0)] };
+        let mut foreseen = Foreseen::default();
+        assert_eq!(foreseen.rest(CPU, 1000), None);
+        foreseen.start(1, "report", 1000, [Some(1.0); 4], known);
+        assert_eq!(foreseen.rise(CPU, at(1000, 40), Some(1.0), &[]), Some([1.0; 4]), "nothing within the horizon");
+        assert_eq!(foreseen.rest(CPU, 1000), Some([8.0; 4]));
+        assert_eq!(foreseen.rest(CPU, 1450), Some([1.0; 4]), "the peak is over, and what follows is not what runs");
+        assert_eq!(foreseen.rest(CPU, 3000), None);
+    }
 
     #[test]
     fn what_follows_counts_in_the_quantiles_that_its_probability_reaches() {

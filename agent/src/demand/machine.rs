@@ -23,6 +23,8 @@ pub(crate) struct Machine {
     pub(crate) abilities: Option<Abilities>,
     pub(crate) sample: Option<VmSample>,
     pub(crate) seen_s: u64,
+    /// When this start of it was seen first.
+    began_s: u64,
     pub(crate) foreseen: Foreseen,
     /// Limits of disk and network as last applied.
     pub(crate) limits: [Option<f64>; 4],
@@ -53,6 +55,7 @@ impl Machine {
             abilities: None,
             sample: None,
             seen_s: 0,
+            began_s: 0,
             foreseen: Foreseen::default(),
             limits: [None; 4],
             flows: Resource::ALL.map(Flow::new),
@@ -94,6 +97,9 @@ impl Machine {
             self.limits = [None; 4];
             self.abilities = None;
         }
+        if restarted || self.sample.is_none() {
+            self.began_s = now_s;
+        }
         let saturated =
             sample.cpu.vcpus.zip(sample.cpu.used_cores).is_some_and(|(has, uses)| uses >= BUSY * f64::from(has));
         for (resource, value) in used(&sample) {
@@ -127,8 +133,18 @@ impl Machine {
         let window = Window { now_s, from_s: now_s, length_s: horizon_s };
         let used = self.flows[index(resource)].used().map(|(_, used)| used);
         let rise = self.foreseen.rise(resource, window, used, &ahead.upcoming)?;
-        // What is known to come is kept free of others as what is in use would be.
-        Some(rise.map(|value| value * (1.0 + self.policy.margin)))
+        Some(self.with_margin(rise))
+    }
+
+    /// What is known to come is kept free of others as what is in use would be.
+    fn with_margin(&self, rise: Rise) -> Rise {
+        rise.map(|value| value * (1.0 + self.policy.margin))
+    }
+
+    /// Whether what is known of its means is no longer so: its guest, which did not answer, does.
+    pub(crate) fn has_woken(&self) -> bool {
+        let answers = self.sample.as_ref().is_some_and(|sample| sample.memory.guest.is_some());
+        answers && self.abilities.as_ref().is_some_and(|abilities| !abilities.balloon.is_yes())
     }
 
     /// Quantiles of the most it is to use within the minutes to come.
@@ -200,7 +216,7 @@ impl Machine {
         let vm = planner::Vm {
             id: planner::VmId(self.uuid.as_u128()),
             policy: self.planner_policy(),
-            abilities: self.planner_abilities(),
+            abilities: self.planner_abilities(now_s),
             readings,
         };
         (vm, left_out)
@@ -233,7 +249,11 @@ impl Machine {
             pressure.some = pressure.some.max(GUEST_SHORT);
         }
         let outlook = outlook.map(|[_, p50, p90, p95]| planner::Outlook { p50, p90, p95 });
-        Ok(planner::Reading { allocated, used, age_s, pressure, oom: false, outlook })
+        let rest = self.foreseen.rest(resource, now_s).map(|rest| {
+            let [_, p50, p90, p95] = self.with_margin(rest);
+            planner::Outlook { p50, p90, p95 }
+        });
+        Ok(planner::Reading { allocated, used, age_s, pressure, oom: false, outlook, rest })
     }
 
     /// What a guest that its balloon does not save has to spare, by what it is to be left with. `None`: its balloon gives back by itself,
@@ -281,10 +301,13 @@ impl Machine {
         }
     }
 
-    fn planner_abilities(&self) -> planner::Abilities {
+    fn planner_abilities(&self, now_s: u64) -> planner::Abilities {
         let Some(abilities) = &self.abilities else { return planner::Abilities::default() };
         let yes = Ability::is_yes;
+        // A guest that boots does not answer yet.
+        let boots = !yes(&abilities.balloon) && now_s.abs_diff(self.began_s) < BOOTS_S;
         planner::Abilities {
+            known: !boots,
             balloon: yes(&abilities.balloon),
             virtio_mem: !abilities.devices.is_empty(),
             vcpu_add: yes(&abilities.vcpus.add),
@@ -351,6 +374,8 @@ const SATURATED: f64 = 1.5;
 const FAULTS: f64 = 100.0;
 /// Pressure that a guest which is short of memory counts as.
 const GUEST_SHORT: f64 = 0.2;
+/// Seconds within which a guest that was started should answer.
+const BOOTS_S: u64 = 120;
 /// How often a guest is asked for its memory where nothing is known of that.
 const ASKED: Duration = Duration::from_secs(2);
 /// Least share of what a guest uses that it is to have to spare, whatever its policy says.

@@ -49,7 +49,7 @@ use prestage_integration::libvirt::stats::{HostSample, Turn};
 use prestage_predictor::demand::{Forecast, Weights};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Forgotten so long after it was seen last: a machine that is stopped overnight keeps its book.
 const FORGET_S: u64 = 7 * 86_400;
@@ -156,7 +156,10 @@ pub(crate) struct State {
     busy: HashSet<(Uuid, Resource)>,
     /// One change of a machine at a time: the others wait their turn.
     turns_of: HashMap<Uuid, Arc<tokio::sync::Mutex<()>>>,
-    backoffs: HashMap<(Uuid, Resource), Backoff>,
+    /// By whether it was raised: what cannot be taken can be given.
+    backoffs: HashMap<(Uuid, Resource, bool), Backoff>,
+    /// What was said last of a decision that is put off: its kind, why, and when.
+    put_off: HashMap<(Uuid, Resource), (planner::Kind, String, Instant)>,
     left_out: Vec<LeftOut>,
     /// What has become unusual since it was told last.
     pub(crate) found: Vec<(Uuid, Found)>,
@@ -187,6 +190,7 @@ impl State {
             busy: HashSet::new(),
             turns_of: HashMap::new(),
             backoffs: HashMap::new(),
+            put_off: HashMap::new(),
             left_out: Vec::new(),
             found: Vec::new(),
         }
@@ -230,6 +234,8 @@ impl State {
             keep
         });
         let machines = &self.machines;
+        self.backoffs.retain(|(uuid, ..), _| machines.contains_key(uuid));
+        self.put_off.retain(|(uuid, _), _| machines.contains_key(uuid));
         self.activities.retain(|uuid, activity| machines.contains_key(uuid) || !activity.is_over(now_s));
     }
 
@@ -411,7 +417,8 @@ impl State {
         }
         if let Some(machine) = self.machines.get_mut(&uuid) {
             (machine.policy, machine.own_policy) = (policy.unwrap_or_default(), own);
-            self.backoffs.retain(|(of, _), _| *of != uuid);
+            self.backoffs.retain(|(of, ..), _| *of != uuid);
+            self.put_off.retain(|(of, _), _| *of != uuid);
         }
     }
 }

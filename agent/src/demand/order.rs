@@ -7,7 +7,7 @@ use prestage_integration::api::demand::{Mode, Resource};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::libvirt::act::{ActError, Change, DiskLimits, Done, NetLimits, Outcome, Setting};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Why a decision is not carried out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,8 +16,11 @@ pub(crate) enum NotDone {
     Mode,
     /// Nothing is to be done.
     Nothing,
-    /// Another change of this machine is under way, or one failed a moment ago.
+    /// It is decided anew with every turn until it can be: another change of it is under way, one failed a moment ago, or it can't be
+    /// carried out.
     Later(String),
+    /// The same, and that was said before.
+    Said,
 }
 
 /// What a decision came to.
@@ -39,22 +42,41 @@ impl State {
             return Err(NotDone::Mode);
         }
         let Some(machine) = self.machines.get(&order.uuid) else { return Err(NotDone::Nothing) };
-        let settings = settings(machine, order);
-        if settings.is_empty() {
-            return Err(NotDone::Nothing);
+        let (settings, not_below) = (settings(machine, order), machine.not_below());
+        if self.is_busy(order) {
+            return Err(self.put_off(order, "a change of it is under way", None, now));
         }
-        if self.busy.contains(&(order.uuid, order.resource)) {
-            return Err(NotDone::Later("a change of it is under way".to_owned()));
-        }
-        if let Some(backoff) = self.backoffs.get(&(order.uuid, order.resource))
+        if let Some(backoff) = self.backoffs.get(&direction(order))
             && !backoff.is_ready(now)
         {
-            let wait = backoff.wait(now).as_secs();
-            return Err(NotDone::Later(format!("it failed {} times; tried again in {wait} s", backoff.failures())));
+            let (what, wait) = (format!("it failed {} times", backoff.failures()), backoff.wait(now));
+            return Err(self.put_off(order, &what, Some(wait), now));
         }
+        let settings = match settings {
+            Ok(settings) => settings,
+            Err(reason) => return Err(self.put_off(order, &reason, None, now)),
+        };
+        self.put_off.remove(&(order.uuid, order.resource));
         self.busy.insert((order.uuid, order.resource));
-        let not_below = machine.not_below();
         Ok(settings.into_iter().map(|to| Change { vm: order.uuid, to, not_below }).collect())
+    }
+
+    /// Nothing of it is to be waited for; said once, and again after a while.
+    fn put_off(&mut self, order: &Order, what: &str, wait: Option<Duration>, now: Instant) -> NotDone {
+        self.planner.withdraw(order.decision.vm, order.decision.resource);
+        let (key, kind) = ((order.uuid, order.resource), order.decision.kind);
+        let repeat = Duration::from_secs(self.planner.settings().repeat_s.into());
+        let said = |(of, why, at): &(Kind, String, Instant)| {
+            *of == kind && why == what && now.saturating_duration_since(*at) < repeat
+        };
+        if self.put_off.get(&key).is_some_and(said) {
+            return NotDone::Said;
+        }
+        self.put_off.insert(key, (kind, what.to_owned(), now));
+        NotDone::Later(match wait {
+            Some(wait) => format!("{what}; tried again in {} s", wait.as_secs()),
+            None => what.to_owned(),
+        })
     }
 
     /// What came of them.
@@ -64,8 +86,7 @@ impl State {
         results: &[std::result::Result<Done, ActError>],
         now: Instant,
     ) -> Result {
-        let key = (order.uuid, order.resource);
-        self.busy.remove(&key);
+        self.busy.remove(&(order.uuid, order.resource));
         let mut result = Result { outcome: "done", got: None, why: String::new() };
         let mut failed = false;
         for each in results {
@@ -94,9 +115,9 @@ impl State {
             }
         }
         if failed {
-            self.backoffs.entry(key).or_default().failed(now);
+            self.backoffs.entry(direction(order)).or_default().failed(now);
         } else {
-            self.backoffs.remove(&key);
+            self.backoffs.remove(&direction(order));
         }
         result
     }
@@ -118,6 +139,10 @@ impl State {
     }
 }
 
+fn direction(order: &Order) -> (Uuid, Resource, bool) {
+    (order.uuid, order.resource, order.decision.kind == Kind::Raise)
+}
+
 fn say(why: &mut String, more: &str) {
     if !more.is_empty() && !why.contains(more) {
         if !why.is_empty() {
@@ -127,15 +152,18 @@ fn say(why: &mut String, more: &str) {
     }
 }
 
-/// What libvirt is to set. vCPUs are whole; a rate holds for each disk and each interface.
-fn settings(machine: &Machine, order: &Order) -> Vec<Setting> {
+/// What libvirt is to set, or why that is nothing. vCPUs are whole; a rate holds for each disk and each interface.
+fn settings(machine: &Machine, order: &Order) -> std::result::Result<Vec<Setting>, String> {
     let to = order.decision.to;
-    let Some(abilities) = &machine.abilities else { return Vec::new() };
-    match order.resource {
+    let Some(abilities) = &machine.abilities else { return Err("what can be done to it is not known yet".to_owned()) };
+    let settings: Vec<Setting> = match order.resource {
         Resource::Cpu => {
             let (least, most) = (abilities.vcpus.fewest.max(1), abilities.vcpus.maximum.max(1));
             let vcpus = (to.ceil() as u32).clamp(least.min(most), most);
-            if vcpus == abilities.vcpus.current { Vec::new() } else { vec![Setting::Vcpus(vcpus)] }
+            if f64::from(vcpus) == order.decision.before {
+                return Err(format!("it can have {least} to {most} vCPUs while it runs"));
+            }
+            vec![Setting::Vcpus(vcpus)]
         }
         Resource::Memory => vec![Setting::Memory(to as u64)],
         Resource::Disk => {
@@ -148,6 +176,11 @@ fn settings(machine: &Machine, order: &Order) -> Vec<Setting> {
             let able = abilities.nics.iter().filter(|nic| nic.limits.is_yes());
             able.map(|nic| Setting::Network { device: nic.device.clone(), limits }).collect()
         }
+    };
+    if settings.is_empty() {
+        Err(format!("nothing of its {} can be limited", order.resource.name()))
+    } else {
+        Ok(settings)
     }
 }
 

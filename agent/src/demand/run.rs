@@ -56,6 +56,8 @@ pub(crate) struct Demand {
     most: u64,
     /// Rung when there is something to tell.
     pub(crate) told: Arc<Notify>,
+    /// Rung when a change is over.
+    free: Arc<Notify>,
 }
 
 impl Demand {
@@ -90,6 +92,7 @@ impl Demand {
             host: host.into(),
             most,
             told: Arc::default(),
+            free: Arc::default(),
         };
         demand.restore_executions()?;
         demand.restore_events()?;
@@ -118,7 +121,7 @@ impl Demand {
             let tight = self.state.lock().is_tight(unix_ms() / 1000);
             tokio::select! {
                 _ = beat.tick() => {}
-                () = stirred(&mut events) => {
+                () = async { tokio::select! { () = stirred(&mut events) => {}, () = self.free.notified() => {} } } => {
                     tokio::time::sleep(APART.saturating_sub(began.elapsed())).await;
                     beat.reset();
                 }
@@ -206,7 +209,9 @@ impl Demand {
             let state = self.state.lock();
             asked.retain(|uuid, _| state.machines.contains_key(uuid));
             let old = |machine: &&Machine| {
-                machine.abilities.is_none() || asked.get(&machine.uuid).is_none_or(|at| at.elapsed() >= ABILITIES)
+                machine.abilities.is_none()
+                    || machine.has_woken()
+                    || asked.get(&machine.uuid).is_none_or(|at| at.elapsed() >= ABILITIES)
             };
             let present = state.machines.values().filter(|machine| machine.sample.is_some());
             // Not again and again for one that cannot be asked.
@@ -237,13 +242,18 @@ impl Demand {
             if order.decision.kind == Kind::Refuse && state.is_busy(&order) {
                 return;
             }
+            if order.decision.kind == Kind::Raise && order.mode == Mode::Act && state.is_busy(&order) {
+                // What takes from it stops, and is followed by this as soon as it has.
+                self.hypervisor.break_off(order.uuid);
+            }
             state.changes(&order, Instant::now())
         };
         let (at_us, asked) = (unix_ms() * 1000, Instant::now());
         let (pending, why) = match &changes {
             Ok(_) => (true, order.decision.to_string()),
             Err(NotDone::Mode) => (false, order.decision.to_string()),
-            // Said when the change was sent off, or nothing to say.
+            // Said before, or nothing to say.
+            Err(NotDone::Said) => return,
             Err(NotDone::Nothing) if order.decision.kind != Kind::Refuse => return,
             Err(NotDone::Nothing) => (false, order.decision.to_string()),
             Err(NotDone::Later(reason)) => (false, format!("{}; not now: {reason}", order.decision)),
@@ -267,7 +277,7 @@ impl Demand {
         let demand = self.clone();
         tokio::spawn(async move {
             let recorded = recorded.await;
-            demand.on_record(&order, &recorded);
+            demand.on_record(&order, changes.is_ok(), &recorded);
             demand.told.notify_one();
             let Ok(changes) = changes else { return };
             if recorded.is_err() {
@@ -283,18 +293,21 @@ impl Demand {
                 }
                 demand.state.lock().done(&order, &results, Instant::now())
             };
+            demand.free.notify_one();
             let took_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
             demand.finish(&order, at_us, took_ms, result).await;
         });
     }
 
-    /// Notes whether a decision is on record; one that is not is not waited for either.
-    fn on_record(&self, order: &Order, recorded: &Result<(), StoreError>) {
+    /// Notes whether a decision is on record; one that is not and was to be carried out is not waited for either.
+    fn on_record(&self, order: &Order, acts: bool, recorded: &Result<(), StoreError>) {
         let mut state = self.state.lock();
         match recorded {
             Ok(()) => state.unrecorded.recorded(),
             Err(error) => {
-                state.withdraw(order);
+                if acts {
+                    state.withdraw(order);
+                }
                 if state.unrecorded.failed(error.to_string()) {
                     tracing::error!(%error, vm = order.name, "decisions are not on record, and not carried out");
                 }

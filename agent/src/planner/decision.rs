@@ -46,6 +46,8 @@ pub enum Reason {
     Changes,
     /// The last change had no effect.
     NoEffect,
+    /// The last change is still under way.
+    UnderWay,
     /// The machine lacks the means; see [`Decision::missing`].
     Unable,
 }
@@ -69,6 +71,8 @@ pub struct Numbers {
     pub free: f64,
     /// PSI some, avg10, 0 to 1.
     pub pressure: f64,
+    /// Seconds until what is held back is tried again, where that is known.
+    pub again_s: Option<u64>,
 }
 
 /// What is to become of a machine's resource.
@@ -115,8 +119,22 @@ impl fmt::Display for Decision {
             Reason::NeverLower => write!(f, "never lowered by its policy, {used} in use")?,
             Reason::Stale => f.write_str("the last measurement is too old")?,
             Reason::Changes => f.write_str("too many changes within the hour")?,
-            Reason::NoEffect => f.write_str("the last change had no effect; tried again later")?,
+            Reason::NoEffect => f.write_str("the last change had no effect")?,
+            Reason::UnderWay => {
+                write!(f, "the last change is still under way, {used} in use")?;
+                if let Some(foreseen) = n.foreseen {
+                    write!(f, ", {} foreseen", human(foreseen))?;
+                }
+            }
             Reason::Unable => f.write_str(self.missing.unwrap_or("the machine lacks the means"))?,
+        }
+        if let Some(again_s) = n.again_s.filter(|_| matches!(self.reason, Reason::Changes | Reason::NoEffect)) {
+            write!(f, "; tried again in {again_s} s")?;
+        }
+        if self.kind == Kind::Raise && self.to >= n.cap && n.cap > 0.0 {
+            f.write_str("; it can have no more")?;
+        } else if self.kind == Kind::Raise && human(n.wanted) != to && n.wanted > self.to {
+            write!(f, "; {} wanted, the host has {} free", human(n.wanted), human(n.free))?;
         }
         if self.runaway { f.write_str("; grows without pause") } else { Ok(()) }
     }

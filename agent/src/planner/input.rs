@@ -85,6 +85,8 @@ impl Policy {
 /// By which means a machine can be given more or less.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Abilities {
+    /// What is not here is surely missing. Else nothing is refused, nor told, for want of it.
+    pub known: bool,
     /// A balloon whose driver answers.
     pub balloon: bool,
     pub virtio_mem: bool,
@@ -103,6 +105,7 @@ pub struct Abilities {
 impl Abilities {
     /// All there are.
     pub const ALL: Self = Self {
+        known: true,
         balloon: true,
         virtio_mem: true,
         vcpu_add: true,
@@ -179,6 +182,8 @@ pub struct Reading {
     /// The guest killed something for want of memory since the last round.
     pub oom: bool,
     pub outlook: Option<Outlook>,
+    /// The same of what runs in it and is known, to its end, however far ahead: it is not lowered below that, nor raised for it.
+    pub rest: Option<Outlook>,
 }
 
 /// A machine.

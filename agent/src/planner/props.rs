@@ -39,6 +39,7 @@ fn life(rounds: usize) -> impl Strategy<Value = Life> {
                     pressure: Pressure::default(),
                     oom: false,
                     outlook: None,
+                    rest: None,
                 })
             };
             let vm = Vm { id: VmId(0), policy, abilities, readings: [reading(has), reading(has * GIB), None, None] };
@@ -240,7 +241,7 @@ proptest! {
         let n = |at: usize| numbers[at];
         let pressure = Pressure { some: n(0), full: n(1) };
         let outlook = Some(Outlook { p50: n(2), p90: n(3), p95: n(4) });
-        let reading = |at: usize, age_s| Some(Reading { allocated: n(at), used: n(at + 1), age_s, pressure, oom: n(5) > 0.0, outlook });
+        let reading = |at: usize, age_s| Some(Reading { allocated: n(at), used: n(at + 1), age_s, pressure, oom: n(5) > 0.0, outlook, rest: outlook });
         let policy = Policy {
             min: Amounts([n(6), n(7), n(8), n(9)]),
             max: Amounts([n(10), n(11), n(12), n(13)]),

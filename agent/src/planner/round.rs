@@ -183,17 +183,18 @@ impl Planner {
                 wanted: want.goal,
                 free: free.max(0.0),
                 pressure: vm.readings[resource as usize].map_or(0.0, |reading| reading.pressure.some),
+                again_s: want.again_s,
             };
+            if want.missing.is_some() && !vm.abilities.known {
+                continue;
+            }
             // What cannot or is not to be done counts as had above, and is told all the same.
             let told = want.goal < want.before && (!want.act || want.missing.is_some());
             let to = if told { want.goal } else { *to };
             let (kind, reason, to) = outcome(want, to, rule);
             let change = matches!(kind, Kind::Raise | Kind::Lower);
             if change && want.act {
-                if matches!(reason, Reason::Pressure | Reason::Oom) {
-                    track.presses = (track.presses + 1).min(16);
-                }
-                track.changed(now_s, want.before, to);
+                track.changed(now_s, want.before, to, matches!(reason, Reason::Pressure | Reason::Oom));
             } else {
                 // That all is well is no news.
                 let quiet = kind == Kind::Hold && reason == Reason::Use;
@@ -243,7 +244,9 @@ fn outcome(want: &Want, to: f64, rule: &Rule) -> (Kind, Reason, f64) {
         };
     }
     if want.missing.is_some() {
-        return (if wished_up { Kind::Refuse } else { Kind::Hold }, Reason::Unable, before);
+        // What the policy forbids is to go, and whoever wrote it is to know that it does not.
+        let needed = wished_up || want.reason == Reason::Maximum;
+        return (if needed { Kind::Refuse } else { Kind::Hold }, Reason::Unable, before);
     }
     if to > before {
         (Kind::Raise, want.reason, to)

@@ -15,7 +15,7 @@ fn vm(id: u128, max: Amounts) -> Vm {
 
 fn reading(allocated: f64, used: f64) -> Reading {
     let pressure = Pressure::default();
-    Reading { allocated, used, age_s: 0, pressure, oom: false, outlook: None }
+    Reading { allocated, used, age_s: 0, pressure, oom: false, outlook: None, rest: None }
 }
 
 /// Rounds of 10 s from `from_s`, in which everything that is decided happens at once.
@@ -184,7 +184,7 @@ fn what_is_never_to_be_lowered_or_cannot_be_is_not() {
     let (mut never, mut unable, mut stale) =
         (vm(1, Amounts::of(8.0, 0.0)), vm(2, Amounts::of(8.0, 0.0)), vm(3, Amounts::of(8.0, 0.0)));
     never.policy.never_lower[0] = true;
-    unable.abilities = Abilities { vcpu_add: true, agent: true, ..Abilities::default() };
+    unable.abilities = Abilities { known: true, vcpu_add: true, agent: true, ..Abilities::default() };
     for one in [&mut never, &mut unable] {
         one.readings[0] = Some(idle);
     }

@@ -19,6 +19,9 @@ struct Ask {
     from: f64,
     to: f64,
     at_s: u64,
+    /// Raised under pressure.
+    #[serde(default)]
+    pressed: bool,
 }
 
 /// What became of the last change.
@@ -54,6 +57,9 @@ pub(super) struct Track {
     ask: Option<Ask>,
     failures: u8,
     retry_s: u64,
+    /// What failed last was a lowering.
+    #[serde(default)]
+    kept: bool,
     /// Lowest use of this stretch of [`Rule::settle_s`] and of the one before, and this one's number.
     lows: [f64; 2],
     stretch: u64,
@@ -169,7 +175,7 @@ impl Track {
     /// Compares what was asked for with what is read back.
     pub(super) fn settle(&mut self, now_s: u64, allocated: f64, rule: &Rule) -> Change {
         if let Some(ask) = self.ask {
-            let tolerance = (0.01 * ask.to.abs()).max(rule.grain);
+            let tolerance = (0.01 * ask.to.abs()).max(0.5 * rule.grain);
             if (allocated - ask.to).abs() <= tolerance || (ask.from < ask.to) == (allocated > ask.to) {
                 self.ask = None;
                 self.failures = 0;
@@ -184,6 +190,7 @@ impl Track {
                 // Part of it has come: that is no failure.
                 if (allocated - ask.from).abs() <= tolerance {
                     self.failures = (self.failures + 1).min(6);
+                    self.kept = ask.to < ask.from;
                     self.retry_s = now_s + (u64::from(rule.settle_s) << self.failures);
                     return Change::Failed;
                 }
@@ -197,6 +204,16 @@ impl Track {
         self.ask.map(|ask| ask.to)
     }
 
+    /// What failed last was a lowering: it says nothing of a raise.
+    pub(super) fn kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Seconds until what failed is tried again.
+    pub(super) fn retry_in_s(&self, now_s: u64) -> u64 {
+        self.retry_s.saturating_sub(now_s)
+    }
+
     /// Changes that may still be made now.
     pub(super) fn tokens(&mut self, now_s: u64, per_hour: u32) -> f64 {
         let most = f64::from(per_hour);
@@ -207,10 +224,13 @@ impl Track {
         now
     }
 
-    /// Remembers a change that is to be made.
-    pub(super) fn changed(&mut self, now_s: u64, from: f64, to: f64) {
+    /// Remembers a change that is to be made, under pressure or not.
+    pub(super) fn changed(&mut self, now_s: u64, from: f64, to: f64, pressed: bool) {
+        if pressed {
+            self.presses = (self.presses + 1).min(16);
+        }
         self.tokens = self.tokens.map(|had| had - 1.0);
-        self.ask = Some(Ask { from, to, at_s: now_s });
+        self.ask = Some(Ask { from, to, at_s: now_s, pressed });
         self.changed_s = now_s;
         if to < from {
             self.lowered_s = Some(now_s);
@@ -223,6 +243,9 @@ impl Track {
         self.tokens = self.tokens.map(|had| had + 1.0);
         if ask.to < ask.from {
             self.lowered_s = None;
+        }
+        if ask.pressed {
+            self.presses = self.presses.saturating_sub(1);
         }
     }
 

@@ -35,6 +35,8 @@ pub(super) struct Want {
     pub(super) foreseen: Option<f64>,
     /// Nothing may be changed in this round.
     pub(super) frozen: bool,
+    /// Seconds until what is held back for now is tried again.
+    pub(super) again_s: Option<u64>,
     pub(super) missing: Option<&'static str>,
     pub(super) runaway: bool,
     pub(super) act: bool,
@@ -83,7 +85,7 @@ pub(super) fn want(
     let cap = most.max(if floor.is_finite() { floor } else { 0.0 });
     // An unlimited machine has all that it may have.
     let before = if reading.allocated.is_finite() { reading.allocated.max(0.0) } else { cap };
-    let above = before > cap + rule.grain;
+    let above = before > cap + 0.5 * rule.grain;
     let fresh = reading.age_s <= rule.stale_s && reading.used.is_finite() && reading.used >= 0.0;
     let used = if fresh { reading.used } else { 0.0 };
     let margin = policy.margin[at].filter(|m| m.is_finite() && *m >= 0.0).unwrap_or(rule.margin);
@@ -103,14 +105,16 @@ pub(super) fn want(
     let change = track.settle(now_s, before, rule);
     let tokens = track.tokens(now_s, settings.changes_per_hour);
     let taken = track.asked().map_or(before, |asked| asked.max(before));
+    let lowers = track.asked().is_some_and(|asked| asked < before);
 
     let foreseen = reading.outlook.as_ref().and_then(|outlook| outlook.at_risk(settings.risk));
+    let rest = reading.rest.as_ref().and_then(|rest| rest.at_risk(settings.risk));
     let least = limit(used * (1.0 + margin));
     let likely = limit(used * (1.0 + margin) + rule.reserve * track.rise());
     let rise = if rule.reserve > 0.0 { track.rise() } else { 0.0 };
     let mut goal = before;
     let mut reason = Reason::CoolDown;
-    let mut frozen = false;
+    let (mut frozen, mut again_s) = (false, None);
 
     // The strongest reason last.
     let mut raise = |to: f64, why: Reason| {
@@ -157,7 +161,9 @@ pub(super) fn want(
     if above {
         (goal, reason) = (cap, Reason::Maximum);
     } else if goal <= before {
-        let keep = limit(with_room(track.peak(), 1.0)).max(likely).max(foreseen.map_or(0.0, limit)).max(floor.min(cap));
+        let keep = limit(with_room(track.peak(), 1.0))
+            .max(likely)
+            .max(limit(f64::max(foreseen.unwrap_or(0.0), rest.unwrap_or(0.0))));
         if !fresh {
             reason = Reason::Stale;
         } else if before > keep * (1.0 + rule.dead) + rule.grain {
@@ -176,17 +182,30 @@ pub(super) fn want(
         }
     }
     match change {
-        // Use and pressure go on growing while the last raise is under way; all else waits for it.
-        Change::Pending => frozen = !(goal > taken && (pressed || reason == Reason::Use)),
-        Change::Failed | Change::Waiting => (reason, frozen) = (Reason::NoEffect, true),
+        // Use and pressure go on growing while the last raise is under way; all else waits for it. No raise waits for a lowering.
+        Change::Pending if goal > taken && (pressed || reason == Reason::Use || lowers) => {}
+        Change::Pending => {
+            frozen = true;
+            if goal > before {
+                reason = Reason::UnderWay;
+            }
+        }
+        // What could not be taken says nothing of what can be given.
+        Change::Failed | Change::Waiting if goal > before && track.kept() => {}
+        Change::Failed | Change::Waiting => {
+            (reason, frozen, again_s) = (Reason::NoEffect, true, Some(track.retry_in_s(now_s)));
+        }
         Change::Settled => {}
     }
     if tokens < 1.0 {
-        (reason, frozen) = (Reason::Changes, true);
+        let wait_s = (1.0 - tokens) * 3600.0 / f64::from(settings.changes_per_hour.max(1));
+        (reason, frozen, again_s) = (Reason::Changes, true, Some(wait_s.ceil() as u64));
     }
     let raising = goal > before;
     let missing =
         if raising { vm.abilities.missing_to_raise(resource) } else { vm.abilities.missing_to_lower(resource) };
+    // Whether it is there will be known in a moment.
+    frozen |= missing.is_some() && !vm.abilities.known;
     let act = policy.mode[resource as usize] == Mode::Act;
     let fixed = policy.never_lower[at]
         || !act
@@ -217,6 +236,7 @@ pub(super) fn want(
         reason,
         foreseen,
         frozen,
+        again_s,
         missing,
         runaway: track.grows(),
         act,

@@ -75,6 +75,7 @@ impl Policy for Ours {
                     pressure: Pressure { some: r.stalled, full: 0.0 },
                     oom: false,
                     outlook,
+                    rest: None,
                 })
             };
             let mut policy = VmPolicy::up_to(Amounts::of(seen.cpu.provisioned, seen.memory.provisioned));
