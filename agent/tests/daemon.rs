@@ -7,6 +7,7 @@ mod guest;
 #[path = "daemon_host/mod.rs"]
 mod host;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -335,5 +336,46 @@ fn a_database_that_cannot_be_used_keeps_no_disk_from_its_guest() {
     assert!(host.does(&["disk", "list"]).contains(&store));
     let status = host.does(&["status"]);
     assert!(!status.contains("damaged"), "{status}");
+    host.stop();
+}
+
+#[test]
+fn a_webhook_whose_secret_cannot_be_used_is_told_by_check_and_status_until_it_is_mended() {
+    let mut host = Host::new();
+    let secret = host.path("webhook.secret");
+    let mode = |mode| std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(mode)).unwrap();
+    let webhook = format!("[[webhook]]\nurl = \"https://127.0.0.1:9/hook\"\nsecret_file = \"{}\"\n", secret.display());
+    let config = host.config(&webhook);
+    let check = || {
+        let check = Command::new(env!("CARGO_BIN_EXE_prestaged")).arg("--check").arg("--config").arg(&config).output();
+        let check = check.unwrap();
+        (check.status.code(), String::from_utf8_lossy(&check.stderr).into_owned())
+    };
+    let wrong = |says: &str| {
+        let (code, text) = check();
+        assert!(code == Some(2) && text.contains(says), "{code:?} {text}");
+    };
+    wrong("cannot be read");
+    std::fs::write(&secret, "garbage\n").unwrap();
+    mode(0o600);
+    wrong("is no secret");
+    std::fs::write(&secret, "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo=\n").unwrap();
+    assert_eq!(check(), (Some(0), String::new()));
+    mode(0o644);
+    wrong("chmod 600");
+
+    host.start(&webhook);
+    assert!(host.does(&["status"]).contains("may be read by everyone"), "{}", host.does(&["status"]));
+    assert!(host.does(&["demand"]).contains("nobody is told"), "{}", host.does(&["demand"]));
+    mode(0o600);
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(host.daemon.as_ref().unwrap().id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !host.log().contains("webhook: mended") {
+        assert!(Instant::now() < deadline, "{}", host.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(!host.does(&["status"]).contains("webhook"), "{}", host.does(&["status"]));
+    assert!(!host.does(&["demand"]).contains("nobody is told"));
     host.stop();
 }

@@ -19,9 +19,24 @@ struct Arguments {
     /// Sets a key over the files, such as cache.ram_size="2GiB"; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Checks the configuration and ends
+    /// Checks the configuration, secrets of webhooks included, and ends
     #[arg(long)]
     check: bool,
+}
+
+/// What the configuration names beside itself: secrets and certificates, as whoever runs this may read them.
+fn check(arguments: &Arguments, config: &Config) -> ExitCode {
+    match daemon::check(config) {
+        Ok(unseen) => {
+            unseen.iter().for_each(|unseen| eprintln!("{unseen}"));
+            println!("{}: ok", arguments.config.display());
+            ExitCode::SUCCESS
+        }
+        Err(wrong) => {
+            wrong.iter().for_each(|wrong| eprintln!("{wrong}"));
+            ExitCode::from(2)
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -34,8 +49,7 @@ fn main() -> ExitCode {
         }
     };
     if arguments.check {
-        println!("{}: ok", arguments.config.display());
-        return ExitCode::SUCCESS;
+        return check(&arguments, &config);
     }
     // Checked with the configuration.
     let filter = EnvFilter::try_new(&config.daemon.log).unwrap_or_else(|_| EnvFilter::new("info"));

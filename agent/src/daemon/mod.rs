@@ -25,6 +25,7 @@ mod run;
 mod webhooks;
 
 pub use run::{Options, RunError, SetLog, run};
+pub use webhooks::check;
 
 use crate::config::Config;
 use crate::demand::run::Demand;
@@ -56,6 +57,7 @@ struct Daemon {
     /// Why it is off although it is configured.
     demand_trouble: Option<String>,
     couriers: Mutex<Option<Couriers>>,
+    untold: Mutex<webhooks::Untold>,
     started: Instant,
     started_unix_ms: u64,
     /// Why there is no SSD tier although one is configured.

@@ -158,6 +158,12 @@ impl Daemon {
         if let Some(detail) = self.demand_trouble.clone().or_else(|| self.demand.as_ref()?.trouble()) {
             trouble("demand", &detail);
         }
+        for (name, why) in self.untold.lock().iter() {
+            trouble(
+                &format!("webhook {name}"),
+                &format!("nobody is told, events wait: {why}; reload once it is mended"),
+            );
+        }
         for detail in self.models.troubles() {
             trouble("model", &detail);
         }

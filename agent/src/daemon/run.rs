@@ -119,7 +119,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Some(hypervisor) = daemon.hypervisor.clone() {
         tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
     }
-    tell(&daemon).await;
+    super::webhooks::tell(&daemon).await;
     if let Some(demand) = daemon.demand.clone() {
         let config = daemon.config.lock().clone();
         let training = demand.start_training(config.daemon.state_dir.join("demand.model"));
@@ -172,16 +172,6 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         tracing::error!("shutdown did not complete; the SSD tier will start empty");
     }
     Ok(())
-}
-
-/// Tells whoever the configuration names, in place of those before.
-async fn tell(daemon: &Shared) {
-    let config = daemon.config.lock().clone();
-    let couriers = super::webhooks::start(&daemon.store, &config).await;
-    let before = daemon.couriers.lock().replace(couriers);
-    if let Some(before) = before {
-        before.stop().await;
-    }
 }
 
 /// Threads that end with the daemon.
@@ -322,6 +312,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         demand,
         demand_trouble,
         couriers: Mutex::default(),
+        untold: Mutex::default(),
         started: Instant::now(),
         started_unix_ms: unix_ms(),
         ssd_trouble,
@@ -487,7 +478,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         config.disks = new.disks;
         config.webhooks = new.webhooks;
     }
-    tell(daemon).await;
+    super::webhooks::tell(daemon).await;
     if let Err(error) = machines::follow_config(daemon).await {
         tracing::error!(%error, "disks of the configuration not brought into line");
     }
