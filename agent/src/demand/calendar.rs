@@ -156,8 +156,21 @@ impl Calendar {
         self.entries.get(&id).map(|entry| event(id, entry, now_s))
     }
 
+    /// Those that last or are to come.
     pub(crate) fn list(&self, now_s: u64) -> Vec<Event> {
-        self.entries.iter().map(|(id, entry)| event(*id, entry, now_s)).collect()
+        let all = self.entries.iter().map(|(id, entry)| event(*id, entry, now_s));
+        all.filter(|event| event.next_unix_ms.is_some()).collect()
+    }
+
+    /// One of the same name and machine, whose times are those of the other or cannot be told from them. Single dates of one name are one
+    /// event that comes again.
+    pub(crate) fn same(&self, new: &Entry) -> Option<i64> {
+        let once = |entry: &Entry| entry.request.at_unix_ms.filter(|_| entry.schedule.is_none());
+        let same = |entry: &Entry| {
+            let apart = once(entry).zip(once(new)).is_some_and(|(one, other)| one != other);
+            entry.request.name == new.request.name && entry.vm == new.vm && !apart
+        };
+        self.entries.iter().find(|(_, entry)| same(entry)).map(|(id, _)| *id)
     }
 
     /// Events that never come again.
@@ -291,12 +304,26 @@ mod tests {
         assert_eq!(calendar.shares(Uuid::from_u128(1), 10_000, 300, 300), [1.0, 1.0]);
         assert_eq!(calendar.list(9_000)[0].next_unix_ms, Some(10_000_000));
         assert!(calendar.over(10_000 + 3599).is_empty());
+        assert_eq!((calendar.list(10_000 + 3599).len(), calendar.list(10_000 + 3600)), (1, vec![]));
         assert_eq!((calendar.over(10_000 + 3600), calendar.next_id()), (vec![4], 5));
         calendar.remove(4);
         assert_eq!(calendar.next_id(), 5, "whoever removes 4 again removes nobody else's");
         let mut next = Calendar::default();
         next.given_out(4);
         assert_eq!(next.next_id(), 5, "nor after a restart");
+    }
+
+    #[test]
+    fn an_event_is_told_once_for_a_machine_and_may_have_many_dates() {
+        let mut calendar = Calendar::default();
+        let date = |at_unix_ms, vm| {
+            let once = EventRequest { name: "hourly".into(), at_unix_ms: Some(at_unix_ms), ..EventRequest::default() };
+            Entry::new(once, vm).unwrap()
+        };
+        calendar.set(1, date(1000, None));
+        assert_eq!((calendar.same(&date(1000, None)), calendar.same(&date(2000, None))), (Some(1), None));
+        assert_eq!(calendar.same(&date(1000, Some(Uuid::nil()))), None, "of one machine alone");
+        assert_eq!(calendar.same(&hourly(60)), Some(1));
     }
 
     #[test]

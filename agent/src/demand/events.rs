@@ -127,6 +127,12 @@ impl Demand {
             for id in &over {
                 state.calendar.remove(*id);
             }
+            if let Some(id) = state.calendar.same(&entry) {
+                let detail = format!(
+                    "event {id} has this name for the same machines; remove it first (`prestagectl event remove {id}`), or give another name"
+                );
+                return Err(ApiError::new(ErrorCode::AlreadyExists, detail));
+            }
             if state.calendar.is_full() {
                 return Err(ApiError::new(ErrorCode::NoSpace, "there are 1000 events already; remove some"));
             }
