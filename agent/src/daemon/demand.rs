@@ -72,6 +72,7 @@ fn shown(machine: &Machine) -> VmPolicyShown {
         set: machine.own_policy,
         policy: machine.policy.clone(),
         abilities: machine.abilities.as_ref().map(abilities).unwrap_or_default(),
+        notes: machine.odd_bounds(),
     }
 }
 
@@ -100,6 +101,7 @@ impl Handle {
                 set: state.policies.contains_key(&uuid),
                 policy: state.policies.get(&uuid).cloned().unwrap_or_default(),
                 abilities: Vec::new(),
+                notes: Vec::new(),
             },
         })
     }
@@ -156,6 +158,8 @@ impl DemandControl for Handle {
         Box::pin(async move {
             let demand = self.0.demand()?;
             let (uuid, name) = self.defined(&vm).await?;
+            let checked = demand.state.lock().check_policy(uuid, &policy, unix_ms() / 1000);
+            checked.map_err(ApiError::invalid)?;
             let data = serde_json::to_string(&policy).map_err(|error| ApiError::internal(error.to_string()))?;
             let row = PolicyRow { vm: uuid.to_string(), data, changed_unix_ms: unix_ms() };
             demand.store.set_policy(row).await.map_err(|error| store_error(&error))?;
@@ -264,7 +268,7 @@ impl DemandControl for Handle {
                 // One that is gone can still be asked for by its UUID.
                 Some(vm) => match Uuid::parse_str(vm) {
                     Ok(uuid) => Some(uuid),
-                    Err(_) => Some(measured(demand, vm)?),
+                    Err(_) => Some(self.defined(vm).await?.0),
                 },
                 None => None,
             };

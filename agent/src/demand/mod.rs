@@ -7,7 +7,7 @@
 //! - `executions.rs`: programs that run; `events.rs`, `calendar.rs`: events that are to come; `activity.rs`: what users do
 //! - [`State`]: all machines, the host, what is promised and what was decided; sans-I/O
 //! - `order.rs`: from a decision to a change that libvirt can make
-//! - `promises.rs`: resources promised for a time
+//! - `promises.rs`: resources promised for a time; `limits.rs`: what a machine can have at most, whatever is promised or set
 //! - `run.rs`: the loop that measures, plans, acts and writes down; `gather.rs`: what it writes; `training.rs`: the network of the
 //!   forecasts
 //!
@@ -23,6 +23,7 @@ mod executions;
 pub(crate) mod flow;
 mod foreseen;
 pub(crate) mod gather;
+mod limits;
 pub(crate) mod machine;
 pub(crate) mod order;
 pub(crate) mod profile;

@@ -71,6 +71,9 @@ impl State {
             oversubscribed: Amounts::default(),
             likely: None,
         };
+        if let Some(vm) = vm {
+            self.can_have(vm, &promise, now_s)?;
+        }
         let foreseen = self.foreseen(now_s);
         let floors: Vec<(VmId, Amounts)> = self
             .policies
@@ -103,7 +106,8 @@ impl State {
             changed_unix_ms: now_s * 1000,
         };
         let state = if promise.from_s <= now_s { "running" } else { "waiting" };
-        Ok((Reservation { id: id.0 as i64, request, state: state.to_owned(), why }, row))
+        let notes = vm.map(|vm| self.without_effect(vm, &promise.guaranteed, now_s)).unwrap_or_default();
+        Ok((Reservation { id: id.0 as i64, request, state: state.to_owned(), why, notes }, row))
     }
 
     /// What each machine is to use at most within a day.
@@ -151,6 +155,11 @@ impl State {
                 request: self.asked.get(&booking.id.0).cloned().unwrap_or_default(),
                 state: if booking.promise.from_s <= now_s { "running" } else { "waiting" }.to_owned(),
                 why: String::new(),
+                notes: booking
+                    .promise
+                    .vm
+                    .map(|vm| self.without_effect(Uuid::from_u128(vm.0), &booking.promise.guaranteed, now_s))
+                    .unwrap_or_default(),
             })
             .collect()
     }

@@ -8,7 +8,9 @@ use crate::config::Config;
 use crate::planner::{self, Numbers, Reason, VmId};
 use crate::store::demand::{self as ledger, DecisionKind, Outcome};
 use crate::store::{Store, StoreOptions};
-use prestage_integration::api::demand::{ExecutionStart, ExecutionsQuery, Mode, Resource, VmPolicy};
+use prestage_integration::api::demand::{
+    ExecutionStart, ExecutionsQuery, Mode, ReservationRequest, Resource, ResourcePolicy, VmPolicy,
+};
 use prestage_integration::libvirt::act::Ability;
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, GuestMemory, HostSample, Turn, VmSample};
 use prestage_integration::libvirt::{
@@ -442,4 +444,50 @@ fn promises_that_are_over_or_odd_cost_those_that_hold_nothing() {
     assert_eq!(held, [4201, 4202]);
     let json = serde_json::to_value(&state.reservations).unwrap();
     assert_eq!(json["next"], 4203, "no number is used again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_machine_can_never_have_is_neither_promised_nor_its_minimum() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let mut state = demand.state.lock();
+    state.host.cpus = 64;
+    state.host.memory_bytes = 256 * GIB;
+    let ask = |vcpus, memory_bytes| ReservationRequest {
+        vcpus,
+        memory_bytes,
+        from_unix_ms: NOW_S * 1000,
+        until_unix_ms: (NOW_S + 3600) * 1000,
+        ..ReservationRequest::default()
+    };
+    let refused = |state: &mut State, request| state.reserve(request, Some(uuid), NOW_S).unwrap_err().to_string();
+    assert_eq!(
+        refused(&mut state, ask(0.0, 9 * GIB)),
+        "memory: 9.0 GiB asked for, but the machine's definition allows 8.0 GiB at most; ask for less, or raise that first"
+    );
+    assert!(refused(&mut state, ask(4.0, 0)).contains("definition allows 2.00 cores"));
+    assert!(state.reserve(ask(4.0, 9 * GIB), None, NOW_S).is_ok(), "a machine that is to come may be larger");
+    state.reserve(ask(0.0, 6 * GIB), Some(uuid), NOW_S).unwrap();
+    assert!(refused(&mut state, ask(0.0, 6 * GIB)).contains("beside 6.0 GiB promised to it already"));
+    // By its policy.
+    let memory = |min, max| {
+        let of = ResourcePolicy { min, max, ..ResourcePolicy::default() };
+        VmPolicy { mode: Mode::Act, resources: [(Resource::Memory, of)].into(), ..VmPolicy::default() }
+    };
+    state.set_policy(uuid, Some(memory(None, Some(7.0 * GIB as f64))));
+    assert!(refused(&mut state, ask(0.0, 2 * GIB)).contains("its policy allows 7.0 GiB"));
+    let most = state.check_policy(uuid, &memory(Some(9.0 * GIB as f64), None), NOW_S).unwrap_err();
+    assert_eq!(most, "`memory.min` of 9.0 GiB is more than `test` can have: its definition allows 8.0 GiB at most");
+    state.set_policy(uuid, Some(memory(None, Some(9.0 * GIB as f64))));
+    let odd = state.machines[&uuid].odd_bounds();
+    assert_eq!(odd, ["memory: max of 9.0 GiB has no effect: its definition allows 8.0 GiB"]);
+    // Room is kept where nothing can be changed, and that is said.
+    state.set_policy(uuid, None);
+    let listed: Vec<Vec<String>> = state.promised(NOW_S).into_iter().map(|promise| promise.notes).collect();
+    assert_eq!(listed, [vec![], vec!["memory: nothing is changed: mode observe; the room is kept".to_owned()]]);
+    state.set_policy(uuid, Some(VmPolicy { mode: Mode::Act, ..VmPolicy::default() }));
+    let abilities = state.machines.get_mut(&uuid).unwrap().abilities.as_mut().unwrap();
+    abilities.balloon = Ability::No("no balloon".into());
+    assert!(state.promised(NOW_S)[1].notes[0].contains("no balloon"));
 }

@@ -80,10 +80,22 @@ pub struct Foreseen {
 /// Why a reservation is not admitted.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refusal {
+    #[error("it ends before it begins")]
+    Empty,
+    #[error("it ended at {}: give a time that is to come", utc(*.to_s))]
+    Over { to_s: u64 },
+    #[error("it begins at {}, more than {} days ahead: ask again later", utc(*.from_s), FARTHEST_S / 86_400)]
+    Ahead { from_s: u64 },
+    #[error("it lasts {} days; {} are the most", .lasts_s / 86_400, FARTHEST_S / 86_400)]
+    Long { lasts_s: u64 },
+    #[error("{resource}: how much of it there is for machines is not known: set `{}` in the configuration", key(*.resource))]
+    Unmanaged { resource: Resource },
+    /// By the caller: what the machine itself cannot have.
     #[error(
-        "the window from {from_s} to {to_s} is empty, over, or more than a year ahead or long; times are Unix seconds"
+        "{resource}: {} asked for{}, but {by} allows {} at most; ask for less, or raise that first",
+        .resource.human(*.asked), beside(*.resource, *.promised), .resource.human(*.most)
     )]
-    Window { from_s: u64, to_s: u64 },
+    Machine { resource: Resource, asked: f64, promised: f64, by: &'static str, most: f64 },
     #[error("an amount is negative or not a number")]
     Amount,
     #[error("the risk is {0}; it is 0.0001 to 0.5")]
@@ -92,14 +104,34 @@ pub enum Refusal {
     Full,
     #[error(
         "{resource}: {} guaranteed where {} is left of what may be promised at {}; ask for less or another time",
-        .resource.human(*.asked), .resource.human(*.left), rfc3339(.at_s.saturating_mul(1_000_000))
+        .resource.human(*.asked), .resource.human(*.left), utc(*.at_s)
     )]
     Promised { resource: Resource, at_s: u64, asked: f64, left: f64 },
     #[error(
         "{resource}: {} where {} is likely to be left at {} at a risk of {risk}; ask for less, another time or a higher risk",
-        .resource.human(*.asked), .resource.human(*.left), rfc3339(.at_s.saturating_mul(1_000_000))
+        .resource.human(*.asked), .resource.human(*.left), utc(*.at_s)
     )]
     Foreseen { resource: Resource, at_s: u64, asked: f64, left: f64, risk: f64 },
+}
+
+/// Unix seconds as people read them.
+fn utc(at_s: u64) -> String {
+    let text = rfc3339(at_s.saturating_mul(1_000_000));
+    text.split_once('.').map_or(text.clone(), |(seconds, _)| format!("{seconds}Z"))
+}
+
+/// Where it is said how much of a resource machines may have.
+const fn key(resource: Resource) -> &'static str {
+    match resource {
+        Resource::Cpu => "demand.cpu_overcommit",
+        Resource::Memory => "demand.memory_reserve",
+        Resource::Disk => "demand.disk_rate",
+        Resource::Network => "demand.network_rate",
+    }
+}
+
+fn beside(resource: Resource, promised: f64) -> String {
+    if promised > 0.0 { format!(" beside {} promised to it already", resource.human(promised)) } else { String::new() }
 }
 
 /// What the host has, and who is promised what whatever the time.
@@ -177,15 +209,28 @@ impl Reservations {
         standing: &Standing<'_>,
     ) -> Result<BookingId, Refusal> {
         let Promise { from_s, to_s, .. } = asked;
-        let far = from_s.saturating_sub(now_s) > FARTHEST_S || to_s.saturating_sub(from_s) > FARTHEST_S;
-        if from_s >= to_s || to_s <= now_s || far {
-            return Err(Refusal::Window { from_s, to_s });
+        if from_s >= to_s {
+            return Err(Refusal::Empty);
+        }
+        if to_s <= now_s {
+            return Err(Refusal::Over { to_s });
+        }
+        if from_s.saturating_sub(now_s) > FARTHEST_S {
+            return Err(Refusal::Ahead { from_s });
+        }
+        if to_s - from_s > FARTHEST_S {
+            return Err(Refusal::Long { lasts_s: to_s - from_s });
         }
         if !asked.sound() {
             return Err(Refusal::Amount);
         }
         if !(1e-4..=0.5).contains(&risk) {
             return Err(Refusal::Risk(risk));
+        }
+        let wanted = |resource: &Resource| asked.guaranteed[*resource] + asked.oversubscribed[*resource] > 0.0;
+        let none = |resource: &Resource| super::settings::sound_capacity(&standing.capacity, *resource) <= 0.0;
+        if let Some(resource) = RESOURCES.into_iter().find(|resource| wanted(resource) && none(resource)) {
+            return Err(Refusal::Unmanaged { resource });
         }
         self.expire(now_s);
         if self.bookings.len() >= MOST {
@@ -198,7 +243,7 @@ impl Reservations {
         moments.sort_unstable();
         moments.dedup();
         for at_s in moments {
-            for resource in RESOURCES.into_iter().filter(|r| asked.guaranteed[*r] + asked.oversubscribed[*r] > 0.0) {
+            for resource in RESOURCES.into_iter().filter(wanted) {
                 self.fits(at_s, resource, &asked, risk, standing)?;
             }
         }

@@ -278,7 +278,7 @@ fn what_was_promised_is_not_promised_again_and_the_refusal_says_what_is_left() {
     let refused = reservations.admit(0, ask(5.0, 0.0), 0.05, &standing).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "cpu: 5.00 cores where 4.00 cores is likely to be left at 1970-01-01T00:16:40.000000Z at a risk of 0.05; ask for less, another time or \
+        "cpu: 5.00 cores where 4.00 cores is likely to be left at 1970-01-01T00:16:40Z at a risk of 0.05; ask for less, another time or \
          a higher risk"
     );
     reservations.admit(0, ask(5.0, 0.0), 0.5, &standing).unwrap();
@@ -289,8 +289,22 @@ fn what_was_promised_is_not_promised_again_and_the_refusal_says_what_is_left() {
     let half = Some(Outlook { p50: 0.5, p90: 0.5, p95: 0.5 });
     assert!(reservations.admit(0, ask(0.0, 5.0), 0.5, &standing).is_err());
     assert!(reservations.admit(0, Promise { likely: half, ..ask(0.0, 4.0) }, 0.5, &standing).is_ok());
-    for bad in [Promise { to_s: 1000, ..ask(1.0, 0.0) }, ask(-1.0, 0.0), ask(f64::NAN, 0.0)] {
+    for bad in [ask(-1.0, 0.0), ask(f64::NAN, 0.0)] {
         assert!(reservations.admit(0, bad, 0.05, &standing).is_err());
+    }
+    let day = 86_400;
+    let window = |from_s, to_s| Promise { from_s, to_s, ..ask(1.0, 0.0) };
+    for (promise, why) in [
+        (window(9 * day, 9 * day), "it ends before it begins"),
+        (window(0, day), "it ended at 1970-01-02T00:00:00Z: give a time that is to come"),
+        (window(400 * day, 401 * day), "it begins at 1971-02-05T00:00:00Z, more than 366 days ahead: ask again later"),
+        (window(2 * day, 402 * day), "it lasts 400 days; 366 are the most"),
+        (
+            Promise { guaranteed: Amounts([0.0, 0.0, 1.0, 0.0]), ..window(2 * day, 3 * day) },
+            "disk: how much of it there is for machines is not known: set `demand.disk_rate` in the configuration",
+        ),
+    ] {
+        assert_eq!(reservations.admit(2 * day, promise, 0.05, &standing).unwrap_err().to_string(), why);
     }
 }
 

@@ -37,6 +37,7 @@ vcpu_add:  no: the definition has no further vCPUs; raise <vcpu> at the next sta
     assert!(changed.out.contains("policy:    its own\nmode:      act\n"), "{}", changed.out);
     assert!(changed.out.contains("cpu:       mode recommend, never lowered\n"), "{}", changed.out);
     assert!(changed.out.contains("memory:    min 1.0 GiB, max 8.0 GiB\n"), "{}", changed.out);
+    assert!(changed.out.contains("note:      memory: max is odd\n"), "{}", changed.out);
     assert_eq!(run(&daemon.socket, &["vm", "policy", "web1", "--reset"]).code, 0);
     let asked = daemon.control.asked.lock();
     let wanted = r#"policy web1 {"mode":"act","priority":50,"weight":100,"margin":0.1,"resources":{"cpu":{"mode":"recommend","never_lower":true},"memory":{"min":1073741824.0,"max":8589934592.0,"never_lower":false}}}"#;
@@ -107,7 +108,8 @@ fn reservations_executions_and_events_are_one_command_each() {
     prints(
         &daemon,
         &add,
-        "reservation 3: 2.00 vCPUs, 4.0 GiB from 2026-11-23 03:00 to 2026-11-23 04:00 UTC\nfits: 12 GiB are left\n",
+        "reservation 3: 2.00 vCPUs, 4.0 GiB from 2026-11-23 03:00 to 2026-11-23 04:00 UTC\nfits: 12 GiB are left\n\
+         memory: nothing is changed: mode observe; the room is kept\n",
     );
     fails(&daemon.socket, &["reservation", "add", "--for", "1h", "--memory", "65GiB"], 1, "64 GiB more are needed");
     fails(&daemon.socket, &["reservation", "add", "--for", "1h"], 2, "nothing is asked for");

@@ -14,6 +14,7 @@ fn quantiles(scale: f64) -> Quantiles {
 
 fn shown(vm: &str, policy: VmPolicy) -> VmPolicyShown {
     let ability = |what: &str, possible, reason: &str| Ability { what: what.into(), possible, reason: reason.into() };
+    let odd = if policy == VmPolicy::default() { vec![] } else { vec!["memory: max is odd".into()] };
     VmPolicyShown {
         uuid: "11111111-2222-3333-4444-555555555555".into(),
         name: vm.into(),
@@ -23,6 +24,7 @@ fn shown(vm: &str, policy: VmPolicy) -> VmPolicyShown {
             ability("balloon", true, ""),
             ability("vcpu_add", false, "the definition has no further vCPUs; raise <vcpu> at the next start"),
         ],
+        notes: odd,
     }
 }
 
@@ -140,7 +142,8 @@ impl DemandControl for Fake {
             let why = "64 GiB more are needed than there are on Monday from 3:00 to 4:00";
             return done(Err(ApiError::new(ErrorCode::NotPossible, why)));
         }
-        done(Ok(Reservation { id: 3, request, state: "waiting".into(), why: "fits: 12 GiB are left".into() }))
+        let notes = vec!["memory: nothing is changed: mode observe; the room is kept".into()];
+        done(Ok(Reservation { id: 3, request, state: "waiting".into(), why: "fits: 12 GiB are left".into(), notes }))
     }
 
     fn reservation_cancel(&self, id: i64) -> Reply<'_, ()> {

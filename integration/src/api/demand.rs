@@ -182,6 +182,9 @@ pub struct VmPolicyShown {
     pub set: bool,
     pub policy: VmPolicy,
     pub abilities: Vec<Ability>,
+    /// Bounds that have no effect or cannot be, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// Whether something can be done to a machine.
@@ -404,6 +407,9 @@ pub struct Reservation {
     pub state: String,
     /// What the admission rests on.
     pub why: String,
+    /// Why nothing is changed in its machine although the room is kept.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
@@ -489,6 +495,7 @@ fn text(name: &str, text: &str) -> Result<(), String> {
 pub trait DemandControl {
     fn demand(&self) -> Reply<'_, DemandStatus>;
     fn policy(&self, vm: String) -> Reply<'_, VmPolicyShown>;
+    /// Errors: `InvalidRequest` (a minimum above what the machine can have at most).
     fn policy_set(&self, vm: String, policy: VmPolicy) -> Reply<'_, VmPolicyShown>;
     /// Back to the default.
     fn policy_remove(&self, vm: String) -> Reply<'_, ()>;
@@ -497,7 +504,7 @@ pub trait DemandControl {
     fn recommendations(&self, vm: Option<String>) -> Reply<'_, AdviceList>;
     fn decisions(&self, query: DecisionsQuery) -> Reply<'_, DecisionList>;
     fn reservations(&self) -> Reply<'_, ReservationList>;
-    /// Errors: `NotPossible` (it does not fit, with what is missing), `InvalidRequest` (in the past).
+    /// Errors: `NotPossible` (it does not fit, with what is missing; over already; more than the machine can have).
     fn reservation_add(&self, request: ReservationRequest) -> Reply<'_, Reservation>;
     fn reservation_cancel(&self, id: i64) -> Reply<'_, ()>;
     fn executions(&self, query: ExecutionsQuery) -> Reply<'_, ExecutionList>;

@@ -39,6 +39,9 @@ pub(super) fn policy(shown: &VmPolicyShown) -> String {
         ];
         fields.add(resource.name(), parts.into_iter().flatten().collect::<Vec<_>>().join(", "));
     }
+    for note in &shown.notes {
+        fields.add("note", note);
+    }
     for ability in &shown.abilities {
         if ability.what == "note" {
             fields.add("note", &ability.reason);
@@ -147,7 +150,11 @@ pub(super) fn reserved(reservation: &Reservation) -> String {
     let request = &reservation.request;
     let (from, until) = (when::show(request.from_unix_ms), when::show(request.until_unix_ms));
     let (id, what, why) = (reservation.id, promised(reservation), printable(&reservation.why));
-    format!("reservation {id}: {what} from {from} to {until} UTC\n{why}\n")
+    let mut text = format!("reservation {id}: {what} from {from} to {until} UTC\n{why}\n");
+    for note in &reservation.notes {
+        text.push_str(&format!("{}\n", printable(note)));
+    }
+    text
 }
 
 pub(super) fn reservations(list: &ReservationList) -> String {
@@ -178,7 +185,13 @@ pub(super) fn reservations(list: &ReservationList) -> String {
             request.note.clone(),
         ]);
     }
-    table.render()
+    let mut text = table.render();
+    for reservation in &list.reservations {
+        for note in &reservation.notes {
+            text.push_str(&format!("{}: {}\n", reservation.id, printable(note)));
+        }
+    }
+    text
 }
 
 pub(super) fn execution_started(execution: &Execution) -> String {
