@@ -319,20 +319,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("db")).unwrap();
         let most = i64::from(EXECUTIONS_MAX);
+        let mut raw = Connection::open(folder.path().join("db")).unwrap();
+        let at_once = raw.transaction().unwrap();
+        let sql = "INSERT INTO executions VALUES (?1, 'v', 'i', ?1, CASE ?1 WHEN 0 THEN NULL ELSE ?1 END, CASE ?1 WHEN 0 THEN 'running' ELSE 'ended' END, '{}')";
         for id in 0..most + 50 {
-            let ended_ms = (id > 0).then_some(5_000_000 + id as u64);
-            let state = if id > 0 { ExecutionState::Ended } else { ExecutionState::Running };
-            drop(store.start_execution(ExecutionRow { ended_ms, state, ..row(id) }, Vec::new()));
-            if id % 500 == 0 {
-                store.keep("wait".to_owned(), Vec::new()).wait().unwrap();
-            }
+            at_once.execute(sql, [id]).unwrap();
         }
-        store.keep("wait".to_owned(), Vec::new()).wait().unwrap();
+        at_once.commit().unwrap();
         let ids = |store: &Store| store.executions(0).unwrap().iter().map(|row| row.id).collect::<Vec<_>>();
         let read = ids(&store);
         assert_eq!((read.len() as i64, read[0], read[1], read.last().copied()), (most + 1, 0, 50, Some(most + 49)));
         store.retain_executions(0).wait().unwrap();
-        let raw = Connection::open(folder.path().join("db")).unwrap();
         let rows: i64 = raw.query_row("SELECT count(*) FROM executions", [], |row| row.get(0)).unwrap();
         assert_eq!((rows, ids(&store)), (most + 1, read));
     }
