@@ -85,6 +85,7 @@ pub enum Command {
     #[command(subcommand)]
     Forecast(ForecastCommand),
     /// What should be changed now, whatever the mode
+    #[command(after_help = super::demand::RECOMMEND_HELP)]
     Recommend {
         /// Name or UUID of a machine [default: all]
         vm: Option<String>,
@@ -101,6 +102,7 @@ pub enum Command {
     #[command(subcommand)]
     Event(EventCommand),
     /// Whether demand is measured, what is unusual, and how VM managers are told
+    #[command(after_help = super::demand::DEMAND_HELP)]
     Demand,
     /// How much RAM and SSD a machine is worth, from its history
     Advise(super::advise::AdviseArgs),

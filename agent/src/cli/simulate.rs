@@ -25,7 +25,9 @@ use prestage_predictor::demand::Weights;
     given: it is short at times. Actuation takes what it was measured to take: a vCPU is online after a second, by balloon 424 MiB of memory come in 1.2 s \
     and go in 4.8 s, by virtio-mem 512 MiB in 0.3 s and 1.9 s, more in proportion. Machines that are off, and times without a sample, are not counted.\n\nDATA: comma-separated \
     with the columns ts, vm, cores, cpu_pct, mem_cap_kb, mem_kb, or files of GWA-T-12 (Bitbrains) as published; plain or .gz; a folder stands for \
-    its .csv and .csv.gz files."
+    its .csv and .csv.gz files.",
+    after_help = "Columns of DATA, by the names in its first line, in any order: ts (Unix seconds), vm (its name), cores (vCPUs it has), cpu_pct (use, \
+    % of those), mem_cap_kb (memory it has), mem_kb (memory it uses); others are left alone."
 )]
 pub struct SimulateArgs {
     /// Recorded demand: files or folders

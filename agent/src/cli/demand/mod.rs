@@ -27,6 +27,36 @@ use crate::config::units::{parse_bytes, parse_duration};
 
 pub(super) use told::{ActivityArgs, EventCommand, ExecutionCommand, activity, event, execution};
 
+/// What columns and lines mean, below the options of each command.
+pub(super) const RECOMMEND_HELP: &str = "\
+  NOW       what the machine has; TO: what it should have
+  USED      what it uses now
+  PEAK 95%  what it is to stay below in 95 of 100 cases until a change would take effect, and for the time that is planned for
+  DO        raise, lower, hold (wanted, but not now: WHY says what stands against it) or refuse (it cannot be had)
+  MODE      what would be done about it; only `act` changes anything";
+pub(super) const DEMAND_HELP: &str = "\
+  missed rounds  measurements that failed or were left out, since libvirt did not answer
+  pressure       share of the last 10 s in which some task of the host waited
+  series         room that measurements take in the database
+  note           what is not measured, and why
+  webhook        events that wait for it and since when, events given up, and why the last try failed
+  UNUSUAL        use that does not fit the machine at this hour; told, never acted on";
+const DECISIONS_HELP: &str = "\
+  BEFORE   what the machine had; ASKED: what it was to have
+  GOT      what was read back afterwards; - where nothing was changed
+  OUTCOME  done, partial, failed, impossible, or not acted (with the mode that says so)
+  TOOK MS  from the decision to what was read back";
+const POLICY_HELP: &str = "\
+  BOUNDS are a list such as min=1GiB,max=8GiB,mode=act,never-lower=yes; `min=` without a value unsets one. vCPUs are numbers,
+  memory is a size, disk and network are sizes a second.
+
+  margin  kept free above what is used
+  note    bounds that have no effect, and what makes changes less than they seem
+  the others (balloon, shrink, vcpu_add, …): what can be done to the machine as it runs, or why not";
+const RESERVATIONS_HELP: &str = "\
+  STATE  waiting (it is to begin) or running (its room is kept); below: where nothing is changed in the machine, and why
+  PRIO   0 to 100, as given; WHAT: what is promised; NOTE: as given";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
     /// Measure and forecast
@@ -67,8 +97,7 @@ impl From<ResourceArg> for Resource {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "BOUNDS are a list such as min=1GiB,max=8GiB,mode=act,never-lower=yes; `min=` without a value \
-    unsets one. vCPUs are numbers, memory is a size, disk and network are sizes a second.")]
+#[command(after_help = POLICY_HELP)]
 pub struct PolicyArgs {
     /// Name or UUID
     vm: String,
@@ -267,6 +296,7 @@ pub(super) async fn recommend(
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = DECISIONS_HELP)]
 pub struct DecisionsArgs {
     /// Name or UUID of a machine [default: all]
     #[arg(long)]
@@ -296,6 +326,7 @@ pub enum ReservationCommand {
     /// Promise resources for a time window, if they fit
     Add(ReservationArgs),
     /// Promises that hold or are to come
+    #[command(after_help = RESERVATIONS_HELP)]
     List,
     /// Take a promise back
     Cancel {

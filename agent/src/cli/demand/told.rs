@@ -16,6 +16,23 @@ use super::{programs, text};
 use crate::client::{Client, encode};
 use crate::config::units::{parse_bytes, parse_duration};
 
+/// What columns mean, below the options of each command.
+const EXECUTIONS_HELP: &str = "\
+  INPUT       size of its input, as it was announced
+  KNOWN RUNS  executions like it from which its use is foreseen";
+const PROFILES_HELP: &str = "\
+  One row for executions with the same tags and class of input size, one for the same tags, one for all of the program.
+
+  STARTS  as far as they were announced; LAST: the latest
+  A DAY   starts a day; - before it is known for a day
+  TAKES   half of the latest executions took no longer
+  KNOWN   executions whose use was measured, of the latest 16";
+const EVENTS_HELP: &str = "\
+  NEXT UTC  when it begins next, or began if it is not over
+  FOR       how long it lasts
+  CRON      when it comes again; - for a single date
+  MACHINE   - for all";
+
 /// Profiles of one program that are shown at most.
 const PROFILES: usize = 100;
 
@@ -42,6 +59,7 @@ pub enum ExecutionCommand {
     /// Programs that run, as far as they were announced
     List(ExecutionsArgs),
     /// What is known of programs and events: how often they run, how long they take, what they use
+    #[command(after_help = PROFILES_HELP)]
     Profiles {
         /// At most so many
         #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -55,6 +73,7 @@ pub enum ExecutionCommand {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = EXECUTIONS_HELP)]
 pub struct ExecutionsArgs {
     /// Name or UUID of a machine [default: all]
     #[arg(long)]
@@ -166,6 +185,7 @@ pub enum EventCommand {
     /// Tell of something that demand may follow
     Add(EventArgs),
     /// All that is known to come
+    #[command(after_help = EVENTS_HELP)]
     List,
     /// Forget one
     Remove {
