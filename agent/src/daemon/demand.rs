@@ -111,7 +111,10 @@ impl DemandControl for Handle {
     fn demand(&self) -> Reply<'_, DemandStatus> {
         Box::pin(async {
             let Some(demand) = &self.0.demand else {
-                let notes = self.0.demand_trouble.iter().cloned().collect();
+                let mut notes: Vec<String> = self.0.demand_trouble.iter().cloned().collect();
+                if self.0.hypervisor.is_none() && self.0.config.lock().demand.enabled {
+                    notes.push("libvirt.enabled is false in the configuration: no machine is seen".to_owned());
+                }
                 return Ok(DemandStatus { notes, ..DemandStatus::default() });
             };
             let store = demand.store.clone();
@@ -235,6 +238,9 @@ impl DemandControl for Handle {
             let demand = self.0.demand()?;
             let only = vm.map(|vm| measured(demand, &vm)).transpose()?;
             let mut state = demand.state.lock();
+            if let Some(why) = state.blind(unix_ms() / 1000) {
+                return Err(ApiError::new(ErrorCode::Unavailable, why));
+            }
             let orders = state.weigh(unix_ms() / 1000);
             let wanted = orders.into_iter().filter(|order| only.is_none_or(|only| only == order.uuid));
             let recommendations = wanted.map(|order| Advice {

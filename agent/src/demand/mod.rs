@@ -264,6 +264,18 @@ impl State {
         orders
     }
 
+    /// Why nothing can be said of any machine: none was measured. `None` where some were, or there are none.
+    pub(crate) fn blind(&self, now_s: u64) -> Option<String> {
+        if self.machines.values().any(|machine| machine.is_here(now_s)) {
+            return None;
+        }
+        match (&self.turns.trouble, self.turns.last_unix_ms) {
+            (Some(trouble), _) => Some(format!("no machine is measured: libvirt: {trouble}")),
+            (None, None) => Some("no machine is measured yet; ask again in a moment".to_owned()),
+            (None, Some(_)) => None,
+        }
+    }
+
     /// What would be decided now, without a decision.
     pub(crate) fn weigh(&mut self, now_s: u64) -> Vec<Order> {
         let mut planner = self.planner.clone();
