@@ -4,15 +4,24 @@ use super::demand::quantiles;
 use crate::demand::State;
 use crate::demand::profile::{self, Lag, Profile, Subject};
 use prestage_integration::api::demand::{ExecutionProfile, Follower, ProfileList, ProfilesQuery, Quantiles, Resource};
+use prestage_integration::libvirt::Uuid;
 
 /// A page of profiles.
 pub(super) fn profiles(state: &State, query: &ProfilesQuery, now_s: u64) -> ProfileList {
     let catalogue = state.catalogue();
     let (page, more) = catalogue.list(query.program.as_deref(), query.after.as_deref(), query.limit());
     let next = page.last().filter(|_| more).map(|(key, _)| (*key).to_owned());
-    let shown = page.into_iter().map(|(key, profile)| ExecutionProfile {
-        followers: catalogue.followers(key, now_s).into_iter().map(follower).collect(),
-        ..shown(key, profile)
+    let name = |uuid: &String| {
+        let machine = Uuid::parse_str(uuid).ok().and_then(|uuid| state.machines.get(&uuid));
+        machine.map(|machine| machine.name.clone())
+    };
+    let shown = page.into_iter().map(|(key, profile)| {
+        let shown = shown(key, profile);
+        ExecutionProfile {
+            followers: catalogue.followers(key, now_s).into_iter().map(follower).collect(),
+            event_of_name: shown.event_of.as_ref().and_then(name),
+            ..shown
+        }
     });
     ProfileList { profiles: shown.collect(), next }
 }
@@ -39,8 +48,10 @@ fn shown(key: &str, profile: &Profile) -> ExecutionProfile {
     ExecutionProfile {
         program,
         tags,
+        whole: profile::is_whole(key),
         input,
         event_of,
+        event_of_name: None,
         starts: figures.starts,
         first_unix_ms: (figures.starts > 0).then(|| figures.first_s.saturating_mul(1000)),
         last_unix_ms: figures.started_s.last().map(|last_s| last_s.saturating_mul(1000)),

@@ -35,6 +35,8 @@ use tokio::sync::Notify;
 const RETRY: Duration = Duration::from_secs(5);
 /// How often outcomes are added to their hour in the database.
 const OUTCOMES: Duration = Duration::from_secs(60);
+/// How often users' activity that was not written down at once is.
+const ACTIVITIES: Duration = Duration::from_secs(10);
 /// How long disks may take to end: below the service manager's patience (TimeoutStopSec=120), with time for the rest.
 const DISKS_CLOSE: Duration = Duration::from_secs(80);
 /// How long the database may take over its last writes.
@@ -133,6 +135,13 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
                 }
             }
         }));
+        let activities = demand.clone();
+        tasks.push(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(ACTIVITIES).await;
+                activities.write_activities().await;
+            }
+        }));
         tasks.push(tokio::spawn(demand.run(config, training)));
     }
     tasks.push(tokio::spawn(keep_trying(daemon.clone())));
@@ -162,6 +171,9 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     }
     if let Ok(Err(error)) = server.await {
         tracing::warn!(%error, "API ended with an error");
+    }
+    if let Some(demand) = &daemon.demand {
+        demand.write_activities().await;
     }
     let couriers = daemon.couriers.lock().take();
     if let Some(couriers) = couriers {

@@ -32,6 +32,9 @@ pub(crate) struct Activity {
     most_s: u64,
     #[serde(skip)]
     written_s: u64,
+    /// Something was told since it was written down.
+    #[serde(skip)]
+    unwritten: bool,
 }
 
 impl Activity {
@@ -64,7 +67,13 @@ impl Activity {
         if due {
             self.written_s = now_s;
         }
+        self.unwritten = !due;
         Ok(due)
+    }
+
+    /// Whether it is still to be written down; from now on it counts as done.
+    pub(crate) fn take_unwritten(&mut self) -> bool {
+        std::mem::take(&mut self.unwritten)
     }
 
     fn most(&self, now_s: u64) -> f64 {
@@ -73,8 +82,11 @@ impl Activity {
 
     /// What holds at a time.
     pub(crate) fn at(&self, at_s: u64) -> f64 {
-        let last = self.values.range(..=at_s).next_back();
-        last.filter(|(_, value)| at_s < value.until_s).map_or(0.0, |(_, value)| value.activity)
+        self.held(at_s).map_or(0.0, |value| value.activity)
+    }
+
+    fn held(&self, at_s: u64) -> Option<&Value> {
+        self.values.range(..=at_s).next_back().map(|(_, value)| value).filter(|value| at_s < value.until_s)
     }
 
     /// The most of each step as a share of the most there was: at the origin, then of each step ahead.
@@ -100,7 +112,8 @@ impl Activity {
             activity: value.activity,
         };
         let announced = self.values.iter().filter(|(at_s, _)| **at_s > now_s).map(step).collect();
-        VmActivity { uuid, name, activity: self.at(now_s), most: self.most(now_s), announced }
+        let until_unix_ms = self.held(now_s).map(|value| value.until_s.saturating_mul(1000));
+        VmActivity { uuid, name, activity: self.at(now_s), until_unix_ms, most: self.most(now_s), announced }
     }
 
     /// Nothing holds, and nothing is to come.
@@ -119,7 +132,10 @@ mod tests {
         let mut activity = Activity::default();
         assert_eq!((activity.at(1000), activity.shares(1000, 300, 600)), (0.0, vec![]));
         assert_eq!(activity.tell(50.0, 1000, 4600, 1000), Ok(true));
+        assert!(!activity.take_unwritten());
         assert_eq!(activity.tell(40.0, 1001, 4601, 1001), Ok(false), "not each second");
+        assert!(activity.take_unwritten() && !activity.take_unwritten(), "but before long");
+        assert_eq!(activity.shown(String::new(), String::new(), 1001).until_unix_ms, Some(4_601_000));
         activity.tell(100.0, 2000, 2500, 1001).unwrap();
         let at: Vec<f64> = [999, 1000, 1001, 1999, 2000, 2499, 2500].map(|at_s| activity.at(at_s)).to_vec();
         assert_eq!(at, [0.0, 0.0, 40.0, 40.0, 100.0, 100.0, 0.0], "what is over is forgotten");

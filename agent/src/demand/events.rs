@@ -178,6 +178,23 @@ impl Demand {
         Ok(shown)
     }
 
+    /// Users' activity that was told since it was written down.
+    pub(crate) async fn write_activities(&self) {
+        let unwritten: Vec<_> = {
+            let mut state = self.state.lock();
+            let some = state.activities.iter_mut().filter_map(|(uuid, activity)| {
+                let bytes = activity.take_unwritten().then(|| serde_json::to_vec(activity)).transpose().ok().flatten();
+                Some((*uuid, bytes?))
+            });
+            some.collect()
+        };
+        for (uuid, bytes) in unwritten {
+            if let Err(error) = self.store.keep(format!("{ACTIVITY}{uuid}"), bytes).await {
+                tracing::warn!(vm = %uuid, %error, "users' activity is not on record");
+            }
+        }
+    }
+
     /// What is on record of machines that are forgotten goes.
     pub(super) fn forget_activities(&self) {
         let Ok(kept) = self.store.kept(ACTIVITY) else { return };

@@ -59,6 +59,11 @@ pub(crate) fn event_key(name: &str, vm: Uuid) -> String {
     format!("{EVENT}{PART}{name}{PART}{vm}")
 }
 
+/// Whether a key is that of all executions of a program.
+pub(crate) fn is_whole(key: &str) -> bool {
+    !key.contains(PART)
+}
+
 /// What a key stands for.
 pub(crate) fn subject(key: &str) -> Subject {
     let mut parts = key.split(PART).map(str::to_owned);
@@ -194,9 +199,12 @@ impl Figures {
         self.followers.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.program.cmp(&b.program)));
     }
 
-    /// Executions a day, by the time between the latest; `None` before the second.
+    /// Executions a day, by the time between the latest; `None` before it has been known for a day.
     pub(crate) fn runs_a_day(&self) -> Option<f64> {
         let (first, last) = (self.started_s.first()?, self.started_s.last()?);
+        if last.saturating_sub(self.first_s) < DAY_S {
+            return None;
+        }
         let between = last.checked_sub(*first).filter(|between| *between > 0)?;
         Some((self.started_s.len() - 1) as f64 * DAY_S as f64 / between as f64)
     }
@@ -299,6 +307,7 @@ mod tests {
         assert_eq!((profile.figures.runs_a_day(), profile.figures.duration_s(0.5)), (None, None));
         for day in 0..40 {
             profile.started(day * DAY_S + 3 * 3600 + 60);
+            assert_eq!(profile.figures.runs_a_day().is_some(), day > 0, "not from starts of one day");
             profile.ended(if day < 20 { 1000 } else { 60 + day as u32 }, &std::array::from_fn(|_| Run::new()));
         }
         let figures = &profile.figures;

@@ -144,9 +144,9 @@ fn what_is_known_of_programs_is_listed_and_told_in_full() {
         &daemon,
         &["execution", "profiles"],
         "\
-PROGRAM OR EVENT                                          STARTS  LAST      OFTEN       TAKES  MEASURED
-report [nightly], input from 1.0 GiB on                        4  -     1.0 a day  1 min 30 s         3
-month end, event of 11111111-2222-3333-4444-555555555555       2  -             -           -         0
+PROGRAM OR EVENT                                          STARTS  LAST  A DAY       TAKES  KNOWN
+report [nightly], input from 1.0 GiB on                        4  -       1.0  1 min 30 s      3
+month end, event of 11111111-2222-3333-4444-555555555555       2  -         -           -      0
 ",
     );
     let shown = run(&daemon.socket, &["execution", "show", "report"]).out;

@@ -199,7 +199,8 @@ impl DemandControl for Fake {
         let at_unix_ms = request.at_unix_ms.unwrap_or(AT);
         let until_unix_ms = at_unix_ms + 1000 * u64::from(request.duration_s.unwrap_or(0));
         let step = ActivityStep { at_unix_ms, until_unix_ms, activity: request.activity };
-        done(Ok(VmActivity { name: vm, uuid: "uuid".into(), activity: 0.0, most: 100.0, announced: vec![step] }))
+        let none = VmActivity::default();
+        done(Ok(VmActivity { name: vm, uuid: "uuid".into(), most: 100.0, announced: vec![step], ..none }))
     }
 
     fn execution_start(&self, start: ExecutionStart) -> Reply<'_, Execution> {

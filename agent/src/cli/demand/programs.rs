@@ -23,16 +23,17 @@ fn name(profile: &ExecutionProfile) -> String {
     match profile.input.as_deref().map(|bytes| (bytes, bytes.parse().map(human_bytes))) {
         Some((_, Ok(size))) => name.push_str(&format!(", input from {size} on")),
         Some((other, Err(_))) => name.push_str(&format!(", input {other}")),
+        None if profile.whole => name.push_str(", all executions"),
         None => {}
     }
-    match &profile.event_of {
+    match profile.event_of_name.as_ref().or(profile.event_of.as_ref()) {
         Some(vm) => format!("{name}, event of {vm}"),
         None => name,
     }
 }
 
-fn often(profile: &ExecutionProfile) -> String {
-    dash(profile.runs_a_day.map(|runs| format!("{runs:.1} a day")).as_deref())
+fn a_day(profile: &ExecutionProfile) -> Option<String> {
+    profile.runs_a_day.map(|runs| format!("{runs:.1}"))
 }
 
 pub(super) fn profiles(list: &ProfileList, now_unix_ms: u64) -> String {
@@ -43,9 +44,9 @@ pub(super) fn profiles(list: &ProfileList, now_unix_ms: u64) -> String {
         ("PROGRAM OR EVENT", Align::Left),
         ("STARTS", Align::Right),
         ("LAST", Align::Left),
-        ("OFTEN", Align::Right),
+        ("A DAY", Align::Right),
         ("TAKES", Align::Right),
-        ("MEASURED", Align::Right),
+        ("KNOWN", Align::Right),
     ];
     let mut table = Table::new(&columns);
     for profile in &list.profiles {
@@ -53,7 +54,7 @@ pub(super) fn profiles(list: &ProfileList, now_unix_ms: u64) -> String {
             name(profile),
             profile.starts.to_string(),
             dash(profile.last_unix_ms.map(|at| ago(at, now_unix_ms)).as_deref()),
-            often(profile),
+            dash(a_day(profile).as_deref()),
             dash(profile.duration_s.map(|duration| seconds(duration.p50)).as_deref()),
             profile.known_runs.to_string(),
         ]);
@@ -88,7 +89,8 @@ pub(super) fn detailed(list: &ProfileList, now_unix_ms: u64) -> String {
         fields.add("program", name(profile));
         let starts = count(profile.starts, "start", "starts");
         let last = profile.last_unix_ms.map_or_else(String::new, |at| format!(", last {}", ago(at, now_unix_ms)));
-        fields.add("runs", format!("{starts}{last}, {}", often(profile)));
+        let often = a_day(profile).map_or_else(String::new, |runs| format!(", {runs} a day"));
+        fields.add("runs", format!("{starts}{last}{often}"));
         fields.add("hours (UTC)", hours(&profile.by_hour));
         let range = |quantiles: &Quantiles, of: &dyn Fn(f64) -> String| {
             format!("{} half of the time, up to {} in 95 %", of(quantiles.p50), of(quantiles.p95))
@@ -115,7 +117,8 @@ pub(super) fn detailed(list: &ProfileList, now_unix_ms: u64) -> String {
 pub(super) fn activity(shown: &VmActivity) -> String {
     let mut fields = Fields::default();
     fields.add("machine", format!("{} ({})", shown.name, shown.uuid));
-    fields.add("activity", format!("{} now, {:.0} at most", shown.activity, shown.most));
+    let until = shown.until_unix_ms.map_or_else(String::new, |at| format!(" until {} UTC", when::show(at)));
+    fields.add("activity", format!("{} now{until}, {:.0} at most", shown.activity, shown.most));
     for step in &shown.announced {
         let (from, until) = (when::show(step.at_unix_ms), when::show(step.until_unix_ms));
         fields.add("announced", format!("{} from {from} to {until} UTC", step.activity));

@@ -139,12 +139,18 @@ pub struct ExecutionProfile {
     pub program: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<String>,
+    /// Of all executions of the program, whatever their tags and input.
+    #[serde(default)]
+    pub whole: bool,
     /// Class of the input's size: from this number of bytes to below twice as much, or `none`; absent: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<String>,
     /// UUID of the machine that it is an event of; absent of programs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event_of: Option<String>,
+    /// That machine's name, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event_of_name: Option<String>,
     pub starts: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_unix_ms: Option<u64>,
@@ -284,6 +290,9 @@ pub struct VmActivity {
     pub name: String,
     /// What holds now; 0 where nothing was told.
     pub activity: f64,
+    /// When that ends, unless what is announced begins before; absent where nothing holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_unix_ms: Option<u64>,
     /// The most there was, which fades by half in a month: what the others are compared with.
     pub most: f64,
     /// What is to come.
