@@ -365,7 +365,12 @@ fn a_webhook_whose_secret_cannot_be_used_is_told_by_check_and_status_until_it_is
     wrong("chmod 600");
 
     host.start(&webhook);
-    assert!(host.does(&["status"]).contains("may be read by everyone"), "{}", host.does(&["status"]));
+    // The API answers before the daemon is ready.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !host.does(&["status"]).contains("may be read by everyone") {
+        assert!(Instant::now() < deadline, "{}", host.does(&["status"]));
+        std::thread::sleep(Duration::from_millis(20));
+    }
     assert!(host.does(&["demand"]).contains("nobody is told"), "{}", host.does(&["demand"]));
     mode(0o600);
     let pid = nix::unistd::Pid::from_raw(i32::try_from(host.daemon.as_ref().unwrap().id()).unwrap());

@@ -51,6 +51,10 @@ fn an_ill_database_costs_demand_what_lay_in_it_and_guests_nothing() {
     host.does(&["vm", "policy", "test", "--mode", "act", "--margin", "0.3"]);
     host.does(&["reservation", "add", "--vcpus", "0.5", "--for", "1h", "--note", "for the night"]);
     host.does(&["event", "add", "month end", "--cron", "0 3 1 * *"]);
+    host.refuses(&["event", "add", "month end", "--cron", "0 4 1 * *"], 1, &["has this name"]);
+    host.refuses(&["decisions", "--vm", "nope"], 1, &["nope"]);
+    host.does(&["vm", "activity", "test", "400"]);
+    host.does(&["vm", "activity", "test", "10"]);
     host.stop();
 
     // One table gone: the others are as they were.
@@ -60,6 +64,8 @@ fn an_ill_database_costs_demand_what_lay_in_it_and_guests_nothing() {
     assert!(status.contains("was damaged") && status.contains("perhaps some policies"), "{status}");
     assert!(host.does(&["disk", "list"]).contains(&store));
     assert!(host.does(&["reservation", "list"]).contains("for the night"));
+    let activity = host.does(&["vm", "activity", "test"]);
+    assert!(activity.contains("10 now until "), "{activity}");
     assert!(host.does(&["event", "list"]).contains("month end"));
     assert!(host.does(&["vm", "policy", "test"]).contains("observe"), "who is not told to act does not");
     host.does(&["vm", "policy", "test", "--mode", "act", "--margin", "0.3"]);

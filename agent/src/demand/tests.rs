@@ -452,6 +452,10 @@ async fn what_a_machine_can_never_have_is_neither_promised_nor_its_minimum() {
     let store = bed.store();
     let (demand, uuid) = bed.demand(&store).await;
     let mut state = demand.state.lock();
+    // What the driver does not tell.
+    let sample = state.machines.get_mut(&uuid).and_then(|machine| machine.sample.as_mut()).unwrap();
+    (sample.cpu.vcpus, sample.cpu.vcpus_max) = (Some(2), Some(2));
+    (sample.memory.current_bytes, sample.memory.maximum_bytes) = (Some(2 * GIB), Some(8 * GIB));
     state.host.cpus = 64;
     state.host.memory_bytes = 256 * GIB;
     let ask = |vcpus, memory_bytes| ReservationRequest {
