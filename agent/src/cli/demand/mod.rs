@@ -28,34 +28,37 @@ use crate::config::units::{parse_bytes, parse_duration};
 pub(super) use told::{ActivityArgs, EventCommand, ExecutionCommand, activity, event, execution};
 
 /// What columns and lines mean, below the options of each command.
-pub(super) const RECOMMEND_HELP: &str = "\
+pub(super) const RECOMMEND_HELP: &str = "Columns:
   NOW       what the machine has; TO: what it should have
   USED      what it uses now
-  PEAK 95%  what it is to stay below in 95 of 100 cases until a change would take effect, and for the time that is planned for
-  DO        raise, lower, hold (wanted, but not now: WHY says what stands against it) or refuse (it cannot be had)
+  PEAK 95%  what it is to stay below in 95 of 100 cases, until changes take effect
+  DO        raise, lower, hold (wanted, but not now) or refuse (not to be had)
   MODE      what would be done about it; only `act` changes anything";
-pub(super) const DEMAND_HELP: &str = "\
-  missed rounds  measurements that failed or were left out, since libvirt did not answer
-  pressure       share of the last 10 s in which some task of the host waited
+pub(super) const DEMAND_HELP: &str = "Lines:
+  missed rounds  measurements without an answer of libvirt
+  pressure       share of 10 s in which some task of the host waited
   series         room that measurements take in the database
   note           what is not measured, and why
-  webhook        events that wait for it and since when, events given up, and why the last try failed
-  UNUSUAL        use that does not fit the machine at this hour; told, never acted on";
-const DECISIONS_HELP: &str = "\
+  webhook        events that wait and since when, those given up, the last error
+  UNUSUAL        use that does not fit the machine at this hour; never acted on";
+const DECISIONS_HELP: &str = "Columns:
   BEFORE   what the machine had; ASKED: what it was to have
   GOT      what was read back afterwards; - where nothing was changed
   OUTCOME  done, partial, failed, impossible, or not acted (with the mode that says so)
   TOOK MS  from the decision to what was read back";
-const POLICY_HELP: &str = "\
-  BOUNDS are a list such as min=1GiB,max=8GiB,mode=act,never-lower=yes; `min=` without a value unsets one. vCPUs are numbers,
-  memory is a size, disk and network are sizes a second.
+const POLICY_HELP: &str =
+    "BOUNDS are a list such as min=1GiB,max=8GiB,mode=act,never-lower=yes; `min=` without a value unsets one. \
+    vCPUs are numbers, memory is a size, disk and network are sizes a second.
 
+Lines:
   margin  kept free above what is used
   note    bounds that have no effect, and what makes changes less than they seem
-  the others (balloon, shrink, vcpu_add, …): what can be done to the machine as it runs, or why not";
-const RESERVATIONS_HELP: &str = "\
-  STATE  waiting (it is to begin) or running (its room is kept); below: where nothing is changed in the machine, and why
-  PRIO   0 to 100, as given; WHAT: what is promised; NOTE: as given";
+  others  (balloon, shrink, vcpu_add, …) what can be done as it runs, or why not";
+const RESERVATIONS_HELP: &str = "Columns:
+  STATE  waiting (it is to begin) or running (its room is kept)
+  PRIO   0 to 100, as given; WHAT: what is promised; NOTE: as given
+
+Below: promises that change nothing in their machine, and why.";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {

@@ -17,17 +17,18 @@ use crate::client::{Client, encode};
 use crate::config::units::{parse_bytes, parse_duration};
 
 /// What columns mean, below the options of each command.
-const EXECUTIONS_HELP: &str = "\
+const EXECUTIONS_HELP: &str = "Columns:
   INPUT       size of its input, as it was announced
   KNOWN RUNS  executions like it from which its use is foreseen";
-const PROFILES_HELP: &str = "\
-  One row for executions with the same tags and class of input size, one for the same tags, one for all of the program.
+const PROFILES_HELP: &str =
+    "A row for executions of like tags and size of input, one for like tags, and one for all of the program.
 
+Columns:
   STARTS  as far as they were announced; LAST: the latest
   A DAY   starts a day; - before it is known for a day
   TAKES   half of the latest executions took no longer
   KNOWN   executions whose use was measured, of the latest 16";
-const EVENTS_HELP: &str = "\
+const EVENTS_HELP: &str = "Columns:
   NEXT UTC  when it begins next, or began if it is not over
   FOR       how long it lasts
   CRON      when it comes again; - for a single date
