@@ -108,7 +108,23 @@ fn a_guest_sees_memory_and_processors_come_and_go() {
     assert!(less.total_bytes + 150 * MIB < began.total_bytes && less.ooms == 0, "{less:?}");
     let below = host.apply(Setting::Memory(low - MIB * 32), low, Pace::default()).unwrap_err();
     assert!(matches!(below, ActError::Refused { .. }), "{below}");
-    let done = host.apply(Setting::Memory(MEMORY_MIB * MIB), 0, Pace::default()).unwrap();
+    // What takes is broken off before it takes, what gives is not.
+    let broken_off = |to: u64| {
+        let (hypervisor, vm) = (host.hypervisor.clone(), host.vm);
+        let change = Change { vm, to: Setting::Balloon(to), not_below: 0 };
+        let done = host.runtime.block_on(async move {
+            let others = hypervisor.clone();
+            let applied = tokio::spawn(async move { others.apply(change, Pace::default()).await });
+            // It begins.
+            tokio::task::yield_now().await;
+            hypervisor.break_off(vm);
+            applied.await
+        });
+        done.unwrap().unwrap()
+    };
+    let done = broken_off(low - MIB * 32);
+    assert!(done.outcome == Outcome::Unchanged && done.why.contains("broken off"), "{done:?}");
+    let done = broken_off(MEMORY_MIB * MIB);
     assert_eq!(done.outcome, Outcome::Reached, "{done:?}");
     latencies.learn(&done);
     let more = run.order("state").unwrap();

@@ -2,6 +2,7 @@
 
 use super::flow::Covariates;
 use super::gather::settle_pending;
+use super::order::NotDone;
 use super::run::{Demand, stirred};
 use super::{HostSettings, Order, State};
 use crate::config::Config;
@@ -11,13 +12,13 @@ use crate::store::{Store, StoreOptions};
 use prestage_integration::api::demand::{
     ExecutionStart, ExecutionsQuery, Mode, ReservationRequest, Resource, ResourcePolicy, VmPolicy,
 };
-use prestage_integration::libvirt::act::Ability;
+use prestage_integration::libvirt::act::{ActError, Ability};
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, GuestMemory, HostSample, Turn, VmSample};
 use prestage_integration::libvirt::{
     Hypervisor, HypervisorConfig, HypervisorEvent, Uuid, VmEvent, VmEventKind, VmId as Named,
 };
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::broadcast;
 
 const GIB: u64 = 1 << 30;
@@ -250,6 +251,75 @@ async fn a_guest_that_its_balloon_does_not_save_gets_much_at_once() {
     assert!(state.is_tight(NOW_S + 1), "looked at, as it may soon be short");
     assert!(orders.iter().all(|order| order.decision.reason != Reason::Pressure), "{:?}", orders.first());
     assert!(!plan_with(500 * MIB, false).await.0.is_tight(NOW_S + 1));
+}
+
+#[tokio::test]
+async fn a_raise_that_meets_a_lowering_is_said_once_and_carried_out_when_that_is_over() {
+    let (mut state, orders) = plan_with(20 * MIB, false).await;
+    let raise = orders[0].clone();
+    let mut lower = raise.clone();
+    lower.decision.kind = planner::Kind::Lower;
+    let now = Instant::now();
+    assert_eq!(state.changes(&lower, now).unwrap().len(), 1);
+    assert_eq!(state.changes(&raise, now), Err(NotDone::Later("a change of it is under way".to_owned())));
+    for at in 2..8 {
+        let orders = state.plan(NOW_S + at);
+        let again = orders.iter().find(|order| order.resource == Resource::Memory).unwrap();
+        assert_eq!((again.decision.kind, again.decision.to), (raise.decision.kind, raise.decision.to));
+        assert_eq!(state.changes(again, now), Err(NotDone::Said));
+    }
+    // That the guest gave nothing says nothing of what it takes.
+    let error = ActError::Refused { vm: "test".into(), reason: "it has nothing to spare".into() };
+    state.done(&lower, &[Err(error)], now);
+    assert!(state.changes(&raise, now).is_ok());
+    state.done(&raise, &[], now);
+    let Err(NotDone::Later(words)) = state.changes(&lower, now) else { panic!("a lowering that failed waits") };
+    assert!(words.starts_with("it failed 1 times; tried again in "), "{words}");
+}
+
+#[tokio::test]
+async fn vcpus_that_cannot_go_are_said_once_and_what_it_has_is_what_was_measured() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let mut state = demand.state.lock();
+    let now = Instant::now();
+    // What can be done to it was asked before it had 2.
+    let vcpus = &mut state.machines.get_mut(&uuid).unwrap().abilities.as_mut().unwrap().vcpus;
+    (vcpus.current, vcpus.maximum) = (1, 2);
+    assert!(state.changes(&order(uuid), now).is_ok());
+    state.done(&order(uuid), &[], now);
+    state.machines.get_mut(&uuid).unwrap().abilities.as_mut().unwrap().vcpus.fewest = 2;
+    let words = "it can have 2 to 2 vCPUs while it runs".to_owned();
+    assert_eq!(state.changes(&order(uuid), now), Err(NotDone::Later(words)));
+    assert_eq!(state.changes(&order(uuid), now), Err(NotDone::Said));
+}
+
+#[tokio::test]
+async fn a_guest_that_boots_is_not_said_to_lack_a_balloon() {
+    let bed = Bed::new();
+    let store = bed.store();
+    let (demand, uuid) = bed.demand(&store).await;
+    let sample = bed.sample().await;
+    let mut state = demand.state.lock();
+    let none = Ability::No("its guest does not answer".into());
+    let mut abilities = state.machines[&uuid].abilities.clone().unwrap();
+    abilities.balloon = none;
+    let mut refused = |from_s: u64, until_s: u64| {
+        let mut refused = Vec::new();
+        for now_s in from_s..until_s {
+            let machine = state.machines.get_mut(&uuid).unwrap();
+            machine.flow(Resource::Memory).observe(now_s, (2 * GIB) as f64, &|_| Covariates::default());
+            let host = HostSample { cpus: 4, memory_bytes: 64 * GIB, ..HostSample::default() };
+            state.take(Turn { host, vms: Ok(vec![sample.clone()]) }, now_s);
+            state.machines.get_mut(&uuid).unwrap().abilities = Some(abilities.clone());
+            refused.extend(state.plan(now_s).into_iter().filter(|it| it.decision.reason == Reason::Unable));
+        }
+        refused.retain(|it| it.resource == Resource::Memory);
+        refused
+    };
+    assert!(refused(NOW_S, NOW_S + 100).is_empty());
+    assert_eq!(refused(NOW_S + 100, NOW_S + 200).len(), 1);
 }
 
 #[tokio::test]

@@ -58,8 +58,8 @@ fn a_forecast_raises_and_never_lowers() {
     one.readings[0] = Some(Reading { outlook: Some(Outlook { p50: 3.0, p90: 5.0, p95: 6.0 }), ..reading(2.0, 1.0) });
     let decisions = once(&[one.clone()], &host(16.0, 0.0));
     assert_eq!(decisions.len(), 1);
-    assert_eq!((decisions[0].kind, decisions[0].reason, decisions[0].to), (Kind::Raise, Reason::Foreseen, 5.0));
-    assert_eq!(decisions[0].to_string(), "cpu from 2.00 cores to 5.00 cores: 5.00 cores foreseen, 1.00 cores in use");
+    assert_eq!((decisions[0].kind, decisions[0].reason, decisions[0].to), (Kind::Raise, Reason::Foreseen, 4.0));
+    assert_eq!(decisions[0].to_string(), "cpu from 2.00 cores to 4.00 cores: 4.00 cores foreseen, 1.00 cores in use");
     // Nothing foreseen, and busy a moment ago: the window has to pass first.
     one.readings[0] = Some(Reading { outlook: Some(Outlook::default()), ..reading(8.0, 7.5) });
     let (mut planner, host) = (Planner::new(Settings::default()), host(16.0, 0.0));
@@ -425,4 +425,130 @@ fn idle_memory_is_given_up_for_a_pool_that_forecasts_do_not_reach_and_pressure_d
     rounds(&mut planner, &host, &mut vms, 1_000_030, 1);
     let more = (vms[2].readings[1].unwrap().allocated - before) / GIB;
     assert!(more >= 2.0, "in need: {more}");
+}
+
+/// One machine of 8 cores at most, whole ones, that has 2.
+fn whole_cores() -> (Planner, Host, Vm) {
+    let mut settings = Settings::default();
+    settings.rules[0].grain = 1.0;
+    let mut one = vm(1, Amounts::of(8.0, 0.0));
+    one.readings[0] = Some(reading(2.0, 0.2));
+    (Planner::new(settings), host(16.0, 0.0), one)
+}
+
+#[test]
+fn a_maximum_of_one_core_less_is_kept_or_it_is_said_why_not() {
+    let (mut planner, host, mut one) = whole_cores();
+    one.policy.max = Amounts::of(1.0, 0.0);
+    let mut unable = one.clone();
+    let decisions = rounds(&mut planner, &host, std::slice::from_mut(&mut one), 1_000_000, 3);
+    assert_eq!(decisions.len(), 1, "{decisions:?}");
+    assert_eq!((decisions[0].kind, decisions[0].reason, decisions[0].to), (Kind::Lower, Reason::Maximum, 1.0));
+
+    unable.abilities = Abilities { known: true, ..Abilities::default() };
+    let decisions = rounds(&mut whole_cores().0, &host, std::slice::from_mut(&mut unable), 1_000_000, 30);
+    assert_eq!(decisions.len(), 1, "said once: {decisions:?}");
+    let words = "cpu stays at 2.00 cores instead of 1.00 cores: vCPUs cannot be unplugged and no quota can be set";
+    assert_eq!((decisions[0].kind, decisions[0].to_string().as_str()), (Kind::Refuse, words));
+}
+
+#[test]
+fn nothing_is_refused_for_want_of_what_is_not_known_yet() {
+    let (mut planner, host, mut one) = whole_cores();
+    one.readings[0] = Some(reading(2.0, 2.0));
+    one.abilities = Abilities::default();
+    assert!(rounds(&mut planner, &host, std::slice::from_mut(&mut one), 1_000_000, 3).is_empty());
+    one.abilities = Abilities::ALL;
+    let decisions = rounds(&mut planner, &host, std::slice::from_mut(&mut one), 1_000_030, 1);
+    assert_eq!(decisions[0].kind, Kind::Raise, "{decisions:?}");
+}
+
+/// A machine of which memory is being taken, and what is decided `after_s` later of what it then is.
+fn while_it_is_lowered(after_s: u64, then: impl FnOnce(&mut Vm)) -> Vec<Decision> {
+    let (mut planner, host) = (Planner::new(Settings::default()), host(0.0, 64.0 * GIB));
+    let mut one = vm(1, Amounts::of(0.0, 16.0 * GIB));
+    one.readings[1] = Some(reading(8.0 * GIB, GIB));
+    let mut now_s = 1_000_000;
+    while one.readings[1].unwrap().allocated == 8.0 * GIB {
+        assert!(now_s < 1_010_000, "nothing was taken");
+        rounds(&mut planner, &host, std::slice::from_mut(&mut one), now_s, 1);
+        now_s += 10;
+    }
+    // Nothing of it has come yet.
+    one.readings[1] = Some(reading(8.0 * GIB, GIB));
+    then(&mut one);
+    rounds(&mut planner, &host, std::slice::from_mut(&mut one), now_s - 10 + after_s, 1)
+}
+
+#[test]
+fn no_raise_waits_for_a_lowering() {
+    for after_s in [10, 70] {
+        let decisions = while_it_is_lowered(after_s, |vm| vm.policy.min = Amounts::of(0.0, 12.0 * GIB));
+        assert_eq!((decisions[0].kind, decisions[0].reason), (Kind::Raise, Reason::Floor), "{decisions:?}");
+        let decisions = while_it_is_lowered(after_s, |vm| {
+            vm.readings[1] = Some(Reading {
+                outlook: Some(Outlook { p50: 9.0 * GIB, p90: 9.0 * GIB, p95: 9.0 * GIB }),
+                ..reading(8.0 * GIB, GIB)
+            })
+        });
+        assert_eq!((decisions[0].kind, decisions[0].reason), (Kind::Raise, Reason::Foreseen), "{decisions:?}");
+    }
+}
+
+#[test]
+fn a_raise_that_was_withdrawn_did_not_fail_and_is_decided_anew_as_it_was() {
+    let (mut planner, host, mut one) = whole_cores();
+    one.readings[0] = Some(Reading { pressure: Pressure { some: 0.5, full: 0.0 }, ..reading(2.0, 1.0) });
+    let none = Reservations::new();
+    for now_s in 1_000_000..1_000_200 {
+        let decisions = planner.plan(&Input { now_s, host: &host, vms: &[one.clone()], reservations: &none });
+        let decided = decisions.first().map(|it| (it.kind, it.to));
+        assert_eq!(decided, Some((Kind::Raise, 4.0)), "{now_s}: {decisions:?}");
+        planner.withdraw(VmId(1), Resource::Cpu);
+    }
+}
+
+#[test]
+fn a_change_of_one_core_is_waited_for() {
+    let (mut planner, host, mut one) = whole_cores();
+    one.readings[0] = Some(reading(2.0, 1.9));
+    let none = Reservations::new();
+    let mut raises = 0;
+    for now_s in 1_000_000..1_000_009 {
+        let decisions = planner.plan(&Input { now_s, host: &host, vms: &[one.clone()], reservations: &none });
+        raises += decisions.iter().filter(|it| it.kind == Kind::Raise).count();
+    }
+    assert_eq!(raises, 1);
+}
+
+#[test]
+fn what_runs_keeps_what_it_is_to_need_and_gets_nothing_for_it_before() {
+    let lowest = |rest: Option<f64>| {
+        let (mut planner, host) = (Planner::new(Settings::default()), host(0.0, 64.0 * GIB));
+        let mut one = vm(1, Amounts::of(0.0, 16.0 * GIB));
+        let rest = rest.map(|most| Outlook { p50: most, p90: most, p95: most });
+        one.readings[1] = Some(Reading { rest, ..reading(4.0 * GIB, GIB) });
+        let decisions = rounds(&mut planner, &host, std::slice::from_mut(&mut one), 1_000_000, 1000);
+        assert!(decisions.iter().all(|it| it.kind != Kind::Raise), "{decisions:?}");
+        one.readings[1].unwrap().allocated
+    };
+    assert!(lowest(None) < 1.5 * GIB);
+    assert_eq!((lowest(Some(3.0 * GIB)), lowest(Some(8.0 * GIB))), (3.0 * GIB, 4.0 * GIB));
+}
+
+#[test]
+fn words_say_what_stands_in_the_way_and_until_when() {
+    let (mut planner, host, mut one) = whole_cores();
+    one.readings[0] = Some(reading(2.0, 2.0));
+    let none = Reservations::new();
+    let words: Vec<String> = (1_000_000..1_000_020)
+        .flat_map(|now_s| planner.plan(&Input { now_s, host: &host, vms: &[one.clone()], reservations: &none }))
+        .map(|decision| decision.to_string())
+        .collect();
+    let last = "cpu stays at 2.00 cores instead of 3.00 cores: the last change had no effect; tried again in 20 s";
+    assert_eq!(words.last().unwrap(), last, "{words:?}");
+    assert!(words.iter().any(|it| it.contains("the last change is still under way, 2.00 cores in use")), "{words:?}");
+    one.policy.max = Amounts::of(3.0, 0.0);
+    let most = rounds(&mut whole_cores().0, &host, std::slice::from_mut(&mut one), 1_000_000, 1);
+    assert_eq!(most[0].to_string(), "cpu from 2.00 cores to 3.00 cores: 2.00 cores in use; it can have no more");
 }
