@@ -300,7 +300,8 @@ async fn a_guest_that_boots_is_not_said_to_lack_a_balloon() {
     let bed = Bed::new();
     let store = bed.store();
     let (demand, uuid) = bed.demand(&store).await;
-    let sample = bed.sample().await;
+    let mut sample = bed.sample().await;
+    (sample.memory.current_bytes, sample.memory.maximum_bytes) = (Some(2 * GIB), Some(8 * GIB));
     let mut state = demand.state.lock();
     let none = Ability::No("its guest does not answer".into());
     let mut abilities = state.machines[&uuid].abilities.clone().unwrap();
