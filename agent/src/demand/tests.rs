@@ -12,7 +12,7 @@ use crate::store::{Store, StoreOptions};
 use prestage_integration::api::demand::{
     ExecutionStart, ExecutionsQuery, Mode, ReservationRequest, Resource, ResourcePolicy, VmPolicy,
 };
-use prestage_integration::libvirt::act::{ActError, Ability};
+use prestage_integration::libvirt::act::{Ability, ActError};
 use prestage_integration::libvirt::stats::{CollectConfig, Collector, GuestMemory, HostSample, Turn, VmSample};
 use prestage_integration::libvirt::{
     Hypervisor, HypervisorConfig, HypervisorEvent, Uuid, VmEvent, VmEventKind, VmId as Named,
