@@ -55,7 +55,7 @@ fn the_defaults_are_in_range_and_mistakes_are_named() {
 #[test]
 fn a_forecast_raises_and_never_lowers() {
     let mut one = vm(1, Amounts::of(8.0, 0.0));
-    one.readings[0] = Some(Reading { outlook: Some(Outlook { p50: 3.0, p90: 5.0, p95: 6.0 }), ..reading(2.0, 1.0) });
+    one.readings[0] = Some(Reading { outlook: Some(Outlook { p50: 3.0, p90: 4.0, p95: 5.0 }), ..reading(2.0, 1.0) });
     let decisions = once(&[one.clone()], &host(16.0, 0.0));
     assert_eq!(decisions.len(), 1);
     assert_eq!((decisions[0].kind, decisions[0].reason, decisions[0].to), (Kind::Raise, Reason::Foreseen, 4.0));
