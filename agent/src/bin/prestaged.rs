@@ -11,7 +11,7 @@ use tracing_subscriber::{EnvFilter, fmt, reload};
 
 /// Serves VM disks from a RAM and SSD cache in front of slow storage, and prefetches what guests read next.
 #[derive(Parser, Debug)]
-#[command(version)]
+#[command(name = "prestaged", version)]
 struct Arguments {
     /// Configuration file; FILE.d/*.toml are read after it
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]

@@ -237,7 +237,7 @@ impl Config {
         );
         out.comment("Files in prestaged.toml.d/*.toml are read after this one, in lexical order; later wins.");
         out.comment("Sizes: \"512MiB\", \"20GiB\". Durations: \"500ms\", \"5s\", \"10m\", \"2h\", \"7d\".");
-        out.comment("Check with `prestagectl config check`; apply with `systemctl reload prestaged`, or a restart where it asks for one.");
+        out.comment("Check with `prestaged --check`, which looks at secrets too; apply with `systemctl reload prestaged`, or a restart where it asks for one.");
         Config::default().sections().reference(&mut out);
         out.raw("\n");
         out.comment(

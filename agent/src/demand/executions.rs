@@ -94,7 +94,11 @@ impl State {
         }
         let instance = self.instance(uuid).filter(|_| self.is_here(uuid, now_s));
         let (Some(instance), Some(machine)) = (instance, self.machines.get_mut(&uuid)) else {
-            return Err(ApiError::new(ErrorCode::NotPossible, format!("machine `{}` does not run", start.vm)));
+            // Nobody knows whether it runs while libvirt does not answer.
+            return Err(match &self.turns.trouble {
+                Some(trouble) => ApiError::new(ErrorCode::Unavailable, format!("libvirt does not answer: {trouble}")),
+                None => ApiError::new(ErrorCode::NotPossible, format!("machine `{}` does not run", start.vm)),
+            });
         };
         // Not one that was given out before a restart: its end may still be announced.
         let executions = &mut self.executions;

@@ -110,7 +110,11 @@ impl State {
     /// Why a promise changes nothing in its machine although its room is kept; empty where it does, or need not.
     pub(super) fn without_effect(&self, uuid: Uuid, guaranteed: &Amounts, now_s: u64) -> Vec<String> {
         let Some(machine) = self.machines.get(&uuid).filter(|machine| machine.is_here(now_s)) else {
-            return vec!["the machine does not run; its room is kept".to_owned()];
+            let why = match &self.turns.trouble {
+                Some(_) => "libvirt does not answer",
+                None => "the machine does not run",
+            };
+            return vec![format!("{why}; its room is kept")];
         };
         let mut notes = Vec::new();
         for of in [Resource::Cpu, Resource::Memory] {

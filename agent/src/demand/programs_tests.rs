@@ -287,3 +287,16 @@ fn activity_is_told_announced_and_refused_when_it_is_over() {
     let covariates = covariates(calendar, activities.get(&VM), VM, T0 + 6900, 300, 600);
     assert_eq!((covariates.activity.len(), covariates.activity[1]), (3, 1.0), "as a share of the most there was");
 }
+
+#[test]
+fn while_libvirt_does_not_answer_nobody_is_said_not_to_run() {
+    let mut turns = Loop::new(T0);
+    turns.run(2, IDLE);
+    turns.now_s += 1 + GONE_S;
+    let start = ExecutionStart { vm: "web".into(), program: "report".into(), ..ExecutionStart::default() };
+    let refused = |turns: &mut Loop| turns.state.begin(VM, start.clone(), turns.now_s * 1000).unwrap_err().to_string();
+    assert!(refused(&mut turns).contains("does not run"));
+    turns.state.turns.trouble = Some("connection refused".into());
+    let error = refused(&mut turns);
+    assert!(error.contains("libvirt does not answer: connection refused"), "{error}");
+}
