@@ -405,7 +405,6 @@ fn a_lost_connection_is_made_again_before_anybody_asks() {
     on(EngineMode::Auto, move |shard| async move {
         let store = open(&shard, &uri, &options(20_000, 20_000)).await.unwrap();
         assert_eq!(read(&store, 0, 4096).await.unwrap(), expected(0, 4096));
-        // nothing is asked for from here on
         let limit = Instant::now() + Duration::from_secs(30);
         while connections.load(Ordering::SeqCst) < 2 {
             assert!(Instant::now() < limit, "the connection was to be made again");

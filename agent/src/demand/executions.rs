@@ -215,7 +215,7 @@ impl State {
         }
     }
 
-    /// It is not on record: as if it had not begun.
+    /// It is not on record, and does not run; that it was to begin stays counted until the next restart.
     fn undo(&mut self, id: i64, now_s: u64) {
         let Some(running) = self.executions.running.remove(&id) else { return };
         let runs: Option<[Run; 4]> =

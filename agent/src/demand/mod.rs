@@ -76,6 +76,21 @@ pub(crate) struct HostSettings {
     pub(crate) decision_days: u32,
 }
 
+#[cfg(test)]
+impl HostSettings {
+    /// Of a host whose disks and network are not managed, for tests.
+    fn plain() -> Self {
+        Self {
+            cpu_overcommit: 1.0,
+            memory_reserve: 0.0,
+            disk_bps: 0.0,
+            network_bps: 0.0,
+            series_bytes: 0,
+            decision_days: 1,
+        }
+    }
+}
+
 /// How a turn went.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Turns {

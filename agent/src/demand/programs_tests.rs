@@ -25,15 +25,7 @@ struct Loop {
 
 impl Loop {
     fn new(now_s: u64) -> Self {
-        let settings = HostSettings {
-            cpu_overcommit: 1.0,
-            memory_reserve: 0.0,
-            disk_bps: 0.0,
-            network_bps: 0.0,
-            series_bytes: 0,
-            decision_days: 1,
-        };
-        let mut state = State::new(settings);
+        let mut state = State::new(HostSettings::plain());
         state.boot = "boot".into();
         Self { state, now_s, instance: 1, learned: Vec::new() }
     }

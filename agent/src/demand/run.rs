@@ -1,8 +1,9 @@
 //! The loop: measures, plans, acts, writes down.
 //!
 //! A turn measures all machines, plans, and sends off what is to be changed; changes run beside the loop, one a machine at a
-//! time. A machine whose memory changes has its turn at once, and guests that may run short are looked at twice a second. Every ten turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its
-//! machines' figures and nothing else.
+//! time. A machine whose memory changes has its turn at once, and guests that may run short are looked at twice a second. Every ten
+//! turns or so the measurements go into the database, in one transaction. A libvirt that does not answer costs a turn its machines'
+//! figures and nothing else.
 
 use super::flow::{Covariates, Found};
 use super::gather::{Gathered, recall, retain, settle_pending};

@@ -8,6 +8,7 @@ use super::{HostSettings, Order, State};
 use crate::config::Config;
 use crate::planner::{self, Numbers, Reason, VmId};
 use crate::store::demand::{self as ledger, DecisionKind, Outcome};
+use crate::store::executions::ExecutionState;
 use crate::store::{Store, StoreOptions};
 use prestage_integration::api::demand::{
     ExecutionStart, ExecutionsQuery, Mode, ReservationRequest, Resource, ResourcePolicy, VmPolicy,
@@ -467,14 +468,6 @@ fn promises_that_are_over_or_odd_cost_those_that_hold_nothing() {
     let bed = tempfile::tempdir().unwrap();
     let path = bed.path().join("prestage.db");
     let store = Store::open(&path).unwrap();
-    let settings = HostSettings {
-        cpu_overcommit: 1.0,
-        memory_reserve: 0.0,
-        disk_bps: 0.0,
-        network_bps: 0.0,
-        series_bytes: 0,
-        decision_days: 1,
-    };
     let row = |id: u64, from_s: u64, to_s: u64, cores: f64| {
         let amounts = planner::Amounts::of(cores, 0.0);
         let promise = planner::Promise {
@@ -509,7 +502,7 @@ fn promises_that_are_over_or_odd_cost_those_that_hold_nothing() {
     {
         store.set_reservation(odd, None).wait().unwrap();
     }
-    let mut state = State::new(settings);
+    let mut state = State::new(HostSettings::plain());
     state.restore_reservations(&store, NOW_S).unwrap();
     let held: Vec<u64> = state.reservations.bookings().iter().map(|booking| booking.id.0).collect();
     assert_eq!(held, [4201, 4202]);
@@ -565,4 +558,24 @@ async fn what_a_machine_can_never_have_is_neither_promised_nor_its_minimum() {
     let abilities = state.machines.get_mut(&uuid).unwrap().abilities.as_mut().unwrap();
     abilities.balloon = Ability::No("no balloon".into());
     assert!(state.promised(NOW_S)[1].notes[0].contains("no balloon"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_that_a_locked_database_refuses_is_on_record_once_it_can_be() {
+    let bed = Bed::new();
+    let path = bed.folder.path().join("prestage.db");
+    let options = StoreOptions { busy_timeout: Duration::from_millis(20), ..StoreOptions::default() };
+    let store = Store::open_with(&path, options).unwrap();
+    let (demand, uuid) = bed.demand(&store).await;
+    // The state's own clock is that of the test; the API's is the host's.
+    demand.state.lock().machines.get_mut(&uuid).unwrap().seen_s = crate::learner::run::unix_ms() / 1000;
+    let start = ExecutionStart { vm: "test".into(), program: "report".into(), ..ExecutionStart::default() };
+    let id = demand.execution_start(uuid, start).await.unwrap().id;
+    let other = rusqlite::Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert!(demand.execution_end(id).await.unwrap().ended_unix_ms.is_some());
+    let runs = || store.executions(0).unwrap().iter().any(|row| row.state == ExecutionState::Running);
+    assert!(runs(), "it could not be written down");
+    other.execute_batch("COMMIT").unwrap();
+    until("its end is on record", || !runs()).await;
 }
