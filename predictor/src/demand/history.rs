@@ -20,10 +20,22 @@ pub(super) struct Ring {
 }
 
 impl Ring {
+    /// Most steps that are held.
+    pub(super) const MOST: usize = FINE + SLACK;
+
     fn push(&mut self, value: f32, measured: bool) {
-        if self.values.len() >= FINE + SLACK {
+        if self.values.len() >= Self::MOST {
             self.values.drain(..SLACK);
             self.measured.drain(..SLACK);
+        }
+        // doubling, as a vector does it, would end with room for nearly twice what is ever held
+        let len = self.values.len();
+        let more = len.max(64).min(Self::MOST.saturating_sub(len));
+        if len == self.values.capacity() {
+            self.values.reserve_exact(more);
+        }
+        if len == self.measured.capacity() {
+            self.measured.reserve_exact(more);
         }
         self.values.push(value);
         self.measured.push(measured);

@@ -164,7 +164,10 @@ fn write_ring(out: &mut Vec<u8>, ring: &Ring) {
 fn read_ring(reader: &mut Reader<'_>) -> Result<Ring, StateError> {
     let count = reader.count(4, "ring")?;
     sound(count <= FINE + SLACK, "ring")?;
-    let values = (0..count).map(|_| value(reader)).collect::<Result<Vec<f32>, _>>()?;
+    let mut values = Vec::with_capacity(count); // collecting results would leave room for up to twice as many
+    for _ in 0..count {
+        values.push(value(reader)?);
+    }
     let mut measured = Vec::with_capacity(count);
     while measured.len() < count {
         let run = reader.number()?;

@@ -61,6 +61,24 @@ fn values() -> impl Strategy<Value = Vec<(u64, f64)>> {
     prop::collection::vec((gap, value), 0..150)
 }
 
+/// At a step that fills both rings alike, grown value by value and read from what was written.
+#[test]
+fn a_forecaster_never_outgrows_its_bound() {
+    let (start, step_s) = (1_372_629_804, 299);
+    let mut forecaster = Forecaster::new(Metric::Disk, 299);
+    let grow = |forecaster: &mut Forecaster, steps: std::ops::Range<u64>| {
+        for at in steps {
+            forecaster.observe(start + at * step_s, 1.0);
+            let bytes = forecaster.memory_bytes();
+            assert!(bytes <= 72 * 1024, "{bytes} bytes after {at}");
+        }
+    };
+    grow(&mut forecaster, 0..4_300);
+    let mut read = Forecaster::read(&forecaster.write()).unwrap();
+    grow(&mut forecaster, 4_300..5_200);
+    grow(&mut read, 4_300..5_200);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
