@@ -2,6 +2,7 @@
 //!
 //! - [`export`]: disks for guests over vhost-user-blk
 //! - [`libvirt`]: machines, their events, attaching and detaching their disks
+//! - [`memory`]: guest memory, seen and moved from the host
 //! - [`pressure`]: how long tasks stall, of the host and of each VM
 //! - [`api`]: the HTTP API
 //! - [`webhook`]: signed messages to whoever manages the machines
@@ -9,6 +10,7 @@
 pub mod api;
 pub mod export;
 pub mod libvirt;
+pub mod memory;
 pub mod pressure;
 mod probe;
 pub mod webhook;

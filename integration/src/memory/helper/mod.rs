@@ -1,0 +1,11 @@
+//! `prestage-memory`: the small process that may look into hypervisors, and the daemon's end of it.
+//!
+//! - [`protocol`]: what is asked and answered, one message a packet
+//! - [`client`]: the daemon's end
+//!
+//! The two are joined by a socket pair that nobody else can connect to. The helper takes orders about guest frames of
+//! machines only; it turns them into addresses itself, within regions that it was told, in processes that it has checked:
+//! their start, and that they run a hypervisor.
+
+pub mod client;
+pub mod protocol;
