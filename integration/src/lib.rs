@@ -4,6 +4,7 @@
 //! - [`libvirt`]: machines, their events, attaching and detaching their disks
 //! - [`memory`]: guest memory, seen and moved from the host
 //! - [`pressure`]: how long tasks stall, of the host and of each VM
+//! - [`processes`]: which process is a VM's
 //! - [`api`]: the HTTP API
 //! - [`webhook`]: signed messages to whoever manages the machines
 
@@ -13,4 +14,5 @@ pub mod libvirt;
 pub mod memory;
 pub mod pressure;
 mod probe;
+pub mod processes;
 pub mod webhook;

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::processes::Processes;
+
 /// Stalls by resource; `None` where the kernel does not tell.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Pressure {
@@ -84,19 +86,13 @@ impl Window {
 
 /// A VM without a group is looked for again after this long: its process may not have been there yet.
 const RETRY: Duration = Duration::from_secs(60);
-/// All processes are looked at no more often than this, however many VMs are new.
-const SCAN_EVERY: Duration = Duration::from_secs(10);
 
 /// The control groups of VMs.
 #[derive(Debug)]
 pub struct Groups {
-    proc: PathBuf,
-    /// Where libvirt keeps `NAME.pid`.
-    pid_files: PathBuf,
+    processes: Processes,
     mount: Option<PathBuf>,
     known: HashMap<(Uuid, u32), Known>,
-    /// QEMU processes by their VM's UUID, as of the last look at all processes.
-    scanned: Option<(Instant, HashMap<Uuid, u32>)>,
     said: bool,
 }
 
@@ -117,8 +113,8 @@ impl Groups {
     /// Reads `proc` for the mount of cgroup v2 and for processes.
     pub fn new(proc: &Path, pid_files: &Path) -> Self {
         let mounts = std::fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
-        let (proc, pid_files) = (proc.to_owned(), pid_files.to_owned());
-        Self { proc, pid_files, mount: mount_of(&mounts), known: HashMap::new(), scanned: None, said: false }
+        let processes = Processes::new(proc, pid_files);
+        Self { processes, mount: mount_of(&mounts), known: HashMap::new(), said: false }
     }
 
     /// The pressure of the VM's group; `None` where there is no such group, which is said once in the log.
@@ -150,43 +146,11 @@ impl Groups {
     }
 
     fn find(&mut self, mount: &Path, uuid: Uuid, name: &str, now: Instant) -> Option<PathBuf> {
-        let pid = self.pid(uuid, name, now)?;
-        let groups = std::fs::read_to_string(self.proc.join(pid.to_string()).join("cgroup")).ok()?;
+        let pid = self.processes.pid(uuid, name, now)?;
+        let groups = std::fs::read_to_string(self.processes.proc().join(pid.to_string()).join("cgroup")).ok()?;
         let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
         let folder = mount.join(machine_group(own)?.trim_start_matches('/'));
         folder.join("cpu.pressure").is_file().then_some(folder)
-    }
-
-    /// The QEMU process of a VM: by libvirt's pid file, else by a look at all processes.
-    fn pid(&mut self, uuid: Uuid, name: &str, now: Instant) -> Option<u32> {
-        let by_file = || {
-            if name.contains(['/', '\0']) {
-                return None;
-            }
-            std::fs::read_to_string(self.pid_files.join(format!("{name}.pid"))).ok()?.trim().parse().ok()
-        };
-        if let Some(pid) = by_file().filter(|&pid| self.vm_of(pid) == Some(uuid)) {
-            return Some(pid);
-        }
-        let fresh = self.scanned.as_ref().is_some_and(|(at, _)| now.saturating_duration_since(*at) < SCAN_EVERY);
-        if !fresh {
-            self.scanned = Some((now, self.scan()));
-        }
-        self.scanned.as_ref()?.1.get(&uuid).copied().filter(|&pid| self.vm_of(pid) == Some(uuid))
-    }
-
-    fn scan(&self) -> HashMap<Uuid, u32> {
-        let entries = std::fs::read_dir(&self.proc).into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter_map(|pid| Some((self.vm_of(pid)?, pid))).collect()
-    }
-
-    /// The VM whose UUID a process has on its command line.
-    fn vm_of(&self, pid: u32) -> Option<Uuid> {
-        let line = std::fs::read(self.proc.join(pid.to_string()).join("cmdline")).ok()?;
-        let mut words = line.split(|&b| b == 0);
-        words.find(|word| *word == b"-uuid")?;
-        Uuid::try_parse_ascii(words.next()?).ok()
     }
 }
 

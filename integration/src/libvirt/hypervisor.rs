@@ -24,6 +24,7 @@ use super::store::StoreSource;
 use super::vm::{ConnectionState, HypervisorEvent, Vm, VmId, VmState};
 use super::worker::{Outlets, Worker};
 use super::xml::{canonical, parse, same};
+use crate::memory::{MemoryError, Region, layout};
 
 /// Callers that wait for the thread. More means that libvirt does not keep up, and callers are told so.
 const MAX_WAITING: usize = 64;
@@ -159,6 +160,25 @@ impl Hypervisor {
     pub async fn get(&self, vm: &str) -> Result<Vm, HypervisorError> {
         let vm = vm.to_owned();
         self.call("look at the VM", true, move |link| describe_domain(&find(link, &vm)?)).await
+    }
+
+    /// Where the running VM's memory lies in its process, see [`crate::memory::layout`]. libvirt marks a VM whose monitor was
+    /// asked as tainted (`custom-monitor`), once.
+    ///
+    /// # Errors
+    /// `NoSuchVm`, `NotRunning` by libvirt, and those of [`list`](Self::list); [`MemoryError::Layout`] within.
+    pub async fn memory_layout(&self, vm: &str) -> Result<Result<Vec<Region>, MemoryError>, HypervisorError> {
+        let vm = vm.to_owned();
+        self.call("ask where the VM's memory lies", true, move |link| {
+            let domain = find(link, &vm)?;
+            let ask = |command| {
+                let hmp = sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP;
+                domain.qemu_monitor_command(command, hmp).map_err(|e| failed("ask QEMU's monitor", &e))
+            };
+            let [mtree, ramblock] = layout::COMMANDS;
+            Ok(layout::regions(&ask(mtree)?, &ask(ramblock)?))
+        })
+        .await
     }
 
     /// What [`attach`](Self::attach) would do, without doing it: tells the store to serve before the socket is used.

@@ -4,10 +4,22 @@
 //! bringing them back before it does, are matters of that process; the guest knows nothing of it.
 //!
 //! - [`helper`]: the process that holds the privileges, its protocol, and the daemon's end of it
+//! - [`layout`]: guest frame ↔ host address, from QEMU's monitor
+//! - [`process`]: that a process is the one that was meant, and stays it
+//! - [`pagemap`]: which pages are there, which in swap
+//! - [`capture`]: what the guest faults on, in order
+//! - [`advise`]: bringing in and pushing out
+//! - [`swap`]: what this host swaps to
 //!
 //! Pages are of 4 KiB; a *frame* is the index of a page in the guest's physical memory.
 
+pub mod advise;
+pub mod capture;
 pub mod helper;
+pub mod layout;
+pub mod pagemap;
+pub mod process;
+pub mod swap;
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -94,14 +106,16 @@ pub struct Fault {
     pub frame: u64,
 }
 
-/// State of a page.
+/// State of a page as [`pagemap`] tells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PageState {
     /// Never touched, or dropped: reading it would make a page of zeroes.
     Absent,
     Present,
-    /// In swap, or brought back from there and not touched since.
+    /// In swap, or (private memory) brought back from there and not touched since.
     Swapped,
+    /// Shared memory that is there, and not in the process's page table: not touched since it came.
+    Cached,
 }
 
 /// Pages by state.
@@ -109,6 +123,7 @@ pub enum PageState {
 pub struct Residency {
     pub present: u64,
     pub swapped: u64,
+    pub cached: u64,
     pub absent: u64,
 }
 

@@ -2,10 +2,16 @@
 //!
 //! - [`protocol`]: what is asked and answered, one message a packet
 //! - [`client`]: the daemon's end
+//! - [`server`]: the helper's end; `prestage-memory` is this and nothing else
+//! - `worker`: moving pages, beside the thread that hears faults
+//! - `limit`: what the helper gives up before it hears anybody
 //!
 //! The two are joined by a socket pair that nobody else can connect to. The helper takes orders about guest frames of
 //! machines only; it turns them into addresses itself, within regions that it was told, in processes that it has checked:
 //! their start, and that they run a hypervisor.
 
 pub mod client;
+mod limit;
 pub mod protocol;
+pub mod server;
+mod worker;

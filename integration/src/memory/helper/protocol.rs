@@ -98,7 +98,7 @@ pub enum Said {
     Watching(Watching),
     Done,
     Moved(Moved),
-    /// Two bits a page, lowest first: 0 absent, 1 present, 2 swapped.
+    /// Two bits a page, lowest first: 0 absent, 1 present, 2 swapped, 3 cached.
     States(Vec<u8>),
     Residency(Residency),
 }
@@ -150,10 +150,11 @@ pub fn pack(states: impl IntoIterator<Item = crate::memory::PageState>) -> Vec<u
 /// The `at`th state of what [`pack`] made; `None` beyond its end.
 #[must_use]
 pub fn unpack(packed: &[u8], at: usize) -> Option<crate::memory::PageState> {
-    use crate::memory::PageState::{Absent, Present, Swapped};
+    use crate::memory::PageState::{Absent, Cached, Present, Swapped};
     Some(match packed.get(at / 4)? >> (at % 4 * 2) & 3 {
         0 => Absent,
         1 => Present,
-        _ => Swapped,
+        2 => Swapped,
+        _ => Cached,
     })
 }

@@ -1,0 +1,322 @@
+//! `prestage-memory` as the daemon starts it, with a plain process that stands in for QEMU.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use memmap2::{MmapMut, MmapOptions};
+use prestage_integration::memory::helper::client::{Event, Helper};
+use prestage_integration::memory::process::identify;
+use prestage_integration::memory::{MemoryError, PageState, ProcessId, Push, Region, Signal, Span};
+
+const PAGES: usize = 2000;
+/// Where the stand-in's memory begins in the guest it pretends to be.
+const FRAME: u64 = 0x100;
+
+/// The child of the tests below: maps a file, or memory of its own, and touches the pages it is told to.
+#[test]
+#[ignore = "a child process of the tests here"]
+fn stand_in() {
+    let mut map: Option<MmapMut> = None;
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        let mut words = line.split(' ');
+        match words.next().unwrap() {
+            "map" => {
+                let file = File::open(words.next().unwrap()).unwrap();
+                // SAFETY: nobody shortens the file while the test runs.
+                let made = unsafe { MmapOptions::new().len(PAGES * 4096).map_copy(&file) }.unwrap();
+                made.advise(memmap2::Advice::Random).unwrap();
+                println!("> {}", made.as_ptr() as u64);
+                map = Some(made);
+            }
+            "anon" => {
+                let mut made = MmapMut::map_anon(PAGES * 4096).unwrap();
+                let _ = made.advise(memmap2::Advice::NoHugePage);
+                made.fill(1);
+                println!("> {}", made.as_ptr() as u64);
+                map = Some(made);
+            }
+            "touch" => {
+                let map = map.as_mut().unwrap();
+                let sum: u64 = words.map(|page| u64::from(map[4096 * page.parse::<usize>().unwrap()])).sum();
+                println!("> {sum}");
+            }
+            "unmap" => {
+                map = None;
+                println!("> 0");
+            }
+            other => panic!("{other}"),
+        }
+        std::io::stdout().flush().unwrap();
+    }
+}
+
+struct StandIn {
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl StandIn {
+    fn start() -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["stand_in", "--exact", "--ignored", "--nocapture", "--test-threads=1"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (orders, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        Self { child, orders, answers }
+    }
+
+    fn tell(&mut self, order: &str) -> u64 {
+        writeln!(self.orders, "{order}").unwrap();
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(self.answers.read_line(&mut line).unwrap() > 0, "the stand-in has ended");
+            // the test runner's own words may stand before it
+            if let Some((_, answer)) = line.split_once("> ") {
+                return answer.trim().parse().unwrap();
+            }
+        }
+    }
+
+    fn touch(&mut self, pages: &[usize]) {
+        let pages: Vec<String> = pages.iter().map(usize::to_string).collect();
+        self.tell(&format!("touch {}", pages.join(" ")));
+    }
+
+    fn id(&self) -> ProcessId {
+        identify(self.child.id()).unwrap()
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn helper() -> Helper {
+    let exe = fs::canonicalize(std::env::current_exe().unwrap()).unwrap();
+    Helper::start(Path::new(env!("CARGO_BIN_EXE_prestage-memory")), &[&exe]).unwrap()
+}
+
+/// One region below a hole and one above it, so that frames and addresses differ.
+fn regions(host: u64) -> Vec<Region> {
+    let low = Region { frame: FRAME, pages: 1000, host };
+    vec![low, Region { frame: FRAME + 2000, pages: PAGES as u64 - 1000, host: host + 1000 * 4096 }]
+}
+
+fn frame(page: usize) -> u64 {
+    FRAME + page as u64 + if page < 1000 { 0 } else { 1000 }
+}
+
+/// A file whose pages are not in memory.
+fn cold_file(folder: &Path) -> PathBuf {
+    let path = folder.join("memory");
+    let mut file = File::create(&path).unwrap();
+    file.write_all(&vec![3; PAGES * 4096]).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    cool(&path);
+    path
+}
+
+fn cool(path: &Path) {
+    let file = File::open(path).unwrap();
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+}
+
+/// Pages in no order that adding a step could guess.
+fn shuffled(count: usize) -> Vec<usize> {
+    let mut pages: Vec<usize> = (0..PAGES).step_by(PAGES / count).collect();
+    let mut state = 1_u64;
+    for at in (1..pages.len()).rev() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        pages.swap(at, (state >> 33) as usize % (at + 1));
+    }
+    pages
+}
+
+/// Hears faults until `count` have come or nothing more does.
+fn hear(helper: &mut Helper, vm: u32, count: usize) -> (Vec<u64>, u64) {
+    let (mut frames, mut lost) = (Vec::new(), 0);
+    while frames.len() < count {
+        match helper.next_event(Duration::from_secs(5)).unwrap() {
+            Some(Event::Faults { vm: of, lost: more, faults }) => {
+                assert_eq!(of, vm);
+                assert!(faults.is_sorted_by_key(|fault| fault.at_us));
+                frames.extend(faults.iter().map(|fault| fault.frame));
+                lost += more;
+            }
+            Some(event) => panic!("{event:?}"),
+            None => break,
+        }
+    }
+    (frames, lost)
+}
+
+#[test]
+fn major_faults_are_told_in_order_with_their_frames() {
+    // not tmpfs, whose pages cannot be dropped
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = cold_file(folder.path());
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell(&format!("map {}", path.display()));
+    let watching = helper.watch(7, guest.id(), regions(host)).unwrap();
+    for (signal, why) in &watching.passed_over {
+        println!("not {signal}: {why}");
+    }
+    if watching.signal != Signal::PerfMajor {
+        println!("skipped: the order of faults, which {} does not tell", watching.signal);
+        return;
+    }
+    let pages = shuffled(500);
+    guest.touch(&pages[..10]);
+    helper.listen(7, 1).unwrap();
+    guest.touch(&pages[10..]);
+    let expected: Vec<u64> = pages[10..].iter().map(|page| frame(*page)).collect();
+    assert_eq!(hear(&mut helper, 7, expected.len()), (expected, 0), "and none of before it listened");
+    helper.listen(7, 0).unwrap();
+    guest.touch(&pages);
+    cool(&path);
+    helper.listen(7, 10).unwrap();
+    let rest: Vec<usize> = (0..PAGES).filter(|page| !pages.contains(page)).take(500).collect();
+    guest.touch(&rest);
+    let (heard, lost) = hear(&mut helper, 7, 50);
+    assert_eq!((heard.len(), lost), (50, 0), "each tenth");
+    assert!(heard.iter().all(|heard| rest.iter().any(|page| frame(*page) == *heard)));
+}
+
+#[test]
+fn states_of_pages_are_told_by_frame() {
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell("anon");
+    helper.watch(1, guest.id(), regions(host)).unwrap();
+    let states = helper.states(1, vec![Span { frame: frame(990), pages: 10 }, Span { frame: frame(1000), pages: 7 }]);
+    assert_eq!(states.unwrap(), vec![PageState::Present; 17]);
+    assert_eq!(helper.residency(1).unwrap().present, PAGES as u64);
+    for span in [Span { frame: frame(999), pages: 2 }, Span { frame: 0, pages: 1 }, Span { frame: u64::MAX, pages: 9 }]
+    {
+        let error = MemoryError::NoSuchMemory { frame: span.frame, pages: span.pages };
+        assert_eq!(helper.states(1, vec![span]), Err(error));
+    }
+    assert_eq!(helper.states(2, Vec::new()), Err(MemoryError::Unknown(2)));
+    // nothing of it is in swap, so there is nothing to bring in
+    let ticket = helper.bring_in(1, vec![Span { frame: frame(0), pages: 500 }]).unwrap();
+    let Some(Event::Moved { ticket: of, moved }) = helper.next_event(Duration::from_secs(10)).unwrap() else {
+        panic!()
+    };
+    let moved = moved.unwrap();
+    assert_eq!((of, moved.asked, moved.eligible), (ticket, 500, 0));
+}
+
+#[test]
+fn a_process_that_ends_is_told_and_forgotten() {
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell("anon");
+    let id = guest.id();
+    helper.watch(1, id, regions(host)).unwrap();
+    drop(guest);
+    assert_eq!(helper.next_event(Duration::from_secs(10)).unwrap(), Some(Event::Gone { vm: 1 }));
+    assert_eq!(helper.residency(1), Err(MemoryError::Unknown(1)));
+    assert!(matches!(helper.watch(1, id, regions(host)), Err(MemoryError::Gone { .. } | MemoryError::Reused { .. })));
+}
+
+#[test]
+fn memory_that_is_gone_is_absent_and_moves_nothing() {
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell("anon");
+    helper.watch(1, guest.id(), regions(host)).unwrap();
+    guest.tell("unmap");
+    assert_eq!(helper.states(1, vec![Span { frame: FRAME, pages: 3 }]).unwrap(), vec![PageState::Absent; 3]);
+    let ticket = helper.push_out(1, Push::Cold, vec![Span { frame: FRAME, pages: 1000 }]).unwrap();
+    let Some(Event::Moved { ticket: of, moved: Ok(moved) }) = helper.next_event(Duration::from_secs(10)).unwrap()
+    else {
+        panic!()
+    };
+    assert_eq!((of, moved.asked, moved.eligible), (ticket, 1000, 0));
+}
+
+#[test]
+fn nobody_but_hypervisors_is_touched() {
+    let guest = StandIn::start();
+    let program = Path::new(env!("CARGO_BIN_EXE_prestage-memory"));
+    let mut strict = Helper::start(program, &[]).unwrap();
+    let foreign = strict.watch(1, guest.id(), Vec::new());
+    assert!(matches!(foreign, Err(MemoryError::Foreign { pid, .. }) if pid == guest.child.id()), "{foreign:?}");
+    let mut helper = helper();
+    let earlier = ProcessId { started: guest.id().started - 1, ..guest.id() };
+    assert!(matches!(helper.watch(1, earlier, Vec::new()), Err(MemoryError::Reused { .. })));
+    let twice = vec![Region { frame: 0, pages: 2, host: 4096 }, Region { frame: 1, pages: 2, host: 1 << 20 }];
+    assert!(matches!(helper.watch(1, guest.id(), twice), Err(MemoryError::Layout(_))));
+}
+
+#[test]
+fn the_helper_keeps_four_capabilities_and_no_root() {
+    let helper = helper();
+    let status = fs::read_to_string(format!("/proc/{}/status", helper.abilities().pid)).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
+        line.split_once(':').unwrap().1.trim().to_owned()
+    };
+    let capabilities = |name| u64::from_str_radix(&field(name), 16).unwrap();
+    // CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, CAP_SYS_NICE, CAP_PERFMON: linux/capability.h
+    let four = 1 << 2 | 1 << 19 | 1 << 23 | 1_u64 << 38;
+    for name in ["CapPrm", "CapEff"] {
+        assert_eq!(capabilities(name) & !four, 0, "{name}");
+    }
+    assert_eq!(capabilities("CapInh"), 0);
+    assert_eq!(field("NoNewPrivs"), "1");
+    if nix::unistd::geteuid().is_root() {
+        assert_eq!(capabilities("CapBnd") & !four, 0);
+        assert!(!field("Uid").split_ascii_whitespace().any(|id| id == "0"), "{}", field("Uid"));
+        assert_eq!(field("Groups"), "");
+    }
+    // no other files of the daemon than the socket, and the usual three
+    let open = fs::read_dir(format!("/proc/{}/fd", helper.abilities().pid)).unwrap().count();
+    assert_eq!(open, 3);
+}
+
+#[test]
+fn started_by_hand_it_says_that_it_is_not_for_hands() {
+    let output = Command::new(env!("CARGO_BIN_EXE_prestage-memory")).stdin(Stdio::null()).output().unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("started by prestaged alone"), "{text}");
+}
+
+#[test]
+fn a_helper_that_is_killed_is_an_error_and_no_hang() {
+    let mut helper = helper();
+    let pid = nix::unistd::Pid::from_raw(helper.abilities().pid.try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert!(matches!(helper.residency(1), Err(MemoryError::HelperGone(_))));
+    assert!(matches!(helper.next_event(Duration::from_secs(1)), Err(MemoryError::HelperGone(_))));
+}
+
+#[test]
+fn noise_on_the_socket_ends_the_helper_and_nothing_else() {
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+    use std::os::fd::AsRawFd;
+    for noise in [&[0xff; 40][..], &[1, 1, 0xff, 0xff, 0xff, 0xff, 0x7f], &[0]] {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let mut child =
+            Command::new(env!("CARGO_BIN_EXE_prestage-memory")).stdin(theirs).stderr(Stdio::piped()).spawn();
+        let child = child.as_mut().unwrap();
+        send(ours.as_raw_fd(), noise, MsgFlags::empty()).unwrap();
+        drop(ours);
+        let mut said = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(!said.contains("panicked"), "{said}");
+        assert!(child.wait().unwrap().code().is_some(), "no signal ended it");
+    }
+}
