@@ -136,6 +136,7 @@ fn domain_xml(image: &Image, options: &GuestOptions, console: &str) -> String {
 pub struct Guest {
     libvirt: Arc<Libvirt>,
     name: String,
+    console: PathBuf,
     listener: UnixListener,
     _guard: Guard,
 }
@@ -162,7 +163,7 @@ impl Guest {
             let _ = undone.virsh(&["destroy", &owned]);
             let _ = undone.virsh(&["undefine", &owned]);
         });
-        Ok(Self { libvirt: Arc::clone(libvirt), name: name.to_owned(), listener, _guard: guard })
+        Ok(Self { libvirt: Arc::clone(libvirt), name: name.to_owned(), console, listener, _guard: guard })
     }
 
     #[must_use]
@@ -173,6 +174,21 @@ impl Guest {
     /// The domain's persistent definition as libvirt has it.
     pub fn xml(&self) -> Result<String> {
         self.libvirt.virsh(&["dumpxml", "--inactive", &self.name])
+    }
+
+    /// The guest's QEMU by the host's process number; libvirt's own is that of its namespace. Fails when it does not run.
+    pub fn pid(&self) -> Result<i32> {
+        let console = self.console.display().to_string();
+        for entry in std::fs::read_dir("/proc").context("cannot read /proc")?.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // one that has just ended has neither
+            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if name.starts_with("qemu") && String::from_utf8_lossy(&words).contains(&console) {
+                return Ok(pid);
+            }
+        }
+        bail!("{} has no QEMU that runs", self.name)
     }
 
     /// Starts the domain.

@@ -11,6 +11,9 @@
 //! - [`report`]: the lines the guest prints
 //! - [`guest`]: a domain, from its XML to its last line
 //! - [`elastic`]: a guest whose memory and processors change while it runs
+//! - [`swap`]: a swap area of our own
+//! - [`pages`]: memory of another process: what of it is in RAM, pushing it out, bringing it in
+//! - [`toucher`]: a guest whose program touches memory in the order it is told
 //! - [`daemon`]: `prestaged` and `prestagectl`
 //! - [`rig`]: all of these together, as a test uses them
 
@@ -21,8 +24,11 @@ pub mod elastic;
 pub mod guest;
 pub mod image;
 pub mod libvirt;
+pub mod pages;
 pub mod paths;
 pub mod process;
 pub mod report;
 pub mod rig;
 pub mod store;
+pub mod swap;
+pub mod toucher;

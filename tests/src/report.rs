@@ -61,6 +61,15 @@ pub struct State {
     pub online: String,
 }
 
+/// What touching memory took, by the guest's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Touched {
+    pub pages: u64,
+    pub time: Duration,
+    /// Of what was read, in the order it was read in.
+    pub sum: u64,
+}
+
 /// One line of the guest's report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {
@@ -91,6 +100,16 @@ pub enum Line {
     Last(Figures),
     /// What it has now.
     State(State),
+    /// Memory is filled (`toucher.c`).
+    Filled {
+        bytes: u64,
+    },
+    /// The order of the next touch is drawn.
+    Ordered {
+        pages: u64,
+    },
+    /// Memory was touched.
+    Touched(Touched),
     /// The guest powers off now.
     End,
     /// The guest can't go on.
@@ -124,6 +143,13 @@ impl Line {
             }
             "last" => Self::Last(figures(rest)?),
             "state" => Self::State(state(rest)?),
+            "filled" => Self::Filled { bytes: value(rest, "bytes")? },
+            "ordered" => Self::Ordered { pages: value(rest, "pages")? },
+            "touched" => Self::Touched(Touched {
+                pages: value(rest, "pages")?,
+                time: Duration::from_nanos(value(rest, "ns")?),
+                sum: value(rest, "sum")?,
+            }),
             "end" => Self::End,
             "failed" => Self::Failed(rest.to_owned()),
             _ => return None,
@@ -202,6 +228,14 @@ mod tests {
         assert_eq!((state.changed, state.uptime_ms, state.total_bytes), (true, 3160, 352_276 << 10));
         assert_eq!((state.ooms, state.online.as_str()), (0, "0-1"));
         assert_eq!(Line::parse(&line.replace(" online=0-1", "")), None);
+    }
+
+    #[test]
+    fn a_touch_is_read_with_its_time() {
+        let expected = Touched { pages: 65536, time: Duration::from_nanos(35_511_504), sum: u64::MAX };
+        let line = format!("PRESTAGE touched pages=65536 ns=35511504 sum={}\r", u64::MAX);
+        assert_eq!(Line::parse(&line), Some(Line::Touched(expected)));
+        assert_eq!(Line::parse("PRESTAGE touched pages=65536 ns=-1 sum=0"), None);
     }
 
     #[test]

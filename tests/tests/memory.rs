@@ -1,0 +1,85 @@
+//! Memory pages: what the tests of swapped-out guests stand on is put back, however they end.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use prestage_tests::paths::Scratch;
+use prestage_tests::process::wait_until;
+use prestage_tests::swap::Swap;
+
+/// Set for the process that is killed: the path of its swap file, or `zram`.
+const VICTIM: &str = "PRESTAGE_TEST_SWAP_VICTIM";
+
+const BYTES: u64 = 64 << 20;
+
+fn page_cluster() -> u8 {
+    std::fs::read_to_string("/proc/sys/vm/page-cluster").unwrap().trim().parse().unwrap()
+}
+
+fn is_on(device: &str) -> bool {
+    std::fs::read_to_string("/proc/swaps").unwrap().lines().any(|line| line.split_whitespace().next() == Some(device))
+}
+
+/// Makes an area, says its name and what `vm.page-cluster` was, and waits to be killed.
+fn be_killed(kind: &str) -> ! {
+    // others wait for the area that is on, and only then is the setting what it will be put back to
+    let mut swap = if kind == "zram" { Swap::zram(BYTES) } else { Swap::file(Path::new(kind), BYTES) }.unwrap();
+    let before = page_cluster();
+    swap.set_page_cluster(if before == 1 { 2 } else { 1 }).unwrap();
+    println!("VICTIM {before} {}", swap.device().display());
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Runs the test `name` again as the process that is killed.
+fn kill_one(name: &str, kind: &str) {
+    let mut victim = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(VICTIM, kind)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(victim.stdout.take().unwrap()).lines().map_while(Result::ok);
+    // libtest's own words may stand before ours on the line
+    let line = lines.find_map(|line| line.split_once("VICTIM ").map(|(_, rest)| rest.to_owned()));
+    let line = line.expect("the victim says what it made; its error is above");
+    let (before, device) = line.split_once(' ').unwrap();
+    let before: u8 = before.parse().unwrap();
+    assert!(is_on(device), "{device} is on");
+    assert_ne!(page_cluster(), before, "the setting is changed");
+
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    wait_until("the swap area's end", Duration::from_secs(60), || Ok(!is_on(device) && !Path::new(device).exists()))
+        .unwrap();
+    assert_eq!(page_cluster(), before, "put back before the area is gone");
+}
+
+#[test]
+fn a_zram_device_is_taken_back_when_its_process_is_killed() {
+    if let Ok(kind) = std::env::var(VICTIM) {
+        be_killed(&kind);
+    }
+    if let Err(why) = Swap::zram_available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    kill_one("a_zram_device_is_taken_back_when_its_process_is_killed", "zram");
+}
+
+#[test]
+fn a_swap_file_is_taken_back_when_its_process_is_killed() {
+    if let Ok(kind) = std::env::var(VICTIM) {
+        be_killed(&kind);
+    }
+    if let Err(why) = Swap::available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let folder = Scratch::large().unwrap();
+    let file = folder.join("swap");
+    kill_one("a_swap_file_is_taken_back_when_its_process_is_killed", &file.display().to_string());
+}
