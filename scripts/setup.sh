@@ -10,7 +10,7 @@
 set -euo pipefail
 
 what=${1:-run}
-build_packages=(gcc pkg-config make git ca-certificates libvirt-dev)
+build_packages=(gcc libc6-dev pkg-config make git ca-certificates libvirt-dev)
 run_packages=(
   qemu-system-x86 qemu-utils libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu
   nbdkit libnbd-bin

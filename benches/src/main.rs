@@ -4,6 +4,7 @@
 //! - [`collect`]: `bench collect`, what measuring many machines costs
 //! - [`forecast`]: `bench forecast`, demand foretold beside other forecasters
 //! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
+//! - [`memory`]: `bench memory`, a guest that is swapped out and touches its memory again
 //! - [`series`]: `bench series`, what machines used: size, ingest, questions
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
@@ -19,6 +20,7 @@ mod collect;
 mod forecast;
 mod history;
 mod host;
+mod memory;
 mod peers;
 mod predict;
 mod progress;
@@ -48,6 +50,8 @@ enum Command {
     Collect(collect::Options),
     /// Forecast demand of real machines, beside other forecasters: pinball loss, coverage, over-provision
     Forecast(forecast::Options),
+    /// Swap a guest out and let it touch its memory again: time and faults for the kernel alone and beside it
+    Memory(memory::Options),
     /// Fill a history with recorded traces, and time what is asked of it
     History(history::Options),
     /// Fill series with recorded samples, and time what is asked of them
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         Command::Predict(options) => predict::run(&options),
         Command::Collect(options) => collect::run(&options),
         Command::Forecast(options) => forecast::run(&options),
+        Command::Memory(options) => memory::run(&options),
         Command::History(options) => history::run(&options),
         Command::Series(options) => series::run(&options),
     };

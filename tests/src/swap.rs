@@ -77,7 +77,8 @@ done
 undo
 "#;
 
-const LOCK: &str = "/run/lock/prestage-swap.lock";
+/// Who holds it (flock(1)) sees the host as it is without an area of ours.
+pub const LOCK: &str = "/run/lock/prestage-swap.lock";
 
 /// A swap area that is on; taken back when dropped.
 #[derive(Debug)]

@@ -1,13 +1,15 @@
 //! Memory pages: what the tests of swapped-out guests stand on is put back, however they end.
 
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use prestage_tests::paths::Scratch;
-use prestage_tests::process::wait_until;
-use prestage_tests::swap::Swap;
+use prestage_tests::process::{run, wait_until};
+use prestage_tests::swap::{LOCK, Swap};
 
 /// Set for the process that is killed: the path of its swap file, or `zram`.
 const VICTIM: &str = "PRESTAGE_TEST_SWAP_VICTIM";
@@ -55,7 +57,9 @@ fn kill_one(name: &str, kind: &str) {
     victim.wait().unwrap();
     wait_until("the swap area's end", Duration::from_secs(60), || Ok(!is_on(device) && !Path::new(device).exists()))
         .unwrap();
-    assert_eq!(page_cluster(), before, "put back before the area is gone");
+    // another test may have its area on by now, but not while the lock is held here
+    let after = run(Command::new("flock").args([LOCK, "cat", "/proc/sys/vm/page-cluster"])).unwrap();
+    assert_eq!(after.trim().parse(), Ok(before), "the setting is put back");
 }
 
 #[test]

@@ -1,0 +1,190 @@
+//! `bench memory`: a guest whose memory is swapped out touches it again.
+//!
+//! One guest under QEMU runs one program that touches a working set, a byte a page, in the order it is told
+//! (`tests/src/toucher`). A round of a contender:
+//!
+//! 1. the swap area is switched off and on, so that all of the guest is in RAM and the area is empty and unfragmented;
+//! 2. all of the guest's memory is pushed out, which is checked, on a disk down to the swap cache;
+//! 3. the guest draws the order, which brings its kernel and the program back;
+//! 4. the contender is told that the touch is coming, and its lead passes;
+//! 5. the guest touches, and says how long it took by its own clock.
+//!
+//! Faults are QEMU's, from the announcement to the answer. Contenders take turns round by round; rows are medians.
+//!
+//! - [`contender`]: what is compared
+//! - [`round`]: one round, and what it is measured by
+//! - [`report`]: medians, table, JSON
+
+mod contender;
+mod report;
+mod round;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use prestage_tests::paths::Scratch;
+use prestage_tests::swap::Swap;
+use prestage_tests::toucher::{Backing, MemoryRig};
+use serde::Serialize;
+
+use crate::host::Host;
+use crate::progress::Progress;
+use crate::record::write_json;
+use contender::{Contender, Everything, Kernel, Resident};
+use report::{Report, Row};
+use round::{Subject, Trial};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Rounds of every contender; the one before them is not counted
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// The guest's memory
+    #[arg(long, default_value_t = 512, value_name = "MIB")]
+    memory: u64,
+    /// What its program touches
+    #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    working_set: u64,
+    /// Where it is swapped to
+    #[arg(long, value_delimiter = ',', default_values_t = [Area::Zram, Area::Disk])]
+    swap: Vec<Area>,
+    /// A file on the disk that is swapped to, made and removed [default: in the cache's folder]
+    #[arg(long, value_name = "PATH")]
+    swap_file: Option<PathBuf>,
+    /// The orders it is touched in
+    #[arg(long, value_delimiter = ',', default_values_t = [Order::Ascending, Order::Recorded, Order::New])]
+    order: Vec<Order>,
+    /// What the program computes after each touch
+    #[arg(long, default_value_t = 0, value_name = "NS")]
+    compute_ns: u64,
+    /// How long before the first touch those are told that can be told
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 1000], value_name = "MS")]
+    lead_ms: Vec<u64>,
+    /// The guest's memory in QEMU is a memfd, as for vhost-user devices; else it is private
+    #[arg(long)]
+    shared: bool,
+    /// Where the figures are written
+    #[arg(long, default_value = "target/memory.json")]
+    json: PathBuf,
+}
+
+/// Where memory is swapped to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Area {
+    /// A zram device with the kernel's default compressor
+    Zram,
+    /// A file
+    Disk,
+}
+
+/// The order the working set is touched in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Order {
+    /// By address, the same every round
+    Ascending,
+    /// Shuffled, the same every round
+    Recorded,
+    /// Shuffled anew every round
+    New,
+    /// As many pages as there are, drawn at random with repetition anew every round
+    Random,
+}
+
+macro_rules! named {
+    ($($name:ident),*) => {$(
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                let value = clap::ValueEnum::to_possible_value(self);
+                f.write_str(value.as_ref().map_or("", |value| value.get_name()))
+            }
+        }
+    )*};
+}
+named!(Area, Order);
+
+/// Seed of [`Order::Recorded`]; those of new orders count up from above it.
+const RECORDED: u64 = 1;
+
+impl Order {
+    fn seed(self, round: u32) -> u64 {
+        match self {
+            Self::Ascending => 0,
+            Self::Recorded => RECORDED,
+            Self::New | Self::Random => RECORDED + 1 + u64::from(round),
+        }
+    }
+}
+
+/// The contenders of one swap area and order, in the order they take their turns.
+fn contenders(options: &Options) -> Vec<Box<dyn Contender>> {
+    let mut all: Vec<Box<dyn Contender>> =
+        vec![Box::new(Kernel { page_cluster: 0 }), Box::new(Kernel { page_cluster: 3 })];
+    for &lead in &options.lead_ms {
+        all.push(Box::new(Everything::new(Duration::from_millis(lead))));
+    }
+    all.push(Box::new(Resident));
+    all
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let can = if options.swap.contains(&Area::Zram) { Swap::zram_available() } else { Swap::available() };
+    if let Err(why) = can {
+        bail!("nothing can be swapped out on this host: {why}");
+    }
+    let progress = Progress::new();
+    progress.now("guest image");
+    let rig = MemoryRig::new()?;
+    let backing = if options.shared { Backing::Shared } else { Backing::Anonymous };
+    let guest = rig.guest("prestage-memory", options.memory, backing)?;
+    let mut run = guest.start()?;
+    run.wait_alive()?;
+    run.fill(options.working_set)?;
+    progress.step(&format!("a guest runs under {} and has filled {} MiB", rig.accelerator, options.working_set));
+    let mut subject = Subject::new(run, guest.pid()?, options)?;
+
+    let mut report =
+        Report { host: Host::find(), accelerator: rig.accelerator, options: report::settings(options), rows: vec![] };
+    // as large that the kernel keeps what was read from it: it frees slots of an area that is half full
+    let bytes = 4 * (options.memory << 20);
+    for &area in &options.swap {
+        let folder = Scratch::large()?;
+        let mut swap = match (area, &options.swap_file) {
+            (Area::Zram, _) => Swap::zram(bytes)?,
+            (Area::Disk, Some(path)) => Swap::file(path, bytes)?,
+            (Area::Disk, None) => Swap::file(&folder.join("swap"), bytes)?,
+        };
+        progress.step(&format!("{} MiB of swap on {}", bytes >> 20, swap.device().display()));
+        for &order in &options.order {
+            let mut contenders = contenders(options);
+            let mut samples = vec![Vec::new(); contenders.len()];
+            // the first round finds the guest's memory in huge pages, the caches cold and the recorded order unheard of
+            for round in 0..=options.rounds {
+                for (contender, samples) in contenders.iter_mut().zip(&mut samples) {
+                    progress.now(&format!(
+                        "{area}, {order}: round {round} of {}, {}",
+                        options.rounds,
+                        contender.name()
+                    ));
+                    let trial =
+                        Trial { order, seed: order.seed(round), compute: Duration::from_nanos(options.compute_ns) };
+                    let sample = subject
+                        .round(&mut swap, contender.as_mut(), &trial)
+                        .with_context(|| format!("{area}, {order}, {}", contender.name()))?;
+                    if round > 0 {
+                        samples.push(sample);
+                    }
+                }
+            }
+            for (contender, samples) in contenders.iter().zip(samples) {
+                report.rows.push(Row::new(area, order, contender.as_ref(), samples));
+            }
+            write_json(&report, &options.json)?;
+            progress.step(&format!("{area}, {order}: {} rounds", options.rounds));
+        }
+    }
+    println!("\n{}\nfigures: {}", report.render(), options.json.display());
+    Ok(())
+}
