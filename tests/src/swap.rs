@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, bail};
 
 use crate::clean::{self, Guard};
+use crate::process::run;
 
 /// The highest that swapon(8) takes.
 const PRIORITY: i32 = 32767;
@@ -101,7 +102,9 @@ impl Swap {
                 return Err(format!("no {tool} here (package util-linux, and its folder in PATH)"));
             }
         }
-        let swaps = fs::read_to_string("/proc/swaps").map_err(|error| format!("/proc/swaps: {error}"))?;
+        // another test's area is no rival: it goes before ours comes
+        let swaps = run(Command::new("flock").args(["--timeout", "900", LOCK, "cat", "/proc/swaps"]));
+        let swaps = swaps.map_err(|error| format!("/proc/swaps: {error:#}"))?;
         match rival(&swaps) {
             Some(other) => Err(format!("{other} has the highest priority already, pages would go to both")),
             None => Ok(()),
