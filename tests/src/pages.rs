@@ -58,6 +58,22 @@ impl Usage {
         Ok(Self { minor_faults, major_faults, cpu: Duration::from_nanos(nanoseconds) })
     }
 
+    /// Of process `pid` and those it has started.
+    pub fn of_family(pid: i32) -> Result<Self> {
+        let mut all = Self::of(pid)?;
+        for thread in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?.flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            for child in children.split_ascii_whitespace().filter_map(|word| word.parse().ok()) {
+                // one that has just ended counts no more
+                let Ok(more) = Self::of_family(child) else { continue };
+                all.minor_faults += more.minor_faults;
+                all.major_faults += more.major_faults;
+                all.cpu += more.cpu;
+            }
+        }
+        Ok(all)
+    }
+
     /// What came after `earlier`.
     #[must_use]
     pub fn since(&self, earlier: &Self) -> Self {
@@ -131,8 +147,8 @@ impl Memory {
         )
     }
 
-    /// Reads a byte of every page.
-    fn read(&self) -> Result<()> {
+    /// Reads a byte of every page, which maps it; untouched ones are mapped to the page of zeros.
+    pub fn read(&self) -> Result<()> {
         const BATCH: u64 = 512;
         let mut at = self.range.start;
         let mut bytes = [0; BATCH as usize];

@@ -26,8 +26,13 @@ pub(super) trait Contender {
         true
     }
 
-    /// The touch is coming. Returns at once, whatever it starts.
-    fn announce(&mut self, memory: &Arc<Memory>) -> Result<()> {
+    /// A round begins. The guest is in RAM as yet.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What comes now is measured; who has a lead is told. Returns at once, whatever it starts.
+    fn start(&mut self, memory: &Arc<Memory>) -> Result<()> {
         let _ = memory;
         Ok(())
     }
@@ -68,32 +73,49 @@ impl Contender for Resident {
     }
 }
 
-/// MADV_WILLNEED of all of the guest's memory in one call, by address.
+/// How all of the guest's memory is brought in, by address, in one go.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Way {
+    /// MADV_WILLNEED: into the swap cache, where a first touch is a minor fault.
+    WillNeed,
+    /// The same, then a byte of every page read, which maps it: a first touch is no fault.
+    WillNeedRead,
+}
+
+/// Everything, as soon as it is told.
 #[derive(Debug)]
 pub(super) struct Everything {
+    way: Way,
     lead: Duration,
     working: Option<JoinHandle<Result<Duration>>>,
 }
 
 impl Everything {
-    pub(super) fn new(lead: Duration) -> Self {
-        Self { lead, working: None }
+    pub(super) fn new(way: Way, lead: Duration) -> Self {
+        Self { way, lead, working: None }
     }
 }
 
 impl Contender for Everything {
     fn name(&self) -> String {
-        "WILLNEED of everything".to_owned()
+        match self.way {
+            Way::WillNeed => "all, WILLNEED",
+            Way::WillNeedRead => "all, WILLNEED, read",
+        }
+        .to_owned()
     }
 
     fn lead(&self) -> Option<Duration> {
         Some(self.lead)
     }
 
-    fn announce(&mut self, memory: &Arc<Memory>) -> Result<()> {
-        let memory = Arc::clone(memory);
+    fn start(&mut self, memory: &Arc<Memory>) -> Result<()> {
+        let (way, memory) = (self.way, Arc::clone(memory));
         self.working = Some(std::thread::spawn(move || {
             memory.bring_in()?;
+            if matches!(way, Way::WillNeedRead) {
+                memory.read()?;
+            }
             // a thread of its own, so that all it has used is this
             thread_cpu()
         }));

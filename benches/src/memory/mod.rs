@@ -6,16 +6,18 @@
 //! 1. the swap area is switched off and on, so that all of the guest is in RAM and the area is empty and unfragmented;
 //! 2. all of the guest's memory is pushed out, which is checked, on a disk down to the swap cache;
 //! 3. the guest draws the order, which brings its kernel and the program back;
-//! 4. the contender is told that the touch is coming, and its lead passes;
+//! 4. a contender with a lead is told that the touch is coming, and the lead passes;
 //! 5. the guest touches, and says how long it took by its own clock.
 //!
 //! Faults are QEMU's, from the announcement to the answer. Contenders take turns round by round; rows are medians.
 //!
 //! - [`contender`]: what is compared
+//! - [`project`]: this project among them
 //! - [`round`]: one round, and what it is measured by
 //! - [`report`]: medians, table, JSON
 
 mod contender;
+mod project;
 mod report;
 mod round;
 
@@ -23,6 +25,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use prestage_tests::daemon::DaemonOptions;
 use prestage_tests::paths::Scratch;
 use prestage_tests::swap::Swap;
 use prestage_tests::toucher::{Backing, MemoryRig};
@@ -31,7 +34,8 @@ use serde::Serialize;
 use crate::host::Host;
 use crate::progress::Progress;
 use crate::record::write_json;
-use contender::{Contender, Everything, Kernel, Resident};
+use contender::{Contender, Everything, Kernel, Resident, Way};
+use project::{Knowledge, Project};
 use report::{Report, Row};
 use round::{Subject, Trial};
 
@@ -61,6 +65,12 @@ pub(crate) struct Options {
     /// How long before the first touch those are told that can be told
     #[arg(long, value_delimiter = ',', default_values_t = [0, 1000], value_name = "MS")]
     lead_ms: Vec<u64>,
+    /// This project beside them
+    #[arg(long)]
+    prestage: bool,
+    /// Further sections of prestaged's configuration
+    #[arg(long, default_value = "", value_name = "TOML")]
+    config: String,
     /// The guest's memory in QEMU is a memfd, as for vhost-user devices; else it is private
     #[arg(long)]
     shared: bool,
@@ -105,6 +115,9 @@ macro_rules! named {
 }
 named!(Area, Order);
 
+/// Name of the guest.
+const GUEST: &str = "prestage-memory";
+
 /// Seed of [`Order::Recorded`]; those of new orders count up from above it.
 const RECORDED: u64 = 1;
 
@@ -119,11 +132,28 @@ impl Order {
 }
 
 /// The contenders of one swap area and order, in the order they take their turns.
-fn contenders(options: &Options) -> Vec<Box<dyn Contender>> {
-    let mut all: Vec<Box<dyn Contender>> =
-        vec![Box::new(Kernel { page_cluster: 0 }), Box::new(Kernel { page_cluster: 3 })];
+fn contenders(options: &Options, order: Order, daemon: &DaemonOptions) -> Vec<Box<dyn Contender>> {
+    let project = |knowledge, lead| Box::new(Project::new(GUEST, daemon, knowledge, lead));
+    let mut all: Vec<Box<dyn Contender>> = vec![Box::new(Kernel { page_cluster: 0 })];
+    // nothing can be foreseen there: what is asked is what trying costs
+    if order == Order::Random {
+        if options.prestage {
+            all.push(project(Knowledge::Nothing, None));
+        }
+        return all;
+    }
+    all.push(Box::new(Kernel { page_cluster: 3 }));
     for &lead in &options.lead_ms {
-        all.push(Box::new(Everything::new(Duration::from_millis(lead))));
+        let lead = Duration::from_millis(lead);
+        for way in [Way::WillNeed, Way::WillNeedRead] {
+            all.push(Box::new(Everything::new(way, lead)));
+        }
+        if options.prestage {
+            all.push(project(Knowledge::Kept, Some(lead)));
+        }
+    }
+    if options.prestage {
+        all.push(project(Knowledge::Kept, None));
     }
     all.push(Box::new(Resident));
     all
@@ -138,13 +168,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     progress.now("guest image");
     let rig = MemoryRig::new()?;
     let backing = if options.shared { Backing::Shared } else { Backing::Anonymous };
-    let guest = rig.guest("prestage-memory", options.memory, backing)?;
+    let guest = rig.guest(GUEST, options.memory, backing)?;
     let mut run = guest.start()?;
     run.wait_alive()?;
     run.fill(options.working_set)?;
     progress.step(&format!("a guest runs under {} and has filled {} MiB", rig.accelerator, options.working_set));
     let mut subject = Subject::new(run, guest.pid()?, options)?;
 
+    let daemon = DaemonOptions {
+        libvirt_uri: Some(rig.libvirt.uri().to_owned()),
+        more: options.config.clone(),
+        ..DaemonOptions::default()
+    };
     let mut report =
         Report { host: Host::find(), accelerator: rig.accelerator, options: report::settings(options), rows: vec![] };
     // as large that the kernel keeps what was read from it: it frees slots of an area that is half full
@@ -158,7 +193,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         };
         progress.step(&format!("{} MiB of swap on {}", bytes >> 20, swap.device().display()));
         for &order in &options.order {
-            let mut contenders = contenders(options);
+            let mut contenders = contenders(options, order, &daemon);
             let mut samples = vec![Vec::new(); contenders.len()];
             // the first round finds the guest's memory in huge pages, the caches cold and the recorded order unheard of
             for round in 0..=options.rounds {

@@ -27,7 +27,7 @@ pub(super) struct Trial {
 pub(super) struct Sample {
     /// All touches, by the guest's clock.
     pub(super) seconds: f64,
-    /// From the announcement to the order to touch, by the host's clock.
+    /// From the announcement, or where it would be, to the order to touch, by the host's clock.
     pub(super) lead_seconds: f64,
     /// QEMU's faults from the announcement to the answer.
     pub(super) major_faults: u64,
@@ -59,6 +59,7 @@ impl<'a> Subject<'a> {
     }
 
     pub(super) fn round(&mut self, swap: &mut Swap, contender: &mut dyn Contender, trial: &Trial) -> Result<Sample> {
+        contender.prepare()?;
         swap.renew()?;
         swap.set_page_cluster(contender.page_cluster())?;
         if contender.swapped() {
@@ -74,10 +75,8 @@ impl<'a> Subject<'a> {
 
         let before = Usage::of(self.pid)?;
         let announced = Instant::now();
-        if let Some(lead) = contender.lead() {
-            contender.announce(&self.memory)?;
-            std::thread::sleep(lead.saturating_sub(announced.elapsed()));
-        }
+        contender.start(&self.memory)?;
+        std::thread::sleep(contender.lead().unwrap_or_default().saturating_sub(announced.elapsed()));
         let lead_seconds = announced.elapsed().as_secs_f64();
         let touched = self.run.touch(trial.compute)?;
         let used = Usage::of(self.pid)?.since(&before);
