@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::store::StoreSourceError;
+use super::template::Unfit;
 
 /// Why a disk can't be attached or detached, from the domain's definition alone.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -137,6 +138,10 @@ pub enum HypervisorError {
     Refused { vm: String, reason: String },
     #[error("libvirt took the changed definition of VM `{vm}` but shows another one ({found}); {rollback}")]
     NotTaken { vm: String, found: String, rollback: String },
+    #[error("VM `{vm}` can't be a template: {unfit}")]
+    Unfit { vm: String, unfit: Box<Unfit> },
+    #[error("QEMU of VM `{vm}` could not {what}: {reason}")]
+    Qemu { vm: String, what: &'static str, reason: String },
     #[error("libvirt could not {what}: {reason}")]
     Libvirt { what: String, reason: String },
 }

@@ -301,14 +301,25 @@ impl Hypervisor {
         limit: Duration,
         work: impl FnOnce(&Domain) -> Result<T, HypervisorError> + Send + 'static,
     ) -> Result<T, HypervisorError> {
-        let permit = SlowCall::take(&self.inner.slow_calls)?;
         let name = vm.to_owned();
-        let domain = self.call(what, true, move |link| Ok((find(link, &name)?, link.clone()))).await?;
+        self.aside(what, limit, move |link| find(link, &name), work).await
+    }
+
+    /// [`beside`](Self::beside) for work on what `prepare`, on the worker thread, makes of the connection.
+    pub(super) async fn aside<P: Send + 'static, T: Send + 'static>(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        mut prepare: impl FnMut(&Arc<Link>) -> Result<P, HypervisorError> + Send + 'static,
+        work: impl FnOnce(&P) -> Result<T, HypervisorError> + Send + 'static,
+    ) -> Result<T, HypervisorError> {
+        let permit = SlowCall::take(&self.inner.slow_calls)?;
+        let prepared = self.call(what, true, move |link| Ok((prepare(link)?, link.clone()))).await?;
         let (reply, answer) = oneshot::channel();
         let run = move || {
-            let (domain, link) = domain;
-            let result = work(&domain);
-            drop(domain);
+            let (on, link) = prepared;
+            let result = work(&on);
+            drop(on);
             drop(link); // after the domain: the connection closes with its last user
             drop(permit);
             let _ = reply.send(result);
@@ -363,7 +374,7 @@ pub(super) fn failed(what: &str, error: &Error) -> HypervisorError {
     HypervisorError::Libvirt { what: what.to_owned(), reason: error.message().to_owned() }
 }
 
-fn is_gone(error: &Error) -> bool {
+pub(super) fn is_gone(error: &Error) -> bool {
     error.code() == ErrorNumber::NoDomain
 }
 
@@ -380,7 +391,7 @@ fn find(link: &Link, vm: &str) -> Result<Domain, HypervisorError> {
     }
 }
 
-fn id_of(domain: &Domain) -> Result<VmId, HypervisorError> {
+pub(super) fn id_of(domain: &Domain) -> Result<VmId, HypervisorError> {
     let name = domain.get_name().map_err(|e| failed("read the VM's name", &e))?;
     let uuid = domain.get_uuid().map_err(|e| failed("read the VM's UUID", &e))?;
     Ok(VmId { uuid, name })

@@ -6,8 +6,9 @@
 //! | `worker` | the thread that owns the connection: reconnects, registers events again, resynchronises |
 //! | `queue` | the bounded queue of calls to that thread |
 //! | `link` | one connection and its callbacks; unsafe |
-//! | `raw` | statistics of all domains in one call; unsafe |
+//! | `raw` | statistics of all domains in one call, QEMU's monitor; unsafe |
 //! | [`act`] | what VMs may use: memory, vCPUs, shares, limits; changed, read back, rolled back |
+//! | [`template`] | machines saved as templates, and clones started from them |
 //! | [`stats`] | what VMs and the host use, every second |
 //! | `vm` | plain types: [`Vm`], [`VmDisk`], [`VmEvent`], [`HypervisorEvent`], [`ConnectionState`] |
 //! | `describe` | domain XML → [`Vm`] |
@@ -24,6 +25,7 @@
 
 pub mod act;
 pub mod stats;
+pub mod template;
 
 mod describe;
 mod disk;

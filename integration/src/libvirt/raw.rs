@@ -1,10 +1,12 @@
-//! Statistics of all domains in one call, for which `virt` has a wrapper that leaks. Unsafe code with a safe owner around
-//! it, like `link`.
+//! Statistics of all domains in one call, for which `virt` has a wrapper that leaks, and QEMU's monitor with files passed along,
+//! for which it has none. Unsafe code with a safe owner around it, like `link`.
 //!
-//! They come as *typed parameters*: arrays of a name, a type and a value.
+//! Statistics come as *typed parameters*: arrays of a name, a type and a value.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, CString, c_int};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
+use virt::domain::Domain;
 use virt::error::Error;
 use virt::sys;
 
@@ -160,4 +162,34 @@ unsafe fn value(param: &sys::virTypedParameter) -> Option<Value<'_>> {
             _ => return None,
         })
     }
+}
+
+/// Sends a command to the monitor of a domain's QEMU, with a file that QEMU gets a descriptor of, and returns its answer.
+/// `Ok(None)` where the command can't be sent: it has a NUL character.
+pub(super) fn monitor(domain: &Domain, command: &str, file: Option<BorrowedFd<'_>>) -> Result<Option<String>, Error> {
+    let Ok(command) = CString::new(command) else { return Ok(None) };
+    let mut files = [file.map_or(-1, |file| file.as_raw_fd())];
+    let mut answer = std::ptr::null_mut();
+    // SAFETY: the domain is open, the command and the one file given live until the call returns, `answer` is a valid place
+    // for the result, and no files are wanted back.
+    let sent = unsafe {
+        sys::virDomainQemuMonitorCommandWithFiles(
+            domain.as_ptr(),
+            command.as_ptr(),
+            u32::from(file.is_some()),
+            files.as_mut_ptr(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            &raw mut answer,
+            sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_DEFAULT,
+        )
+    };
+    if sent != 0 || answer.is_null() {
+        return Err(Error::last_error());
+    }
+    // SAFETY: libvirt gives a text that ends with a NUL.
+    let text = unsafe { CStr::from_ptr(answer) }.to_string_lossy().into_owned();
+    // SAFETY: libvirt allocates the text with malloc and leaves it to the caller; nothing refers to it any more.
+    unsafe { libc::free(answer.cast()) };
+    Ok(Some(text))
 }

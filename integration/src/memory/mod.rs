@@ -10,6 +10,7 @@
 //! - [`capture`]: what the guest faults on, in order
 //! - [`advise`]: bringing in and pushing out
 //! - [`swap`]: what this host swaps to
+//! - [`template`]: machines started from the memory of another
 //!
 //! Pages are of 4 KiB; a *frame* is the index of a page in the guest's physical memory.
 
@@ -20,6 +21,7 @@ pub mod layout;
 pub mod pagemap;
 pub mod process;
 pub mod swap;
+pub mod template;
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
