@@ -14,6 +14,7 @@
 //! - [`swap`]: a swap area of our own
 //! - [`pages`]: memory of another process: what of it is in RAM, pushing it out, bringing it in
 //! - [`toucher`]: a guest whose program touches memory in the order it is told
+//! - [`template`]: a guest to save as a template, and its clones
 //! - [`daemon`]: `prestaged` and `prestagectl`
 //! - [`rig`]: all of these together, as a test uses them
 
@@ -31,4 +32,5 @@ pub mod report;
 pub mod rig;
 pub mod store;
 pub mod swap;
+pub mod template;
 pub mod toucher;

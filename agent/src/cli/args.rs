@@ -180,6 +180,21 @@ pub enum VmCommand {
     Policy(Box<PolicyArgs>),
     /// What users do in a machine, now or from a time on: tell it, or show what was told
     Activity(ActivityArgs),
+    /// Save a running machine as a template, for clones that share its memory; it stands still for a moment
+    #[command(
+        long_about = "Save a running machine as a template: its devices and its memory, from which clones start that share one \
+        copy of that memory in the host's page cache. It stands still while it is written, and goes on whatever happens.\n\nRefused is what \
+        clones would share or lose: writable disks, vhost-user disks, devices of the host, NUMA cells and memory devices, huge pages, UEFI \
+        variables. QEMU 9.0 or newer is needed. The template holds all that was in the machine's memory, secrets included."
+    )]
+    SaveTemplate(super::templates::SaveArgs),
+    /// Start a clone of a template: its memory is read ahead of it in the order clones touch it
+    #[command(
+        long_about = "Start a clone of a template. What clones touch first is read ahead of it, in their order, the rest behind it at \
+        low priority. The first clone's touches are recorded for those to come.\n\nThe clone is transient (gone when it stops) and has a UUID, \
+        MAC addresses and consoles of its own. Its guest does not know: its network interfaces are unplugged until it was told."
+    )]
+    StartFromTemplate(super::templates::StartArgs),
     /// Give a machine's disk its original source back
     Detach {
         /// Name or UUID

@@ -9,6 +9,7 @@
 //! - `record.rs`: `trace record`
 //! - `explain.rs`: `explain`
 //! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
+//! - `templates.rs`: `vm save-template`, `vm start-from-template`
 //! - `when.rs`: points in time
 //! - `forecast.rs`: `forecast`, which needs no daemon
 //!
@@ -27,6 +28,7 @@ mod replay;
 mod simulate;
 mod stat;
 mod table;
+mod templates;
 mod when;
 
 use std::ffi::OsString;
@@ -226,6 +228,8 @@ async fn vm(command: VmCommand, client: &Client, json: bool, out: &mut impl Writ
             let reply: Detached = client.post(&path(&vm, &target, "detach"), &json!({})).await?;
             answer(out, json, &reply, render::detached)
         }
+        VmCommand::SaveTemplate(args) => templates::save(args, client, json, out).await,
+        VmCommand::StartFromTemplate(args) => templates::start(args, client, json, out).await,
         VmCommand::Activity(args) => demand::activity(args, client, json, out).await,
         VmCommand::Policy(args) => demand::policy(*args, client, json, out).await,
     }

@@ -287,7 +287,7 @@ fn effect(effect: TakesEffect) -> &'static str {
     }
 }
 
-fn notes(notes: &[String]) -> String {
+pub(super) fn notes(notes: &[String]) -> String {
     notes.iter().map(|note| format!("Note: {}\n", printable(note))).collect()
 }
 

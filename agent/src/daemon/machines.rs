@@ -13,7 +13,7 @@ use prestage_integration::libvirt::{
 use std::path::Path;
 use tokio::sync::broadcast::error::RecvError;
 
-fn hypervisor(daemon: &Shared) -> Result<Hypervisor, ApiError> {
+pub(super) fn hypervisor(daemon: &Shared) -> Result<Hypervisor, ApiError> {
     daemon.hypervisor.clone().ok_or_else(|| {
         ApiError::new(
             ErrorCode::HypervisorUnavailable,
@@ -22,7 +22,7 @@ fn hypervisor(daemon: &Shared) -> Result<Hypervisor, ApiError> {
     })
 }
 
-fn api_error(error: &HypervisorError) -> ApiError {
+pub(super) fn api_error(error: &HypervisorError) -> ApiError {
     let code = match error {
         HypervisorError::NoSuchVm { .. } => ErrorCode::NotFound,
         HypervisorError::Plan { plan, .. } => match plan {
@@ -31,6 +31,8 @@ fn api_error(error: &HypervisorError) -> ApiError {
             _ => ErrorCode::NotPossible,
         },
         HypervisorError::TransientVm { .. }
+        | HypervisorError::Unfit { .. }
+        | HypervisorError::Qemu { .. }
         | HypervisorError::ManagedSave { .. }
         | HypervisorError::Refused { .. }
         | HypervisorError::NotTaken { .. } => ErrorCode::NotPossible,
@@ -69,6 +71,7 @@ fn describe(daemon: &Shared, vm: &libvirt::Vm) -> Vm {
         vcpus: vm.vcpus,
         memory_bytes: vm.memory_bytes,
         disks: disks.collect(),
+        clone: daemon.templates.progress(vm.id.uuid),
     }
 }
 
@@ -192,12 +195,14 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
     if let Ok(vms) = hypervisor.list().await {
         remember(&daemon, &vms);
         release(&daemon, &hypervisor).await;
+        super::templates::recover(&daemon, &hypervisor).await;
     }
     loop {
         match events.recv().await {
             Ok(HypervisorEvent::Vm(event)) => {
                 tracing::debug!(vm = event.vm.name, kind = ?event.kind, "machine event");
                 if matches!(event.kind, VmEventKind::Stopped(_) | VmEventKind::Undefined) {
+                    daemon.templates.ended(event.vm.uuid);
                     // Disks attached while the machine ran can be opened now, and should be before its next start.
                     super::run::open_missing(&daemon).await;
                     release(&daemon, &hypervisor).await;
@@ -205,7 +210,10 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
             }
             Ok(HypervisorEvent::Resync(vms)) => {
                 remember(&daemon, &vms);
+                let running = vms.iter().filter(|vm| vm.is_running()).map(|vm| vm.id.uuid).collect();
+                daemon.templates.keep(&running);
                 release(&daemon, &hypervisor).await;
+                super::templates::recover(&daemon, &hypervisor).await;
             }
             Ok(HypervisorEvent::Disconnected { reason }) => {
                 tracing::warn!(reason, "libvirt connection lost; disks are served on, reconnecting");

@@ -9,6 +9,7 @@
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
 //! - `webhooks.rs`: who is told
+//! - `templates.rs`: templates saved, clones started
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod control;
@@ -22,6 +23,7 @@ mod questions;
 mod report;
 mod rows;
 mod run;
+mod templates;
 mod webhooks;
 
 pub use run::{Options, RunError, SetLog, run};
@@ -53,6 +55,7 @@ struct Daemon {
     disks: Disks,
     questions: Questions,
     hypervisor: Option<Hypervisor>,
+    templates: templates::Templates,
     demand: Option<Demand>,
     /// Why it is off although it is configured.
     demand_trouble: Option<String>,

@@ -321,6 +321,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         disks: Disks::new(),
         questions: Questions::default(),
         hypervisor,
+        templates: Default::default(),
         demand,
         demand_trouble,
         couriers: Mutex::default(),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures_util::StreamExt;
 use parking_lot::Mutex;
 use prestage_integration::api::history::*;
+use prestage_integration::api::templates::*;
 use prestage_integration::api::types::*;
 use prestage_integration::api::{
     ApiError, Control, Counters, ErrorCode, Limits, Reply, Rows, SocketOptions, bind, serve,
@@ -114,6 +115,37 @@ impl Fake {
 
 pub(crate) fn done<'a, T: Send + 'a>(result: Result<T, ApiError>) -> Reply<'a, T> {
     Box::pin(async move { result })
+}
+
+impl TemplateControl for Fake {
+    fn template_save(&self, vm: String, request: TemplateSave) -> Reply<'_, TemplateSaved> {
+        self.note(format!("save {vm} {request:?}"));
+        done(Ok(TemplateSaved {
+            template: "/var/lib/prestage/templates/web1".into(),
+            memory_bytes: 512 << 20,
+            used_bytes: 180 << 20,
+            stood_ms: 240,
+            vm,
+        }))
+    }
+
+    fn clone_start(&self, request: CloneStart) -> Reply<'_, CloneStarted> {
+        self.note(format!("start {request:?}"));
+        done(Ok(CloneStarted {
+            vm: request.name,
+            template: request.template,
+            resumed_ms: 512,
+            progress: CloneProgress {
+                needed_bytes: 61 << 20,
+                needed_done_bytes: 61 << 20,
+                rest_bytes: 120 << 20,
+                phase: ClonePhase::Behind,
+                ..CloneProgress::default()
+            },
+            notes: vec!["its network interfaces are unplugged".into()],
+            ..CloneStarted::default()
+        }))
+    }
 }
 
 impl Control for Fake {

@@ -190,6 +190,32 @@ Note: shared memory backing was added to the domain
 }
 
 #[test]
+fn machines_are_saved_as_templates_and_started_from_them() {
+    let daemon = Daemon::start();
+    prints(
+        &daemon,
+        &["vm", "save-template", "web1"],
+        "web1 is saved in /var/lib/prestage/templates/web1: 180 of 512 MiB in use; it stood for 240 ms\n",
+    );
+    // The fake forgets the clone at once, as a daemon does one that has ended.
+    for wait in [&[][..], &["--wait"]] {
+        prints(
+            &daemon,
+            &[&["vm", "start-from-template", "/srv/t/web1", "--name", "c1"], wait].concat(),
+            "\
+c1 runs, a clone of /srv/t/web1, after 512 ms
+asked for 61 of 61 MiB needed first; read 0 of 120 MiB of the rest
+Note: its network interfaces are unplugged
+",
+        );
+    }
+    fails(&daemon.socket, &["vm", "start-from-template", "web1", "--name", "../c"], 2, "not a name for a machine");
+    let asked = daemon.control.asked.lock();
+    assert_eq!(asked[0], "save web1 TemplateSave { to: None }");
+    assert_eq!(asked[1], "start CloneStart { template: \"/srv/t/web1\", name: \"c1\", verify: false }");
+}
+
+#[test]
 fn the_cache_is_shown_warmed_and_dropped() {
     let daemon = Daemon::start();
     prints(
@@ -324,6 +350,8 @@ fn json_is_the_daemons_own_and_failures_too() {
         &["vm", "list"],
         &["vm", "attach", "a", "b", "--enable-shared-memory"],
         &["vm", "detach", "a", "b"],
+        &["vm", "save-template", "a", "--to", "t"],
+        &["vm", "start-from-template", "t", "--name", "b"],
         &["cache", "tiers"],
         &["cache", "stat"],
         &["cache", "warm", "x"],

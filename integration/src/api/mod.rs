@@ -4,6 +4,7 @@
 //! - [`history`]: the same and the handlers for history
 //! - [`models`]: models and thresholds, words and what is done about them
 //! - [`demand`]: policies, forecasts, decisions, reservations, executions, events
+//! - [`templates`]: templates and clones
 //! - `error.rs`: problems (RFC 9457) and their codes
 //! - `routes.rs`: paths, handlers, the OpenAPI document
 //! - `rows.rs`: answers that go on, as CSV
@@ -21,6 +22,7 @@ pub mod models;
 mod routes;
 mod rows;
 mod server;
+pub mod templates;
 #[cfg(test)]
 mod tests;
 pub mod types;
@@ -47,7 +49,9 @@ pub type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send 
 ///
 /// Methods that change something run to their end even when the client goes away: the router spawns them. Requests arrive checked by
 /// their `validate`.
-pub trait Control: models::ModelControl + demand::DemandControl + Send + Sync + 'static {
+pub trait Control:
+    models::ModelControl + demand::DemandControl + templates::TemplateControl + Send + Sync + 'static
+{
     fn status(&self) -> Reply<'_, Status>;
 
     fn disks(&self) -> Reply<'_, DiskList>;

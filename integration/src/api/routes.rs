@@ -5,6 +5,7 @@
 
 mod demand;
 mod models;
+mod templates;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -120,6 +121,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(super::history::history_near))
         .merge(models::described())
         .merge(demand::described())
+        .merge(templates::described())
 }
 
 /// Around every request: the time limit, the path in problems, and one line of log for each change with who asked for it.

@@ -64,6 +64,15 @@ impl models::ModelControl for Fake {
     }
 }
 
+impl templates::TemplateControl for Fake {
+    fn template_save(&self, _: String, _: templates::TemplateSave) -> Reply<'_, templates::TemplateSaved> {
+        no()
+    }
+    fn clone_start(&self, _: templates::CloneStart) -> Reply<'_, templates::CloneStarted> {
+        no()
+    }
+}
+
 impl Control for Fake {
     fn status(&self) -> Reply<'_, Status> {
         Box::pin(async { Ok(Status { version: "1".into(), ..Status::default() }) })
@@ -296,6 +305,8 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "get /v1/vms/{vm}",
         "post /v1/vms/{vm}/disks/{target}/attach",
         "post /v1/vms/{vm}/disks/{target}/detach",
+        "post /v1/vms/{vm}/template",
+        "post /v1/clones",
     ];
     let mut sorted = operations.clone();
     sorted.sort();

@@ -18,6 +18,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::templates::CloneProgress;
+
 pub use super::counters::Counters;
 pub use explained::{Attempt, BudgetUse, Explained, Fate, Governor, Place, Touch, Vote};
 
@@ -275,6 +277,9 @@ pub struct Vm {
     pub vcpus: u32,
     pub memory_bytes: u64,
     pub disks: Vec<VmDisk>,
+    /// What is read for it, if it was started from a template by this run of the daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone: Option<CloneProgress>,
 }
 
 /// One disk of a virtual machine.

@@ -1,0 +1,112 @@
+//! `vm save-template` and `vm start-from-template`.
+
+use super::table::printable;
+use super::{Failure, answer, render};
+use crate::client::{Client, encode};
+use clap::Args;
+use prestage_integration::api::templates::{
+    ClonePhase, CloneProgress, CloneStart, CloneStarted, TemplateSave, TemplateSaved,
+};
+use prestage_integration::api::types::{Vm, validate_name};
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+/// Between two looks of `--wait`.
+const LOOK: Duration = Duration::from_millis(250);
+
+#[derive(Debug, Args)]
+pub struct SaveArgs {
+    /// Name or UUID
+    vm: String,
+    /// Name, or folder to make, such as ./web or /srv/templates/web [default: the machine's name]
+    #[arg(long, value_name = "NAME|DIR")]
+    to: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct StartArgs {
+    /// Name, or its folder, such as ./web or /srv/templates/web
+    template: String,
+    /// Name of the machine to make
+    #[arg(long, value_parser = clone_name)]
+    name: String,
+    /// Check the memory's contents first, which reads all of it
+    #[arg(long)]
+    verify: bool,
+    /// Return when nothing is read for it any more
+    #[arg(long)]
+    wait: bool,
+}
+
+fn clone_name(text: &str) -> Result<String, String> {
+    validate_name(text).map(|()| text.to_owned()).map_err(|reason| reason.replace("disk name", "name for a machine"))
+}
+
+/// A name goes as it is; a path is below the operator's folder and not the daemon's.
+fn place(text: &str) -> Result<String, Failure> {
+    if text.contains('/') { super::absolute(Path::new(text)) } else { Ok(text.to_owned()) }
+}
+
+pub(super) async fn save(args: SaveArgs, client: &Client, json: bool, out: &mut impl Write) -> Result<(), Failure> {
+    let request = TemplateSave { to: args.to.as_deref().map(place).transpose()? };
+    let reply: TemplateSaved = client.post(&format!("/v1/vms/{}/template", encode(&args.vm)), &request).await?;
+    answer(out, json, &reply, |saved| {
+        let (vm, template) = (printable(&saved.vm), printable(&saved.template));
+        let (used, memory) = (saved.used_bytes >> 20, saved.memory_bytes >> 20);
+        format!("{vm} is saved in {template}: {used} of {memory} MiB in use; it stood for {} ms\n", saved.stood_ms)
+    })
+}
+
+pub(super) async fn start(args: StartArgs, client: &Client, json: bool, out: &mut impl Write) -> Result<(), Failure> {
+    let request = CloneStart { template: place(&args.template)?, name: args.name, verify: args.verify };
+    let mut started: CloneStarted = client.post("/v1/clones", &request).await?;
+    while args.wait && started.progress.phase != ClonePhase::Done {
+        tokio::time::sleep(LOOK).await;
+        // gone: so is what was read for it
+        let Ok(vm) = client.get::<Vm>(&format!("/v1/vms/{}", encode(&started.uuid))).await else { break };
+        match vm.clone {
+            Some(progress) => started.progress = progress,
+            None => break,
+        }
+    }
+    answer(out, json, &started, |started| {
+        let (vm, template) = (printable(&started.vm), printable(&started.template));
+        let mut text = format!("{vm} runs, a clone of {template}, after {} ms\n", started.resumed_ms);
+        text += &format!("{}\n", progress(&started.progress));
+        text += &render::notes(&started.notes);
+        text
+    })
+}
+
+/// One line on what is read for a clone.
+pub(super) fn progress(of: &CloneProgress) -> String {
+    let mib = |bytes: u64| bytes >> 20;
+    let needed = format!("{} of {} MiB needed first", mib(of.needed_done_bytes), mib(of.needed_bytes));
+    let rest = format!("{} of {} MiB of the rest", mib(of.rest_done_bytes), mib(of.rest_bytes));
+    match of.phase {
+        ClonePhase::Ahead => format!("asked for {needed}"),
+        ClonePhase::Learning => format!("asked for {needed}; its first touches are being recorded"),
+        ClonePhase::Behind => format!("asked for {needed}; read {rest}"),
+        ClonePhase::Done => format!("asked for {needed}; read {rest}; done"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_says_what_is_read_and_how_much() {
+        let mut of = CloneProgress {
+            needed_done_bytes: 5 << 20,
+            needed_bytes: 60 << 20,
+            rest_done_bytes: 1 << 20,
+            rest_bytes: 100 << 20,
+            ..CloneProgress::default()
+        };
+        assert_eq!(progress(&of), "asked for 5 of 60 MiB needed first");
+        of.phase = ClonePhase::Done;
+        assert_eq!(progress(&of), "asked for 5 of 60 MiB needed first; read 1 of 100 MiB of the rest; done");
+    }
+}

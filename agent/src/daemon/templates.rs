@@ -1,0 +1,330 @@
+//! Templates: machines saved, clones started, their memory read ahead of them and behind them.
+
+use super::Shared;
+use super::control::{Handle, blocking};
+use super::machines::{api_error, hypervisor};
+use crate::learner::run::unix_ms;
+use parking_lot::Mutex;
+use prestage_integration::api::templates::{
+    ClonePhase, CloneProgress, CloneStart, CloneStarted, TemplateControl, TemplateSave, TemplateSaved,
+};
+use prestage_integration::api::types::validate_name;
+use prestage_integration::api::{ApiError, ErrorCode, Reply};
+use prestage_integration::libvirt::template::{CloneMemory, clone_definition};
+use prestage_integration::libvirt::{Hypervisor, Uuid};
+use prestage_integration::memory::template::preload::{self, Progress};
+use prestage_integration::memory::template::record::Mapping;
+use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError};
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Longest time for a machine's state to be written or read: a large machine on a slow disk.
+const STATE_LIMIT: Duration = Duration::from_secs(600);
+/// Longest time that a clone's touches are recorded. Most have answered by then; what comes later is read behind it.
+const RECORD_LIMIT: Duration = Duration::from_secs(30);
+
+/// What is going on with templates.
+#[derive(Debug, Default)]
+pub(super) struct Templates {
+    /// Names of machines that are being saved or started.
+    busy: Mutex<HashSet<String>>,
+    clones: Mutex<HashMap<Uuid, Arc<Reading>>>,
+}
+
+/// What is read for one clone.
+#[derive(Debug)]
+struct Reading {
+    template: PathBuf,
+    progress: Progress,
+    learning: AtomicBool,
+    behind: AtomicBool,
+}
+
+impl Reading {
+    fn report(&self) -> CloneProgress {
+        let far = self.progress.look();
+        let is = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        let phase = if far.ended {
+            ClonePhase::Done
+        } else if is(&self.behind) {
+            ClonePhase::Behind
+        } else if is(&self.learning) {
+            ClonePhase::Learning
+        } else {
+            ClonePhase::Ahead
+        };
+        CloneProgress {
+            template: self.template.display().to_string(),
+            phase,
+            needed_done_bytes: far.needed,
+            needed_bytes: far.needed_bytes,
+            rest_done_bytes: far.rest,
+            rest_bytes: far.rest_bytes,
+        }
+    }
+}
+
+/// A machine's turn; given back when dropped.
+struct Turn(Shared, String);
+
+impl Templates {
+    /// How far reading for a machine is, if it is a clone of this run of the daemon.
+    pub(super) fn progress(&self, vm: Uuid) -> Option<CloneProgress> {
+        self.clones.lock().get(&vm).map(|reading| reading.report())
+    }
+
+    /// The machine has ended: nothing is to be read for it any more.
+    pub(super) fn ended(&self, vm: Uuid) {
+        if let Some(reading) = self.clones.lock().remove(&vm) {
+            reading.progress.stop();
+        }
+    }
+
+    /// Stops reading for all clones but these, which run.
+    pub(super) fn keep(&self, running: &HashSet<Uuid>) {
+        self.clones.lock().retain(|vm, reading| {
+            let runs = running.contains(vm);
+            if !runs {
+                reading.progress.stop();
+            }
+            runs
+        });
+    }
+}
+
+impl Turn {
+    fn take(daemon: &Shared, vm: &str) -> Result<Self, ApiError> {
+        if !daemon.templates.busy.lock().insert(vm.to_owned()) {
+            let detail = format!("machine {vm} is being saved or started already; wait for its end");
+            return Err(ApiError::new(ErrorCode::InUse, detail));
+        }
+        Ok(Self(daemon.clone(), vm.to_owned()))
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.templates.busy.lock().remove(&self.1);
+    }
+}
+
+/// Has what a crash left half done end. Called whenever libvirt is there again.
+pub(super) async fn recover(daemon: &Shared, hypervisor: &Hypervisor) {
+    let busy = daemon.templates.busy.lock().iter().cloned().collect();
+    match hypervisor.recover_templates(busy).await {
+        Ok(done) => done.iter().for_each(|line| tracing::warn!("{line}")),
+        Err(error) => tracing::warn!(%error, "not looked for unfinished templates"),
+    }
+}
+
+fn template_error(error: &TemplateError) -> ApiError {
+    let code = match error {
+        TemplateError::Missing { .. } => ErrorCode::NotFound,
+        TemplateError::Exists { .. } => ErrorCode::AlreadyExists,
+        TemplateError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => ErrorCode::NoSpace,
+        TemplateError::Io { .. } => ErrorCode::Unavailable,
+        _ => ErrorCode::NotPossible,
+    };
+    ApiError::new(code, error.to_string())
+}
+
+/// The folder that a name or an absolute path means.
+fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
+    if template.starts_with('/') {
+        return Ok(PathBuf::from(template));
+    }
+    if validate_name(template).is_err() {
+        return Err(ApiError::invalid(format!(
+            "`{}` is neither an absolute path nor a name of 1 to 64 letters, digits, `.`, `_` or `-`",
+            template.escape_debug()
+        )));
+    }
+    Ok(daemon.config.lock().daemon.state_dir.join("templates").join(template))
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl TemplateControl for Handle {
+    fn template_save(&self, vm: String, request: TemplateSave) -> Reply<'_, TemplateSaved> {
+        Box::pin(async move { save(&self.0, &vm, request).await })
+    }
+
+    fn clone_start(&self, request: CloneStart) -> Reply<'_, CloneStarted> {
+        Box::pin(async move { start(&self.0, request).await })
+    }
+}
+
+async fn save(daemon: &Shared, vm: &str, request: TemplateSave) -> Result<TemplateSaved, ApiError> {
+    let hypervisor = hypervisor(daemon)?;
+    let machine = hypervisor.savable(vm).await.map_err(|error| api_error(&error))?;
+    let target = folder(daemon, &request.to.unwrap_or_else(|| machine.vm.file_name()))?;
+    let _turn = Turn::take(daemon, &machine.vm.name)?;
+    let group = machine.group;
+    let begun = blocking(move || {
+        let draft = Draft::begin(&target, group)?;
+        draft.create_state().map(|state| (draft, state))
+    });
+    let (draft, state) = begun.await?.map_err(|error| template_error(&error))?;
+    let saved = hypervisor.save_state(machine.vm.uuid, state, STATE_LIMIT).await.map_err(|error| api_error(&error))?;
+    let origin = Origin {
+        name: saved.vm.name.clone(),
+        uuid: saved.vm.uuid.to_string(),
+        machine_type: saved.machine_type,
+        qemu_version: saved.qemu_version,
+    };
+    let finish = move || draft.finish(&saved.memory, &saved.definition, origin, unix_ms());
+    let template = blocking(finish).await?.map_err(|error| template_error(&error))?;
+    tracing::info!(vm = saved.vm.name, template = %template.path().display(), stood = ?saved.stood, "saved as a template");
+    Ok(TemplateSaved {
+        vm: saved.vm.name,
+        template: template.path().display().to_string(),
+        memory_bytes: template.manifest.memory_bytes,
+        used_bytes: template.working_set.pages() * PAGE_BYTES,
+        stood_ms: millis(saved.stood),
+    })
+}
+
+async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, ApiError> {
+    let hypervisor = hypervisor(daemon)?;
+    let path = folder(daemon, &request.template)?;
+    let _turn = Turn::take(daemon, &request.name)?;
+    let (name, verify) = (request.name.clone(), request.verify);
+    let (template, definition, state) = blocking(move || {
+        let template = Template::open(&path).map_err(|error| template_error(&error))?;
+        if verify {
+            template.verify().map_err(|error| template_error(&error))?;
+        }
+        let definition = definition(&template, &name)?;
+        let state = template.open_state().map_err(|error| template_error(&error))?;
+        Ok::<_, ApiError>((template, definition, state))
+    })
+    .await??;
+    let reading = Arc::new(Reading {
+        template: template.path().to_owned(),
+        progress: Progress::default(),
+        learning: AtomicBool::new(template.working_set.learned == Learned::Residency),
+        behind: AtomicBool::new(false),
+    });
+    // What the clone needs is on its way while libvirt and QEMU get ready.
+    let ahead = spawn_ahead(&template, &reading);
+    let cloned = match hypervisor.start_clone(definition, state, STATE_LIMIT, |_| ()).await {
+        Ok(cloned) => cloned,
+        Err(error) => {
+            reading.progress.stop();
+            return Err(api_error(&error));
+        }
+    };
+    daemon.templates.clones.lock().insert(cloned.vm.uuid, reading.clone());
+    let mut notes = Vec::new();
+    if cloned.unplugged > 0 {
+        notes.push(format!(
+            "its guest has the MAC and IP addresses of the machine it was: {} network interface(s) are unplugged. Give the \
+             guest addresses of its own, then plug them in with `virsh domif-setlink {} INTERFACE up`",
+            cloned.unplugged, cloned.vm.name
+        ));
+    }
+    if reading.learning.load(Ordering::Relaxed) {
+        notes.push("it is the template's first clone: what it touches is recorded for those to come".to_owned());
+    }
+    let origin = template.path().display().to_string();
+    spawn_behind(template, cloned.vm.uuid, reading.clone(), ahead);
+    tracing::info!(vm = cloned.vm.name, template = origin, resumed = ?cloned.resumed, "clone started");
+    Ok(CloneStarted {
+        vm: cloned.vm.name,
+        uuid: cloned.vm.uuid.to_string(),
+        template: origin,
+        created_ms: millis(cloned.created),
+        loaded_ms: millis(cloned.loaded),
+        resumed_ms: millis(cloned.resumed),
+        progress: reading.report(),
+        notes,
+    })
+}
+
+fn definition(template: &Template, name: &str) -> Result<String, ApiError> {
+    let state = template.state();
+    let memory = CloneMemory {
+        template: template.path(),
+        state: &state,
+        at: template.manifest.memory_at,
+        bytes: template.manifest.memory_bytes,
+        id: &template.manifest.memory_id,
+    };
+    clone_definition(&template.definition, name, memory).map_err(|error| {
+        ApiError::new(ErrorCode::NotPossible, format!("template {}: {error}", template.path().display()))
+    })
+}
+
+type Ahead = std::io::Result<std::thread::JoinHandle<()>>;
+
+/// Reads what a clone needs first, on a thread of its own: a slow store lets its caller wait.
+fn spawn_ahead(template: &Template, reading: &Arc<Reading>) -> Ahead {
+    let (template, reading) = (template.clone(), reading.clone());
+    std::thread::Builder::new().name("template".into()).spawn(move || {
+        let mut ranges = template.devices();
+        ranges.extend(template.needed());
+        let read = template
+            .open_state()
+            .map_err(|error| error.to_string())
+            .and_then(|state| preload::ahead(&state, &ranges, &reading.progress).map_err(|error| error.to_string()));
+        said(template.path(), read);
+    })
+}
+
+/// Reading ahead is help; the clone runs without it.
+fn said(template: &Path, result: Result<(), String>) {
+    if let Err(error) = result {
+        tracing::warn!(template = %template.display(), error, "not read ahead; the clone waits for its pages");
+    }
+}
+
+/// Records a first clone's touches, then reads the rest, on a thread of its own and of idle priority.
+fn spawn_behind(mut template: Template, vm: Uuid, reading: Arc<Reading>, ahead: Ahead) {
+    let unstarted = reading.clone();
+    let work = move || {
+        if reading.learning.load(Ordering::Relaxed) {
+            let learnt = learn(&mut template, vm, &reading);
+            said(template.path(), learnt);
+            reading.learning.store(false, Ordering::Relaxed);
+        }
+        if let Ok(ahead) = ahead {
+            let _ = ahead.join(); // it has said what it had to say
+        }
+        reading.behind.store(true, Ordering::Relaxed);
+        for (what, error) in crate::models::priority::become_idle() {
+            tracing::debug!(what, %error, "the rest of a template is read at a higher priority");
+        }
+        said(template.path(), rest(&template, &reading.progress));
+        reading.progress.end();
+    };
+    if let Err(error) = std::thread::Builder::new().name("template".into()).spawn(work) {
+        tracing::warn!(%error, "the rest of a template is not read");
+        unstarted.progress.end();
+    }
+}
+
+fn learn(template: &mut Template, vm: Uuid, reading: &Reading) -> Result<(), String> {
+    let text = |error: TemplateError| error.to_string();
+    let (at, bytes) = (template.manifest.memory_at, template.manifest.memory_bytes);
+    let mapping = Mapping::find(vm, template.inode().map_err(text)?, at, bytes).map_err(|error| error.to_string())?;
+    let Some(mapping) = mapping else { return Err("the clone's process was not found".to_owned()) };
+    let touched = mapping.record(RECORD_LIMIT, || reading.progress.is_stopped());
+    // A clone that was ended at once teaches that nothing is needed.
+    if touched.extents.is_empty() || reading.progress.is_stopped() {
+        return Ok(());
+    }
+    tracing::info!(template = %template.path().display(), pages = touched.pages(), "first touches recorded");
+    template.learn(touched).map_err(text)
+}
+
+fn rest(template: &Template, progress: &Progress) -> Result<(), String> {
+    let state = template.open_state().map_err(|error| error.to_string())?;
+    let memory = template.manifest.memory_at..template.manifest.memory_at + template.manifest.memory_bytes;
+    let ranges = preload::rest(&state, memory, &template.needed()).map_err(|error| error.to_string())?;
+    preload::behind(&state, &ranges, preload::REST_BYTES_PER_SEC, progress).map_err(|error| error.to_string())
+}

@@ -1,0 +1,97 @@
+//! Templates: what goes over the wire, and what the daemon does about them.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Reply;
+
+/// A machine to save as a template.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TemplateSave {
+    /// A name, of a folder below `<state_dir>/templates`, or an absolute path. Default: the machine's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+}
+
+/// A machine was saved as a template, and goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct TemplateSaved {
+    pub vm: String,
+    /// Folder of the template.
+    pub template: String,
+    pub memory_bytes: u64,
+    /// Of the memory, what is not zero.
+    pub used_bytes: u64,
+    /// How long the machine's processors stood still.
+    pub stood_ms: u64,
+}
+
+/// A clone to start.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CloneStart {
+    /// A name, of a folder below `<state_dir>/templates`, or an absolute path.
+    pub template: String,
+    /// Name of the machine.
+    pub name: String,
+    /// Check the memory's contents first, which reads all of it.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// A clone runs. What it needs first was read ahead of it; the rest is read behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct CloneStarted {
+    pub vm: String,
+    pub uuid: String,
+    pub template: String,
+    /// From the order until QEMU stood there paused, had loaded its devices, and ran.
+    pub created_ms: u64,
+    pub loaded_ms: u64,
+    pub resumed_ms: u64,
+    pub progress: CloneProgress,
+    /// What should be known.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// What is being read for a clone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ClonePhase {
+    /// What it needs first.
+    #[default]
+    Ahead,
+    /// The same, while its first touches are recorded for clones to come.
+    Learning,
+    /// The rest.
+    Behind,
+    /// Nothing any more: all is read, or the host has little memory left, or the machine has ended.
+    Done,
+}
+
+/// How far reading a clone's memory is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct CloneProgress {
+    /// Folder of the template.
+    pub template: String,
+    pub phase: ClonePhase,
+    /// What it needs first: asked for so far, and in all. Devices included.
+    pub needed_done_bytes: u64,
+    pub needed_bytes: u64,
+    /// What is not zero besides: read so far, and in all.
+    pub rest_done_bytes: u64,
+    pub rest_bytes: u64,
+}
+
+/// Templates, as the API sees the daemon.
+pub trait TemplateControl {
+    /// Saves a running machine as a template; it stands still meanwhile and goes on whatever happens.
+    /// Errors: `NotFound`, `AlreadyExists`, `InUse` (being saved), `NotPossible` (with what to change), `NoSpace`,
+    /// `HypervisorUnavailable`.
+    fn template_save(&self, vm: String, request: TemplateSave) -> Reply<'_, TemplateSaved>;
+    /// Starts a clone of a template. Errors: `NotFound`, `InvalidRequest`, `NotPossible` (damaged, or what QEMU says),
+    /// `HypervisorUnavailable`.
+    fn clone_start(&self, request: CloneStart) -> Reply<'_, CloneStarted>;
+}
