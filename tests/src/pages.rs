@@ -106,6 +106,12 @@ impl Memory {
         Ok(Self { pid: Pid::from_raw(pid), pidfd, range })
     }
 
+    /// Where it begins in the process.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.range.start
+    }
+
     /// What of it is where.
     pub fn residency(&self) -> Result<Residency> {
         let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid)).context("smaps")?;

@@ -14,12 +14,14 @@
 //! - [`contender`]: what is compared
 //! - [`project`]: this project among them
 //! - [`round`]: one round, and what it is measured by
+//! - [`watching`]: what it costs to hear of faults
 //! - [`report`]: medians, table, JSON
 
 mod contender;
 mod project;
 mod report;
 mod round;
+mod watching;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -74,6 +76,9 @@ pub(crate) struct Options {
     /// The guest's memory in QEMU is a memfd, as for vhost-user devices; else it is private
     #[arg(long)]
     shared: bool,
+    /// Only what hearing of faults costs
+    #[arg(long)]
+    watching: bool,
     /// Where the figures are written
     #[arg(long, default_value = "target/memory.json")]
     json: PathBuf,
@@ -165,6 +170,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bail!("nothing can be swapped out on this host: {why}");
     }
     let progress = Progress::new();
+    if options.watching {
+        progress.now("faults are heard");
+        println!("{}", watching::measure(options.rounds)?);
+        return Ok(());
+    }
     progress.now("guest image");
     let rig = MemoryRig::new()?;
     let backing = if options.shared { Backing::Shared } else { Backing::Anonymous };
@@ -180,8 +190,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         more: options.config.clone(),
         ..DaemonOptions::default()
     };
-    let mut report =
-        Report { host: Host::find(), accelerator: rig.accelerator, options: report::settings(options), rows: vec![] };
+    let mut report = Report {
+        host: Host::find(),
+        accelerator: rig.accelerator,
+        options: report::settings(options),
+        rows: vec![],
+        watching: None,
+    };
     // as large that the kernel keeps what was read from it: it frees slots of an area that is half full
     let bytes = 4 * (options.memory << 20);
     for &area in &options.swap {
@@ -219,6 +234,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             write_json(&report, &options.json)?;
             progress.step(&format!("{area}, {order}: {} rounds", options.rounds));
         }
+    }
+    if options.swap.contains(&Area::Zram) {
+        progress.now("faults are heard");
+        report.watching = Some(watching::measure(options.rounds)?);
+        write_json(&report, &options.json)?;
     }
     println!("\n{}\nfigures: {}", report.render(), options.json.display());
     Ok(())

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::contender::Contender;
 use super::round::Sample;
+use super::watching::Watching;
 use super::{Area, Options, Order};
 use crate::host::Host;
 
@@ -15,6 +16,7 @@ pub(super) struct Report {
     pub(super) accelerator: Accelerator,
     pub(super) options: Settings,
     pub(super) rows: Vec<Row>,
+    pub(super) watching: Option<Watching>,
 }
 
 /// What was asked for.
@@ -62,7 +64,7 @@ impl Row {
 }
 
 /// The middle one, or the mean of both middle ones.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -131,6 +133,9 @@ impl Report {
         }
         text += "s: all touches by the guest's clock. Faults and processor time of QEMU from the announcement to the guest's answer; own\n\
                  CPU: seconds of the contender's processor time.\n";
+        if let Some(watching) = &self.watching {
+            text += &format!("\n{watching}\n");
+        }
         text
     }
 }
