@@ -78,6 +78,16 @@ impl Process {
         self.check()?;
         Ok(threads)
     }
+
+    /// Major faults of all its threads since its start.
+    ///
+    /// # Errors
+    /// `Gone`, or what keeps it from being read.
+    pub fn major_faults(&self) -> Result<u64, MemoryError> {
+        let majors = field(self.id.pid, 12).map_err(|error| of_process(self.id, "cannot read its faults", &error))?;
+        self.check()?;
+        Ok(majors)
+    }
 }
 
 /// The process that has this number now.
@@ -88,13 +98,17 @@ pub fn identify(pid: u32) -> io::Result<ProcessId> {
     Ok(ProcessId { pid, started: started(pid)? })
 }
 
-/// Field 22 of `/proc/PID/stat`; the name before it may hold anything, so fields are counted from its closing bracket.
 fn started(pid: u32) -> io::Result<u64> {
+    field(pid, 22)
+}
+
+/// A field of `/proc/PID/stat`, from 1; the name before it may hold anything, so fields are counted from its closing bracket.
+fn field(pid: u32, number: usize) -> io::Result<u64> {
     let stat = fs::read(format!("/proc/{pid}/stat"))?;
     let odd = || io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat is not as proc_pid_stat(5) has it");
     let name_end = stat.iter().rposition(|&b| b == b')').ok_or_else(odd)?;
     let fields = std::str::from_utf8(&stat[name_end + 1..]).map_err(|_| odd())?;
-    fields.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok()).ok_or_else(odd)
+    fields.split_ascii_whitespace().nth(number - 3).and_then(|field| field.parse().ok()).ok_or_else(odd)
 }
 
 /// As distributions call QEMU. A package that was upgraded under it leaves ` (deleted)` behind the path.

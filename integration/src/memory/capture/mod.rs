@@ -27,7 +27,14 @@ pub struct Capture {
     signal: Signal,
     source: Source,
     passed_over: Vec<(Signal, String)>,
+    period: u32,
+    /// Since it listens: major faults of the process at the beginning, and whether anything was caught.
+    heard: Option<(u64, bool)>,
 }
+
+/// Major faults, times the period, that a signal may leave untold before it counts as deaf to this process. KVM has been met
+/// whose tracepoints exist and never fire.
+const DEAF: u64 = 64;
 
 #[derive(Debug)]
 enum Source {
@@ -60,20 +67,24 @@ impl Capture {
     /// `Gone`; not for want of a signal: reading the page table always works once it is open.
     pub fn open(process: &Process, pagemap: &Pagemap) -> Result<Self, MemoryError> {
         let mut passed_over = Vec::new();
-        for signal in [Signal::KvmSpte, Signal::KvmFault, Signal::PerfMajor] {
-            match Perf::open(process, signal) {
-                Ok(perf) => return Ok(Self { signal, source: Source::Perf(perf), passed_over }),
-                Err(why) => {
-                    process.check()?;
-                    passed_over.push((signal, why));
-                }
-            }
+        let (signal, source) = best(process, pagemap, &mut passed_over)?;
+        Ok(Self { signal, source, passed_over, period: 0, heard: None })
+    }
+
+    /// Whether another signal was taken because this one tells nothing of what happens. To be called now and then.
+    ///
+    /// # Errors
+    /// `Gone`.
+    pub fn judge(&mut self, process: &Process, pagemap: &Pagemap) -> Result<bool, MemoryError> {
+        let (Source::Perf(_), Some((before, false))) = (&self.source, self.heard) else { return Ok(false) };
+        let untold = process.major_faults()?.saturating_sub(before);
+        if untold < DEAF * u64::from(self.period) {
+            return Ok(false);
         }
-        let signal = if pagemap.scans() { Signal::PagemapScan } else { Signal::Pagemap };
-        if signal == Signal::Pagemap {
-            passed_over.push((Signal::PagemapScan, "this kernel is older than 6.7".into()));
-        }
-        Ok(Self { signal, source: Source::Diff(Diff::default()), passed_over })
+        self.passed_over.push((self.signal, format!("it told nothing of {untold} major faults")));
+        (self.signal, self.source) = best(process, pagemap, &mut self.passed_over)?;
+        self.listen(process, self.period);
+        Ok(true)
     }
 
     pub fn signal(&self) -> Signal {
@@ -87,6 +98,8 @@ impl Capture {
 
     /// Catches every `period`th fault of a thread from now on; 0: none. Without single faults: looks every `period` ms.
     pub fn listen(&mut self, process: &Process, period: u32) {
+        self.period = period;
+        self.heard = process.major_faults().ok().filter(|_| period > 0).map(|majors| (majors, false));
         match &mut self.source {
             Source::Perf(perf) => perf.listen(process, period),
             Source::Diff(diff) => diff.listen(period),
@@ -119,11 +132,41 @@ impl Capture {
 
     /// Adds what was caught since the last call, in order of time. Returns how many more there were and are lost.
     pub fn take(&mut self, pagemap: &Pagemap, places: &Places, caught: &mut Vec<Caught>) -> u64 {
-        match &mut self.source {
+        let before = caught.len();
+        let lost = match &mut self.source {
             Source::Perf(perf) => perf.take(caught),
             Source::Diff(diff) => diff.take(pagemap, places, caught),
+        };
+        if let Some((_, any)) = &mut self.heard {
+            *any |= caught.len() > before || lost > 0;
+        }
+        lost
+    }
+}
+
+/// The best signal that was not passed over yet.
+fn best(
+    process: &Process,
+    pagemap: &Pagemap,
+    passed_over: &mut Vec<(Signal, String)>,
+) -> Result<(Signal, Source), MemoryError> {
+    for signal in [Signal::KvmSpte, Signal::KvmFault, Signal::PerfMajor] {
+        if passed_over.iter().any(|(over, _)| *over == signal) {
+            continue;
+        }
+        match Perf::open(process, signal) {
+            Ok(perf) => return Ok((signal, Source::Perf(perf))),
+            Err(why) => {
+                process.check()?;
+                passed_over.push((signal, why));
+            }
         }
     }
+    let scans = pagemap.scans();
+    if !scans {
+        passed_over.push((Signal::PagemapScan, "this kernel is older than 6.7".into()));
+    }
+    Ok((if scans { Signal::PagemapScan } else { Signal::Pagemap }, Source::Diff(Diff::default())))
 }
 
 /// Where a machine's memory lies, both ways.

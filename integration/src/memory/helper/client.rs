@@ -28,6 +28,11 @@ pub enum Event {
         lost: u64,
         faults: Vec<crate::memory::Fault>,
     },
+    /// It is watched by another signal: the one before turned out to tell nothing.
+    Watching {
+        vm: u32,
+        watching: Watching,
+    },
     /// The machine's process has ended.
     Gone {
         vm: u32,
@@ -227,6 +232,7 @@ impl Helper {
     fn sort(&mut self, message: Message) {
         let event = match message {
             Message::Faults { vm, lost, faults } => Event::Faults { vm, lost, faults },
+            Message::Watching { vm, watching } => Event::Watching { vm, watching },
             Message::Gone { vm } => Event::Gone { vm },
             Message::Answer { ticket, body } => {
                 let Some(at) = self.open.iter().position(|open| *open == ticket) else { return };

@@ -86,6 +86,11 @@ pub enum Message {
         lost: u64,
         faults: Vec<Fault>,
     },
+    /// Another signal was taken: the one before turned out to tell nothing.
+    Watching {
+        vm: u32,
+        watching: Watching,
+    },
     /// The process has ended; `vm` is forgotten.
     Gone {
         vm: u32,

@@ -37,6 +37,12 @@ struct Machine {
     lost: u64,
 }
 
+impl Machine {
+    fn watching(&self) -> Watching {
+        Watching { signal: self.capture.signal(), passed_over: self.capture.passed_over().to_vec() }
+    }
+}
+
 struct Server {
     socket: Arc<OwnedFd>,
     /// Programs that may be touched beside QEMU.
@@ -90,8 +96,13 @@ impl Server {
             let now = Instant::now();
             if now >= self.follow_at {
                 self.follow_at = now + FOLLOW;
-                for machine in self.machines.values_mut().filter(|machine| machine.listening) {
+                for (&vm, machine) in self.machines.iter_mut().filter(|(_, machine)| machine.listening) {
                     machine.capture.follow_threads(&machine.view.process);
+                    // one that has ended is told by its pidfd
+                    if machine.capture.judge(&machine.view.process, &machine.view.pagemap) == Ok(true) {
+                        let watching = machine.watching();
+                        let _ = say(&self.socket, &Message::Watching { vm, watching }, MsgFlags::empty());
+                    }
                 }
             }
         }
@@ -203,8 +214,9 @@ impl Server {
         let view = Arc::new(view(process, regions)?);
         let capture = Capture::open(&view.process, &view.pagemap)?;
         view.process.check()?;
-        let watching = Watching { signal: capture.signal(), passed_over: capture.passed_over().to_vec() };
-        self.machines.insert(vm, Machine { view, capture, listening: false, lost: 0 });
+        let machine = Machine { view, capture, listening: false, lost: 0 };
+        let watching = machine.watching();
+        self.machines.insert(vm, machine);
         Ok(watching)
     }
 
