@@ -12,7 +12,7 @@ use prestage_integration::api::types::validate_name;
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
 use prestage_integration::libvirt::template::{CloneMemory, clone_definition};
 use prestage_integration::libvirt::{Hypervisor, Uuid};
-use prestage_integration::memory::template::preload::{self, Progress};
+use prestage_integration::memory::template::preload::Progress;
 use prestage_integration::memory::template::record::Mapping;
 use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError};
 use std::collections::{HashMap, HashSet};
@@ -266,20 +266,15 @@ type Ahead = std::io::Result<std::thread::JoinHandle<()>>;
 fn spawn_ahead(template: &Template, reading: &Arc<Reading>) -> Ahead {
     let (template, reading) = (template.clone(), reading.clone());
     std::thread::Builder::new().name("template".into()).spawn(move || {
-        let mut ranges = template.devices();
-        ranges.extend(template.needed());
-        let read = template
-            .open_state()
-            .map_err(|error| error.to_string())
-            .and_then(|state| preload::ahead(&state, &ranges, &reading.progress).map_err(|error| error.to_string()));
+        let read = template.read_ahead(&reading.progress);
         said(template.path(), read);
     })
 }
 
 /// Reading ahead is help; the clone runs without it.
-fn said(template: &Path, result: Result<(), String>) {
+fn said(template: &Path, result: Result<(), impl std::fmt::Display>) {
     if let Err(error) = result {
-        tracing::warn!(template = %template.display(), error, "not read ahead; the clone waits for its pages");
+        tracing::warn!(template = %template.display(), %error, "not read ahead; the clone waits for its pages");
     }
 }
 
@@ -299,7 +294,7 @@ fn spawn_behind(mut template: Template, vm: Uuid, reading: Arc<Reading>, ahead: 
         for (what, error) in crate::models::priority::become_idle() {
             tracing::debug!(what, %error, "the rest of a template is read at a higher priority");
         }
-        said(template.path(), rest(&template, &reading.progress));
+        said(template.path(), template.read_behind(&reading.progress));
         reading.progress.end();
     };
     if let Err(error) = std::thread::Builder::new().name("template".into()).spawn(work) {
@@ -320,11 +315,4 @@ fn learn(template: &mut Template, vm: Uuid, reading: &Reading) -> Result<(), Str
     }
     tracing::info!(template = %template.path().display(), pages = touched.pages(), "first touches recorded");
     template.learn(touched).map_err(text)
-}
-
-fn rest(template: &Template, progress: &Progress) -> Result<(), String> {
-    let state = template.open_state().map_err(|error| error.to_string())?;
-    let memory = template.manifest.memory_at..template.manifest.memory_at + template.manifest.memory_bytes;
-    let ranges = preload::rest(&state, memory, &template.needed()).map_err(|error| error.to_string())?;
-    preload::behind(&state, &ranges, preload::REST_BYTES_PER_SEC, progress).map_err(|error| error.to_string())
 }

@@ -131,10 +131,10 @@ pub struct CloneMemory<'a> {
     pub id: &'a str,
 }
 
-/// The record in a machine's metadata of what is being done with it.
-pub(super) fn mark(word: &str, template: &str) -> String {
-    let template = escape_attribute(template);
-    format!("<prestage:{word} xmlns:prestage=\"{TEMPLATE_NAMESPACE}\" template=\"{template}\"/>")
+/// The record in a machine's metadata of what is being done with it. For libvirt's call that sets it `declaration` is empty: it
+/// gives the element the prefix and the namespace itself.
+pub(super) fn mark(prefix: &str, declaration: &str, word: &str, template: &str) -> String {
+    format!("<{prefix}{word}{declaration} template=\"{}\"/>", escape_attribute(template))
 }
 
 /// The definition of a clone called `name`: of its own are name, UUID, MAC addresses, sockets and consoles; its memory is a private
@@ -153,7 +153,7 @@ pub fn clone_definition(xml: &str, name: &str, memory: CloneMemory<'_>) -> Resul
     let mut splices = Splices::default();
     // behind "<domain"
     splices.insert(domain.range().start + 7, format!(" xmlns:qemu='{QEMU_NAMESPACE}'"));
-    let mark = mark(STARTING, &template);
+    let mark = mark("prestage:", &format!(" xmlns:prestage=\"{TEMPLATE_NAMESPACE}\""), STARTING, &template);
     let kept: String = child(domain, "metadata")
         .into_iter()
         .flat_map(|m| m.children().filter(Node::is_element))

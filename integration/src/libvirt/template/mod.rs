@@ -144,7 +144,7 @@ fn running(domain: &Domain, vm: &VmId) -> Result<(VmState, definition::Machine),
 
 /// Notes `word` in a running machine's metadata, or nothing.
 fn note(domain: &Domain, word: Option<(&str, &str)>) -> Result<(), virt::error::Error> {
-    let text = word.map(|(word, template)| mark(word, template));
+    let text = word.map(|(word, template)| mark("", "", word, template));
     domain
         .set_metadata(
             i32::try_from(sys::VIR_DOMAIN_METADATA_ELEMENT).unwrap_or(2),

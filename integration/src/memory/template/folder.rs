@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Per
 use std::path::{Path, PathBuf};
 
 use super::manifest::{Manifest, read_sealed, write_sealed};
+use super::preload::{self, Progress};
 use super::stream::{self, RamBlock, StreamError};
 use super::working_set::WorkingSet;
 use super::{TemplateError, io};
@@ -257,8 +258,7 @@ impl Template {
     }
 
     /// What of the state a start needs whatever its guest does, in bytes of the file: headers and devices.
-    #[must_use]
-    pub fn devices(&self) -> Vec<std::ops::Range<u64>> {
+    fn devices(&self) -> Vec<std::ops::Range<u64>> {
         let ram = self.memory();
         vec![0..ram.pages_at, ram.end()..self.manifest.state_bytes]
     }
@@ -268,6 +268,27 @@ impl Template {
     pub fn needed(&self) -> Vec<std::ops::Range<u64>> {
         let at = self.manifest.memory_at;
         self.working_set.plan(super::MERGE_PAGES).into_iter().map(|r| at + r.start..at + r.end).collect()
+    }
+
+    /// Asks for what a clone needs first, in its order: headers and devices, then the working set ([`preload::ahead`]).
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn read_ahead(&self, progress: &Progress) -> Result<(), TemplateError> {
+        let mut ranges = self.devices();
+        ranges.extend(self.needed());
+        preload::ahead(&self.open_state()?, &ranges, progress).map_err(io("read ahead", &self.state()))
+    }
+
+    /// Reads the rest of what is not zero behind a clone ([`preload::behind`]).
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn read_behind(&self, progress: &Progress) -> Result<(), TemplateError> {
+        let (state, ram) = (self.open_state()?, self.memory());
+        preload::rest(&state, ram.pages_at..ram.end(), &self.needed())
+            .and_then(|rest| preload::behind(&state, &rest, preload::REST_BYTES_PER_SEC, progress))
+            .map_err(io("read", &self.state()))
     }
 
     /// The state's inode, by which a clone's mapping of it is known.
