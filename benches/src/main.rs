@@ -10,6 +10,7 @@
 //! - [`host`]: the machine they were measured on
 //! - [`adversary`]: traces made to be foreseen wrongly
 //! - [`predict`]: `bench predict`, recorded traces through the predictor beside every [peer](peers)
+//! - [`memory`]: `bench template`, machines started from templates
 //! - [`progress`]: what is shown meanwhile
 //! - [`trace`]: recorded traces in memory
 //! - [`table`]: what is printed at the end
@@ -54,6 +55,8 @@ enum Command {
     Memory(memory::Options),
     /// Fill a history with recorded traces, and time what is asked of it
     History(history::Options),
+    /// Start clones of a template on a slow store, read ahead in several ways: time to the first answer
+    Template(memory::template::Options),
     /// Fill series with recorded samples, and time what is asked of them
     Series(series::Options),
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Forecast(options) => forecast::run(&options),
         Command::Memory(options) => memory::run(&options),
         Command::History(options) => history::run(&options),
+        Command::Template(options) => memory::template::run(&options),
         Command::Series(options) => series::run(&options),
     };
     match result {

@@ -7,6 +7,7 @@
 //! - [`image`]: the Debian guest, built once by `scripts/guest-image.sh`
 //! - [`accelerator`]: KVM where a guest really boots under it
 //! - [`libvirt`]: a libvirtd of our own, apart from the host's
+//! - [`slow`]: a file system on slow storage
 //! - [`store`]: nbdkit with its delay filter, and a count of what was read from it
 //! - [`report`]: the lines the guest prints
 //! - [`guest`]: a domain, from its XML to its last line
@@ -30,6 +31,7 @@ pub mod paths;
 pub mod process;
 pub mod report;
 pub mod rig;
+pub mod slow;
 pub mod store;
 pub mod swap;
 pub mod template;

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! PRESTAGE ready SUM      all is in memory; the MD5 of the set
-//! touch  → PRESTAGE answer BYTES   reads the set from beginning to end
+//! touch  → PRESTAGE answer MIBM    reads the set from beginning to end
 //! sum    → PRESTAGE answer SUM     the set's MD5, as it is now
 //! write  → PRESTAGE answer done    writes to the set: the memory is this guest's own from then on
 //! ```
@@ -53,7 +53,7 @@ sum() { md5sum </data/set | cut -c 1-32; }
 echo "PRESTAGE ready $(sum)"
 while read -r verb <&3; do
   case $verb in
-  touch) echo "PRESTAGE answer $(dd if=/data/set bs=64k 2>/dev/null | wc -c)" ;;
+  touch) dd if=/data/set of=/dev/null bs=64k 2>/dev/null && echo "PRESTAGE answer ${set}M" ;;
   sum) echo "PRESTAGE answer $(sum)" ;;
   write)
     dd if=/dev/urandom of=/data/set bs=1M count=1 conv=notrunc 2>/dev/null
@@ -120,6 +120,17 @@ impl TemplateRig {
         Ok(Self { libvirt, folder, image, accelerator, initrd, scratch, _alone: alone })
     }
 
+    /// Replaces libvirtd by a new one, which sees what has been mounted meanwhile. Its machines end.
+    pub fn renew_libvirt(&mut self) -> Result<()> {
+        self.libvirt = Arc::new(Libvirt::start()?);
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
     /// Starts the guest and waits until it has its data. Returns its console and the set's MD5.
     pub fn guest(&self, name: &str, sizes: TemplateGuest, more: &str) -> Result<(Machine, String)> {
         let xml = self.scratch.join(format!("{name}.xml"));
@@ -137,8 +148,12 @@ impl TemplateRig {
 
     fn xml(&self, name: &str, sizes: TemplateGuest, more: &str) -> String {
         let (kind, cpu) = match self.accelerator {
-            Accelerator::Kvm => ("kvm", "host-passthrough"),
-            Accelerator::Tcg => ("qemu", "maximum"),
+            Accelerator::Kvm => ("kvm", "<cpu mode='host-passthrough'/>".to_owned()),
+            // emulated string instructions copy a byte at a time, and would be most of what reading the set takes
+            Accelerator::Tcg => {
+                let without = ["erms", "fsrm"].map(|name| format!("<feature policy='disable' name='{name}'/>"));
+                ("qemu", format!("<cpu mode='maximum'>{}</cpu>", without.concat()))
+            }
         };
         format!(
             "<domain type='{kind}'>
@@ -152,7 +167,7 @@ impl TemplateRig {
     <cmdline>console=ttyS0 quiet panic=-1 mitigations=off no5lvl prestage.set={set} prestage.rest={rest}</cmdline>
   </os>
   <features><acpi/><apic/></features>
-  <cpu mode='{cpu}'/>
+  {cpu}
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
     <controller type='usb' model='none'/>

@@ -15,12 +15,14 @@
 //! - [`project`]: this project among them
 //! - [`round`]: one round, and what it is measured by
 //! - [`watching`]: what it costs to hear of faults
+//! - [`template`]: `bench template`, machines started from templates
 //! - [`report`]: medians, table, JSON
 
 mod contender;
 mod project;
 mod report;
 mod round;
+pub(crate) mod template;
 mod watching;
 
 use std::path::PathBuf;

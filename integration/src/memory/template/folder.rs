@@ -280,11 +280,12 @@ impl Template {
         preload::ahead(&self.open_state()?, &ranges, progress).map_err(io("read ahead", &self.state()))
     }
 
-    /// Reads the rest of what is not zero behind a clone ([`preload::behind`]).
+    /// Reads the rest of what is not zero behind a clone, after a while ([`preload::pause`], [`preload::behind`]).
     ///
     /// # Errors
     /// `Io`.
     pub fn read_behind(&self, progress: &Progress) -> Result<(), TemplateError> {
+        preload::pause(progress);
         let (state, ram) = (self.open_state()?, self.memory());
         preload::rest(&state, ram.pages_at..ram.end(), &self.needed())
             .and_then(|rest| preload::behind(&state, &rest, preload::REST_BYTES_PER_SEC, progress))

@@ -19,6 +19,10 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 const STEP_BYTES: u64 = 1 << 20;
 /// Bytes a second behind a clone: a tenth of what a plain SSD gives.
 pub const REST_BYTES_PER_SEC: u64 = 50 << 20;
+/// After a clone's start the store is the guest's alone for so long: most have answered by then.
+pub const REST_AFTER: Duration = Duration::from_secs(5);
+/// How often a pause looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
 /// The host keeps this share of its memory free of what no guest has asked for.
 const KEPT_FREE: u64 = 10;
 
@@ -147,6 +151,14 @@ fn data_in(file: &File, part: Range<u64>) -> io::Result<Vec<Range<u64>>> {
     Ok(found)
 }
 
+/// Waits for [`REST_AFTER`], or until it is stopped.
+pub fn pause(progress: &Progress) {
+    let until = Instant::now() + REST_AFTER;
+    while !progress.is_stopped() && Instant::now() < until {
+        thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+    }
+}
+
 /// Reads ranges behind a clone at `bytes_per_sec`, until it is done, stopped, or the host has little memory left. For a thread of
 /// its own at idle I/O priority, which a store that several use honours.
 ///
@@ -164,7 +176,8 @@ pub fn behind(file: &File, ranges: &[Range<u64>], bytes_per_sec: u64, progress: 
                 return Ok(());
             }
             let end = range.end.min(at.saturating_add(STEP_BYTES));
-            // read, not asked for: the next step waits for this one, so that one request at most stands in a guest's way
+            // Asked for in one piece and waited for, so that one request at most stands in a guest's way.
+            advise(file, &(at..end))?;
             while at < end {
                 let most = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
                 let read = file.read_at(&mut buffer[..most], at)?;
