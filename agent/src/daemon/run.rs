@@ -91,7 +91,8 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     raise_limits();
-    if let Err(error) = make_folder(&config.daemon.state_dir, 0o750) {
+    // QEMU goes through it to the templates it maps; the database has a mode of its own.
+    if let Err(error) = make_folder(&config.daemon.state_dir, 0o751) {
         // The database says so again, and a stand-in takes its place.
         tracing::error!(%error, "no folder for the database");
     }

@@ -11,7 +11,7 @@ use prestage_integration::api::templates::{
 use prestage_integration::api::types::validate_name;
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
 use prestage_integration::libvirt::template::{CloneMemory, clone_definition};
-use prestage_integration::libvirt::{Hypervisor, Uuid};
+use prestage_integration::libvirt::{Hypervisor, HypervisorError, Uuid};
 use prestage_integration::memory::template::preload::Progress;
 use prestage_integration::memory::template::record::Mapping;
 use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError};
@@ -120,6 +120,13 @@ pub(super) async fn recover(daemon: &Shared, hypervisor: &Hypervisor) {
     }
 }
 
+/// libvirt may have gone away under the work, and be there again by now.
+async fn after_failure(daemon: &Shared, hypervisor: &Hypervisor, turn: Turn, error: &HypervisorError) -> ApiError {
+    drop(turn);
+    recover(daemon, hypervisor).await;
+    api_error(error)
+}
+
 fn template_error(error: &TemplateError) -> ApiError {
     let code = match error {
         TemplateError::Missing { .. } => ErrorCode::NotFound,
@@ -163,14 +170,17 @@ async fn save(daemon: &Shared, vm: &str, request: TemplateSave) -> Result<Templa
     let hypervisor = hypervisor(daemon)?;
     let machine = hypervisor.savable(vm).await.map_err(|error| api_error(&error))?;
     let target = folder(daemon, &request.to.unwrap_or_else(|| machine.vm.file_name()))?;
-    let _turn = Turn::take(daemon, &machine.vm.name)?;
+    let turn = Turn::take(daemon, &machine.vm.name)?;
     let group = machine.group;
     let begun = blocking(move || {
         let draft = Draft::begin(&target, group)?;
         draft.create_state().map(|state| (draft, state))
     });
     let (draft, state) = begun.await?.map_err(|error| template_error(&error))?;
-    let saved = hypervisor.save_state(machine.vm.uuid, state, STATE_LIMIT).await.map_err(|error| api_error(&error))?;
+    let saved = match hypervisor.save_state(machine.vm.uuid, state, STATE_LIMIT).await {
+        Ok(saved) => saved,
+        Err(error) => return Err(after_failure(daemon, &hypervisor, turn, &error).await),
+    };
     let origin = Origin {
         name: saved.vm.name.clone(),
         uuid: saved.vm.uuid.to_string(),
@@ -192,7 +202,7 @@ async fn save(daemon: &Shared, vm: &str, request: TemplateSave) -> Result<Templa
 async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, ApiError> {
     let hypervisor = hypervisor(daemon)?;
     let path = folder(daemon, &request.template)?;
-    let _turn = Turn::take(daemon, &request.name)?;
+    let turn = Turn::take(daemon, &request.name)?;
     let (name, verify) = (request.name.clone(), request.verify);
     let (template, definition, state) = blocking(move || {
         let template = Template::open(&path).map_err(|error| template_error(&error))?;
@@ -216,7 +226,7 @@ async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, Api
         Ok(cloned) => cloned,
         Err(error) => {
             reading.progress.stop();
-            return Err(api_error(&error));
+            return Err(after_failure(daemon, &hypervisor, turn, &error).await);
         }
     };
     daemon.templates.clones.lock().insert(cloned.vm.uuid, reading.clone());

@@ -36,6 +36,8 @@ pub const TEMPLATE_NAMESPACE: &str = "https://prestage.dev/xmlns/template/1";
 /// What a machine is marked with while it is saved, and a clone once it runs.
 const SAVING: &str = "saving";
 const CLONE: &str = "clone";
+/// What stands in the place of the template where the machine was paused before, and is to stay so.
+const PAUSED: &str = "paused";
 /// As good as no limit: QEMU's own is that of a network.
 const BANDWIDTH: u64 = 1 << 40;
 
@@ -210,8 +212,9 @@ fn save(domain: &Domain, file: &File, limit: Duration) -> Result<SavedState, Hyp
     let monitor = Monitor::new(domain, &vm.name);
     let qemu_version = monitor.version()?;
     let memory = monitor.memory()?;
-    note(domain, Some((SAVING, ""))).map_err(|e| failed(&format!("mark VM `{vm}`"), &e))?;
     let paused = state == VmState::Paused;
+    let was = if paused { PAUSED } else { "" };
+    note(domain, Some((SAVING, was))).map_err(|e| failed(&format!("mark VM `{vm}`"), &e))?;
     let mut saving = Saving { domain, monitor, vm: &vm, resume: false, bandwidth: None, migrating: false };
     saving.bandwidth = Some(monitor.set_bandwidth(BANDWIDTH)?);
     monitor.set_mapped(true)?;
@@ -305,7 +308,7 @@ fn recover(link: &Link, busy: &[String]) -> Result<Vec<String>, HypervisorError>
     let domains = link.connect().list_all_domains(active).map_err(|e| failed("list the VMs", &e))?;
     let mut done = Vec::new();
     for domain in &domains {
-        let Some((word, _)) = template_of(domain) else { continue };
+        let Some((word, template)) = template_of(domain) else { continue };
         let Ok(vm) = id_of(domain) else { continue };
         if busy.contains(&vm.name) {
             continue;
@@ -317,8 +320,8 @@ fn recover(link: &Link, busy: &[String]) -> Result<Vec<String>, HypervisorError>
             SAVING => {
                 let monitor = Monitor::new(domain, &vm.name);
                 let _ = monitor.break_off(); // it may have ended meanwhile
-                let paused = domain.get_state().is_ok_and(|(state, _)| state_of(state) == VmState::Paused);
-                undo(domain, monitor, None, paused, &said);
+                let stands = domain.get_state().is_ok_and(|(state, _)| state_of(state) == VmState::Paused);
+                undo(domain, monitor, None, stands && template != PAUSED, &said);
                 done.push(format!("VM `{vm}` goes on: saving it as a template was broken off"));
             }
             STARTING => match domain.destroy() {

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use super::manifest::{Manifest, read_sealed, write_sealed};
@@ -300,23 +300,13 @@ impl Template {
         let path = self.state();
         fs::metadata(&path).map(|metadata| metadata.ino()).map_err(io("read", &path))
     }
-
-    /// One byte of the memory, for tests and diagnosis.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn memory_byte(&self, at: u64) -> Result<u8, TemplateError> {
-        let mut byte = [0];
-        let path = self.state();
-        self.open_state()?.read_exact_at(&mut byte, self.manifest.memory_at + at).map_err(io("read", &path))?;
-        Ok(byte[0])
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::memory::template::{Learned, Origin, PAGE_BYTES};
+    use std::os::unix::fs::FileExt;
 
     fn origin() -> Origin {
         let text = |t: &str| t.to_owned();
@@ -341,7 +331,9 @@ mod tests {
         let mut read = Template::open(&target).unwrap();
         assert_eq!(read.manifest, written.manifest);
         assert_eq!((read.manifest.memory_id.as_str(), read.manifest.memory_at), ("tc.ram", 1 << 20));
-        assert_eq!(read.memory_byte(2 * PAGE_BYTES).unwrap(), 3);
+        let mut byte = [0];
+        read.open_state().unwrap().read_exact_at(&mut byte, (1 << 20) + 2 * PAGE_BYTES).unwrap();
+        assert_eq!(byte, [3]);
         read.verify().unwrap();
         read.learn(WorkingSet::of_touches([9, 2, 3])).unwrap();
         let again = Template::open(&target).unwrap();
