@@ -4,13 +4,12 @@
 //! - [`collect`]: `bench collect`, what measuring many machines costs
 //! - [`forecast`]: `bench forecast`, demand foretold beside other forecasters
 //! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
-//! - [`memory`]: `bench memory`, a guest that is swapped out and touches its memory again
+//! - [`memory`]: `bench memory`, a guest that is swapped out and touches its memory again; `bench template`, clones of one
 //! - [`series`]: `bench series`, what machines used: size, ingest, questions
 //! - [`record`]: the figures of a boot and the file they are written to
 //! - [`host`]: the machine they were measured on
 //! - [`adversary`]: traces made to be foreseen wrongly
 //! - [`predict`]: `bench predict`, recorded traces through the predictor beside every [peer](peers)
-//! - [`memory`]: `bench template`, machines started from templates
 //! - [`progress`]: what is shown meanwhile
 //! - [`trace`]: recorded traces in memory
 //! - [`table`]: what is printed at the end
