@@ -61,15 +61,12 @@ impl Usage {
     /// Of process `pid` and those it has started.
     pub fn of_family(pid: i32) -> Result<Self> {
         let mut all = Self::of(pid)?;
-        for thread in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?.flatten() {
-            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-            for child in children.split_ascii_whitespace().filter_map(|word| word.parse().ok()) {
-                // one that has just ended counts no more
-                let Ok(more) = Self::of_family(child) else { continue };
-                all.minor_faults += more.minor_faults;
-                all.major_faults += more.major_faults;
-                all.cpu += more.cpu;
-            }
+        for child in children(pid)? {
+            // one that has just ended counts no more
+            let Ok(more) = Self::of_family(child) else { continue };
+            all.minor_faults += more.minor_faults;
+            all.major_faults += more.major_faults;
+            all.cpu += more.cpu;
         }
         Ok(all)
     }
@@ -83,6 +80,17 @@ impl Usage {
             cpu: self.cpu.saturating_sub(earlier.cpu),
         }
     }
+}
+
+/// The processes that `pid` has started and that run.
+pub fn children(pid: i32) -> Result<Vec<i32>> {
+    let mut all = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?.flatten() {
+        // a thread that has just ended has none
+        let text = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        all.extend(text.split_ascii_whitespace().filter_map(|word| word.parse::<i32>().ok()));
+    }
+    Ok(all)
 }
 
 /// Processor time of the calling thread.
@@ -128,17 +136,18 @@ impl Memory {
     ///
     /// Pages that were written to a disk stay in the swap cache, where a touch is no major fault and a further
     /// MADV_PAGEOUT does not find them. They are mapped again by reading them, which leaves them clean, and a clean page
-    /// goes at once.
+    /// goes at once. Not so shared memory, which is dirty again when it is read: of a disk it stays in the swap cache.
     pub fn push_out(&self) -> Result<()> {
-        let before = swap_cached()?;
+        let (before, mut cached, mut left) = (swap_cached()?, 0, Residency::default());
         for _ in 0..TRIES {
             self.advise(libc::MADV_PAGEOUT).context("PAGEOUT")?;
             let settled = Instant::now() + Duration::from_secs(20);
             while meminfo("Writeback")? > 1 << 20 && Instant::now() < settled {
                 std::thread::sleep(Duration::from_millis(10));
             }
-            let cached = swap_cached()?.saturating_sub(before);
-            if self.residency()?.mapped_bytes + cached <= LEFT_BYTES {
+            cached = swap_cached()?.saturating_sub(before);
+            left = self.residency()?;
+            if left.mapped_bytes + cached <= LEFT_BYTES {
                 return Ok(());
             }
             if cached > LEFT_BYTES / 2 {
@@ -146,14 +155,13 @@ impl Memory {
             }
         }
         bail!(
-            "process {} cannot be swapped out: {:?}, {} bytes in the swap cache; is there room in swap?",
-            self.pid,
-            self.residency()?,
-            swap_cached()?.saturating_sub(before)
+            "process {} cannot be swapped out: {left:?}, {cached} bytes in the swap cache; is there room in swap?",
+            self.pid
         )
     }
 
-    /// Reads a byte of every page, which maps it; untouched ones are mapped to the page of zeros.
+    /// Reads a byte of every page, which maps it; untouched ones are mapped to the page of zeros,
+    /// or filled with zeros where memory is shared.
     pub fn read(&self) -> Result<()> {
         const BATCH: u64 = 512;
         let mut at = self.range.start;

@@ -13,6 +13,7 @@
 //!
 //! - [`contender`]: what is compared
 //! - [`project`]: this project among them
+//! - [`replay`]: a recording replayed, the peer that learns nothing
 //! - [`round`]: one round, and what it is measured by
 //! - [`watching`]: what it costs to hear of faults
 //! - [`template`]: `bench template`, machines started from templates
@@ -20,6 +21,7 @@
 
 mod contender;
 mod project;
+mod replay;
 mod report;
 mod round;
 pub(crate) mod template;
@@ -29,8 +31,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use prestage_integration::libvirt::{Hypervisor, HypervisorConfig};
+use prestage_integration::memory::Region;
 use prestage_tests::daemon::DaemonOptions;
-use prestage_tests::paths::Scratch;
+use prestage_tests::libvirt::Libvirt;
+use prestage_tests::paths::{Scratch, program};
 use prestage_tests::swap::Swap;
 use prestage_tests::toucher::{Backing, MemoryRig};
 use serde::Serialize;
@@ -40,6 +45,7 @@ use crate::progress::Progress;
 use crate::record::write_json;
 use contender::{Contender, Everything, Kernel, Resident, Way};
 use project::{Knowledge, Project};
+use replay::{Replay, Role};
 use report::{Report, Row};
 use round::{Subject, Trial};
 
@@ -138,23 +144,47 @@ impl Order {
     }
 }
 
+/// What contenders are made of.
+struct Place {
+    daemon: DaemonOptions,
+    helper: PathBuf,
+    qemu: i32,
+    regions: Vec<Region>,
+}
+
+/// Where the guest's memory lies in its QEMU.
+fn regions(libvirt: &Libvirt) -> Result<Vec<Region>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let hypervisor =
+        Hypervisor::start(HypervisorConfig { uri: libvirt.uri().to_owned(), ..HypervisorConfig::default() })?;
+    runtime.block_on(async {
+        hypervisor.state().wait_for(|state| state.connected).await.context("libvirt")?;
+        hypervisor.memory_layout(GUEST).await?.context("the guest's memory has no place in QEMU")
+    })
+}
+
 /// The contenders of one swap area and order, in the order they take their turns.
-fn contenders(options: &Options, order: Order, daemon: &DaemonOptions) -> Vec<Box<dyn Contender>> {
-    let project = |knowledge, lead| Box::new(Project::new(GUEST, daemon, knowledge, lead));
+fn contenders(options: &Options, order: Order, place: &Place) -> Result<Vec<Box<dyn Contender>>> {
+    let project = |knowledge, lead| Box::new(Project::new(GUEST, &place.daemon, knowledge, lead));
+    let replay = |role| Replay::new(role, &place.helper, place.qemu, &place.regions).map(Box::new);
     let mut all: Vec<Box<dyn Contender>> = vec![Box::new(Kernel { page_cluster: 0 })];
     // nothing can be foreseen there: what is asked is what trying costs
     if order == Order::Random {
+        all.push(replay(Role::Hear)?);
         if options.prestage {
             all.push(project(Knowledge::Nothing, None));
         }
-        return all;
+        return Ok(all);
     }
     all.push(Box::new(Kernel { page_cluster: 3 }));
     for &lead in &options.lead_ms {
         let lead = Duration::from_millis(lead);
-        for way in [Way::WillNeed, Way::WillNeedRead] {
-            all.push(Box::new(Everything::new(way, lead)));
+        all.push(Box::new(Everything::new(Way::WillNeed, lead)));
+        // reading fills what was never touched where memory is shared
+        if !options.shared {
+            all.push(Box::new(Everything::new(Way::WillNeedRead, lead)));
         }
+        all.push(replay(Role::Replay(lead))?);
         if options.prestage {
             all.push(project(Knowledge::Kept, Some(lead)));
         }
@@ -163,13 +193,16 @@ fn contenders(options: &Options, order: Order, daemon: &DaemonOptions) -> Vec<Bo
         all.push(project(Knowledge::Kept, None));
     }
     all.push(Box::new(Resident));
-    all
+    Ok(all)
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let can = if options.swap.contains(&Area::Zram) { Swap::zram_available() } else { Swap::available() };
     if let Err(why) = can {
         bail!("nothing can be swapped out on this host: {why}");
+    }
+    if options.shared && options.swap.contains(&Area::Disk) {
+        bail!("shared memory on a disk cannot be driven out of the swap cache: --shared goes with --swap zram");
     }
     let progress = Progress::new();
     if options.watching {
@@ -185,13 +218,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     run.wait_alive()?;
     run.fill(options.working_set)?;
     progress.step(&format!("a guest runs under {} and has filled {} MiB", rig.accelerator, options.working_set));
-    let mut subject = Subject::new(run, guest.pid()?, options)?;
 
-    let daemon = DaemonOptions {
-        libvirt_uri: Some(rig.libvirt.uri().to_owned()),
-        more: options.config.clone(),
-        ..DaemonOptions::default()
+    let place = Place {
+        daemon: DaemonOptions {
+            libvirt_uri: Some(rig.libvirt.uri().to_owned()),
+            more: options.config.clone(),
+            ..DaemonOptions::default()
+        },
+        helper: program("prestage-memory")?,
+        qemu: guest.pid()?,
+        regions: regions(&rig.libvirt)?,
     };
+    let mut subject = Subject::new(run, place.qemu, options)?;
     let mut report = Report {
         host: Host::find(),
         accelerator: rig.accelerator,
@@ -210,7 +248,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         };
         progress.step(&format!("{} MiB of swap on {}", bytes >> 20, swap.device().display()));
         for &order in &options.order {
-            let mut contenders = contenders(options, order, &daemon);
+            let mut contenders = contenders(options, order, &place)?;
             let mut samples = vec![Vec::new(); contenders.len()];
             // the first round finds the guest's memory in huge pages, the caches cold and the recorded order unheard of
             for round in 0..=options.rounds {
