@@ -182,6 +182,7 @@ impl PhaseSet {
             };
             let overdue = u64::from(run.span_ms()) > u64::from(extent.at_ms) * OVERDUE_FACTOR + OVERDUE_SLACK_MS;
             let reached = touched_pages > 0 || matched.reached.is_some_and(|reached| position <= reached) || overdue;
+            let reached = reached && !run.is_blind(extent.first, extent.pages);
             if reached {
                 counts.add(extent.history, touched_pages, extent.pages);
             }

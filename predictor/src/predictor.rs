@@ -419,6 +419,28 @@ impl AccessPredictor {
         }
     }
 
+    /// Pages that were proposed for a VM need not be brought: they are in place already, and their use will not be seen. It
+    /// counts neither for nor against those who named them, and what is learned of them stays as it is.
+    pub fn in_place(&mut self, vm: u64, first: u64, pages: u32) {
+        let Some(pages) = self.clip(first, pages.min(MAX_READ_PAGES)) else { return };
+        for (block, mask) in block_masks(first, pages) {
+            self.hybrid.written(block, mask);
+        }
+        if let Some(active) = self.vms.get_mut(&vm).and_then(|vm| vm.phase.as_mut()) {
+            active.recording.in_place(first, pages);
+            if let Some(replay) = &mut active.replay {
+                replay.in_place(first, pages);
+            }
+        }
+    }
+
+    /// Whether the set of a phase that runs names the page.
+    #[must_use]
+    pub fn is_expected(&self, page: u64) -> bool {
+        let replays = self.vms.values().filter_map(|vm| vm.phase.as_ref()?.replay.as_ref());
+        replays.into_iter().any(|replay| replay.expects(page).is_some())
+    }
+
     /// Pages left the cache after they had been used: they may be proposed again.
     pub fn evicted(&mut self, first: u64, pages: u32) {
         let Some(pages) = self.clip(first, pages.min(MAX_READ_PAGES)) else { return };

@@ -26,6 +26,7 @@ pub(crate) struct Recording {
     limit_pages: u64,
     read: PageSet,
     written: PageSet,
+    in_place: PageSet,
     order: Vec<Touched>,
 }
 
@@ -37,6 +38,7 @@ impl Recording {
             limit_pages,
             read: PageSet::default(),
             written: PageSet::default(),
+            in_place: PageSet::default(),
             order: Vec::new(),
         }
     }
@@ -65,6 +67,20 @@ impl Recording {
         if self.written.len() < self.limit_pages {
             self.written.insert(first, pages, |_, _| {});
         }
+    }
+
+    /// Reads of these pages are not seen: that the run is not known to have read them says nothing.
+    pub(crate) fn in_place(&mut self, first: u64, pages: u32) {
+        if self.in_place.len() < self.limit_pages {
+            self.in_place.insert(first, pages, |_, _| {});
+        }
+    }
+
+    /// Whether a read of any of these pages may have gone unseen.
+    pub(crate) fn is_blind(&self, first: u64, pages: u32) -> bool {
+        let mut blind = false;
+        self.in_place.runs(first, pages, true, |_, _| blind = true);
+        blind
     }
 
     /// Moves the end of the run without an access.
@@ -96,7 +112,10 @@ impl Recording {
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {
-        self.read.memory_bytes() + self.written.memory_bytes() + self.order.capacity() * size_of::<Touched>()
+        self.read.memory_bytes()
+            + self.written.memory_bytes()
+            + self.in_place.memory_bytes()
+            + self.order.capacity() * size_of::<Touched>()
     }
 
     fn elapsed_ms(&self, at_us: u64) -> u32 {

@@ -40,6 +40,8 @@ const USED: u8 = 2;
 const PASSED: u8 = 4;
 /// Was proposed, lost by the cache and may be proposed once more.
 const LOST_ONCE: u8 = 8;
+/// Was in place when it was to be brought: whether it is used nobody sees.
+const IN_PLACE: u8 = 16;
 
 /// How far ahead a replay proposes.
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +105,7 @@ impl Replay {
             let flags = self.flags[position];
             if flags & USED == 0 {
                 self.flags[position] |= USED;
-                if flags & (PROPOSED | PASSED) == PROPOSED {
+                if flags & (PROPOSED | PASSED | IN_PLACE) == PROPOSED {
                     self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
                 }
                 if flags & PASSED != 0 && plan.probability(&plan.extents()[position]) >= JUDGED_PROBABILITY {
@@ -127,13 +129,25 @@ impl Replay {
     pub(crate) fn lost(&mut self, first: u64, pages: u32) {
         let plan = Arc::clone(&self.plan);
         for (position, _, _) in plan.overlaps(first, pages) {
-            if self.flags[position] & (PROPOSED | USED | PASSED | LOST_ONCE) == PROPOSED {
+            if self.flags[position] & (PROPOSED | USED | PASSED | LOST_ONCE | IN_PLACE) == PROPOSED {
                 self.flags[position] = LOST_ONCE;
                 self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
                 if position < self.cursor {
                     self.lost.push(Reverse(position as u32));
                 }
             }
+        }
+    }
+
+    /// Pages were in place already and nobody will see them used: they are neither outstanding nor judged.
+    pub(crate) fn in_place(&mut self, first: u64, pages: u32) {
+        let plan = Arc::clone(&self.plan);
+        for (position, _, _) in plan.overlaps(first, pages) {
+            let flags = self.flags[position];
+            if flags & (PROPOSED | USED | PASSED | IN_PLACE) == PROPOSED {
+                self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
+            }
+            self.flags[position] |= IN_PLACE;
         }
     }
 
@@ -232,10 +246,10 @@ impl Replay {
             let (flags, extent) = (self.flags[self.judged], &self.plan.extents()[self.judged]);
             self.flags[self.judged] |= PASSED;
             self.judged += 1;
-            if flags & (PROPOSED | USED) == PROPOSED {
+            if flags & (PROPOSED | USED | IN_PLACE) == PROPOSED {
                 self.outstanding = self.outstanding.saturating_sub(u64::from(extent.pages));
             }
-            if self.plan.probability(extent) >= JUDGED_PROBABILITY {
+            if flags & (USED | IN_PLACE) != IN_PLACE && self.plan.probability(extent) >= JUDGED_PROBABILITY {
                 passed += extent.pages as f32;
                 used += if flags & USED != 0 { extent.pages as f32 } else { 0.0 };
             }

@@ -204,3 +204,36 @@ fn a_storage_takes_two_mebibytes_by_default() {
     let predictor = AccessPredictor::new(AccessConfig::default());
     assert!(predictor.memory_bytes() <= 2 << 20, "{}", predictor.memory_bytes());
 }
+
+#[test]
+fn what_was_in_place_neither_shrinks_a_set_nor_stops_its_replay() {
+    let mut predictor = AccessPredictor::new(AccessConfig::default());
+    let page = |i: u64| 1000 + i * 37 % 4096 * 4;
+    let touch = |predictor: &mut AccessPredictor, i: u64, at_us: u64| predictor.observe(&read(1, page(i), 1, at_us));
+    predictor.phase_start(1, Phase::Program(7), 0);
+    (0..4096).for_each(|i| touch(&mut predictor, i, i * 100));
+    predictor.phase_end(1, SECOND_US);
+    let learned = |predictor: &AccessPredictor| predictor.summary().phases[0].bytes / 4096;
+    assert_eq!(learned(&predictor), 4096);
+    for run in 1..5 {
+        let now = run * 100 * SECOND_US;
+        drain(&mut predictor, now);
+        predictor.forget_resident();
+        predictor.phase_start(1, Phase::Program(7), now);
+        assert_eq!(pages(&drain(&mut predictor, now)).len(), 4096, "run {run}");
+        // Three quarters lie in memory: their use is not seen.
+        (0..4096).filter(|i| i % 4 != 0).for_each(|i| predictor.in_place(1, page(i), 1));
+        (0..4096).step_by(4).for_each(|i| touch(&mut predictor, i, now + i * 100));
+        predictor.phase_end(1, now + SECOND_US);
+        assert_eq!(learned(&predictor), 4096, "run {run}");
+    }
+    // Not in place and not read: those leave.
+    for run in 5..9 {
+        let now = run * 100 * SECOND_US;
+        predictor.forget_resident();
+        predictor.phase_start(1, Phase::Program(7), now);
+        (0..4096).step_by(4).for_each(|i| touch(&mut predictor, i, now + i * 100));
+        predictor.phase_end(1, now + SECOND_US);
+    }
+    assert!(learned(&predictor) < 4096);
+}
