@@ -1,6 +1,7 @@
 //! The host agent `prestaged` and its admin CLI `prestagectl`.
 //!
 //! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
+//! - `memory`: guests' swapped pages, learned and brought in before they are touched
 //! - [`models`]: neural models, trained and compared in the background
 //! - `demand`: what machines use and will use, measured, forecast and acted on; [`planner`]: who is to have what; [`simulate`]: the same on a recorded month
 //! - [`calendar`], [`schedule`]: dates, and events that come again
@@ -17,6 +18,7 @@ pub mod daemon;
 mod demand;
 pub mod forecast;
 pub mod learner;
+mod memory;
 pub mod models;
 pub mod notify;
 pub mod planner;

@@ -160,6 +160,11 @@ pub struct DiskAddArgs {
 pub enum VmCommand {
     /// All machines and their disks
     List,
+    /// One machine: its disks, and how its memory fares
+    Show {
+        /// Name or UUID
+        vm: String,
+    },
     /// Have a machine's disk served by prestaged
     Attach {
         /// Name or UUID

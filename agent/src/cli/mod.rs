@@ -40,7 +40,7 @@ use clap::FromArgMatches;
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::types::{
     AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList,
-    Saved, Status, VmList, WarmRequest, Warmed,
+    Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -219,6 +219,9 @@ async fn vm(command: VmCommand, client: &Client, json: bool, out: &mut impl Writ
     let path = |vm: &str, target: &str, verb: &str| format!("/v1/vms/{}/disks/{}/{verb}", encode(vm), encode(target));
     match command {
         VmCommand::List => answer(out, json, &client.get::<VmList>("/v1/vms").await?, render::vms),
+        VmCommand::Show { vm } => {
+            answer(out, json, &client.get::<Vm>(&format!("/v1/vms/{}", encode(&vm))).await?, render::vm)
+        }
         VmCommand::Attach { vm, target, enable_shared_memory, queues, name } => {
             let request = AttachRequest { enable_shared_memory, queues, name };
             let reply: Attached = client.post(&path(&vm, &target, "attach"), &request).await?;

@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
-    Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, Profile,
-    ProfileList, Saved, Status, StoreState, TakesEffect, TierName, VmList, Warmed,
+    Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, PassedOver,
+    Profile, ProfileList, Saved, Status, StoreState, TakesEffect, TierName, Vm, VmList, VmPages, Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -84,6 +84,21 @@ pub(super) fn status(status: &Status) -> String {
         ),
     );
     fields.add("prefetch", if learner.prefetch { "on" } else { "off" });
+    let memory = &status.memory;
+    fields.add(
+        "memory",
+        match memory.health {
+            Health::Off => "off".to_owned(),
+            _ => format!(
+                "{}, {} of {} watched, {} brought in, {} of that used",
+                health(memory.health),
+                memory.watched,
+                count(memory.machines.into(), "machine", "machines"),
+                human_bytes(memory.staged_bytes),
+                human_bytes(memory.used_bytes)
+            ),
+        },
+    );
     let store = &status.store;
     fields.add(
         "database",
@@ -276,6 +291,77 @@ pub(super) fn vms(list: &VmList) -> String {
         }
     }
     table.render()
+}
+
+pub(super) fn vm(vm: &Vm) -> String {
+    let mut fields = Fields::default();
+    fields.add("machine", format!("{} ({})", vm.name, vm.uuid)).add("state", &vm.state);
+    fields.add("vCPUs", vm.vcpus).add("memory", human_bytes(vm.memory_bytes));
+    fields.add("shared memory", if vm.shared_memory { "yes" } else { "no" });
+    let mut text = fields.render();
+    if !vm.disks.is_empty() {
+        text.push('\n');
+        text.push_str(&vms(&VmList { vms: vec![vm.clone()] }));
+    }
+    if let Some(seen) = &vm.pages {
+        text.push('\n');
+        text.push_str(&pages(seen));
+    }
+    text
+}
+
+/// How a machine's memory fares.
+fn pages(seen: &VmPages) -> String {
+    let mut fields = Fields::default();
+    fields.add("memory pages", with_detail(seen.health, Some(&seen.state)));
+    if let Some(signal) = &seen.signal {
+        fields.add("seen by", signal);
+    }
+    for PassedOver { signal, why } in &seen.passed_over {
+        fields.add("not by", format!("{signal}: {why}"));
+    }
+    for missing in &seen.missing {
+        fields.add("not possible", missing);
+    }
+    if let (Some(present), Some(swapped), Some(absent)) = (seen.present_bytes, seen.swapped_bytes, seen.absent_bytes) {
+        let [present, swapped, absent] = [present, swapped, absent].map(human_bytes);
+        fields.add("residency", format!("{present} in memory, {swapped} in swap, {absent} never used"));
+    }
+    let every = match (seen.period, &seen.signal) {
+        (_, None) => String::new(),
+        (0, _) => ", none is looked at now".to_owned(),
+        (1, _) => ", all are looked at now".to_owned(),
+        (period, _) => format!(", at intervals of {period} now"),
+    };
+    fields.add("faults", format!("{} seen, {} lost{every}", seen.faults, seen.faults_lost));
+    fields.add(
+        "brought in",
+        format!(
+            "{}: {} used, {} not touched yet, {} in vain; {} foreseen too late",
+            human_bytes(seen.staged_bytes),
+            human_bytes(seen.used_bytes),
+            human_bytes(seen.unread_bytes),
+            human_bytes(seen.wasted_bytes),
+            human_bytes(seen.late_bytes)
+        ),
+    );
+    if seen.pushed_bytes > 0 {
+        let stopped = if seen.push_stopped { "; stopped for a while: too much came back" } else { "" };
+        let [pushed, back] = [seen.pushed_bytes, seen.refaulted_bytes].map(human_bytes);
+        fields.add("pushed out", format!("{pushed}: {back} came back{stopped}"));
+    }
+    if let Some(held) = &seen.held {
+        fields.add("waits", held);
+    }
+    let sets: Vec<String> = seen
+        .sets
+        .iter()
+        .map(|set| {
+            format!("{} ({}, {})", set.program, human_bytes(set.size_bytes), count(set.runs.into(), "run", "runs"))
+        })
+        .collect();
+    fields.add("learned", if sets.is_empty() { "no program yet".to_owned() } else { sets.join(", ") });
+    fields.render()
 }
 
 fn effect(effect: TakesEffect) -> &'static str {

@@ -26,7 +26,7 @@ use prestage_integration::api::types::validate_name;
 use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, parse_override};
 use settings::SECTIONS;
 pub use settings::{
-    Api, Cache, Daemon, Demand, ExportSettings, Learner, Libvirt, Model, Prefetch, Sections, StoreSettings,
+    Api, Cache, Daemon, Demand, ExportSettings, Learner, Libvirt, Memory, Model, Prefetch, Sections, StoreSettings,
 };
 pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
 pub use webhook::Webhook;
@@ -73,6 +73,7 @@ pub struct Config {
     pub export: ExportSettings,
     pub libvirt: Libvirt,
     pub demand: Demand,
+    pub memory: Memory,
     pub learner: Learner,
     pub model: Model,
     pub api: Api,
@@ -192,8 +193,23 @@ impl Config {
             problems.0.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
             return Err(ConfigError { problems: problems.0 });
         }
-        let Sections { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api } = sections;
-        Ok(Self { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api, disks, webhooks })
+        let Sections { daemon, cache, prefetch, store, export, libvirt, demand, memory, learner, model, api } =
+            sections;
+        Ok(Self {
+            daemon,
+            cache,
+            prefetch,
+            store,
+            export,
+            libvirt,
+            demand,
+            memory,
+            learner,
+            model,
+            api,
+            disks,
+            webhooks,
+        })
     }
 
     /// Path of the control socket.
@@ -290,13 +306,14 @@ impl Config {
             export,
             libvirt,
             demand,
+            memory,
             learner,
             model,
             api,
             disks: _,
             webhooks: _,
         } = self.clone();
-        Sections { daemon, cache, prefetch, store, export, libvirt, demand, learner, model, api }
+        Sections { daemon, cache, prefetch, store, export, libvirt, demand, memory, learner, model, api }
     }
 }
 

@@ -277,6 +277,30 @@ sections! {
         series_bytes: Bytes = Bytes::gib(1), at_least(Bytes::mib(1)), reload;
     }
 
+    /// Guests' memory that the host has swapped out.
+    memory: Memory {
+        /// Off: guests' memory is neither watched nor moved.
+        enabled: bool = true, any, restart;
+        /// Bring in swapped pages before the guest touches them. Off: it is only learned which. A machine's policy comes before this.
+        prestage: bool = true, any, reload;
+        /// The program that may look into hypervisors. Unset: `prestage-memory` beside `prestaged`. Example: helper = "/usr/lib/prestage/prestage-memory"
+        helper: Option<PathBuf> = None, any, restart;
+        /// Share of the host's memory, 0 to 0.9, that bringing in leaves free.
+        reserve: f64 = 0.05, reserve, reload;
+        /// Most bytes a second brought in from compressed memory (zram): "unlimited" or at least "1MiB/s".
+        zram_rate: RateLimit = RateLimit::Unlimited, rate, reload;
+        /// The same where any swap is on a disk.
+        disk_rate: RateLimit = RateLimit::BytesPerSecond(512 << 20), rate, reload;
+        /// Share of time, 0 to 1, that tasks of the host or of the machine may wait for memory; above it nothing is brought in.
+        max_pressure: f64 = 0.1, probability, reload;
+        /// Push out pages that look idle, of machines whose pages are brought in.
+        push_out: bool = false, any, reload;
+        /// Share of a machine's memory, 0 to 1, that is never pushed out.
+        push_floor: f64 = 0.5, probability, reload;
+        /// Share of time, 0 to 1, that tasks of the host or of the machine may wait for memory; above it nothing is pushed out.
+        push_pressure: f64 = 0.001, probability, reload;
+    }
+
     /// What is learned and kept.
     learner: Learner {
         /// Keep a history of accesses, for analysis and training.

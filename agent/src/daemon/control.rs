@@ -161,6 +161,9 @@ impl Control for Handle {
         Box::pin(async move {
             let profile = find_profile(&self.0, &id).await?;
             self.0.learner.forget(profile.storage.clone()).await;
+            if let Some(memory) = &self.0.memory {
+                memory.forget(profile.storage.clone()).await;
+            }
             match self.0.store.remove_profile(&profile.storage).await {
                 // Held and never saved: forgetting it was all there was to do.
                 Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
@@ -171,6 +174,9 @@ impl Control for Handle {
 
     fn profiles_save(&self) -> Reply<'_, Saved> {
         Box::pin(async {
+            if let Some(memory) = &self.0.memory {
+                memory.save().await;
+            }
             let saved = self.0.learner.save().await.map_err(|error| ApiError::new(ErrorCode::Unavailable, error))?;
             Ok(Saved { profiles: saved.profiles, size_bytes: saved.bytes })
         })
@@ -304,7 +310,10 @@ fn named(daemon: &Daemon, disk: &str, size: u64, ranges: &[ByteRange]) -> Result
 }
 
 async fn profiles(daemon: &Shared) -> Result<Vec<Profile>, ApiError> {
-    let held = daemon.learner.profiles().await;
+    let mut held = daemon.learner.profiles().await;
+    if let Some(memory) = &daemon.memory {
+        held.extend(memory.profiles().await);
+    }
     let shared = daemon.clone();
     blocking(move || {
         let saved = shared.store.profiles().map_err(|error| store_error(&error))?;

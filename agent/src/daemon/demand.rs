@@ -77,6 +77,13 @@ fn shown(machine: &Machine) -> VmPolicyShown {
 }
 
 impl Handle {
+    /// What is done about a machine's swapped pages from now on.
+    fn tell_pages(&self, vm: Uuid, mode: Option<Mode>) {
+        if let Some(memory) = &self.0.memory {
+            memory.mode(vm, mode);
+        }
+    }
+
     /// A machine that libvirt knows, running or not.
     async fn defined(&self, vm: &str) -> Result<(Uuid, String), ApiError> {
         if let Some(demand) = &self.0.demand {
@@ -166,6 +173,7 @@ impl DemandControl for Handle {
             let data = serde_json::to_string(&policy).map_err(|error| ApiError::internal(error.to_string()))?;
             let row = PolicyRow { vm: uuid.to_string(), data, changed_unix_ms: unix_ms() };
             demand.store.set_policy(row).await.map_err(|error| store_error(&error))?;
+            self.tell_pages(uuid, policy.pages);
             demand.state.lock().set_policy(uuid, Some(policy));
             self.policy_of(uuid, name)
         })
@@ -180,6 +188,7 @@ impl DemandControl for Handle {
                 Ok(()) | Err(StoreError::NotFound { .. }) => {}
                 Err(error) => return Err(store_error(&error)),
             }
+            self.tell_pages(uuid, None);
             demand.state.lock().set_policy(uuid, None);
             Ok(())
         })

@@ -72,6 +72,7 @@ fn describe(daemon: &Shared, vm: &libvirt::Vm) -> Vm {
         memory_bytes: vm.memory_bytes,
         disks: disks.collect(),
         clone: daemon.templates.progress(vm.id.uuid),
+        pages: None,
     }
 }
 
@@ -85,7 +86,11 @@ pub(super) async fn list(daemon: &Shared) -> Result<VmList, ApiError> {
 
 pub(super) async fn get(daemon: &Shared, vm: &str) -> Result<Vm, ApiError> {
     let vm = hypervisor(daemon)?.get(vm).await.map_err(|error| api_error(&error))?;
-    Ok(describe(daemon, &vm))
+    let pages = match &daemon.memory {
+        Some(memory) => memory.report(vm.id.uuid).await,
+        None => None,
+    };
+    Ok(Vm { pages, ..describe(daemon, &vm) })
 }
 
 /// A disk's name made of its machine's and its target; characters that names don't have become `-`.

@@ -32,6 +32,7 @@ pub use webhooks::check;
 use crate::config::Config;
 use crate::demand::run::Demand;
 use crate::learner::{LearnerHandle, LearnerSettings};
+use crate::memory::MemoryHandle;
 use crate::models::ModelsHandle;
 use crate::notify::Couriers;
 use crate::store::Store;
@@ -39,11 +40,12 @@ use disks::Disks;
 use parking_lot::Mutex;
 use prestage_cache::Cache;
 use prestage_integration::api::Counters;
-use prestage_integration::libvirt::Hypervisor;
+use prestage_integration::libvirt::{Hypervisor, Uuid};
 use questions::Questions;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 /// What the parts of the daemon share.
 struct Daemon {
@@ -59,6 +61,10 @@ struct Daemon {
     demand: Option<Demand>,
     /// Why it is off although it is configured.
     demand_trouble: Option<String>,
+    /// Watches guests' memory; `None`: it is switched off.
+    memory: Option<MemoryHandle>,
+    /// Machines whose memory is to be looked for anew, until somebody listens.
+    memory_moves: Mutex<Option<UnboundedReceiver<Uuid>>>,
     couriers: Mutex<Option<Couriers>>,
     untold: Mutex<webhooks::Untold>,
     started: Instant,

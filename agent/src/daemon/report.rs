@@ -11,7 +11,8 @@ use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
 use prestage_integration::api::Counters;
 use prestage_integration::api::types::{
     CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus,
-    LibvirtStatus, Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName, Trouble,
+    LibvirtStatus, MemoryStatus, Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName,
+    Trouble,
 };
 use prestage_predictor::Phase;
 use std::sync::atomic::Ordering;
@@ -158,6 +159,13 @@ impl Daemon {
         if let Some(detail) = self.demand_trouble.clone().or_else(|| self.demand.as_ref()?.trouble()) {
             trouble("demand", &detail);
         }
+        let memory = match &self.memory {
+            Some(memory) => memory.status(),
+            None => MemoryStatus { health: Health::Off, ..MemoryStatus::default() },
+        };
+        if let Some(detail) = &memory.detail {
+            trouble("memory", detail);
+        }
         for (name, why) in self.untold.lock().iter() {
             trouble(
                 &format!("webhook {name}"),
@@ -196,6 +204,7 @@ impl Daemon {
                 prefetch: config.prefetch.enabled,
                 detail: None,
             },
+            memory,
             store: StoreStatus {
                 health: if condition.degraded.is_some() { Health::Degraded } else { Health::Ok },
                 path: condition.path.display().to_string(),

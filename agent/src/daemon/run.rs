@@ -7,12 +7,15 @@
 use super::disks::Definition;
 use super::questions::Questions;
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
-use crate::config::{Change, Config, ConfigError, Demand as DemandSettings, Engine, HugePages, RateLimit, diff};
+use crate::config::{
+    Change, Config, ConfigError, Demand as DemandSettings, Engine, HugePages, Memory as MemoryConfig, RateLimit, diff,
+};
 use crate::demand::run::Demand;
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
-use crate::store::StoreError;
+use crate::memory::{MemoryHandle, MemorySettings};
 use crate::store::rescue::{Rescued, open_or_rescue};
+use crate::store::{Store, StoreError};
 use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
@@ -21,7 +24,7 @@ use prestage_cache::ssd::{Found, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
-use prestage_integration::libvirt::{Hypervisor, HypervisorConfig, HypervisorError};
+use prestage_integration::libvirt::{Hypervisor, HypervisorConfig, HypervisorError, Uuid};
 use sd_notify::NotifyState;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -30,6 +33,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 /// How often disks whose store could not be opened are tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -122,6 +126,10 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Some(hypervisor) = daemon.hypervisor.clone() {
         tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
     }
+    let moves = daemon.memory_moves.lock().take();
+    if let (Some(hypervisor), Some(memory), Some(moves)) = (&daemon.hypervisor, &daemon.memory, moves) {
+        tasks.push(tokio::spawn(crate::memory::places::follow(hypervisor.clone(), memory.clone(), moves)));
+    }
     super::webhooks::tell(&daemon).await;
     if let Some(demand) = daemon.demand.clone() {
         let config = daemon.config.lock().clone();
@@ -191,6 +199,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
 struct Threads {
     learner: std::thread::JoinHandle<()>,
     models: std::thread::JoinHandle<()>,
+    memory: Option<std::thread::JoinHandle<()>>,
 }
 
 fn shut_down(daemon: &Shared, threads: Threads) {
@@ -202,6 +211,12 @@ fn shut_down(daemon: &Shared, threads: Threads) {
             left,
             "disks did not end in time: their stores do not answer; their guests wait for the next start"
         );
+    }
+    if let Some(memory) = &daemon.memory {
+        memory.stop();
+    }
+    if threads.memory.is_some_and(|thread| thread.join().is_err()) {
+        tracing::error!("memory panicked");
     }
     daemon.learner.stop();
     if threads.learner.join().is_err() {
@@ -313,6 +328,11 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         }
         _ => (None, None),
     };
+    let memory = start_memory(&config, hypervisor.is_some(), &store, demand.as_ref());
+    let (memory, memory_thread, moves) = match memory {
+        Some((handle, thread, moves)) => (Some(handle), Some(thread), Some(moves)),
+        None => (None, None, None),
+    };
     let daemon = Daemon {
         config: Mutex::new(config),
         cache,
@@ -325,6 +345,8 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         templates: Default::default(),
         demand,
         demand_trouble,
+        memory,
+        memory_moves: Mutex::new(moves),
         couriers: Mutex::default(),
         untold: Mutex::default(),
         started: Instant::now(),
@@ -335,7 +357,27 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         machine_names: Mutex::default(),
         outcomes: Mutex::default(),
     };
-    Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread }))
+    Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread, memory: memory_thread }))
+}
+
+/// Starts to watch guests' memory. Without libvirt nobody says where that is.
+fn start_memory(
+    config: &Config,
+    libvirt: bool,
+    store: &Store,
+    demand: Option<&Demand>,
+) -> Option<(MemoryHandle, std::thread::JoinHandle<()>, UnboundedReceiver<Uuid>)> {
+    if !config.memory.enabled || !libvirt {
+        return None;
+    }
+    let beside = || Some(std::env::current_exe().ok()?.parent()?.join("prestage-memory"));
+    let helper = config.memory.helper.clone().or_else(beside).unwrap_or_else(|| "prestage-memory".into());
+    let started = MemoryHandle::start(helper, store.clone(), MemorySettings::of(config));
+    let started = started.inspect_err(|error| tracing::error!(%error, "guests' memory is not watched")).ok()?;
+    if let Some(demand) = demand {
+        demand.tell_memory(&started.0);
+    }
+    Some(started)
 }
 
 /// Opens the SSD tier. Without it guests are served all the same, only slower: a sick cache disk is no reason to leave
@@ -481,6 +523,9 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
     if let Some(demand) = &daemon.demand {
         demand.set(&new);
     }
+    if let Some(memory) = &daemon.memory {
+        memory.settings(MemorySettings::of(&new));
+    }
     {
         let mut config = daemon.config.lock();
         // Settings that need a restart stay as they run, so that what is reported is what is.
@@ -488,6 +533,8 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
         config.prefetch = new.prefetch;
         config.learner = new.learner;
         config.model = new.model;
+        config.memory =
+            MemoryConfig { enabled: config.memory.enabled, helper: config.memory.helper.clone(), ..new.memory };
         config.demand = DemandSettings { enabled: config.demand.enabled, every: config.demand.every, ..new.demand };
         config.disks = new.disks;
         config.webhooks = new.webhooks;

@@ -246,10 +246,14 @@ impl Demand {
 
     pub(crate) async fn execution_start(&self, uuid: Uuid, start: ExecutionStart) -> Result<Execution, ApiError> {
         let (execution, row, learned) = self.state.lock().begin(uuid, start, unix_ms())?;
+        if let Some(memory) = self.memory() {
+            memory.program(uuid, execution.id, &execution.start);
+        }
         // What it needs is planned for at once, not with the next turn.
         self.plan_now();
         if let Err(error) = self.store.start_execution(row, learned).await {
             self.state.lock().undo(execution.id, unix_ms() / 1000);
+            self.tell_memory_ended(execution.id);
             return Err(ApiError::new(ErrorCode::Unavailable, error.to_string()));
         }
         Ok(execution)
@@ -258,6 +262,7 @@ impl Demand {
     pub(crate) async fn execution_end(&self, id: i64) -> Result<Execution, ApiError> {
         let now_ms = unix_ms();
         let ended = self.state.lock().end(id, now_ms);
+        self.tell_memory_ended(id);
         let (execution, learned) =
             ended.ok_or_else(|| ApiError::not_found(format!("there is no execution {id}, or it has ended")))?;
         if let Err(error) = self.store.end_execution(id, now_ms, ExecutionState::Ended, learned.clone()).await {
@@ -280,10 +285,17 @@ impl Demand {
         Ok(execution)
     }
 
+    fn tell_memory_ended(&self, id: i64) {
+        if let Some(memory) = self.memory() {
+            memory.program_ended(id);
+        }
+    }
+
     /// Ends on record what ended unseen, and fills in what runs on after a restart.
     pub(super) async fn settle(&self, now_s: u64) {
         let Settled { lost, taken_up } = self.state.lock().settle(now_s);
         for id in lost {
+            self.tell_memory_ended(id);
             tracing::info!(id, "an execution ended unseen: its machine stopped or was started anew");
             drop(self.store.end_execution(id, now_s * 1000, ExecutionState::Unseen, Vec::new()));
         }

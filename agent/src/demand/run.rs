@@ -14,6 +14,7 @@ use super::{HostSettings, Order, State};
 use crate::calendar::rfc3339;
 use crate::config::{Config, RateLimit};
 use crate::learner::run::unix_ms;
+use crate::memory::MemoryHandle;
 use crate::notify::events::{Amount, Anomaly as AnomalyEvent, Change, Event, Reserved, unit};
 use crate::planner::{Kind, Reason};
 use crate::store::demand::{self as ledger, Completion, DecisionKind, NewEvent, Outcome};
@@ -25,7 +26,7 @@ use prestage_integration::libvirt::stats::{CollectConfig, Collector};
 use prestage_integration::libvirt::{Hypervisor, HypervisorEvent, Uuid, VmEventKind};
 use serde_json::json;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, broadcast};
@@ -59,6 +60,8 @@ pub(crate) struct Demand {
     pub(crate) told: Arc<Notify>,
     /// Rung when a change is over.
     free: Arc<Notify>,
+    /// Told which programs run.
+    memory: Arc<OnceLock<MemoryHandle>>,
 }
 
 impl Demand {
@@ -94,11 +97,25 @@ impl Demand {
             most,
             told: Arc::default(),
             free: Arc::default(),
+            memory: Arc::default(),
         };
         demand.restore_executions()?;
         demand.restore_events()?;
         settle_pending(&demand.store)?;
         Ok(demand)
+    }
+
+    /// Tells it from now on which programs run, and what is to be done for machines.
+    pub(crate) fn tell_memory(&self, memory: &MemoryHandle) {
+        for (uuid, policy) in &self.state.lock().policies {
+            memory.mode(*uuid, policy.pages);
+        }
+        // Once, at the start.
+        let _ = self.memory.set(memory.clone());
+    }
+
+    pub(super) fn memory(&self) -> Option<&MemoryHandle> {
+        self.memory.get()
     }
 
     /// Settings that hold from the next turn on.

@@ -186,6 +186,13 @@ impl Control for Fake {
                 prefetch: true,
                 ..LearnerStatus::default()
             },
+            memory: MemoryStatus {
+                watched: 1,
+                machines: 2,
+                staged_bytes: 256 << 20,
+                used_bytes: 200 << 20,
+                ..MemoryStatus::default()
+            },
             store: StoreStatus {
                 path: "/var/lib/prestage/prestage.db".into(),
                 size_bytes: 3 << 20,

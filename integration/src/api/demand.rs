@@ -109,6 +109,10 @@ pub struct VmPolicy {
     /// Kept free above what is used, 0 to 1 of it. Default 0.1.
     #[serde(default = "margin")]
     pub margin: f64,
+    /// Swapped pages of its memory: `act` brings them in, else it is only learned which. Absent: as `memory.prestage` in the
+    /// daemon's configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages: Option<Mode>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub resources: BTreeMap<Resource, ResourcePolicy>,
 }
@@ -132,6 +136,7 @@ impl Default for VmPolicy {
             priority: priority(),
             weight: weight(),
             margin: margin(),
+            pages: None,
             resources: BTreeMap::new(),
         }
     }

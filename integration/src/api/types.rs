@@ -9,9 +9,11 @@
 //! - cache: [`CacheTiers`], [`CacheStat`], [`WarmRequest`], [`Warmed`], [`DropRequest`], [`Dropped`]
 //! - profiles: [`Profile`], [`ProfileList`], [`Saved`]
 //! - explanations: [`Explained`] in `types/explained.rs`
+//! - a machine's memory: [`VmPages`] in `types/pages.rs`
 //! - [`Counters`] are in `counters.rs`
 
 mod explained;
+mod pages;
 
 use std::collections::BTreeMap;
 
@@ -22,6 +24,7 @@ use super::templates::CloneProgress;
 
 pub use super::counters::Counters;
 pub use explained::{Attempt, BudgetUse, Explained, Fate, Governor, Place, Touch, Vote};
+pub use pages::{MemoryStatus, PagesSet, PassedOver, VmPages};
 
 /// Whether a part works as it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
@@ -67,6 +70,9 @@ pub struct Status {
     pub disks: DiskCounts,
     pub libvirt: LibvirtStatus,
     pub learner: LearnerStatus,
+    /// Guests' memory.
+    #[serde(default)]
+    pub memory: MemoryStatus,
     pub store: StoreStatus,
 }
 
@@ -280,6 +286,9 @@ pub struct Vm {
     /// What is read for it, if it was started from a template by this run of the daemon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone: Option<CloneProgress>,
+    /// How its memory fares; absent in lists, and where memory is not watched at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages: Option<VmPages>,
 }
 
 /// One disk of a virtual machine.

@@ -70,6 +70,26 @@ pub enum ModeArg {
     Act,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PagesArg {
+    /// Learn which pages a program touches
+    Observe,
+    /// Bring them in before it does
+    Act,
+    /// As the daemon is configured
+    Default,
+}
+
+impl From<PagesArg> for Option<Mode> {
+    fn from(pages: PagesArg) -> Self {
+        match pages {
+            PagesArg::Observe => Some(Mode::Observe),
+            PagesArg::Act => Some(Mode::Act),
+            PagesArg::Default => None,
+        }
+    }
+}
+
 impl From<ModeArg> for Mode {
     fn from(mode: ModeArg) -> Self {
         match mode {
@@ -116,6 +136,9 @@ pub struct PolicyArgs {
     /// Kept free above what is used, as a share of it, 0 to 1
     #[arg(long)]
     margin: Option<f64>,
+    /// What is done about swapped pages of its memory: act brings them in; default: as the daemon is configured
+    #[arg(long, value_enum, value_name = "MODE")]
+    pages: Option<PagesArg>,
     /// Bounds of vCPUs
     #[arg(long, value_name = "BOUNDS", value_parser = bounds_of_numbers)]
     cpu: Option<Bounds>,
@@ -208,6 +231,7 @@ impl PolicyArgs {
             && self.priority.is_none()
             && self.weight.is_none()
             && self.margin.is_none()
+            && self.pages.is_none()
             && self.changes().iter().all(|(_, bounds)| bounds.is_none())
     }
 }
@@ -224,6 +248,7 @@ pub(super) async fn policy(args: PolicyArgs, client: &Client, json: bool, out: &
         policy.priority = args.priority.unwrap_or(policy.priority);
         policy.weight = args.weight.unwrap_or(policy.weight);
         policy.margin = args.margin.unwrap_or(policy.margin);
+        policy.pages = args.pages.map_or(policy.pages, Option::from);
         for (resource, bounds) in args.changes() {
             if let Some(bounds) = bounds {
                 bounds.apply(policy, resource);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use prestage_integration::api::demand::{
-    AdviceList, DecisionList, DemandStatus, Event, EventList, Execution, ExecutionList, Quantiles, Reservation,
+    AdviceList, DecisionList, DemandStatus, Event, EventList, Execution, ExecutionList, Mode, Quantiles, Reservation,
     ReservationList, Resource, VmPolicyShown, WebhookList,
 };
 
@@ -29,6 +29,7 @@ pub(super) fn policy(shown: &VmPolicyShown) -> String {
     fields.add("mode", policy.mode.name());
     fields.add("priority", format!("{}, weight {}", policy.priority, policy.weight));
     fields.add("margin", format!("{:.0} % above what is used", 100.0 * policy.margin));
+    fields.add("swapped pages", policy.pages.map_or("as the daemon is configured", Mode::name));
     for (resource, of) in &policy.resources {
         let bound = |name: &str, bound: Option<f64>| bound.map(|bound| format!("{name} {}", amount(*resource, bound)));
         let parts = [
@@ -326,7 +327,7 @@ pub(super) fn demand(status: &DemandStatus, webhooks: &WebhookList, now_unix_ms:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use prestage_integration::api::demand::{Advice, Decision, LeftOut, Mode, ReservationRequest};
+    use prestage_integration::api::demand::{Advice, Decision, LeftOut, ReservationRequest};
 
     #[test]
     fn advice_and_decisions_fit_in_lines_and_hide_no_escapes() {

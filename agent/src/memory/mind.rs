@@ -1,0 +1,372 @@
+//! What is learned of one machine's memory: its predictor, fed with faults and with what looks find, and the programs that
+//! run there.
+//!
+//! A page is a guest frame, a touch is a read. A program's first touches are its set, as a boot's are of a disk. Where not
+//! every fault is told, what is told only says where the guest is: it is learned from while a program runs, and not between.
+//! Of several programs in one machine the latest one's set is recorded; the others' end there.
+
+use super::attention::Attention;
+use super::stage::Stage;
+use prestage_integration::memory::{Fault, Span};
+use prestage_predictor::{
+    Access, AccessConfig, AccessPredictor, Candidate, Op, PAGE_BYTES, Phase, ProfileError, ProfileSummary,
+};
+
+/// The predictor keeps machines apart; here each has a predictor of its own.
+const SELF: u64 = 0;
+/// Most memory that is planned for at once, and that one program's set may have.
+const MOST_BYTES: u64 = 4 << 30;
+
+/// See the module's head. Times are microseconds of the host's monotonic clock.
+#[derive(Debug)]
+pub(super) struct Mind {
+    pub(super) predictor: AccessPredictor,
+    pub(super) stage: Stage,
+    pub(super) attention: Attention,
+    /// The saved profile could not be read and must not be overwritten unasked.
+    pub(super) refused: Option<ProfileError>,
+    /// Something was learned since the last save.
+    pub(super) dirty: bool,
+    /// Programs that run, by execution, the latest last.
+    running: Vec<(i64, u64)>,
+    candidates: Vec<Candidate>,
+    pages: u64,
+    pub(super) faults: u64,
+    pub(super) lost: u64,
+    /// Sets that were cut short.
+    pub(super) cut: u64,
+}
+
+/// Settings of a machine's predictor. `pages`: the guest's, `frames`: the highest frame and one.
+fn config(pages: u64, frames: u64, threshold: f32) -> AccessConfig {
+    let bytes = (pages * PAGE_BYTES).clamp(64 << 20, MOST_BYTES);
+    AccessConfig {
+        size_pages: frames,
+        min_probability: threshold,
+        phase_window_bytes: bytes,
+        phase_bytes: bytes,
+        // What is swapped in stays until memory is short: the machine's memory is the cache.
+        cache_pages: pages,
+        ..AccessConfig::default()
+    }
+}
+
+impl Mind {
+    /// Of a machine with so many pages of memory below frame `frames`; `saved`: its profile.
+    pub(super) fn new(pages: u64, frames: u64, saved: Option<&[u8]>, threshold: f32, now_us: u64) -> Self {
+        let config = config(pages, frames, threshold);
+        let (predictor, refused) = match saved.map(|bytes| AccessPredictor::from_bytes(bytes, config.clone())) {
+            None => (AccessPredictor::new(config), None),
+            Some(Ok(predictor)) => (predictor, None),
+            Some(Err(error)) => (AccessPredictor::new(config), Some(error)),
+        };
+        Self {
+            predictor,
+            stage: Stage::new(),
+            attention: Attention::new(now_us),
+            refused,
+            dirty: false,
+            running: Vec::new(),
+            candidates: Vec::new(),
+            pages,
+            faults: 0,
+            lost: 0,
+            cut: 0,
+        }
+    }
+
+    /// Forgets what was learned.
+    pub(super) fn forget(&mut self, frames: u64, threshold: f32) {
+        self.predictor = AccessPredictor::new(config(self.pages, frames, threshold));
+        (self.refused, self.dirty) = (None, false);
+    }
+
+    pub(super) fn summary(&self) -> ProfileSummary {
+        self.predictor.summary()
+    }
+
+    /// Whether an announced program runs.
+    pub(super) fn has_program(&self) -> bool {
+        !self.running.is_empty()
+    }
+
+    /// A program begins.
+    pub(super) fn start(&mut self, execution: i64, program: u64, now_us: u64) {
+        self.end(execution, now_us);
+        self.running.push((execution, program));
+        // What lies in memory is asked for page by page; what the predictor believes to lie there may long be swapped.
+        self.predictor.forget_resident();
+        let known = self.predictor.summary().phases.iter().any(|phase| phase.phase == Phase::Program(program));
+        self.predictor.phase_start(SELF, Phase::Program(program), now_us);
+        self.stage.begin();
+        if !known {
+            self.attention.first_run();
+        }
+        self.dirty = true;
+    }
+
+    /// A program has ended. Of one that is not known nothing happens.
+    pub(super) fn end(&mut self, execution: i64, now_us: u64) {
+        let Some(at) = self.running.iter().position(|(running, _)| *running == execution) else { return };
+        let latest = at + 1 == self.running.len();
+        self.running.remove(at);
+        if latest {
+            self.predictor.phase_end(SELF, now_us);
+            self.stage.drop_planned();
+            self.attention.run_ended();
+        }
+        self.dirty = true;
+    }
+
+    /// The machine has stopped, or is not watched any more: programs end, and nothing is on its way.
+    pub(super) fn stop(&mut self, now_us: u64) {
+        let latest = self.running.last().map(|(execution, _)| *execution);
+        latest.into_iter().for_each(|execution| self.end(execution, now_us));
+        self.running.clear();
+        self.stage.forget();
+    }
+
+    /// The machine has another size: pages, and the highest frame and one.
+    pub(super) fn resize(&mut self, pages: u64, frames: u64) {
+        if pages == self.pages {
+            return self.predictor.resize(frames);
+        }
+        self.pages = pages;
+        let config = config(pages, frames, 0.0);
+        // Bytes that were just written are read.
+        if let Ok(predictor) = AccessPredictor::from_bytes(&self.predictor.to_bytes(), config) {
+            self.predictor = predictor;
+        }
+    }
+
+    /// Takes faults in the order of time; `lost` of them are missing. Where they are not `ordered` they come from looks, which
+    /// cost the guest nothing. Returns the period from now on if it changes.
+    pub(super) fn faults(&mut self, faults: &[Fault], lost: u64, ordered: bool, now_us: u64) -> Option<u32> {
+        let period = if ordered { self.attention.period() } else { 1 };
+        self.faults += faults.len() as u64;
+        self.lost += lost;
+        let learn = period == 1 || self.has_program();
+        for fault in faults {
+            let foreseen = self.stage.touched(fault.frame, period);
+            if learn {
+                if !foreseen {
+                    // It was swapped, whatever is believed.
+                    self.predictor.evicted(fault.frame, 1);
+                }
+                self.read(Span { frame: fault.frame, pages: 1 }, fault.at_us);
+            }
+        }
+        if ordered { self.attention.heard(faults.len() as u64, now_us) } else { None }
+    }
+
+    fn read(&mut self, span: Span, at_us: u64) {
+        self.predictor.observe(&Access { at_us, vm: SELF, op: Op::Read, first: span.frame, pages: span.pages });
+        self.dirty = true;
+    }
+
+    /// Hands on what staging has found out, and takes what is expected next. `act`: it is brought in.
+    pub(super) fn think(&mut self, act: bool, now_us: u64) {
+        for span in self.stage.take_touches() {
+            self.read(span, now_us);
+        }
+        for span in self.stage.take_in_place() {
+            self.predictor.in_place(SELF, span.frame, span.pages);
+        }
+        if self.stage.cut_short() {
+            self.cut += 1;
+        }
+        let mut saved = 0;
+        for outcome in self.stage.take_outcomes() {
+            saved += if outcome.used && !outcome.late { u64::from(outcome.pages) } else { 0 };
+            self.predictor.outcome(&outcome);
+        }
+        self.attention.saved(saved);
+        self.candidates.clear();
+        self.predictor.predict(now_us, &mut self.candidates);
+        if act {
+            self.stage.offer(&self.candidates);
+        }
+    }
+}
+
+/// A program as predictors know it: by its name and tags, whatever the order these were given in.
+pub(super) fn program(name: &str, tags: &[String]) -> u64 {
+    let mut tags: Vec<&str> = tags.iter().map(String::as_str).collect();
+    tags.sort_unstable();
+    tags.dedup();
+    // FNV-1a, 64 bits (Fowler, Noll, Vo): stable over versions, unlike the standard library's hash.
+    let bytes = std::iter::once(name).chain(tags).flat_map(|word| word.bytes().chain([0xff]));
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prestage_integration::memory::PageState;
+    use std::collections::HashSet;
+
+    const PAGES: u64 = 1 << 16;
+
+    /// A guest whose memory is all in swap, and who brings in what is ordered.
+    struct Guest {
+        mind: Mind,
+        present: HashSet<u64>,
+        staged: HashSet<u64>,
+        now_us: u64,
+        majors: u64,
+        ticket: u64,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let mut mind = Mind::new(PAGES, PAGES, None, 0.125, 0);
+            mind.stage.allow(Ok(u64::MAX));
+            Self { mind, present: HashSet::new(), staged: HashSet::new(), now_us: 0, majors: 0, ticket: 0 }
+        }
+
+        fn touch(&mut self, frame: u64) {
+            self.now_us += 5;
+            if self.present.insert(frame) && !self.staged.remove(&frame) {
+                self.majors += 1;
+                self.mind.faults(&[Fault { at_us: self.now_us, frame }], 0, true, self.now_us);
+            }
+        }
+
+        fn states(&self, spans: &[Span]) -> Vec<PageState> {
+            let frames = spans.iter().flat_map(|span| span.frame..span.frame + u64::from(span.pages));
+            let state = |frame| if self.present.contains(&frame) { PageState::Present } else { PageState::Swapped };
+            frames.map(state).collect()
+        }
+
+        /// The agent has a turn: an order at most.
+        fn turn(&mut self) {
+            self.mind.think(true, self.now_us);
+            if let Some(spans) = self.mind.stage.look(self.now_us) {
+                let states = self.states(&spans);
+                self.mind.stage.seen(Some(&states), self.now_us);
+            }
+            if let Some(asked) = self.mind.stage.ask(self.now_us) {
+                let states = self.states(&asked);
+                if let Some(spans) = self.mind.stage.answer(&states) {
+                    self.ticket += 1;
+                    self.mind.stage.sent(self.ticket);
+                    let frames = spans.iter().flat_map(|span| span.frame..span.frame + u64::from(span.pages));
+                    self.staged.extend(frames);
+                    self.mind.stage.moved(self.ticket, Some(1), self.now_us);
+                }
+            }
+        }
+
+        fn run(&mut self, program: u64, frames: impl Iterator<Item = u64>) -> u64 {
+            self.present.clear();
+            self.staged.clear();
+            self.now_us += 60_000_000;
+            let before = self.majors;
+            self.mind.start(program as i64, program, self.now_us);
+            (0..8).for_each(|_| self.turn());
+            for (at, frame) in frames.enumerate() {
+                self.touch(frame);
+                if at % 100 == 0 {
+                    self.turn();
+                }
+            }
+            self.now_us += 1_000_000;
+            (0..30).for_each(|_| {
+                self.now_us += 20_000;
+                self.turn();
+            });
+            self.mind.end(program as i64, self.now_us);
+            self.majors - before
+        }
+    }
+
+    /// So many pages all over memory, in an order that is nobody's stride.
+    fn scattered(pages: u64, step: u64) -> impl Iterator<Item = u64> {
+        (0..pages).map(move |i| (i * step % 20_011) * 3 % PAGES)
+    }
+
+    #[test]
+    fn a_program_that_was_seen_once_finds_its_pages_there() {
+        let mut guest = Guest::new();
+        let first = guest.run(7, scattered(8000, 7919));
+        assert!(first > 7000, "next to nothing is known: {first}");
+        for again in 0..4 {
+            let majors = guest.run(7, scattered(8000, 7919));
+            assert!(majors < 800, "run {again}: {majors}");
+        }
+        let counts = guest.mind.stage.counts();
+        assert!(counts.wasted * 20 < counts.used, "{counts:?}");
+    }
+
+    #[test]
+    fn another_order_is_foreseen_as_well() {
+        let mut guest = Guest::new();
+        guest.run(7, scattered(8000, 7919));
+        let mut frames: Vec<u64> = scattered(8000, 7919).collect();
+        frames.sort_unstable_by_key(|frame| frame.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let majors = guest.run(7, frames.into_iter());
+        assert!(majors < 2400, "{majors}");
+    }
+
+    #[test]
+    fn of_a_program_that_does_something_else_little_is_brought_in_vain() {
+        let mut guest = Guest::new();
+        guest.run(7, 0..20_000);
+        let before = guest.mind.stage.counts();
+        guest.run(7, 40_000..60_000);
+        let counts = guest.mind.stage.counts();
+        assert!(counts.staged - before.staged < 20_000 + 8000, "{counts:?}");
+        assert!(guest.mind.cut > 0 || counts.used > before.used, "{counts:?}");
+    }
+
+    #[test]
+    fn without_a_program_a_random_guest_costs_next_to_nothing() {
+        let mut guest = Guest::new();
+        let mut frames: Vec<u64> = (0..PAGES).collect();
+        frames.sort_unstable_by_key(|frame| frame.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        for (at, frame) in frames.into_iter().enumerate() {
+            guest.touch(frame);
+            if at % 100 == 0 {
+                guest.turn();
+            }
+        }
+        let counts = guest.mind.stage.counts();
+        assert!(counts.staged < PAGES / 50, "{counts:?}");
+        assert!(guest.mind.attention.period() > 1);
+    }
+
+    #[test]
+    fn what_was_learned_survives_and_a_damaged_profile_is_refused() {
+        let mut guest = Guest::new();
+        guest.run(7, scattered(5000, 7919));
+        let bytes = guest.mind.predictor.to_bytes();
+        let mut later = Guest::new();
+        later.mind = Mind::new(PAGES, PAGES, Some(&bytes), 0.125, 0);
+        later.mind.stage.allow(Ok(u64::MAX));
+        assert!(later.run(7, scattered(5000, 7919)) < 500);
+        let damaged = Mind::new(PAGES, PAGES, Some(&bytes[..bytes.len() - 1]), 0.125, 0);
+        assert!(damaged.refused.is_some() && damaged.summary().phases.is_empty());
+    }
+
+    #[test]
+    fn programs_are_told_apart_by_name_and_tags_in_any_order() {
+        let tags = |tags: &[&str]| tags.iter().map(|tag| (*tag).to_owned()).collect::<Vec<_>>();
+        let both = program("job", &tags(&["a", "b"]));
+        assert_eq!(both, program("job", &tags(&["b", "a", "b"])));
+        let others = [program("job", &[]), program("job", &tags(&["a"])), program("joba", &tags(&["b"]))];
+        assert!(!others.contains(&both));
+    }
+
+    #[test]
+    fn the_latest_program_holds_the_phase_and_an_unknown_end_is_none() {
+        let mut mind = Mind::new(PAGES, PAGES, None, 0.125, 0);
+        mind.start(1, 11, 0);
+        mind.start(2, 12, 10);
+        mind.end(99, 20);
+        assert_eq!(mind.predictor.running_phase(SELF), Some((Phase::Program(12), 10)));
+        mind.end(1, 30);
+        assert_eq!(mind.predictor.running_phase(SELF), Some((Phase::Program(12), 10)));
+        mind.end(2, 40);
+        assert_eq!((mind.predictor.running_phase(SELF), mind.has_program()), (None, false));
+    }
+}

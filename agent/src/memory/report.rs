@@ -1,0 +1,106 @@
+//! How machines' memory fares, as the API words it.
+
+use super::host::Swap;
+use super::keeper::{Keeper, Machine};
+use prestage_integration::api::demand::Mode;
+use prestage_integration::api::types::{Health, MemoryStatus, PagesSet, PassedOver, VmPages};
+use prestage_integration::libvirt::Uuid;
+use prestage_integration::memory::PAGE_BYTES;
+use prestage_predictor::Phase;
+
+impl Keeper {
+    /// All machines together.
+    pub(super) fn status(&self) -> MemoryStatus {
+        let mut status = MemoryStatus {
+            health: if self.helper_trouble.is_some() { Health::Degraded } else { Health::Ok },
+            detail: self.helper_trouble.clone(),
+            machines: self.machines.len() as u32,
+            ..MemoryStatus::default()
+        };
+        for machine in self.machines.values() {
+            let counts = machine.mind.stage.counts();
+            status.watched += u32::from(machine.watching.is_some());
+            status.staged_bytes += counts.staged * PAGE_BYTES;
+            status.used_bytes += counts.used * PAGE_BYTES;
+            status.wasted_bytes += counts.wasted * PAGE_BYTES;
+            status.faults_lost += machine.mind.lost;
+        }
+        status
+    }
+
+    pub(super) fn report(&mut self, vm: Uuid, now_us: u64) -> VmPages {
+        let mode = self.mode(vm);
+        let Some(id) = self.find(vm) else {
+            return VmPages {
+                health: Health::Off,
+                state: "the machine does not run".to_owned(),
+                mode,
+                ..VmPages::default()
+            };
+        };
+        let watched = self.machines.get(&id).is_some_and(|machine| machine.watching.is_some());
+        let residency = self.hands.as_mut().filter(|_| watched).and_then(|hands| hands.residency(id).ok());
+        let missing = self.hands.as_ref().map(|hands| hands.missing().to_vec()).unwrap_or_default();
+        let Some(machine) = self.machines.get(&id) else { return VmPages::default() };
+        let (health, state) = state(machine, mode, self.swap);
+        let mind = &machine.mind;
+        let (counts, idle) = (mind.stage.counts(), machine.idle.counts());
+        let watching = machine.watching.as_ref();
+        let passed_over = watching.map(|watching| &watching.passed_over[..]).unwrap_or_default();
+        let bytes = |pages: u64| pages * PAGE_BYTES;
+        let sets = mind.summary().phases.into_iter().map(|phase| PagesSet {
+            program: match phase.phase {
+                Phase::Boot => "boot".to_owned(),
+                Phase::Program(id) => format!("program {id:016x}"),
+            },
+            runs: phase.runs,
+            size_bytes: phase.bytes,
+        });
+        VmPages {
+            health,
+            state,
+            mode,
+            signal: watching.map(|watching| watching.signal.to_string()),
+            passed_over: passed_over
+                .iter()
+                .map(|(signal, why)| PassedOver { signal: signal.to_string(), why: why.clone() })
+                .collect(),
+            missing,
+            period: machine.period,
+            present_bytes: residency.map(|residency| bytes(residency.present)),
+            swapped_bytes: residency.map(|residency| bytes(residency.swapped)),
+            absent_bytes: residency.map(|residency| bytes(residency.absent)),
+            faults: mind.faults,
+            faults_lost: mind.lost,
+            sets: sets.collect(),
+            sets_cut: mind.cut,
+            held: mind.stage.hold().filter(|_| mind.stage.is_waiting()).map(|hold| hold.to_string()),
+            staged_bytes: bytes(counts.staged),
+            used_bytes: bytes(counts.used),
+            late_bytes: bytes(counts.late),
+            wasted_bytes: bytes(counts.wasted),
+            unread_bytes: bytes(mind.stage.unread()),
+            cpu_us: counts.cpu_us,
+            pushed_bytes: bytes(idle.pushed),
+            refaulted_bytes: bytes(idle.refaulted),
+            push_stopped: machine.idle.is_backing_off(now_us),
+        }
+    }
+}
+
+fn state(machine: &Machine, mode: Mode, swap: Swap) -> (Health, String) {
+    if let Some(trouble) = &machine.trouble {
+        return (Health::Degraded, trouble.clone());
+    }
+    if machine.watching.is_none() {
+        return (Health::Degraded, "not watched yet".to_owned());
+    }
+    if let Some(refused) = &machine.mind.refused {
+        return (Health::Degraded, format!("the saved profile is not used: {refused}"));
+    }
+    match (swap, mode) {
+        (Swap::None, _) => (Health::Off, "this host has no swap: nothing to learn or to bring in".to_owned()),
+        (_, Mode::Act) => (Health::Ok, "watched, and pages are brought in".to_owned()),
+        _ => (Health::Ok, "watched; pages are not brought in".to_owned()),
+    }
+}

@@ -1,0 +1,522 @@
+//! Which pages of a machine are brought in when: candidates in, orders out, without I/O.
+//!
+//! A page is *wanted* (queued), *on its way* (part of an order), *staged* (brought in, not touched since) or none of these.
+//! The guest's touches overtake all of it: what it touched is not brought any more, and what it touched of the staged was
+//! of use. Touches come as faults, as far as these are told, and from looks at the staged pages: the kernel calls a page that
+//! was brought in swapped until somebody touches it.
+//!
+//! Nothing goes out beyond what there is room for ([`Stage::allow`]), faster than the rate, or while it is held.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use prestage_integration::memory::{PageState, Span};
+use prestage_predictor::{Candidate, Expert, Outcome};
+use rustc_hash::FxHashMap;
+
+/// Pages of an order, at most: on zram 2 ms of work, so that what the guest does meanwhile counts soon.
+pub(super) const ORDER_PAGES: usize = 512;
+/// Orders under way: the helper has the next one when it is done with one.
+pub(super) const ORDERS: usize = 3;
+/// Pages that are wanted, on their way or staged, at most (4 GiB): some 24 bytes each.
+const PAGES: usize = 1 << 20;
+/// Candidates without a time of their own that wait, at most: they are about what comes next, and soon stale.
+const URGENT: usize = 2048;
+/// Pages of one look.
+const LOOK_PAGES: usize = 1 << 14;
+/// Time between two looks while the guest touches what was staged, and at most.
+const LOOK_US: u64 = 15_000;
+const LOOK_REST_US: u64 = 1_000_000;
+/// Staged pages that nobody has touched for so long are given up.
+const GIVEN_UP_US: u64 = 120_000_000;
+/// Touches that are weighed before a set is cut short, and how many touches elsewhere make up for one in the set.
+const WEIGHED: f64 = 512.0;
+const ELSEWHERE: f64 = 5.0;
+/// Unused rate is saved up for so long.
+const BURST_US: u64 = 50_000;
+
+/// Why nothing is brought in for now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Tasks wait for memory.
+    Pressure,
+    /// What is free is the host's reserve.
+    HostRoom,
+    /// The machine's control group is at its limit.
+    GroupRoom,
+    /// Switched off for this machine.
+    Off,
+}
+
+impl fmt::Display for Hold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pressure => "tasks wait for memory",
+            Self::HostRoom => "the host has no memory to spare",
+            Self::GroupRoom => "the machine's control group is at its memory limit",
+            Self::Off => "switched off",
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Wanted,
+    OnItsWay,
+    Staged,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Page {
+    place: Place,
+    expert: Expert,
+}
+
+#[derive(Debug)]
+struct Order {
+    ticket: Option<u64>,
+    spans: Vec<Span>,
+}
+
+/// Staged pages of one order.
+#[derive(Debug)]
+struct Batch {
+    at_us: u64,
+    spans: Vec<Span>,
+}
+
+/// Pages, since the machine was first seen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct StageCounts {
+    /// Of candidates, whatever became of them; what was wanted already counts once.
+    pub(super) wanted: u64,
+    pub(super) staged: u64,
+    pub(super) used: u64,
+    /// Used, but the guest was there first or had to wait.
+    pub(super) late: u64,
+    /// Staged and never touched.
+    pub(super) wasted: u64,
+    /// Were in memory when they were to be brought.
+    pub(super) in_place: u64,
+    /// No longer wanted before they were brought.
+    pub(super) dropped: u64,
+    /// CPU time of the helper, in microseconds.
+    pub(super) cpu_us: u64,
+}
+
+/// See the module's head. Pages are guest frames, times microseconds of one clock.
+#[derive(Debug)]
+pub(super) struct Stage {
+    pages: FxHashMap<u64, Page>,
+    /// What comes next, newest last, and what has its time.
+    urgent: VecDeque<Span>,
+    planned: VecDeque<Span>,
+    /// Spans whose states were asked for.
+    asked: Vec<Span>,
+    orders: Vec<Order>,
+    staged: VecDeque<Batch>,
+    looked: Vec<Batch>,
+    look_us: u64,
+    pause_us: u64,
+    /// Pages a second; infinite: no limit.
+    rate: f64,
+    credit: f64,
+    credited_us: u64,
+    /// Pages that there is room for, as of the last word about it.
+    room: u64,
+    hold: Option<Hold>,
+    /// Weight of touches in and beside what was foreseen.
+    inside: f64,
+    beside: f64,
+    counts: StageCounts,
+    outcomes: Vec<Outcome>,
+    in_place: Vec<Span>,
+    touches: Vec<Span>,
+}
+
+impl Stage {
+    pub(super) fn new() -> Self {
+        Self {
+            pages: FxHashMap::default(),
+            urgent: VecDeque::new(),
+            planned: VecDeque::new(),
+            asked: Vec::new(),
+            orders: Vec::new(),
+            staged: VecDeque::new(),
+            looked: Vec::new(),
+            look_us: 0,
+            pause_us: LOOK_US,
+            rate: f64::INFINITY,
+            credit: 0.0,
+            credited_us: 0,
+            room: 0,
+            hold: None,
+            inside: 0.0,
+            beside: 0.0,
+            counts: StageCounts::default(),
+            outcomes: Vec::new(),
+            in_place: Vec::new(),
+            touches: Vec::new(),
+        }
+    }
+
+    pub(super) fn counts(&self) -> StageCounts {
+        self.counts
+    }
+
+    /// Pages brought in and not touched yet.
+    pub(super) fn unread(&self) -> u64 {
+        let staged = self.staged.iter().chain(&self.looked).flat_map(|batch| &batch.spans);
+        staged.map(|span| u64::from(span.pages)).sum()
+    }
+
+    pub(super) fn hold(&self) -> Option<Hold> {
+        self.hold
+    }
+
+    /// Pages a second, from now on.
+    pub(super) fn set_rate(&mut self, pages_per_second: f64) {
+        self.rate = pages_per_second;
+    }
+
+    /// There is room for so many pages beside those that are on their way, or a reason why nothing may come.
+    pub(super) fn allow(&mut self, room: Result<u64, Hold>) {
+        match room {
+            Ok(room) => {
+                (self.hold, self.room) = (None, room.saturating_sub(self.on_their_way()));
+            }
+            Err(hold) => (self.hold, self.room) = (Some(hold), 0),
+        }
+    }
+
+    fn on_their_way(&self) -> u64 {
+        self.orders.iter().flat_map(|order| &order.spans).map(|span| u64::from(span.pages)).sum()
+    }
+
+    /// Takes candidates, those that a set foresees in the order of expected use.
+    pub(super) fn offer(&mut self, candidates: &[Candidate]) {
+        for candidate in candidates {
+            let set = candidate.expert == Expert::Phase;
+            let mut fresh = Vec::new();
+            for frame in candidate.first..candidate.first.saturating_add(u64::from(candidate.pages)) {
+                if self.pages.contains_key(&frame) {
+                    continue;
+                }
+                self.counts.wanted += 1;
+                if self.pages.len() < PAGES {
+                    self.pages.insert(frame, Page { place: Place::Wanted, expert: candidate.expert });
+                    push(&mut fresh, frame);
+                } else {
+                    self.counts.dropped += 1;
+                }
+            }
+            if set { &mut self.planned } else { &mut self.urgent }.extend(fresh);
+        }
+        while self.urgent.len() > URGENT {
+            if let Some(span) = self.urgent.pop_front() {
+                self.drop_wanted(span);
+            }
+        }
+    }
+
+    /// Whether there is something to bring in.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.urgent.is_empty() || !self.planned.is_empty()
+    }
+
+    /// Whether anything is on its way or unread.
+    #[cfg(test)]
+    fn is_busy(&self) -> bool {
+        self.is_waiting() || !self.orders.is_empty() || !self.staged.is_empty()
+    }
+
+    /// What is to be brought next, whose states are to be asked for; they come back with [`Stage::answer`].
+    pub(super) fn ask(&mut self, now_us: u64) -> Option<Vec<Span>> {
+        let refill = now_us.saturating_sub(std::mem::replace(&mut self.credited_us, now_us)) as f64 / 1e6;
+        let most = (self.rate * BURST_US as f64 / 1e6).max(ORDER_PAGES as f64);
+        self.credit = (self.credit + self.rate * refill).min(most);
+        if self.rate.is_infinite() {
+            self.credit = f64::INFINITY;
+        }
+        if self.hold.is_some() || self.orders.len() >= ORDERS || !self.asked.is_empty() {
+            return None;
+        }
+        let most = (ORDER_PAGES as u64).min(self.room).min(self.credit.max(0.0) as u64);
+        // Many small orders cost more than they gain: rather a little later.
+        if most < ORDER_PAGES as u64 && !self.orders.is_empty() {
+            return None;
+        }
+        let mut left = most;
+        while left > 0 {
+            let Some(span) = self.urgent.pop_back().or_else(|| self.planned.pop_front()) else { break };
+            for frame in frames(span) {
+                if left == 0 {
+                    push_front(
+                        &mut self.planned,
+                        Span { frame, pages: (span.frame + u64::from(span.pages) - frame) as u32 },
+                    );
+                    break;
+                }
+                if self.pages.get(&frame).is_some_and(|page| page.place == Place::Wanted) {
+                    push(&mut self.asked, frame);
+                    left -= 1;
+                }
+            }
+        }
+        (!self.asked.is_empty()).then(|| self.asked.clone())
+    }
+
+    /// The states of what [`Stage::ask`] named: what is to be ordered of it, if anything.
+    pub(super) fn answer(&mut self, states: &[PageState]) -> Option<Vec<Span>> {
+        let mut spans = Vec::new();
+        let asked = std::mem::take(&mut self.asked);
+        let mut pages = 0;
+        for (frame, state) in asked.into_iter().flat_map(frames).zip(states) {
+            let Some(page) = self.pages.get_mut(&frame).filter(|page| page.place == Place::Wanted) else { continue };
+            if *state == PageState::Swapped {
+                page.place = Place::OnItsWay;
+                push(&mut spans, frame);
+                pages += 1;
+            } else {
+                self.pages.remove(&frame);
+                self.counts.in_place += 1;
+                push(&mut self.in_place, frame);
+            }
+        }
+        if spans.is_empty() {
+            return None;
+        }
+        self.room = self.room.saturating_sub(pages);
+        self.credit -= pages as f64;
+        self.orders.push(Order { ticket: None, spans: spans.clone() });
+        Some(spans)
+    }
+
+    /// Their states could not be had: they are wanted no more.
+    pub(super) fn no_answer(&mut self) {
+        for span in std::mem::take(&mut self.asked) {
+            self.drop_wanted(span);
+        }
+    }
+
+    /// The order that [`Stage::answer`] made was sent.
+    pub(super) fn sent(&mut self, ticket: u64) {
+        if let Some(order) = self.orders.iter_mut().find(|order| order.ticket.is_none()) {
+            order.ticket = Some(ticket);
+        }
+    }
+
+    /// It could not be sent.
+    pub(super) fn not_sent(&mut self) {
+        if let Some(at) = self.orders.iter().position(|order| order.ticket.is_none()) {
+            let order = self.orders.swap_remove(at);
+            self.lose(&order.spans);
+        }
+    }
+
+    /// An order is done, or failed. False: it is none of this machine's.
+    pub(super) fn moved(&mut self, ticket: u64, cpu_us: Option<u64>, now_us: u64) -> bool {
+        let Some(at) = self.orders.iter().position(|order| order.ticket == Some(ticket)) else { return false };
+        let order = self.orders.swap_remove(at);
+        let Some(cpu_us) = cpu_us else {
+            self.lose(&order.spans);
+            return true;
+        };
+        self.counts.cpu_us += cpu_us;
+        let mut spans = Vec::new();
+        for frame in order.spans.into_iter().flat_map(frames) {
+            // What the guest touched meanwhile is settled.
+            if let Some(page) = self.pages.get_mut(&frame).filter(|page| page.place == Place::OnItsWay) {
+                page.place = Place::Staged;
+                self.counts.staged += 1;
+                push(&mut spans, frame);
+            }
+        }
+        if !spans.is_empty() {
+            let soon = now_us + LOOK_US;
+            self.look_us = if self.staged.is_empty() { soon } else { self.look_us.min(soon) };
+            self.pause_us = LOOK_US;
+            self.staged.push_back(Batch { at_us: now_us, spans });
+        }
+        true
+    }
+
+    /// The guest touched a page; told of one fault in `weight`. Whether it was foreseen.
+    pub(super) fn touched(&mut self, frame: u64, weight: u32) -> bool {
+        let Some(page) = self.pages.remove(&frame) else {
+            self.beside += f64::from(weight);
+            return false;
+        };
+        self.inside += f64::from(weight);
+        self.settle(frame, page, true);
+        true
+    }
+
+    /// What is to be looked at now: see [`Stage::seen`].
+    pub(super) fn look(&mut self, now_us: u64) -> Option<Vec<Span>> {
+        if now_us < self.look_us || !self.looked.is_empty() {
+            return None;
+        }
+        let mut pages = 0;
+        while pages < LOOK_PAGES {
+            let Some(batch) = self.staged.pop_front() else { break };
+            // Faults have told of some: those are not asked for again.
+            let mut spans = Vec::new();
+            for frame in batch.spans.into_iter().flat_map(frames) {
+                if self.pages.get(&frame).is_some_and(|page| page.place == Place::Staged) {
+                    push(&mut spans, frame);
+                    pages += 1;
+                }
+            }
+            if !spans.is_empty() {
+                self.looked.push(Batch { at_us: batch.at_us, spans });
+            }
+        }
+        let spans: Vec<Span> = self.looked.iter().flat_map(|batch| batch.spans.iter().copied()).collect();
+        (!spans.is_empty()).then_some(spans)
+    }
+
+    /// The states of what [`Stage::look`] named; `None`: they could not be had.
+    pub(super) fn seen(&mut self, states: Option<&[PageState]>, now_us: u64) {
+        let mut states = states.map(|states| states.iter().copied());
+        let mut moved = false;
+        for batch in std::mem::take(&mut self.looked) {
+            let over = now_us.saturating_sub(batch.at_us) >= GIVEN_UP_US;
+            let mut left = Vec::new();
+            for frame in batch.spans.into_iter().flat_map(frames) {
+                let state = states.as_mut().and_then(Iterator::next).unwrap_or(PageState::Swapped);
+                let Some(page) = self.pages.get(&frame).copied().filter(|page| page.place == Place::Staged) else {
+                    continue;
+                };
+                match state {
+                    PageState::Present => {
+                        self.pages.remove(&frame);
+                        self.inside += 1.0;
+                        moved = true;
+                        push(&mut self.touches, frame);
+                        self.settle(frame, page, true);
+                    }
+                    // There or not, nobody has touched it since.
+                    state if state != PageState::Absent && !over => push(&mut left, frame),
+                    _ => {
+                        self.pages.remove(&frame);
+                        self.settle(frame, page, false);
+                    }
+                }
+            }
+            if !left.is_empty() {
+                self.staged.push_back(Batch { at_us: batch.at_us, spans: left });
+            }
+        }
+        self.pause_us = if moved { LOOK_US } else { (self.pause_us * 2).min(LOOK_REST_US) };
+        self.look_us = now_us + self.pause_us;
+    }
+
+    /// When to look next; `None`: there is nothing to look at.
+    pub(super) fn look_at_us(&self) -> Option<u64> {
+        (!self.staged.is_empty()).then_some(self.look_us)
+    }
+
+    /// Whether the guest has clearly gone where nothing was foreseen. Then what is planned is dropped.
+    pub(super) fn cut_short(&mut self) -> bool {
+        if self.inside + self.beside < WEIGHED {
+            return false;
+        }
+        let elsewhere = self.beside > self.inside * ELSEWHERE;
+        (self.inside, self.beside) = (self.inside / 2.0, self.beside / 2.0);
+        let cut = elsewhere && !self.planned.is_empty();
+        if cut {
+            self.drop_planned();
+        }
+        cut
+    }
+
+    /// A set begins: what was weighed before is of something else.
+    pub(super) fn begin(&mut self) {
+        (self.inside, self.beside) = (0.0, 0.0);
+    }
+
+    /// What is planned is not wanted any more: its program has ended.
+    pub(super) fn drop_planned(&mut self) {
+        for span in std::mem::take(&mut self.planned) {
+            self.drop_wanted(span);
+        }
+    }
+
+    /// Everything is forgotten: the machine's memory is another, or the helper has ended.
+    pub(super) fn forget(&mut self) {
+        let counts = self.counts;
+        *self = Self { rate: self.rate, hold: self.hold, counts, ..Self::new() };
+    }
+
+    /// What became of what was proposed, since the last call.
+    pub(super) fn take_outcomes(&mut self) -> Vec<Outcome> {
+        std::mem::take(&mut self.outcomes)
+    }
+
+    /// What was in place already, since the last call.
+    pub(super) fn take_in_place(&mut self) -> Vec<Span> {
+        std::mem::take(&mut self.in_place)
+    }
+
+    /// Touches that looks have found, since the last call, in order of staging.
+    pub(super) fn take_touches(&mut self) -> Vec<Span> {
+        std::mem::take(&mut self.touches)
+    }
+
+    fn settle(&mut self, first: u64, page: Page, used: bool) {
+        let late = used && page.place != Place::Staged;
+        self.counts.used += u64::from(used && !late);
+        self.counts.late += u64::from(late);
+        self.counts.wasted += u64::from(!used && page.place == Place::Staged);
+        let (pages, expert) = (1, page.expert);
+        match self.outcomes.last_mut() {
+            Some(last)
+                if last.first + u64::from(last.pages) == first
+                    && (last.expert, last.used, last.late) == (expert, used, late) =>
+            {
+                last.pages += 1;
+            }
+            _ => self.outcomes.push(Outcome { first, pages, expert, used, late }),
+        }
+    }
+
+    fn lose(&mut self, spans: &[Span]) {
+        for frame in spans.iter().copied().flat_map(frames) {
+            if let Some(page) = self.pages.remove(&frame) {
+                self.counts.dropped += 1;
+                self.settle(frame, Page { place: Place::Wanted, ..page }, false);
+            }
+        }
+    }
+
+    fn drop_wanted(&mut self, span: Span) {
+        for frame in frames(span) {
+            if self.pages.get(&frame).is_some_and(|page| page.place == Place::Wanted) {
+                self.lose(&[Span { frame, pages: 1 }]);
+            }
+        }
+    }
+}
+
+fn frames(span: Span) -> std::ops::Range<u64> {
+    span.frame..span.frame.saturating_add(u64::from(span.pages))
+}
+
+/// Adds a page, to the last span if it goes on there.
+pub(super) fn push(spans: &mut Vec<Span>, frame: u64) {
+    match spans.last_mut() {
+        Some(last) if last.frame + u64::from(last.pages) == frame && last.pages < u32::MAX => last.pages += 1,
+        _ => spans.push(Span { frame, pages: 1 }),
+    }
+}
+
+fn push_front(queue: &mut VecDeque<Span>, span: Span) {
+    if span.pages > 0 {
+        queue.push_front(span);
+    }
+}
+
+#[cfg(test)]
+#[path = "stage_tests.rs"]
+mod tests;
