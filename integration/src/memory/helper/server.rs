@@ -23,8 +23,10 @@ use crate::memory::{Fault, MemoryError, ProcessId, Region};
 
 /// Between two looks at rings while there are faults: a wake-up a fault would cost more than the fault.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
-/// Without faults for this long, rings wake the helper with the first.
+/// Without faults for this long they are looked at less often.
 const BUSY_FOR: Duration = Duration::from_millis(50);
+/// Between two looks at rings then: they wake the helper only when an eighth of one is full.
+const QUIET_PAUSE: Duration = Duration::from_millis(20);
 /// Threads of hypervisors come and go.
 const FOLLOW: Duration = Duration::from_secs(1);
 /// Machines at once, at most.
@@ -119,6 +121,7 @@ impl Server {
         }
         let mut pause = if busy { BUSY_PAUSE } else { FOLLOW };
         for machine in self.machines.values().filter(|machine| machine.listening) {
+            pause = pause.min(QUIET_PAUSE);
             if let Some(ms) = machine.capture.look_within_ms() {
                 pause = pause.min(Duration::from_millis(ms));
             }
