@@ -262,6 +262,12 @@ impl Keeper {
                     self.listen(vm, now_us);
                 }
             }
+            Event::Watching { vm, watching } => {
+                if let Some(machine) = self.machines.get_mut(&vm) {
+                    tracing::info!(vm = machine.name, signal = %watching.signal, "guest memory is watched by another signal");
+                    machine.watching = Some(watching);
+                }
+            }
             Event::Gone { vm } => {
                 if let Some(machine) = self.machines.get_mut(&vm) {
                     machine.place = None;

@@ -91,7 +91,7 @@ fn replay(mut helper: Helper, frames: &[u64], enough: &AtomicBool) -> Result<(He
                 open -= 1;
             }
             Some(Event::Gone { .. }) => bail!("QEMU has ended"),
-            Some(Event::Faults { .. }) => {}
+            Some(Event::Faults { .. } | Event::Watching { .. }) => {}
             None => bail!("the helper has answered nothing for ten seconds"),
         }
     }

@@ -13,7 +13,6 @@ mod perf;
 mod ring;
 
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
 
 use super::pagemap::Pagemap;
 use super::process::Process;
@@ -111,15 +110,6 @@ impl Capture {
         if let Source::Perf(perf) = &mut self.source {
             perf.follow_threads(process);
         }
-    }
-
-    /// Descriptors that become readable with the first fault; empty where it has to be looked.
-    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let perf = match &self.source {
-            Source::Perf(perf) => Some(perf),
-            Source::Diff(_) => None,
-        };
-        perf.into_iter().flat_map(Perf::descriptors)
     }
 
     /// How long the caller may sleep at most, in milliseconds; `None` for as long as it likes.

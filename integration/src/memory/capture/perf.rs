@@ -1,7 +1,6 @@
 //! Faults one by one: a ring for each thread of the process.
 
 use std::fs;
-use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use super::ring::{Counts, Ring};
@@ -78,10 +77,6 @@ impl Perf {
                 self.threads.insert(thread, ring);
             }
         }
-    }
-
-    pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.threads.values().map(Ring::descriptor)
     }
 
     pub(super) fn take(&mut self, caught: &mut Vec<Caught>) -> u64 {

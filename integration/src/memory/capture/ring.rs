@@ -3,7 +3,7 @@
 //! Samples are of `PERF_SAMPLE_TIME`, then `PERF_SAMPLE_ADDR` or `PERF_SAMPLE_RAW`; records of lost ones are counted.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -54,9 +54,9 @@ impl Ring {
         };
         attr.sample_type = u64::from(bindings::PERF_SAMPLE_TIME) | u64::from(payload);
         attr.__bindgen_anon_1.sample_period = 1;
-        // a wake-up a fault would interrupt the guest's processor each time, which costs several times what the sample does
+        // rings are looked at, they wake nobody: see the helper's server
         attr.set_watermark(1);
-        attr.__bindgen_anon_2.wakeup_watermark = RING_BYTES as u32 / 8;
+        attr.__bindgen_anon_2.wakeup_watermark = RING_BYTES as u32;
         attr.clockid = libc::CLOCK_MONOTONIC;
         attr.set_use_clockid(1);
         attr.set_disabled(1);
@@ -71,10 +71,6 @@ impl Ring {
         let event = unsafe { OwnedFd::from_raw_fd(fd) };
         let map = MmapOptions::new().len(PAGE + RING_BYTES).map_raw(event.as_raw_fd())?;
         Ok(Self { event, map, on: false })
-    }
-
-    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
     }
 
     /// Every `period`th from now on; 0: none.
