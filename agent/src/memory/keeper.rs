@@ -5,7 +5,7 @@ use super::hands::{Hands, states};
 use super::host::{Group, Host, Swap};
 use super::idle::Idle;
 use super::mind::Mind;
-use super::stage::Hold;
+use super::stage::{Hold, LOOK_PAGES};
 use super::{IdleSettings, MemorySettings, storage_of};
 use crate::learner::run::unix_ms;
 use crate::store::{Pending, Store};
@@ -17,6 +17,10 @@ use prestage_integration::memory::{MemoryError, ProcessId, Push, Region};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+/// What a machine is taken to have until it is known.
+const UNKNOWN_PAGES: u64 = 1 << 18;
+/// Programs that wait for their machine to be known, at most.
+const EARLY: usize = 256;
 /// How often swap areas are looked at, and what is configured is looked at anew.
 const LOOK_US: u64 = 1_000_000;
 /// A word about free memory holds so long while pages are brought in: at 4 µs a page, 20 MiB.
@@ -102,6 +106,8 @@ pub(super) struct Keeper {
     modes: HashMap<Uuid, Mode>,
     /// Machines whose memory is no longer where it was said to be.
     moved: Vec<Uuid>,
+    /// Programs of machines that nobody has told of yet, as after a restart: machine, execution, program.
+    early: Vec<(Uuid, i64, u64)>,
 }
 
 impl Keeper {
@@ -123,6 +129,7 @@ impl Keeper {
             next: 0,
             modes: HashMap::new(),
             moved: Vec::new(),
+            early: Vec::new(),
         }
     }
 
@@ -155,13 +162,14 @@ impl Keeper {
                     None
                 });
                 drop(self.store.add_storage(&storage));
-                let (pages, frames) = place.as_ref().map_or((0, 0), |place| (place.pages(), place.frames()));
+                let (pages, frames) =
+                    place.as_ref().map_or((UNKNOWN_PAGES, u64::MAX), |place| (place.pages(), place.frames()));
                 let saved = saved.as_ref().map(|(_, bytes)| bytes.as_slice());
                 let mind = Mind::new(pages, frames, saved, self.settings.threshold as f32, now_us);
                 if let Some(error) = &mind.refused {
                     tracing::warn!(vm = name, %error, "saved profile of memory not used; nothing is saved until it is removed");
                 }
-                let machine = Machine {
+                let mut machine = Machine {
                     uuid,
                     name: name.clone(),
                     place: None,
@@ -174,6 +182,10 @@ impl Keeper {
                     active_us: 0,
                     room_us: 0,
                 };
+                let early = self.early.extract_if(.., |(vm, ..)| *vm == uuid);
+                for (_, execution, program) in early {
+                    machine.mind.start(execution, program, now_us);
+                }
                 self.machines.insert(self.next, machine);
                 self.next
             }
@@ -182,21 +194,27 @@ impl Keeper {
         machine.name = name;
         match place {
             Err(trouble) => {
-                machine.place = None;
-                machine.lose(trouble, now_us);
+                // A program that was announced may begin before it is known where its memory is.
+                if machine.place.take().is_some() {
+                    machine.lose(trouble, now_us);
+                } else {
+                    machine.trouble = Some(trouble);
+                }
                 if let Some(hands) = &mut self.hands {
                     let _ = hands.forget(id);
                 }
             }
             Ok(place) if machine.place.as_ref() == Some(&place) && machine.watching.is_some() => {}
             Ok(place) => {
-                machine.mind.resize(place.pages(), place.frames());
+                machine.mind.resize(place.pages(), place.frames(), now_us);
                 machine.idle = Idle::new(&place.regions);
                 let moved = machine.watching.is_some()
                     && machine.place.as_ref().is_some_and(|before| before.process == place.process);
                 let regions = place.regions.clone();
                 if !moved {
-                    machine.lose("not watched yet".to_owned(), now_us);
+                    if machine.place.is_some() {
+                        machine.lose("not watched yet".to_owned(), now_us);
+                    }
                     machine.group = self.host.group(place.process.pid);
                 }
                 machine.place = Some(place);
@@ -216,7 +234,12 @@ impl Keeper {
         let Some(id) = self.find(uuid) else { return };
         if let Some(mut machine) = self.machines.remove(&id) {
             machine.mind.stop(u64::MAX);
-            drop(save(&self.store, &mut machine));
+            // It may start again in a moment, and is to find what it learned.
+            if let Some((_, pending)) = save(&self.store, &mut machine)
+                && let Err(error) = pending.wait()
+            {
+                tracing::warn!(vm = machine.name, %error, "profile of a machine's memory not saved");
+            }
         }
         if let Some(hands) = &mut self.hands {
             let _ = hands.forget(id);
@@ -225,7 +248,12 @@ impl Keeper {
 
     /// A program begins in a machine.
     pub(super) fn program(&mut self, uuid: Uuid, execution: i64, program: u64, now_us: u64) {
-        let Some(id) = self.find(uuid) else { return };
+        let Some(id) = self.find(uuid) else {
+            if self.early.len() < EARLY {
+                self.early.push((uuid, execution, program));
+            }
+            return;
+        };
         if let Some(machine) = self.machines.get_mut(&id) {
             machine.mind.start(execution, program, now_us);
             machine.active_us = now_us;
@@ -236,6 +264,21 @@ impl Keeper {
 
     /// A program has ended, wherever it ran.
     pub(super) fn program_ended(&mut self, execution: i64, now_us: u64) {
+        self.early.retain(|(_, early, _)| *early != execution);
+        let of = |(id, machine): (&u32, &Machine)| machine.mind.records(execution).then_some(*id);
+        if let (Some(id), Some(hands)) = (self.machines.iter().find_map(of), &mut self.hands)
+            && let Some(machine) = self.machines.get_mut(&id)
+            && machine.watching.is_some()
+        {
+            // What of its set was touched is looked at once more, all of it.
+            let stage = &mut machine.mind.stage;
+            for _ in 0..stage.unread().div_ceil(LOOK_PAGES as u64) {
+                stage.hurry();
+                let Some(spans) = stage.look(now_us) else { break };
+                let found = states(hands.as_mut(), id, &spans);
+                stage.seen(found.as_deref().ok(), now_us);
+            }
+        }
         for machine in self.machines.values_mut() {
             machine.mind.end(execution, now_us);
         }

@@ -400,7 +400,7 @@ fn every_way_it_can_fail_has_words_and_harms_nothing() {
     // Another process has its number.
     bench.guest.lock().fails = Some(MemoryError::Reused { pid: 50, meant: 5, found: 9 });
     bench.keeper.program(VM, 4, program("job", &[]), bench.now());
-    bench.turns(1);
+    bench.turns(20);
     assert!(state(&mut bench).starts_with("QEMU is gone"), "{}", state(&mut bench));
     // A permission is missing.
     bench.guest.lock().fails =
@@ -488,4 +488,22 @@ fn states_come_in_the_order_of_the_spans_that_were_asked_for() {
         assert_eq!(super::hands::states(&mut hands, 1, &spans).unwrap(), expected);
     }
     assert_eq!(super::hands::states(&mut hands, 1, &[]).unwrap(), []);
+}
+
+#[test]
+fn a_program_that_is_told_of_before_its_machine_is_not_lost() {
+    let mut bench = Bench::watched();
+    bench.run(1);
+    bench.keeper.stopped(VM);
+    bench.swap_all();
+    let now = bench.now();
+    bench.keeper.program(VM, 2, program("job", &[]), now);
+    bench.keeper.program(VM, 3, program("other", &[]), now);
+    bench.keeper.program_ended(3, now);
+    bench.keeper.runs(VM, "web".into(), Err("this host has no swap".into()), now);
+    bench.turns(3);
+    bench.keeper.runs(VM, "web".into(), Ok(place(40)), bench.now());
+    bench.turns(20);
+    let staged = bench.guest.lock().staged.iter().filter(|staged| **staged).count();
+    assert!(staged > 5000, "{staged}");
 }

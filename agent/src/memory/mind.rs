@@ -9,7 +9,7 @@ use super::attention::Attention;
 use super::stage::Stage;
 use prestage_integration::memory::{Fault, Span};
 use prestage_predictor::{
-    Access, AccessConfig, AccessPredictor, Candidate, Op, PAGE_BYTES, Phase, ProfileError, ProfileSummary,
+    Access, AccessConfig, AccessPredictor, Candidate, Expert, Op, PAGE_BYTES, Phase, ProfileError, ProfileSummary,
 };
 
 /// The predictor keeps machines apart; here each has a predictor of its own.
@@ -111,8 +111,9 @@ impl Mind {
         let latest = at + 1 == self.running.len();
         self.running.remove(at);
         if latest {
-            self.predictor.phase_end(SELF, now_us);
             self.stage.drop_planned();
+            self.settle(now_us);
+            self.predictor.phase_end(SELF, now_us);
             self.attention.run_ended();
         }
         self.dirty = true;
@@ -127,7 +128,7 @@ impl Mind {
     }
 
     /// The machine has another size: pages, and the highest frame and one.
-    pub(super) fn resize(&mut self, pages: u64, frames: u64) {
+    pub(super) fn resize(&mut self, pages: u64, frames: u64, now_us: u64) {
         if pages == self.pages {
             return self.predictor.resize(frames);
         }
@@ -136,6 +137,9 @@ impl Mind {
         // Bytes that were just written are read.
         if let Ok(predictor) = AccessPredictor::from_bytes(&self.predictor.to_bytes(), config) {
             self.predictor = predictor;
+        }
+        if let Some((_, program)) = self.running.last() {
+            self.predictor.phase_start(SELF, Phase::Program(*program), now_us);
         }
     }
 
@@ -146,9 +150,11 @@ impl Mind {
         self.faults += faults.len() as u64;
         self.lost += lost;
         let learn = period == 1 || self.has_program();
+        let since_us = self.predictor.running_phase(SELF).map_or(0, |(_, since_us)| since_us);
         for fault in faults {
             let foreseen = self.stage.touched(fault.frame, period);
-            if learn {
+            // What was told late is of before the program.
+            if learn && fault.at_us >= since_us {
                 if !foreseen {
                     // It was swapped, whatever is believed.
                     self.predictor.evicted(fault.frame, 1);
@@ -164,16 +170,18 @@ impl Mind {
         self.dirty = true;
     }
 
-    /// Hands on what staging has found out, and takes what is expected next. `act`: it is brought in.
-    pub(super) fn think(&mut self, act: bool, now_us: u64) {
+    /// Whether the execution's program is the one whose set is recorded.
+    pub(super) fn records(&self, execution: i64) -> bool {
+        self.running.last().is_some_and(|(latest, _)| *latest == execution)
+    }
+
+    /// Hands on what staging has found out.
+    fn settle(&mut self, now_us: u64) {
         for span in self.stage.take_touches() {
             self.read(span, now_us);
         }
         for span in self.stage.take_in_place() {
             self.predictor.in_place(SELF, span.frame, span.pages);
-        }
-        if self.stage.cut_short() {
-            self.cut += 1;
         }
         let mut saved = 0;
         for outcome in self.stage.take_outcomes() {
@@ -181,10 +189,23 @@ impl Mind {
             self.predictor.outcome(&outcome);
         }
         self.attention.saved(saved);
+    }
+
+    /// Takes what is expected next. `act`: it is brought in.
+    pub(super) fn think(&mut self, act: bool, now_us: u64) {
+        if self.stage.cut_short() {
+            self.cut += 1;
+        }
+        self.settle(now_us);
         self.candidates.clear();
         self.predictor.predict(now_us, &mut self.candidates);
         if act {
             self.stage.offer(&self.candidates);
+            return;
+        }
+        // Nobody looks at what nobody brings, and not every fault is told: that a page is not seen touched says nothing.
+        for candidate in self.candidates.iter().filter(|candidate| candidate.expert == Expert::Phase) {
+            self.predictor.in_place(SELF, candidate.first, candidate.pages);
         }
     }
 }

@@ -23,7 +23,7 @@ const PAGES: usize = 1 << 20;
 /// Candidates without a time of their own that wait, at most: they are about what comes next, and soon stale.
 const URGENT: usize = 2048;
 /// Pages of one look.
-const LOOK_PAGES: usize = 1 << 14;
+pub(super) const LOOK_PAGES: usize = 1 << 14;
 /// Time between two looks while the guest touches what was staged, and at most.
 const LOOK_US: u64 = 15_000;
 const LOOK_REST_US: u64 = 1_000_000;
@@ -412,6 +412,11 @@ impl Stage {
         self.look_us = now_us + self.pause_us;
     }
 
+    /// The next looks are due at once: one that has ended is to be known in full.
+    pub(super) fn hurry(&mut self) {
+        self.look_us = 0;
+    }
+
     /// When to look next; `None`: there is nothing to look at.
     pub(super) fn look_at_us(&self) -> Option<u64> {
         (!self.staged.is_empty()).then_some(self.look_us)
@@ -454,7 +459,7 @@ impl Stage {
         std::mem::take(&mut self.outcomes)
     }
 
-    /// What was in place already, since the last call.
+    /// What was in place already, or was dropped before it was brought, since the last call.
     pub(super) fn take_in_place(&mut self) -> Vec<Span> {
         std::mem::take(&mut self.in_place)
     }
@@ -485,6 +490,8 @@ impl Stage {
         for frame in spans.iter().copied().flat_map(frames) {
             if let Some(page) = self.pages.remove(&frame) {
                 self.counts.dropped += 1;
+                // Nobody will look whether it is touched.
+                push(&mut self.in_place, frame);
                 self.settle(frame, Page { place: Place::Wanted, ..page }, false);
             }
         }
