@@ -28,6 +28,24 @@ fn an_unknown_key_is_refused_with_file_line_and_key() {
 }
 
 #[test]
+fn the_daemon_has_no_capability_that_looks_into_other_processes() {
+    let mut host = Host::new();
+    host.start("");
+    let pid = host.daemon.as_ref().unwrap().id();
+    // linux/capability.h: CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_PERFMON
+    let helpers = 1 << 19 | 1 << 21 | 1 << 23 | 1_u64 << 38;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+        // one may have ended meanwhile
+        let Ok(status) = std::fs::read_to_string(thread.path().join("status")) else { continue };
+        for name in ["CapEff:", "CapPrm:"] {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            let capabilities = u64::from_str_radix(line.trim(), 16).unwrap();
+            assert_eq!(capabilities & helpers, 0, "{name} of {}", thread.path().display());
+        }
+    }
+}
+
+#[test]
 fn stores_and_sockets_that_cannot_be_used_are_refused_and_leave_nothing() {
     let mut host = Host::new();
     host.start("");

@@ -65,6 +65,9 @@ fn main() -> ExitCode {
             let _ = handle.reload(filter);
         }
     });
+    if let Err(error) = prestage_integration::memory::helper::leave_to_helper() {
+        tracing::warn!(%error, "prestaged keeps a privilege that only prestage-memory needs");
+    }
     // The control plane is light; the data path has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let options = Options { config: arguments.config, overrides: arguments.overrides };

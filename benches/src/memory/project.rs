@@ -77,8 +77,11 @@ impl Contender for Project {
             None => Arc::new(Mutex::new(Prestaged::start(&self.options)?)),
         };
         let held = daemon.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = || Ok(held.ctl(&["vm", "policy", &self.guest]).is_ok());
-        wait_until("prestaged's knowledge of the guest", Duration::from_secs(60), known)
+        let watched = || {
+            let vm = held.ctl(&["vm", "show", &self.guest]);
+            Ok(vm.is_ok_and(|vm| vm["pages"]["signal"].is_string()))
+        };
+        wait_until("prestaged's watch over the guest's memory", Duration::from_secs(60), watched)
             .with_context(|| held.last_words())?;
         drop(held);
         self.daemon = Some(daemon);

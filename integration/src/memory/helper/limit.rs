@@ -1,4 +1,5 @@
-//! What the helper gives up before it hears anybody: everything but four capabilities.
+//! What the helper gives up before it hears anybody: everything but four capabilities. And what the daemon gives up, so that
+//! the helper alone has them.
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
@@ -63,4 +64,22 @@ pub(super) fn limit() -> Result<Vec<String>, String> {
     // changing the user has cleared it
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(os("cannot end with the daemon"))?;
     Ok(missing)
+}
+
+/// What lets look into other processes and move their memory; `CAP_SYS_ADMIN` stands in for the first (capabilities(7)).
+const OF_HELPER: [Capability; 4] =
+    [Capability::CAP_PERFMON, Capability::CAP_SYS_PTRACE, Capability::CAP_SYS_NICE, Capability::CAP_SYS_ADMIN];
+
+/// The daemon gives up what only its helper needs; a program that it starts as root has it anew. To be called before there are
+/// other threads: each has its own.
+///
+/// # Errors
+/// In words: which capability cannot be given up.
+pub fn leave_to_helper() -> Result<(), String> {
+    for capability in OF_HELPER {
+        for set in [CapSet::Effective, CapSet::Permitted] {
+            caps::drop(None, set, capability).map_err(|error| format!("cannot give up {capability}: {error}"))?;
+        }
+    }
+    Ok(())
 }

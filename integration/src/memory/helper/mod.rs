@@ -15,3 +15,5 @@ mod limit;
 pub mod protocol;
 pub mod server;
 mod worker;
+
+pub use limit::leave_to_helper;
