@@ -291,7 +291,7 @@ sections! {
         zram_rate: RateLimit = RateLimit::Unlimited, rate, reload;
         /// The same where any swap is on a disk.
         disk_rate: RateLimit = RateLimit::BytesPerSecond(512 << 20), rate, reload;
-        /// Share of time, 0 to 1, that tasks of the host or of the machine may wait for memory; above it nothing is brought in.
+        /// Share of time, 0 to 1, that tasks of the host or of the machine may wait for memory; above it nothing is brought in where memory is short.
         max_pressure: f64 = 0.1, probability, reload;
         /// Push out pages that look idle, of machines whose pages are brought in.
         push_out: bool = false, any, reload;

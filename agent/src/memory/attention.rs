@@ -9,8 +9,8 @@
 const PRICE_US: f64 = 1.5;
 /// Share of its time.
 const SHARE: f64 = 0.01;
-/// Faults that the purse holds, at most: the first burst is told in full, and costs 1.5 ms.
-const PURSE: f64 = 1000.0;
+/// Faults that the purse holds, at most: the beginning of a burst is told in full, and costs .4 ms.
+const PURSE: f64 = 256.0;
 /// What a page that was staged and used saves at least, in faults told: 3 of 4.5 µs on zram.
 const SAVED: f64 = 2.0;
 /// Faults of a program's first run that are told in full.

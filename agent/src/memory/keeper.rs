@@ -19,6 +19,8 @@ use std::time::Duration;
 
 /// What a machine is taken to have until it is known.
 const UNKNOWN_PAGES: u64 = 1 << 18;
+/// Memory is short where less than this part of the host's is to spare.
+const PLENTY: u64 = 16;
 /// Programs that wait for their machine to be known, at most.
 const EARLY: usize = 256;
 /// How often swap areas are looked at, and what is configured is looked at anew.
@@ -569,18 +571,23 @@ fn push_out(
     Ok(())
 }
 
-/// Pages that may come in now: what the host and the machine's groups have to spare while nobody waits for memory.
+/// Pages that may come in now: what the host and the machine's groups have to spare, unless tasks wait for memory that is short.
 fn room(host: &mut dyn Host, group: &Group, settings: &MemorySettings) -> Result<u64, Hold> {
-    if host.pressure(group).is_some_and(|some| some > settings.max_pressure) {
-        return Err(Hold::Pressure);
-    }
     let (free, all) = host.memory().ok_or(Hold::HostRoom)?;
     let of_host = free.saturating_sub((all as f64 * settings.reserve) as u64);
     let of_group = host.group_room(group).unwrap_or(u64::MAX);
     match (of_host, of_group) {
         (0, _) => Err(Hold::HostRoom),
         (_, 0) => Err(Hold::GroupRoom),
-        (host, group) => Ok(host.min(group)),
+        (of_host, of_group) => {
+            // A guest that waits for its swapped pages raises pressure too, which bringing them in relieves: it counts where
+            // memory is short.
+            let short = of_host.min(of_group) < all / PLENTY;
+            match short && host.pressure(group).is_some_and(|some| some > settings.max_pressure) {
+                true => Err(Hold::Pressure),
+                false => Ok(of_host.min(of_group)),
+            }
+        }
     }
 }
 

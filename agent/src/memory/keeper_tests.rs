@@ -352,9 +352,15 @@ fn room_pressure_and_missing_swap_hold_it_back() {
     bench.guest.lock().group_room = Some(0);
     held(&mut bench, "the machine's control group is at its memory limit");
     bench.guest.lock().group_room = None;
+    // Of the 100,000 pages 10,000 are the reserve; 4000 are few, and tasks wait.
     bench.guest.lock().pressure = Some(0.2);
+    bench.guest.lock().free = 14_000;
     held(&mut bench, "tasks wait for memory");
+    // Where there is plenty the waiting is for swap, and is what this is to end.
+    bench.guest.lock().free = 90_000;
+    assert!(bench.run(4) < 400);
     bench.guest.lock().pressure = None;
+    bench.guest.lock().brought = 0;
     // Room for some: as much comes and no more, though the figure is not updated for what comes.
     bench.guest.lock().group_room = Some(700);
     bench.swap_all();
