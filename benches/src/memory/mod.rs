@@ -67,7 +67,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "PATH")]
     swap_file: Option<PathBuf>,
     /// The orders it is touched in
-    #[arg(long, value_delimiter = ',', default_values_t = [Order::Ascending, Order::Recorded, Order::New])]
+    #[arg(long, value_delimiter = ',', default_values_t = [Order::Recorded, Order::New, Order::Random])]
     order: Vec<Order>,
     /// What the program computes after each touch
     #[arg(long, default_value_t = 0, value_name = "NS")]
@@ -75,9 +75,9 @@ pub(crate) struct Options {
     /// How long before the first touch those are told that can be told
     #[arg(long, value_delimiter = ',', default_values_t = [0, 1000], value_name = "MS")]
     lead_ms: Vec<u64>,
-    /// This project beside them
+    /// The others alone
     #[arg(long)]
-    prestage: bool,
+    without_prestage: bool,
     /// Further sections of prestaged's configuration
     #[arg(long, default_value = "", value_name = "TOML")]
     config: String,
@@ -171,7 +171,7 @@ fn contenders(options: &Options, order: Order, place: &Place) -> Result<Vec<Box<
     // nothing can be foreseen there: what is asked is what trying costs
     if order == Order::Random {
         all.push(replay(Role::Hear)?);
-        if options.prestage {
+        if !options.without_prestage {
             all.push(project(Knowledge::Nothing, None));
         }
         return Ok(all);
@@ -185,11 +185,11 @@ fn contenders(options: &Options, order: Order, place: &Place) -> Result<Vec<Box<
             all.push(Box::new(Everything::new(Way::WillNeedRead, lead)));
         }
         all.push(replay(Role::Replay(lead))?);
-        if options.prestage {
+        if !options.without_prestage {
             all.push(project(Knowledge::Kept, Some(lead)));
         }
     }
-    if options.prestage {
+    if !options.without_prestage {
         all.push(project(Knowledge::Kept, None));
     }
     all.push(Box::new(Resident));
