@@ -96,6 +96,10 @@ struct Sample {
     answer_s: f64,
     /// From the order until the guest's processors ran.
     running_s: f64,
+    /// From the order until all that is read ahead was asked for.
+    ahead_s: Option<f64>,
+    /// Read from the store from when the guest ran until it answered.
+    late_reads: u64,
     /// Read from the store by then.
     store_mib: f64,
     store_reads: u64,
@@ -158,15 +162,16 @@ impl Bench {
         Ok(draft.finish(&saved.memory, &saved.definition, origin, 0)?)
     }
 
-    /// Starts a clone, tells `meanwhile` of it once it runs, and asks it for the set. It has ended when this returns: when it ran,
-    /// and when it had answered, after `ordered`.
-    fn start(
+    /// Starts a clone, tells `begun` of it once it runs, asks it for the set, and has `last` finish before it ends. Returns when it
+    /// ran and when it had answered, after `ordered`, and what `last` made.
+    fn start<B, T>(
         &self,
         template: &Template,
         ordered: Instant,
         set: &str,
-        meanwhile: impl FnOnce(prestage_integration::libvirt::Uuid) -> Result<()>,
-    ) -> Result<(Duration, Duration)> {
+        begun: impl FnOnce(prestage_integration::libvirt::Uuid) -> Result<B>,
+        last: impl FnOnce(B) -> Result<T>,
+    ) -> Result<(Duration, Duration, T)> {
         let state = template.state();
         let memory = CloneMemory {
             template: template.path(),
@@ -179,12 +184,12 @@ impl Bench {
         let start = self.hypervisor.start_clone(definition, template.open_state()?, LIMIT, |_| ());
         let cloned = self.runtime.block_on(start)?;
         let running = ordered.elapsed();
-        meanwhile(cloned.vm.uuid)?;
+        let begun = begun(cloned.vm.uuid)?;
         let mut clone = self.rig.console("clone")?;
         let answer = clone.ask("touch")?;
         let answered = ordered.elapsed();
         ensure!(answer == set, "the guest read {answer} of its set of {set}");
-        Ok((running, answered))
+        Ok((running, answered, last(begun)?))
     }
 }
 
@@ -205,17 +210,15 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
     drop(guest);
     let used_mib = (template.working_set.pages() * PAGE_BYTES) >> 20;
     progress.step("a clone is recorded");
-    let mut recorded = None;
-    bench.start(&template, Instant::now(), &set, |vm| {
+    let begun = |vm| {
         let known = &template.manifest;
         let mapping = Mapping::find(vm, template.inode()?, known.memory_at, known.memory_bytes)?;
         let mapping = mapping.context("the clone's memory was not found")?;
-        recorded = Some(std::thread::spawn(move || mapping.record(LIMIT, || false)));
-        Ok(())
-    })?;
-    // it ended with the clone
-    let recorded = recorded.and_then(|recorder| recorder.join().ok()).filter(|set| !set.extents.is_empty());
-    let recorded = recorded.context("nothing was recorded")?;
+        Ok(std::thread::spawn(move || mapping.record(LIMIT, || false)))
+    };
+    // it ends once the guest touches nothing new
+    let last = |recorder: std::thread::JoinHandle<_>| recorder.join().ok().context("the recorder panicked");
+    let (_, _, recorded) = bench.start(&template, Instant::now(), &set, begun, last)?;
     let recorded_mib = (recorded.pages() * PAGE_BYTES) >> 20;
     template.learn(recorded)?;
     let path = template.path().to_owned();
@@ -323,20 +326,26 @@ fn trial(bench: &Bench, disk: &SlowDisk, template: &Template, way: Way, set: &st
             let (template, reading) = (template.clone(), Arc::clone(&reading));
             Some(std::thread::spawn(move || {
                 template.read_ahead(&reading)?;
-                template.read_behind(&reading)
+                let ahead = ordered.elapsed();
+                template.read_behind(&reading).map(|()| ahead)
             }))
         }
     };
-    let started = bench.start(template, ordered, set, |_| Ok(()));
+    let mut at_start = before;
+    let started = bench.start(template, ordered, set, |_| disk.traffic().map(|now| at_start = now), Ok);
     reading.stop();
-    if let Some(ahead) = ahead {
-        ahead.join().map_err(|_| anyhow::anyhow!("reading ahead panicked"))??;
-    }
-    let (running, answered) = started?;
-    let traffic = disk.traffic()?.since(&before);
+    let ahead = match ahead {
+        Some(ahead) => Some(ahead.join().map_err(|_| anyhow::anyhow!("reading ahead panicked"))??),
+        None => None,
+    };
+    let (running, answered, ()) = started?;
+    let now = disk.traffic()?;
+    let traffic = now.since(&before);
     Ok(Sample {
         answer_s: answered.as_secs_f64(),
         running_s: running.as_secs_f64(),
+        ahead_s: ahead.map(|ahead| ahead.as_secs_f64()),
+        late_reads: now.since(&at_start).reads,
         store_mib: mib(traffic.read_bytes),
         store_reads: traffic.reads,
     })
@@ -355,19 +364,25 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// The median of each figure by itself.
 fn medians(samples: &[Sample]) -> Sample {
     let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure).collect());
-    let mut reads: Vec<u64> = samples.iter().map(|sample| sample.store_reads).collect();
-    reads.sort_unstable();
+    let reads = |figure: fn(&Sample) -> u64| {
+        let mut reads: Vec<u64> = samples.iter().map(figure).collect();
+        reads.sort_unstable();
+        reads.get(reads.len() / 2).copied().unwrap_or(0)
+    };
+    let ahead: Vec<f64> = samples.iter().filter_map(|sample| sample.ahead_s).collect();
     Sample {
         answer_s: of(|s| s.answer_s),
         running_s: of(|s| s.running_s),
         store_mib: of(|s| s.store_mib),
-        store_reads: reads.get(reads.len() / 2).copied().unwrap_or(0),
+        ahead_s: (!ahead.is_empty()).then(|| median(ahead)),
+        late_reads: reads(|s| s.late_reads),
+        store_reads: reads(|s| s.store_reads),
     }
 }
 
 fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>9}  {:>8}\n",
+        "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>7}  {:>9}  {:>8}  {:>10}\n",
         report.memory_mib,
         report.used_mib,
         report.working_set_mib,
@@ -378,16 +393,19 @@ fn table(report: &Report) -> String {
         "answer s",
         "min-max",
         "running s",
+        "ahead s",
         "store MiB",
-        "reads"
+        "reads",
+        "late reads"
     );
     for row in &report.rows {
         let answers = || row.samples.iter().map(|sample| sample.answer_s);
         let (least, most) = (answers().fold(f64::INFINITY, f64::min), answers().fold(0.0, f64::max));
-        let Sample { answer_s, running_s, store_mib, store_reads } = row.median;
+        let Sample { answer_s, running_s, ahead_s, late_reads, store_mib, store_reads } = row.median;
+        let ahead = ahead_s.map_or_else(|| "-".to_owned(), |ahead| format!("{ahead:.2}"));
         let span = format!("{least:.2}-{most:.2}");
         text += &format!(
-            "{:<10}  {answer_s:>8.2}  {span:>11}  {running_s:>9.2}  {store_mib:>9.1}  {store_reads:>8}\n",
+            "{:<10}  {answer_s:>8.2}  {span:>11}  {running_s:>9.2}  {ahead:>7}  {store_mib:>9.1}  {store_reads:>8}  {late_reads:>10}\n",
             row.way.name()
         );
     }
