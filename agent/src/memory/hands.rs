@@ -14,6 +14,7 @@ pub(super) trait Hands: Send {
     fn listen(&mut self, vm: u32, period: u32) -> Result<(), MemoryError>;
     fn forget(&mut self, vm: u32) -> Result<(), MemoryError>;
     fn bring_in(&mut self, vm: u32, spans: Vec<Span>) -> Result<u64, MemoryError>;
+    fn map(&mut self, vm: u32, spans: Vec<Span>) -> Result<u64, MemoryError>;
     fn push_out(&mut self, vm: u32, how: Push, spans: Vec<Span>) -> Result<u64, MemoryError>;
     fn states(&mut self, vm: u32, spans: Vec<Span>) -> Result<Vec<PageState>, MemoryError>;
     fn residency(&mut self, vm: u32) -> Result<Residency, MemoryError>;
@@ -93,6 +94,9 @@ impl Hands for Helper {
     }
     fn bring_in(&mut self, vm: u32, spans: Vec<Span>) -> Result<u64, MemoryError> {
         self.bring_in(vm, spans)
+    }
+    fn map(&mut self, vm: u32, spans: Vec<Span>) -> Result<u64, MemoryError> {
+        self.map(vm, spans)
     }
     fn push_out(&mut self, vm: u32, how: Push, spans: Vec<Span>) -> Result<u64, MemoryError> {
         self.push_out(vm, how, spans)

@@ -524,6 +524,18 @@ impl Keeper {
                 }
             }
         }
+        while failed.is_none()
+            && act
+            && let Some(spans) = stage.map()
+        {
+            match hands.map(id, spans) {
+                Ok(ticket) => stage.sent(ticket),
+                Err(error) => {
+                    stage.not_sent();
+                    failed = Some(error);
+                }
+            }
+        }
         if failed.is_none()
             && act
             && let Some(push) = &settings.push

@@ -94,6 +94,18 @@ impl Hands for Fake {
         guest.events.push_back(Event::Moved { ticket, moved: Ok(moved) });
         Ok(ticket)
     }
+    fn map(&mut self, _: u32, spans: Vec<Span>) -> Result<u64, MemoryError> {
+        self.fails()?;
+        let mut guest = self.0.lock();
+        for frame in spans.iter().flat_map(|span| span.frame..span.frame + u64::from(span.pages)) {
+            assert!(guest.staged[frame as usize], "only what was brought is mapped");
+            guest.states[frame as usize] = PageState::Present;
+        }
+        guest.ticket += 1;
+        let ticket = guest.ticket;
+        guest.events.push_back(Event::Moved { ticket, moved: Ok(Moved::default()) });
+        Ok(ticket)
+    }
     fn push_out(&mut self, _: u32, how: Push, spans: Vec<Span>) -> Result<u64, MemoryError> {
         self.fails()?;
         let mut guest = self.0.lock();

@@ -5,6 +5,10 @@
 //! of use. Touches come as faults, as far as these are told, and from looks at the staged pages: the kernel calls a page that
 //! was brought in swapped until somebody touches it.
 //!
+//! While the guest is quiet and nothing is left to bring, what a set has staged is *mapped* too, so that its touch is no fault at
+//! all. A touch of a mapped page cannot be seen: of sixteen one is left as a witness, and what is seen of it goes for those that
+//! ride on it.
+//!
 //! Nothing goes out beyond what there is room for ([`Stage::allow`]), faster than the rate, or while it is held.
 
 use std::collections::VecDeque;
@@ -32,6 +36,8 @@ const GIVEN_UP_US: u64 = 120_000_000;
 /// Touches that are weighed before a set is cut short, and how many touches elsewhere make up for one in the set.
 const WEIGHED: f64 = 512.0;
 const ELSEWHERE: f64 = 5.0;
+/// Pages that one witness stands for, itself included.
+const WITNESSED: usize = 16;
 /// Unused rate is saved up for so long.
 const BURST_US: u64 = 50_000;
 
@@ -64,6 +70,8 @@ enum Place {
     Wanted,
     OnItsWay,
     Staged,
+    /// Staged and mapped: rides on a witness.
+    Mapped,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -83,6 +91,8 @@ struct Order {
 struct Batch {
     at_us: u64,
     spans: Vec<Span>,
+    /// Witnesses alone are left of it.
+    mapped: bool,
 }
 
 /// Pages, since the machine was first seen.
@@ -116,6 +126,10 @@ pub(super) struct Stage {
     orders: Vec<Order>,
     staged: VecDeque<Batch>,
     looked: Vec<Batch>,
+    /// By witness.
+    riders: FxHashMap<u64, Vec<u64>>,
+    /// Looks since the guest last touched anything that is known of.
+    quiet: u32,
     look_us: u64,
     pause_us: u64,
     /// Pages a second; infinite: no limit.
@@ -144,6 +158,8 @@ impl Stage {
             orders: Vec::new(),
             staged: VecDeque::new(),
             looked: Vec::new(),
+            riders: FxHashMap::default(),
+            quiet: 0,
             look_us: 0,
             pause_us: LOOK_US,
             rate: f64::INFINITY,
@@ -167,7 +183,8 @@ impl Stage {
     /// Pages brought in and not touched yet.
     pub(super) fn unread(&self) -> u64 {
         let staged = self.staged.iter().chain(&self.looked).flat_map(|batch| &batch.spans);
-        staged.map(|span| u64::from(span.pages)).sum()
+        let riders: usize = self.riders.values().map(Vec::len).sum();
+        staged.map(|span| u64::from(span.pages)).sum::<u64>() + riders as u64
     }
 
     pub(super) fn hold(&self) -> Option<Hold> {
@@ -336,7 +353,7 @@ impl Stage {
             let soon = now_us + LOOK_US;
             self.look_us = if self.staged.is_empty() { soon } else { self.look_us.min(soon) };
             self.pause_us = LOOK_US;
-            self.staged.push_back(Batch { at_us: now_us, spans });
+            self.staged.push_back(Batch { at_us: now_us, spans, mapped: false });
         }
         true
     }
@@ -348,6 +365,7 @@ impl Stage {
             return false;
         };
         self.inside += f64::from(weight);
+        self.quiet = 0;
         self.settle(frame, page, true);
         true
     }
@@ -362,14 +380,14 @@ impl Stage {
             let Some(batch) = self.staged.pop_front() else { break };
             // Faults have told of some: those are not asked for again.
             let mut spans = Vec::new();
-            for frame in batch.spans.into_iter().flat_map(frames) {
+            for frame in batch.spans.iter().copied().flat_map(frames) {
                 if self.pages.get(&frame).is_some_and(|page| page.place == Place::Staged) {
                     push(&mut spans, frame);
                     pages += 1;
                 }
             }
             if !spans.is_empty() {
-                self.looked.push(Batch { at_us: batch.at_us, spans });
+                self.looked.push(Batch { spans, ..batch });
             }
         }
         let spans: Vec<Span> = self.looked.iter().flat_map(|batch| batch.spans.iter().copied()).collect();
@@ -405,11 +423,49 @@ impl Stage {
                 }
             }
             if !left.is_empty() {
-                self.staged.push_back(Batch { at_us: batch.at_us, spans: left });
+                self.staged.push_back(Batch { at_us: batch.at_us, spans: left, mapped: batch.mapped });
             }
         }
+        self.quiet = if moved { 0 } else { self.quiet.saturating_add(1) };
         self.pause_us = if moved { LOOK_US } else { (self.pause_us * 2).min(LOOK_REST_US) };
         self.look_us = now_us + self.pause_us;
+    }
+
+    /// What is to be mapped now, if anything: as an order, see [`Stage::sent`].
+    pub(super) fn map(&mut self) -> Option<Vec<Span>> {
+        if self.quiet == 0 || self.hold.is_some() || self.is_waiting() || self.orders.len() >= ORDERS {
+            return None;
+        }
+        let batch = self.staged.iter_mut().find(|batch| !batch.mapped)?;
+        batch.mapped = true;
+        let (mut witnesses, mut order, mut group) = (Vec::new(), Vec::new(), Vec::new());
+        for frame in std::mem::take(&mut batch.spans).into_iter().flat_map(frames) {
+            let Some(page) = self.pages.get_mut(&frame).filter(|page| page.place == Place::Staged) else { continue };
+            if page.expert != Expert::Phase {
+                push(&mut witnesses, frame);
+                continue;
+            }
+            group.push(frame);
+            if group.len() == 1 {
+                push(&mut witnesses, frame);
+                continue;
+            }
+            page.place = Place::Mapped;
+            push(&mut order, frame);
+            if group.len() == WITNESSED {
+                self.riders.insert(group[0], group.split_off(1));
+                group.clear();
+            }
+        }
+        if group.len() > 1 {
+            self.riders.insert(group[0], group.split_off(1));
+        }
+        batch.spans = witnesses;
+        if order.is_empty() {
+            return None;
+        }
+        self.orders.push(Order { ticket: None, spans: order.clone() });
+        Some(order)
     }
 
     /// The next looks are due at once: one that has ended is to be known in full.
@@ -469,7 +525,21 @@ impl Stage {
         std::mem::take(&mut self.touches)
     }
 
-    fn settle(&mut self, first: u64, page: Page, used: bool) {
+    fn settle(&mut self, frame: u64, page: Page, used: bool) {
+        self.settle_one(frame, page, used);
+        for rider in self.riders.remove(&frame).unwrap_or_default() {
+            let Some(page) = self.pages.get(&rider).copied().filter(|page| page.place == Place::Mapped) else {
+                continue;
+            };
+            self.pages.remove(&rider);
+            if used {
+                push(&mut self.touches, rider);
+            }
+            self.settle_one(rider, Page { place: Place::Staged, ..page }, used);
+        }
+    }
+
+    fn settle_one(&mut self, first: u64, page: Page, used: bool) {
         let late = used && page.place != Place::Staged;
         self.counts.used += u64::from(used && !late);
         self.counts.late += u64::from(late);

@@ -267,3 +267,37 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn while_the_guest_is_quiet_a_set_is_mapped_and_witnesses_speak_for_it() {
+    let mut stage = ready();
+    stage.offer(&[set(0, 40), next(1000, 3)]);
+    order(&mut stage, 1, 0).unwrap();
+    assert_eq!(stage.map(), None, "first what is to be brought");
+    stage.moved(1, Some(0), 1000);
+    assert_eq!(stage.map(), None, "nobody has looked yet whether the guest is there");
+    let seen = |stage: &mut Stage, touched: &[u64], at: u64| {
+        let looked = stage.look(at).unwrap();
+        let state = |frame| if touched.contains(&frame) { PageState::Present } else { PageState::Swapped };
+        let states: Vec<_> = looked.iter().copied().flat_map(frames).map(state).collect();
+        stage.seen(Some(&states), at);
+        total(&looked)
+    };
+    assert_eq!(seen(&mut stage, &[], 50_000), 43);
+    let mapped = stage.map().unwrap();
+    assert_eq!(mapped, [span(1, 15), span(17, 15), span(33, 7)], "of the set, and not what was merely next");
+    stage.sent(2);
+    assert_eq!(stage.map(), None);
+    assert!(stage.moved(2, Some(5), 60_000));
+    assert_eq!((stage.unread(), stage.counts().staged, stage.counts().cpu_us), (43, 43, 5));
+    // what is mapped is asked for no more; a witness that was touched speaks for those that ride on it
+    assert_eq!(seen(&mut stage, &[16], 500_000), 6);
+    assert_eq!(stage.take_touches(), [span(16, 16)]);
+    assert_eq!((stage.counts().used, stage.unread()), (16, 27));
+    assert_eq!(stage.map(), None, "the guest is not quiet");
+    assert!(stage.touched(0, 1), "told by a fault as well");
+    assert_eq!(stage.counts().used, 32);
+    seen(&mut stage, &[], 1_000_000_000);
+    assert_eq!((stage.counts().used, stage.counts().wasted, stage.unread()), (32, 11, 0));
+    assert!(stage.pages.is_empty() && stage.riders.is_empty());
+}

@@ -147,6 +147,15 @@ impl Helper {
         self.order(Ask::BringIn { vm, spans })
     }
 
+    /// Asks that pages that were brought in are mapped: the guest's touch is no fault then, and cannot be seen any more except as
+    /// time that passes. The ticket comes back with [`Event::Moved`].
+    ///
+    /// # Errors
+    /// As [`Helper::bring_in`].
+    pub fn map(&mut self, vm: u32, spans: Vec<Span>) -> Result<u64, MemoryError> {
+        self.order(Ask::Map { vm, spans })
+    }
+
     /// Asks that pages go; the ticket comes back with [`Event::Moved`].
     ///
     /// # Errors

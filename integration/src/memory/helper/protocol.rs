@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::memory::{Fault, MemoryError, ProcessId, Push, Region, Residency, Signal, Span};
 
 /// Changes with every message; both ends are installed together, and a daemon refuses a helper of another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 160 << 10;
 /// Most spans of a request.
@@ -54,6 +54,11 @@ pub enum Ask {
     },
     /// What is in swap and not absent or present, to be read ahead: `process_madvise(MADV_WILLNEED)`.
     BringIn {
+        vm: u32,
+        spans: Vec<Span>,
+    },
+    /// What is in swap or cached is touched on the guest's behalf, so that its own touch is no fault at all.
+    Map {
         vm: u32,
         spans: Vec<Span>,
     },

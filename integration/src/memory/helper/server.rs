@@ -15,7 +15,7 @@ use super::protocol::{
     Abilities, Ask, MAX_FAULTS, MAX_MESSAGE, MAX_REGIONS, MAX_SPANS, Message, Request, Said, VERSION, Watching,
 };
 use super::worker::{View, Work, Worker, say};
-use crate::memory::advise::Advice;
+use crate::memory::advise::{Advice, Memory};
 use crate::memory::capture::{Capture, Caught, Places};
 use crate::memory::pagemap::Pagemap;
 use crate::memory::process::Process;
@@ -187,12 +187,13 @@ impl Server {
                 return Ok(Some(Said::Done));
             }
             Ask::BringIn { vm, spans } => (vm, Work::Advise(Advice::WillNeed, spans)),
+            Ask::Map { vm, spans } => (vm, Work::Map(spans)),
             Ask::PushOut { vm, how, spans } => (vm, Work::Advise(Advice::Push(how), spans)),
             Ask::States { vm, spans } => (vm, Work::States(spans)),
             Ask::Residency { vm } => (vm, Work::Residency),
         };
-        let moves = matches!(work, Work::Advise(..));
-        if let Work::Advise(_, spans) | Work::States(spans) = &work
+        let moves = matches!(work, Work::Advise(..) | Work::Map(..));
+        if let Work::Advise(_, spans) | Work::Map(spans) | Work::States(spans) = &work
             && spans.len() > MAX_SPANS
         {
             return Err(MemoryError::Busy);
@@ -264,6 +265,7 @@ fn view(process: Arc<Process>, regions: Vec<Region>) -> Result<View, MemoryError
     let places = Places::new(regions)?;
     let mut pagemap = Pagemap::open(&process)?;
     pagemap.find_shared(&process, &ranges)?;
+    let memory = Memory::open(&process)?;
     process.check()?;
-    Ok(View { process, pagemap, places })
+    Ok(View { process, pagemap, memory, places })
 }

@@ -11,11 +11,11 @@ use nix::sys::socket::{MsgFlags, send};
 use nix::time::{ClockId, clock_gettime};
 
 use super::protocol::{MAX_STATES, Message, Moved, Said, pack};
-use crate::memory::advise::{Advice, advise};
+use crate::memory::advise::{Advice, Memory, advise, touch};
 use crate::memory::capture::Places;
 use crate::memory::pagemap::Pagemap;
 use crate::memory::process::{Process, of_process};
-use crate::memory::{MemoryError, PageState, Residency, Span};
+use crate::memory::{MemoryError, PAGE_BYTES, PageState, Residency, Span};
 
 /// Orders that wait, at most.
 const QUEUE: usize = 128;
@@ -25,12 +25,14 @@ const QUEUE: usize = 128;
 pub(super) struct View {
     pub(super) process: Arc<Process>,
     pub(super) pagemap: Pagemap,
+    pub(super) memory: Memory,
     pub(super) places: Places,
 }
 
 #[derive(Debug)]
 pub(super) enum Work {
     Advise(Advice, Vec<Span>),
+    Map(Vec<Span>),
     States(Vec<Span>),
     Residency,
 }
@@ -59,6 +61,7 @@ fn run(orders: &Receiver<(u64, Arc<View>, Work)>, socket: &OwnedFd) {
     while let Ok((ticket, view, work)) = orders.recv() {
         let body = match work {
             Work::Advise(advice, spans) => view.advise(advice, &spans).map(Said::Moved),
+            Work::Map(spans) => view.map(&spans).map(Said::Moved),
             Work::States(spans) => view.states(&spans).map(Said::States),
             Work::Residency => view.residency().map(Said::Residency),
         };
@@ -84,24 +87,39 @@ pub(super) fn say(socket: &OwnedFd, message: &Message, flags: MsgFlags) -> Resul
 
 impl View {
     fn advise(&self, advice: Advice, spans: &[Span]) -> Result<Moved, MemoryError> {
-        let (started, cpu) = (Instant::now(), thread_cpu_us());
-        let mut moved = Moved { asked: spans.iter().map(|span| u64::from(span.pages)).sum(), ..Moved::default() };
-        let mut ranges: Vec<(u64, u64)> = Vec::new();
         let wanted = |state| match advice {
             // never what is absent: reading that would make pages of zeroes
             Advice::WillNeed => state == PageState::Swapped,
             Advice::Push(_) => matches!(state, PageState::Present | PageState::Cached),
         };
+        self.do_with(spans, wanted, |ranges| advise(&self.process, ranges, advice).map(drop))
+    }
+
+    fn map(&self, spans: &[Span]) -> Result<Moved, MemoryError> {
+        let wanted = |state| matches!(state, PageState::Swapped | PageState::Cached);
+        self.do_with(spans, wanted, |ranges| touch(&self.process, &self.memory, ranges))
+    }
+
+    /// Does something with the pages of the spans whose state is wanted, and says how much of it there was.
+    fn do_with(
+        &self,
+        spans: &[Span],
+        wanted: impl Fn(PageState) -> bool,
+        act: impl FnOnce(&[(u64, u64)]) -> Result<(), MemoryError>,
+    ) -> Result<Moved, MemoryError> {
+        let (started, cpu) = (Instant::now(), thread_cpu_us());
+        let mut moved = Moved { asked: spans.iter().map(|span| u64::from(span.pages)).sum(), ..Moved::default() };
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
         self.look(spans, |state, host, pages| {
             if wanted(state) {
                 match ranges.last_mut() {
-                    Some((start, count)) if *start + *count * crate::memory::PAGE_BYTES == host => *count += pages,
+                    Some((start, count)) if *start + *count * PAGE_BYTES == host => *count += pages,
                     _ => ranges.push((host, pages)),
                 }
                 moved.eligible += pages;
             }
         })?;
-        advise(&self.process, &ranges, advice)?;
+        act(&ranges)?;
         moved.cpu_us = thread_cpu_us().saturating_sub(cpu);
         moved.wall_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         Ok(moved)
