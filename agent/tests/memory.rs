@@ -332,8 +332,8 @@ fn states_of_pages_are_told_by_frame() {
         assert_eq!(helper.states(1, vec![span]), Err(error));
     }
     assert_eq!(helper.states(2, Vec::new()), Err(MemoryError::Unknown(2)));
-    // nothing of it is in swap, so there is nothing to bring in
-    let ticket = helper.bring_in(1, vec![Span { frame: frame(0), pages: 500 }]).unwrap();
+    // nothing of it is in swap, so there is nothing to map
+    let ticket = helper.map(1, vec![Span { frame: frame(0), pages: 500 }]).unwrap();
     let Some(Event::Moved { ticket: of, moved }) = helper.next_event(Duration::from_secs(10)).unwrap() else {
         panic!()
     };

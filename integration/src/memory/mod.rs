@@ -152,6 +152,8 @@ pub enum MemoryError {
     NotPermitted { what: String, remedy: String },
     #[error("this kernel cannot: {what}")]
     Unsupported { what: String },
+    #[error("prestage-memory speaks version {helper} and prestaged {daemon}: install both from one package")]
+    Version { helper: u32, daemon: u32 },
     #[error("guest frames {frame} to {} are no memory of this machine", .frame + u64::from(*.pages))]
     NoSuchMemory { frame: u64, pages: u32 },
     #[error("this host has no swap")]

@@ -52,7 +52,7 @@ pub enum Ask {
     Forget {
         vm: u32,
     },
-    /// What is in swap and not absent or present, to be read ahead: `process_madvise(MADV_WILLNEED)`.
+    /// To be read ahead, what of it is in swap: `process_madvise(MADV_WILLNEED)`.
     BringIn {
         vm: u32,
         spans: Vec<Span>,
@@ -134,7 +134,7 @@ pub struct Watching {
 pub struct Moved {
     /// Pages asked for.
     pub asked: u64,
-    /// Of these, in swap (brought in) or present (pushed out): what the kernel was told of.
+    /// Of these, what the kernel was told of: all (brought in), or what was present (pushed out).
     pub eligible: u64,
     /// CPU time it took, in microseconds.
     pub cpu_us: u64,

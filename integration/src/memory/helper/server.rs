@@ -23,6 +23,10 @@ use crate::memory::{Fault, MemoryError, ProcessId, Region};
 
 /// Between two looks at rings while there are faults: a wake-up a fault would cost more than the fault.
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
+/// The same while a look finds few.
+const SLOW_PAUSE: Duration = Duration::from_millis(10);
+/// A look that finds fewer than this was early, and one that finds four times as many was late.
+const FEW: usize = 64;
 /// Without faults for this long they are looked at less often.
 const BUSY_FOR: Duration = Duration::from_millis(50);
 /// Between two looks at rings then. A wake-up a fault would interrupt the guest's processor each time, and take eighteen times
@@ -56,6 +60,7 @@ struct Server {
     looks: Worker,
     caught: Vec<Caught>,
     busy_until: Instant,
+    pause: Duration,
     follow_at: Instant,
 }
 
@@ -79,7 +84,18 @@ pub fn run(also: Vec<PathBuf>) -> Result<(), String> {
     let (moves, looks) = (worker("moves")?, worker("looks")?);
     let now = Instant::now();
     let (machines, caught) = (HashMap::new(), Vec::new());
-    let server = Server { socket, also, missing, machines, moves, looks, caught, busy_until: now, follow_at: now };
+    let server = Server {
+        socket,
+        also,
+        missing,
+        machines,
+        moves,
+        looks,
+        caught,
+        busy_until: now,
+        pause: BUSY_PAUSE,
+        follow_at: now,
+    };
     server.serve()
 }
 
@@ -120,7 +136,7 @@ impl Server {
         for vm in &vms {
             fds.push(PollFd::new(self.machines[vm].view.process.pidfd(), PollFlags::POLLIN));
         }
-        let mut pause = if busy { BUSY_PAUSE } else { FOLLOW };
+        let mut pause = if busy { self.pause } else { FOLLOW };
         for machine in self.machines.values().filter(|machine| machine.listening) {
             pause = pause.min(QUIET_PAUSE);
             if let Some(ms) = machine.capture.look_within_ms() {
@@ -162,10 +178,7 @@ impl Server {
                 return Ok(Some(Said::Hello(Abilities { missing: self.missing.clone(), pid: std::process::id() })));
             }
             Ask::Hello { version } => {
-                let what = format!(
-                    "prestage-memory speaks version {VERSION} and prestaged {version}: install both from one package"
-                );
-                return Err(MemoryError::Unsupported { what });
+                return Err(MemoryError::Version { helper: VERSION, daemon: version });
             }
             Ask::Watch { vm, process, regions } => {
                 return self.watch(vm, process, regions).map(|w| Some(Said::Watching(w)));
@@ -224,6 +237,7 @@ impl Server {
 
     /// Tells of what was caught since the last time.
     fn faults(&mut self) {
+        let mut most = 0;
         for (&vm, machine) in self.machines.iter_mut().filter(|(_, machine)| machine.listening) {
             self.caught.clear();
             let view = &machine.view;
@@ -232,6 +246,7 @@ impl Server {
                 continue;
             }
             self.busy_until = Instant::now() + BUSY_FOR;
+            most = most.max(self.caught.len());
             let of_guest =
                 |caught: &Caught| Some(Fault { at_us: caught.at_ns / 1000, frame: view.places.frame(caught.place)? });
             let faults: Vec<Fault> = self.caught.iter().filter_map(of_guest).collect();
@@ -253,6 +268,11 @@ impl Server {
                 }
             }
         }
+        self.pause = match most {
+            few if few < FEW => (self.pause * 2).min(SLOW_PAUSE),
+            many if many > 4 * FEW => (self.pause / 2).max(BUSY_PAUSE),
+            _ => self.pause,
+        };
     }
 }
 

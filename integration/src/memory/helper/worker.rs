@@ -88,37 +88,49 @@ pub(super) fn say(socket: &OwnedFd, message: &Message, flags: MsgFlags) -> Resul
 impl View {
     fn advise(&self, advice: Advice, spans: &[Span]) -> Result<Moved, MemoryError> {
         let wanted = |state| match advice {
-            // never what is absent: reading that would make pages of zeroes
-            Advice::WillNeed => state == PageState::Swapped,
+            // the kernel itself passes over what is not in swap (mm/madvise.c), and looks once instead of twice
+            Advice::WillNeed => true,
             Advice::Push(_) => matches!(state, PageState::Present | PageState::Cached),
         };
-        self.do_with(spans, wanted, |ranges| advise(&self.process, ranges, advice).map(drop))
+        let looks = advice != Advice::WillNeed;
+        self.do_with(spans, looks, wanted, |ranges| advise(&self.process, ranges, advice).map(drop))
     }
 
     fn map(&self, spans: &[Span]) -> Result<Moved, MemoryError> {
         let wanted = |state| matches!(state, PageState::Swapped | PageState::Cached);
-        self.do_with(spans, wanted, |ranges| touch(&self.process, &self.memory, ranges))
+        self.do_with(spans, true, wanted, |ranges| touch(&self.process, &self.memory, ranges))
     }
 
-    /// Does something with the pages of the spans whose state is wanted, and says how much of it there was.
+    /// Does something with the pages of the spans whose state is wanted, and says how much of it there was. Without a look
+    /// all are taken.
     fn do_with(
         &self,
         spans: &[Span],
+        looks: bool,
         wanted: impl Fn(PageState) -> bool,
         act: impl FnOnce(&[(u64, u64)]) -> Result<(), MemoryError>,
     ) -> Result<Moved, MemoryError> {
         let (started, cpu) = (Instant::now(), thread_cpu_us());
         let mut moved = Moved { asked: spans.iter().map(|span| u64::from(span.pages)).sum(), ..Moved::default() };
         let mut ranges: Vec<(u64, u64)> = Vec::new();
-        self.look(spans, |state, host, pages| {
-            if wanted(state) {
-                match ranges.last_mut() {
-                    Some((start, count)) if *start + *count * PAGE_BYTES == host => *count += pages,
-                    _ => ranges.push((host, pages)),
-                }
-                moved.eligible += pages;
+        let mut take = |host, pages| {
+            match ranges.last_mut() {
+                Some((start, count)) if *start + *count * PAGE_BYTES == host => *count += pages,
+                _ => ranges.push((host, pages)),
             }
-        })?;
+            moved.eligible += pages;
+        };
+        if looks {
+            self.look(spans, |state, host, pages| {
+                if wanted(state) {
+                    take(host, pages);
+                }
+            })?;
+        } else {
+            for span in spans {
+                self.places.host(span.frame, span.pages, &mut take)?;
+            }
+        }
         act(&ranges)?;
         moved.cpu_us = thread_cpu_us().saturating_sub(cpu);
         moved.wall_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -144,23 +156,23 @@ impl View {
                 PageState::Absent => residency.absent += pages,
             })?;
         }
+        self.process.check()?;
         Ok(residency)
     }
 
     fn look(&self, spans: &[Span], mut tell: impl FnMut(PageState, u64, u64)) -> Result<(), MemoryError> {
+        let mut ranges = Vec::new();
         for span in spans {
-            let mut ranges = Vec::new();
             self.places.host(span.frame, span.pages, |host, pages| ranges.push((host, pages)))?;
-            for (host, pages) in ranges {
+            for (host, pages) in ranges.drain(..) {
                 self.stretch(host, pages, &mut tell)?;
             }
         }
-        Ok(())
+        self.process.check()
     }
 
     fn stretch(&self, host: u64, pages: u64, tell: &mut dyn FnMut(PageState, u64, u64)) -> Result<(), MemoryError> {
         let told = self.pagemap.states(host, pages, tell);
-        self.process.check()?;
         told.map_err(|error| of_process(self.process.id(), "cannot read its page table", &error))
     }
 }
