@@ -223,7 +223,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         daemon: DaemonOptions {
             libvirt_uri: Some(rig.libvirt.uri().to_owned()),
             more: options.config.clone(),
-            ..DaemonOptions::default()
+            // no disk is served here, and what laying out its cache costs is none of what is asked
+            ram_size: "16MiB".to_owned(),
+            ssd_size: "64MiB".to_owned(),
         },
         helper: program("prestage-memory")?,
         qemu: guest.pid()?,
