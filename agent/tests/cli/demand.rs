@@ -10,13 +10,14 @@ fn a_policy_is_shown_and_only_what_is_given_changes() {
         &daemon,
         &["vm", "policy", "web1"],
         "\
-machine:   web1 (11111111-2222-3333-4444-555555555555)
-policy:    the default
-mode:      observe
-priority:  50, weight 100
-margin:    10 % above what is used
-balloon:   yes
-vcpu_add:  no: the definition has no further vCPUs; raise <vcpu> at the next start
+machine:        web1 (11111111-2222-3333-4444-555555555555)
+policy:         the default
+mode:           observe
+priority:       50, weight 100
+margin:         10 % above what is used
+swapped pages:  as the daemon is configured
+balloon:        yes
+vcpu_add:       no: the definition has no further vCPUs; raise <vcpu> at the next start
 ",
     );
     let changed = run(
@@ -34,10 +35,10 @@ vcpu_add:  no: the definition has no further vCPUs; raise <vcpu> at the next sta
         ],
     );
     assert_eq!((changed.code, changed.err.as_str()), (0, ""));
-    assert!(changed.out.contains("policy:    its own\nmode:      act\n"), "{}", changed.out);
-    assert!(changed.out.contains("cpu:       mode recommend, never lowered\n"), "{}", changed.out);
-    assert!(changed.out.contains("memory:    min 1.0 GiB, max 8.0 GiB\n"), "{}", changed.out);
-    assert!(changed.out.contains("note:      memory: max is odd\n"), "{}", changed.out);
+    assert!(changed.out.contains("policy:         its own\nmode:           act\n"), "{}", changed.out);
+    assert!(changed.out.contains("cpu:            mode recommend, never lowered\n"), "{}", changed.out);
+    assert!(changed.out.contains("memory:         min 1.0 GiB, max 8.0 GiB\n"), "{}", changed.out);
+    assert!(changed.out.contains("note:           memory: max is odd\n"), "{}", changed.out);
     assert_eq!(run(&daemon.socket, &["vm", "policy", "web1", "--reset"]).code, 0);
     let asked = daemon.control.asked.lock();
     let wanted = r#"policy web1 {"mode":"act","priority":50,"weight":100,"margin":0.1,"resources":{"cpu":{"mode":"recommend","never_lower":true},"memory":{"min":1073741824.0,"max":8589934592.0,"never_lower":false}}}"#;

@@ -72,6 +72,7 @@ disks:      2 in all, 1 connected, 1 degraded
 libvirt:    qemu:///system, NOT CONNECTED: libvirtd does not answer; see `systemctl status libvirtd`
 learner:    ok, 12345 accesses since start, 0 dropped, 1 profile, 2.0 MiB
 prefetch:   on
+memory:     ok, 1 of 2 machines watched, 256 MiB brought in, 200 MiB of that used
 database:   ok, 3.0 MiB at /var/lib/prestage/prestage.db
 db writes:  0 waiting, 0 lost
 
