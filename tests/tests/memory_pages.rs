@@ -83,8 +83,17 @@ fn of_guest(backing: Backing) {
     let mut swap = Swap::zram(2 * (MEMORY_MIB << 20)).unwrap();
     swap.set_page_cluster(0).unwrap();
     let memory = Memory::of(guest.pid().unwrap(), MEMORY_MIB << 20).unwrap();
-    memory.push_out().unwrap();
-    let out = helper.residency(VM).unwrap();
+    // a guest that has only just come up takes some of it back at first
+    let mut tries = 0;
+    let out = loop {
+        memory.push_out().unwrap();
+        let out = helper.residency(VM).unwrap();
+        tries += 1;
+        if out.present < 2048 || tries == 5 {
+            break out;
+        }
+        println!("{} pages are back at once", out.present);
+    };
     assert!(out.swapped >= FILLED_PAGES && out.present < 2048, "{out:?}");
 
     // faults are heard, each once, and nothing else
