@@ -35,6 +35,7 @@ use prestage_tests::slow::{Image, SlowDisk};
 use prestage_tests::template::{TemplateGuest, TemplateRig};
 use serde::Serialize;
 
+use super::report::median;
 use crate::host::Host;
 use crate::progress::Progress;
 use crate::record::write_json;
@@ -351,19 +352,9 @@ fn trial(bench: &Bench, disk: &SlowDisk, template: &Template, way: Way, set: &st
     })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[middle],
-        _ => f64::midpoint(values[middle - 1], values[middle]),
-    }
-}
-
 /// The median of each figure by itself.
 fn medians(samples: &[Sample]) -> Sample {
-    let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure).collect());
+    let of = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
     let reads = |figure: fn(&Sample) -> u64| {
         let mut reads: Vec<u64> = samples.iter().map(figure).collect();
         reads.sort_unstable();
@@ -374,7 +365,7 @@ fn medians(samples: &[Sample]) -> Sample {
         answer_s: of(|s| s.answer_s),
         running_s: of(|s| s.running_s),
         store_mib: of(|s| s.store_mib),
-        ahead_s: (!ahead.is_empty()).then(|| median(ahead)),
+        ahead_s: (!ahead.is_empty()).then(|| median(ahead.into_iter())),
         late_reads: reads(|s| s.late_reads),
         store_reads: reads(|s| s.store_reads),
     }
