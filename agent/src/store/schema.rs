@@ -3,9 +3,10 @@
 //! `application_id` is "PRST" and `user_version` the number of migrations applied. A migration is never edited once released: a change
 //! is a further one at the end.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::{Connection, Error, TransactionBehavior};
 
 use super::{StoreError, refused};
 
@@ -153,4 +154,79 @@ pub(super) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), St
     transaction.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
     transaction.pragma_update(None, "user_version", VERSION).map_err(failed)?;
     transaction.commit().map_err(failed)
+}
+
+/// What a statement can fail on though every page is sound: columns, references and indices, one line each.
+const STRUCTURE: &str = "
+SELECT t.name || ' column ' || c.name || ' ' || c.type || ' ' || c.\"notnull\" || ' ' || coalesce(c.dflt_value, '') || ' ' || c.pk
+FROM sqlite_schema t, pragma_table_xinfo(t.name) c WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite_%'
+UNION ALL
+SELECT t.name || ' reference ' || f.\"from\" || ' ' || f.\"table\" || ' ' || coalesce(f.\"to\", '') || ' ' || f.on_delete
+FROM sqlite_schema t, pragma_foreign_key_list(t.name) f WHERE t.type = 'table'
+UNION ALL
+SELECT t.name || ' index ' || i.name || ' ' || i.\"unique\" || ' ' || x.seqno || ' ' || coalesce(x.name, '') || ' ' || x.\"desc\"
+FROM sqlite_schema t, pragma_index_list(t.name) i, pragma_index_xinfo(i.name) x WHERE t.type = 'table'";
+
+/// Looks whether the tables are those that the migrations make: a flipped bit in a column's name leaves a database whose every page is
+/// sound and that answers nothing. Errors: `Damaged`, or what SQLite says.
+pub(super) fn check(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+    let failed = |source| refused(path, "open", source);
+    let structure = |connection: &Connection| -> rusqlite::Result<BTreeSet<String>> {
+        connection.prepare(STRUCTURE)?.query_map([], |row| row.get(0))?.collect()
+    };
+    let made = || -> rusqlite::Result<BTreeSet<String>> {
+        let fresh = Connection::open_in_memory()?;
+        MIGRATIONS.iter().try_for_each(|step| fresh.execute_batch(step))?;
+        structure(&fresh)
+    };
+    let damaged = |detail: String| StoreError::Damaged { path: path.to_owned(), detail };
+    let found = match structure(connection) {
+        Ok(found) => found,
+        // Names that are no text any more.
+        Err(error @ (Error::FromSqlConversionFailure(..) | Error::InvalidColumnType(..) | Error::Utf8Error(..))) => {
+            return Err(damaged(format!("its tables' definitions cannot be read: {error}")));
+        }
+        Err(error) => return Err(failed(error)),
+    };
+    match made().map_err(failed)?.difference(&found).next() {
+        None => Ok(()),
+        Some(missing) => Err(damaged(format!("its tables' definitions are not as made: no {missing:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    #[test]
+    fn a_definition_that_is_not_as_made_is_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        for (n, (table, from, to)) in [
+            ("policies", "vm ", "wm "),
+            ("disks", "store ", "stose "),
+            ("profiles", "REFERENCES storages", "REFERENCES storagds"),
+            ("disks", "CREATE TABLE disks", "CREATE TABLE diskr"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let path = folder.path().join(n.to_string());
+            assert!(Store::open(&path).unwrap().close(std::time::Duration::from_secs(60)));
+            let raw = Connection::open(&path).unwrap();
+            raw.pragma_update(None, "writable_schema", true).unwrap();
+            let name = to.strip_prefix("CREATE TABLE ").unwrap_or(table);
+            let changed = raw
+                .execute(
+                    "UPDATE sqlite_schema SET sql = replace(sql, ?1, ?2), name = ?4, tbl_name = ?4
+                     WHERE type = 'table' AND name = ?3 AND instr(sql, ?1) > 0",
+                    [from, to, table, name],
+                )
+                .unwrap();
+            assert_eq!(changed, 1, "{table} {from}");
+            drop(raw);
+            let error = Store::open(&path).unwrap_err();
+            assert!(matches!(&error, StoreError::Damaged { .. }), "{table} {to}: {error:?}");
+        }
+    }
 }
