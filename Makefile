@@ -2,6 +2,7 @@
 # make bench-predict  recorded traces through the predictor and every peer, and what the figures say
 # make bench-callgrind  instructions and time that the predictor takes an access
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
+# make properties    the property tests with other seeds and PROPTEST_CASES cases each (500); make test has one seed
 # make torture    a hundred random balloon schedules on a full guest, in which no program may be killed; half an hour
 #
 # They install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
@@ -18,7 +19,7 @@ SUDO := sudo --preserve-env
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help setup build image run bench-predict bench-callgrind test torture check deny advisories
+.PHONY: help setup build image run bench-predict bench-callgrind test properties torture check deny advisories
 
 help:
 	@sed -n '/^$$/q;s/^# \?//p' Makefile
@@ -61,6 +62,8 @@ deny: setup
 advisories:
 	@scripts/deny.sh advisories
 
+# One seed, so that a change is answered for what it changed; `make properties` goes on looking with others.
+test: export PROPTEST_RNG_SEED ?= 20260922
 # End-to-end tests find the programs beside themselves. The runner's summary stays the last thing on the screen.
 test: check deny image
 	cargo build --locked --workspace --bins
@@ -69,6 +72,11 @@ test: check deny image
 	else \
 	  cargo test --locked --workspace --no-fail-fast; \
 	fi
+
+# Every library's tests: which of them are properties only the sources tell.
+properties: export PROPTEST_CASES ?= 500
+properties: setup
+	cargo nextest run --locked --workspace --lib --no-fail-fast
 
 # Of the whole workspace: a part of it would be built with other features, and for ten minutes.
 torture: image
