@@ -8,6 +8,7 @@
 //! page at worst, 2 typically).
 
 mod explain;
+mod recognise;
 mod vm;
 
 use crate::access::{Access, Candidate, Expert, MAX_PAGES, MAX_READ_PAGES, Op, Outcome, Phase};
@@ -17,11 +18,12 @@ use crate::lstm::{Token, Weights};
 use crate::pageset::{RunJoiner, block_masks};
 use crate::phase::PhaseSet;
 use crate::record::Recording;
-use crate::replay::Window;
+use crate::replay::{Replay, Window};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use recognise::Suspicion;
 use std::time::Duration;
-use vm::{Vm, close_phase};
+use vm::{ActivePhase, Vm, close_phase};
 
 /// Probability from which on a prefetch is worth it by default: a store that takes milliseconds for a read is asked seven
 /// times in vain for less than one miss costs.
@@ -183,6 +185,7 @@ pub struct AccessPredictor {
     model: Option<Arc<Weights>>,
     listening: bool,
     pending: Vec<Candidate>,
+    suspicions: Vec<Suspicion>,
     stats: AccessStats,
 }
 
@@ -199,6 +202,7 @@ impl AccessPredictor {
             model: None,
             listening: false,
             pending: Vec::with_capacity(PENDING_ROOM),
+            suspicions: Vec::new(),
             stats: AccessStats::default(),
             config,
         }
@@ -217,6 +221,16 @@ impl AccessPredictor {
     /// A phase of a VM begins; the one that ran ends and is learned. What is known of the phase is raised by the next
     /// [`AccessPredictor::predict`].
     pub fn phase_start(&mut self, vm: u64, phase: Phase, at_us: u64) {
+        self.begin(vm, phase, at_us, true);
+    }
+
+    /// As [`AccessPredictor::phase_start`], of a phase that was recognised while it ran, or that is not seen in full: its set is
+    /// raised, and nothing is learned of it when it ends.
+    pub fn recall(&mut self, vm: u64, phase: Phase, at_us: u64) {
+        self.begin(vm, phase, at_us, false);
+    }
+
+    fn begin(&mut self, vm: u64, phase: Phase, at_us: u64, learned: bool) {
         self.phase_end(vm, at_us);
         let hybrid = &mut self.hybrid;
         let vm = self.vms.entry(vm).or_insert_with(|| Box::new(Vm::new(hybrid.trail())));
@@ -230,7 +244,8 @@ impl AccessPredictor {
             std::sync::Arc::clone(stored.set.plan())
         });
         let recording = Recording::new(at_us, self.config.phase_limit_pages());
-        vm.start_phase(phase, recording, plan, self.config.phase_window(), at_us);
+        let replay = plan.map(|plan| Replay::new(plan, self.config.phase_window(), at_us));
+        vm.phase = Some(ActivePhase { phase, recording, replay, learned });
     }
 
     /// The phase of a VM ends, if one runs, and is learned.
@@ -306,6 +321,18 @@ impl AccessPredictor {
             tokens: self.model.is_some() || self.listening,
         };
         self.hybrid.read(&mut vm.trail, first, pages, &moment, &mut self.pending);
+    }
+
+    /// Pages that a set named were found read, nobody knows when: they count for the set of the phase that runs, and say nothing
+    /// of what follows what.
+    pub fn found(&mut self, vm: u64, first: u64, pages: u32, at_us: u64) {
+        let Some(pages) = self.clip(first, pages.min(MAX_READ_PAGES)) else { return };
+        if let Some(active) = self.vms.get_mut(&vm).and_then(|vm| vm.phase.as_mut()) {
+            active.recording.read(first, pages, at_us);
+            if let Some(replay) = &mut active.replay {
+                replay.read(first, pages, at_us);
+            }
+        }
     }
 
     /// Pages of a range that lie on the storage.

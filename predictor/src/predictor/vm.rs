@@ -3,17 +3,18 @@
 use super::StoredSet;
 use crate::access::Phase;
 use crate::hybrid::Trail;
-use crate::phase::{PhaseSet, Plan};
+use crate::phase::PhaseSet;
 use crate::record::Recording;
-use crate::replay::{Replay, Window};
-use std::sync::Arc;
+use crate::replay::Replay;
 
 /// A phase that runs: recorded, and replayed if it is known.
 #[derive(Debug)]
 pub(super) struct ActivePhase {
-    phase: Phase,
+    pub(super) phase: Phase,
     pub(super) recording: Recording,
     pub(super) replay: Option<Replay>,
+    /// Whether its end teaches anything.
+    pub(super) learned: bool,
 }
 
 #[derive(Debug)]
@@ -25,18 +26,6 @@ pub(super) struct Vm {
 impl Vm {
     pub(super) fn new(trail: Trail) -> Self {
         Self { trail, phase: None }
-    }
-
-    pub(super) fn start_phase(
-        &mut self,
-        phase: Phase,
-        recording: Recording,
-        plan: Option<Arc<Plan>>,
-        window: Window,
-        at_us: u64,
-    ) {
-        let replay = plan.map(|plan| Replay::new(plan, window, at_us));
-        self.phase = Some(ActivePhase { phase, recording, replay });
     }
 
     pub(super) fn phase_is_over(&self, at_us: u64, duration_us: u64) -> bool {
@@ -67,7 +56,7 @@ pub(super) fn close_phase(vm: &mut Vm, phases: &mut Vec<StoredSet>, uses: &mut u
 
 /// Merges a phase's recording into its set; a set too many drives out the one unused for longest.
 pub(super) fn learn_phase(active: &ActivePhase, phases: &mut Vec<StoredSet>, uses: &mut u64, limit: usize) {
-    if active.recording.order().is_empty() {
+    if !active.learned || active.recording.order().is_empty() {
         return;
     }
     *uses += 1;
