@@ -19,9 +19,9 @@ use crate::pageset::{RunJoiner, block_masks};
 use crate::phase::PhaseSet;
 use crate::record::Recording;
 use crate::replay::{Replay, Window};
+use recognise::Suspicion;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use recognise::Suspicion;
 use std::time::Duration;
 use vm::{ActivePhase, Vm, close_phase};
 

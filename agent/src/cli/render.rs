@@ -360,6 +360,12 @@ fn pages(seen: &VmPages) -> String {
             format!("{} ({}, {})", set.program, human_bytes(set.size_bytes), count(set.runs.into(), "run", "runs"))
         })
         .collect();
+    if seen.recognised > 0 {
+        fields.add(
+            "recognised",
+            count(seen.recognised, "program that nobody announced", "times a program that nobody announced"),
+        );
+    }
     fields.add("learned", if sets.is_empty() { "no program yet".to_owned() } else { sets.join(", ") });
     fields.render()
 }

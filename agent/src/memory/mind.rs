@@ -4,9 +4,12 @@
 //! A page is a guest frame, a touch is a read. A program's first touches are its set, as a boot's are of a disk. Where not
 //! every fault is told, what is told only says where the guest is: it is learned from while a program runs, and not between.
 //! Of several programs in one machine the latest one's set is recorded; the others' end there.
+//!
+//! A program that is known and that nobody announces is recognised by its first faults, and its set brought in; from such a run,
+//! which is seen in part, nothing is learned. A set that was brought in vain that way is left alone for longer each time.
 
 use super::attention::Attention;
-use super::stage::Stage;
+use super::stage::{Stage, StageCounts};
 use prestage_integration::memory::{Fault, Span};
 use prestage_predictor::{
     Access, AccessConfig, AccessPredictor, Candidate, Expert, Op, PAGE_BYTES, Phase, ProfileError, ProfileSummary,
@@ -35,7 +38,30 @@ pub(super) struct Mind {
     pub(super) lost: u64,
     /// Sets that were cut short.
     pub(super) cut: u64,
+    /// What is foreseen is brought in, as of the last turn.
+    act: bool,
+    recalled: Option<Recalled>,
+    /// Times that a program was recognised.
+    pub(super) recognised: u64,
+    /// Programs that were recognised wrongly: not before when, and how long then.
+    barred: Vec<(Phase, u64, u64)>,
 }
+
+/// A program that was recognised, while it is taken to run.
+#[derive(Debug, Clone, Copy)]
+struct Recalled {
+    phase: Phase,
+    /// Touches of its set were last seen then.
+    seen_us: u64,
+    before: StageCounts,
+}
+
+/// A recognised program has ended when none of its set was touched for so long; when nothing is left of it to be touched, after less.
+const QUIET_US: u64 = 10_000_000;
+const QUIET_DONE_US: u64 = 1_000_000;
+/// A set that was brought in vain is left alone for so long, and for twice as long each time.
+const BARRED_US: u64 = 60_000_000;
+const BARRED_MOST_US: u64 = 6 * 3600 * 1_000_000;
 
 /// Settings of a machine's predictor. `pages`: the guest's, `frames`: the highest frame and one.
 fn config(pages: u64, frames: u64, threshold: f32) -> AccessConfig {
@@ -72,13 +98,18 @@ impl Mind {
             faults: 0,
             lost: 0,
             cut: 0,
+            act: false,
+            recalled: None,
+            recognised: 0,
+            barred: Vec::new(),
         }
     }
 
     /// Forgets what was learned.
     pub(super) fn forget(&mut self, frames: u64, threshold: f32) {
         self.predictor = AccessPredictor::new(config(self.pages, frames, threshold));
-        (self.refused, self.dirty) = (None, false);
+        (self.refused, self.dirty, self.recalled) = (None, false, None);
+        self.barred.clear();
     }
 
     pub(super) fn summary(&self) -> ProfileSummary {
@@ -93,6 +124,8 @@ impl Mind {
     /// A program begins.
     pub(super) fn start(&mut self, execution: i64, program: u64, now_us: u64) {
         self.end(execution, now_us);
+        self.settle(now_us);
+        self.recall_over(now_us);
         self.running.push((execution, program));
         // What lies in memory is asked for page by page; what the predictor believes to lie there may long be swapped.
         self.predictor.forget_resident();
@@ -124,6 +157,7 @@ impl Mind {
         let latest = self.running.last().map(|(execution, _)| *execution);
         latest.into_iter().for_each(|execution| self.end(execution, now_us));
         self.running.clear();
+        self.recall_over(now_us);
         self.stage.forget();
     }
 
@@ -132,6 +166,7 @@ impl Mind {
         if pages == self.pages {
             return self.predictor.resize(frames);
         }
+        self.recall_over(now_us);
         self.pages = pages;
         let config = config(pages, frames, 0.0);
         // Bytes that were just written are read.
@@ -150,9 +185,14 @@ impl Mind {
         self.faults += faults.len() as u64;
         self.lost += lost;
         let learn = period == 1 || self.has_program();
-        let since_us = self.predictor.running_phase(SELF).map_or(0, |(_, since_us)| since_us);
+        let mut since_us = self.predictor.running_phase(SELF).map_or(0, |(_, since_us)| since_us);
         for fault in faults {
             let foreseen = self.stage.touched(fault.frame, period);
+            if let Some(recalled) = &mut self.recalled {
+                recalled.seen_us = if foreseen { now_us } else { recalled.seen_us };
+            } else if self.act && self.running.is_empty() && self.recognise(fault.frame, now_us) {
+                since_us = fault.at_us;
+            }
             // What was told late is of before the program.
             if learn && fault.at_us >= since_us {
                 if !foreseen {
@@ -163,6 +203,37 @@ impl Mind {
             }
         }
         if ordered { self.attention.heard(faults.len() as u64, now_us) } else { None }
+    }
+
+    /// Whether the fault tells that a known program has begun, whose set is raised then.
+    fn recognise(&mut self, frame: u64, now_us: u64) -> bool {
+        let Some(phase) = self.predictor.recognise(frame, self.pages) else { return false };
+        if self.barred.iter().any(|(barred, until_us, _)| *barred == phase && now_us < *until_us) {
+            return false;
+        }
+        self.predictor.forget_resident();
+        self.predictor.recall(SELF, phase, now_us);
+        self.stage.begin();
+        self.recognised += 1;
+        self.recalled = Some(Recalled { phase, seen_us: now_us, before: self.stage.counts() });
+        // Before what it touches is said to have passed what it has not touched.
+        self.predictor.predict(now_us, &mut self.candidates);
+        true
+    }
+
+    /// The recognised program, if there is one, is taken to have ended.
+    fn recall_over(&mut self, now_us: u64) {
+        let Some(Recalled { phase, before, .. }) = self.recalled.take() else { return };
+        self.stage.drop_planned();
+        self.predictor.phase_end(SELF, now_us);
+        let counts = self.stage.counts();
+        let (used, staged) = (counts.used - before.used, counts.staged - before.staged);
+        let barred = self.barred.iter().position(|(barred, ..)| *barred == phase);
+        let barred = barred.map(|at| self.barred.swap_remove(at));
+        if used * 2 < staged {
+            let pause_us = barred.map_or(BARRED_US, |(_, _, pause_us)| (pause_us * 2).min(BARRED_MOST_US));
+            self.barred.push((phase, now_us.saturating_add(pause_us), pause_us));
+        }
     }
 
     fn read(&mut self, span: Span, at_us: u64) {
@@ -180,6 +251,13 @@ impl Mind {
         for span in self.stage.take_touches() {
             self.read(span, now_us);
         }
+        for span in self.stage.take_found() {
+            self.predictor.found(SELF, span.frame, span.pages, now_us);
+            self.dirty = true;
+            if let Some(recalled) = &mut self.recalled {
+                recalled.seen_us = now_us;
+            }
+        }
         for span in self.stage.take_in_place() {
             self.predictor.in_place(SELF, span.frame, span.pages);
         }
@@ -193,20 +271,27 @@ impl Mind {
 
     /// Takes what is expected next. `act`: it is brought in.
     pub(super) fn think(&mut self, act: bool, now_us: u64) {
-        if self.stage.cut_short() {
-            self.cut += 1;
-        }
+        self.act = act;
+        let cut = self.stage.cut_short();
+        self.cut += u64::from(cut);
         self.settle(now_us);
-        self.candidates.clear();
+        if let Some(recalled) = self.recalled {
+            let quiet_us = if self.stage.is_busy() { QUIET_US } else { QUIET_DONE_US };
+            if cut || now_us.saturating_sub(recalled.seen_us) >= quiet_us {
+                self.recall_over(now_us);
+            }
+        }
         self.predictor.predict(now_us, &mut self.candidates);
         if act {
             self.stage.offer(&self.candidates);
+            self.candidates.clear();
             return;
         }
         // Nobody looks at what nobody brings, and not every fault is told: that a page is not seen touched says nothing.
         for candidate in self.candidates.iter().filter(|candidate| candidate.expert == Expert::Phase) {
             self.predictor.in_place(SELF, candidate.first, candidate.pages);
         }
+        self.candidates.clear();
     }
 }
 
@@ -301,6 +386,28 @@ mod tests {
         }
     }
 
+    impl Guest {
+        /// A program runs, and nobody says so.
+        fn untold(&mut self, frames: impl Iterator<Item = u64>) -> u64 {
+            self.present.clear();
+            self.staged.clear();
+            self.now_us += 60_000_000;
+            let before = self.majors;
+            self.turn();
+            for (at, frame) in frames.enumerate() {
+                self.touch(frame);
+                if at % 100 == 0 {
+                    self.turn();
+                }
+            }
+            (0..200).for_each(|_| {
+                self.now_us += 100_000;
+                self.turn();
+            });
+            self.majors - before
+        }
+    }
+
     /// So many pages all over memory, in an order that is nobody's stride.
     fn scattered(pages: u64, step: u64) -> impl Iterator<Item = u64> {
         (0..pages).map(move |i| (i * step % 20_011) * 3 % PAGES)
@@ -338,6 +445,43 @@ mod tests {
         let counts = guest.mind.stage.counts();
         assert!(counts.staged - before.staged < 20_000 + 8000, "{counts:?}");
         assert!(guest.mind.cut > 0 || counts.used > before.used, "{counts:?}");
+    }
+
+    #[test]
+    fn a_known_program_that_nobody_announces_is_recognised() {
+        let mut guest = Guest::new();
+        guest.run(7, scattered(8000, 7919));
+        let mut frames: Vec<u64> = scattered(8000, 7919).collect();
+        frames.sort_unstable_by_key(|frame| frame.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        for run in 1..=3 {
+            let majors = guest.untold(frames.iter().copied());
+            assert!(majors < 3000, "{majors}");
+            assert_eq!(guest.mind.recognised, run);
+            assert_eq!(guest.mind.predictor.running_phase(SELF), None, "it has ended");
+        }
+        assert_eq!(guest.mind.summary().phases[0].runs, 1, "nothing is learned of what was seen in part");
+    }
+
+    #[test]
+    fn a_program_that_was_recognised_wrongly_is_left_alone_for_longer_each_time() {
+        let mut guest = Guest::new();
+        guest.run(7, 0..8000);
+        // the beginning of its set, and then another program's memory
+        let touches = || (0..200).chain(20_000..30_000);
+        guest.untold(touches());
+        assert_eq!((guest.mind.recognised, guest.mind.barred.len()), (1, 1));
+        let bars = |guest: &Guest| guest.mind.barred[0].2;
+        guest.untold(touches());
+        while guest.mind.recognised < 2 {
+            guest.untold(touches());
+        }
+        assert_eq!(bars(&guest), 2 * BARRED_US);
+        // One that is announced is not barred, once what was brought in vain is given up.
+        (0..200).for_each(|_| {
+            guest.now_us += 1_000_000;
+            guest.turn();
+        });
+        assert!(guest.run(7, 0..8000) < 800);
     }
 
     #[test]

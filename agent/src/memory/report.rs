@@ -74,6 +74,7 @@ impl Keeper {
             faults_lost: mind.lost,
             sets: sets.collect(),
             sets_cut: mind.cut,
+            recognised: mind.recognised,
             held: mind.stage.hold().filter(|_| mind.stage.is_waiting()).map(|hold| hold.to_string()),
             staged_bytes: bytes(counts.staged),
             used_bytes: bytes(counts.used),

@@ -152,6 +152,7 @@ pub(super) struct Stage {
     outcomes: Vec<Outcome>,
     in_place: Vec<Span>,
     touches: Vec<Span>,
+    found: Vec<Span>,
 }
 
 impl Stage {
@@ -181,6 +182,7 @@ impl Stage {
             outcomes: Vec::new(),
             in_place: Vec::new(),
             touches: Vec::new(),
+            found: Vec::new(),
         }
     }
 
@@ -250,8 +252,7 @@ impl Stage {
     }
 
     /// Whether anything is on its way or unread.
-    #[cfg(test)]
-    fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         self.is_waiting() || !self.orders.is_empty() || !self.staged.is_empty()
     }
 
@@ -447,7 +448,8 @@ impl Stage {
                         self.pages.remove(&frame);
                         self.inside += 1.0;
                         moved = true;
-                        push(&mut self.touches, frame);
+                        let of_set = page.expert == Expert::Phase;
+                        push(if of_set { &mut self.found } else { &mut self.touches }, frame);
                         self.settle(frame, page, true);
                     }
                     // There or not, nobody has touched it since.
@@ -560,9 +562,15 @@ impl Stage {
         std::mem::take(&mut self.in_place)
     }
 
-    /// Touches that looks have found, since the last call, in order of staging.
+    /// Touches that looks have found, since the last call, in order of staging: of pages that came after what the guest touched
+    /// before them.
     pub(super) fn take_touches(&mut self) -> Vec<Span> {
         std::mem::take(&mut self.touches)
+    }
+
+    /// The same, of pages that a set named: they come in any order.
+    pub(super) fn take_found(&mut self) -> Vec<Span> {
+        std::mem::take(&mut self.found)
     }
 
     fn settle(&mut self, frame: u64, page: Page, used: bool) {
@@ -573,7 +581,8 @@ impl Stage {
             };
             self.pages.remove(&rider);
             if used {
-                push(&mut self.touches, rider);
+                // only what a set named is mapped
+                push(&mut self.found, rider);
             }
             self.settle_one(rider, Page { place: Place::Staged, ..page }, used);
         }

@@ -102,7 +102,7 @@ fn looks_find_what_was_of_use_and_give_up_what_was_not() {
     assert_eq!(stage.look(50_000).unwrap(), [span(0, 4)]);
     use PageState::{Absent, Present, Swapped};
     stage.seen(Some(&[Present, Swapped, Absent, Swapped]), 50_000);
-    assert_eq!(stage.take_touches(), [span(0, 1)]);
+    assert_eq!(stage.take_found(), [span(0, 1)]);
     assert_eq!((stage.counts().used, stage.counts().wasted, stage.unread()), (1, 1, 2));
     // Nothing moves: the looks grow rare, but do not end before their time.
     let (mut at, mut looks) = (50_000, 0);
@@ -292,7 +292,7 @@ fn while_the_guest_is_quiet_a_set_is_mapped_and_witnesses_speak_for_it() {
     assert_eq!((stage.unread(), stage.counts().staged, stage.counts().cpu_us), (43, 43, 5));
     // what is mapped is asked for no more; a witness that was touched speaks for those that ride on it
     assert_eq!(seen(&mut stage, &[16], 500_000), 6);
-    assert_eq!(stage.take_touches(), [span(16, 16)]);
+    assert_eq!(stage.take_found(), [span(16, 16)]);
     assert_eq!((stage.counts().used, stage.unread()), (16, 27));
     assert_eq!(stage.map(), None, "the guest is not quiet");
     assert!(stage.touched(0, 1), "told by a fault as well");

@@ -33,8 +33,9 @@ pub(super) struct Project {
     guest: String,
     options: DaemonOptions,
     knowledge: Knowledge,
-    /// None: the touch is not announced.
+    /// None: the touch is not announced, but for the first, so that it is known.
     lead: Option<Duration>,
+    announced_once: bool,
     daemon: Option<Arc<Mutex<Prestaged>>>,
     before: Usage,
     announced: Option<JoinHandle<Result<Value>>>,
@@ -43,7 +44,16 @@ pub(super) struct Project {
 impl Project {
     pub(super) fn new(guest: &str, options: &DaemonOptions, knowledge: Knowledge, lead: Option<Duration>) -> Self {
         let (guest, options) = (guest.to_owned(), options.clone());
-        Self { guest, options, knowledge, lead, daemon: None, before: Usage::default(), announced: None }
+        Self {
+            guest,
+            options,
+            knowledge,
+            lead,
+            announced_once: false,
+            daemon: None,
+            before: Usage::default(),
+            announced: None,
+        }
     }
 }
 
@@ -56,7 +66,7 @@ impl Contender for Project {
         match (self.knowledge, self.lead) {
             (Knowledge::Nothing, _) => "prestage, unlearned",
             (Knowledge::Kept, Some(_)) => "prestage, announced",
-            (Knowledge::Kept, None) => "prestage",
+            (Knowledge::Kept, None) => "prestage, not told",
         }
         .to_owned()
     }
@@ -91,7 +101,8 @@ impl Contender for Project {
     fn start(&mut self, _: &Arc<Memory>) -> Result<()> {
         let daemon = Arc::clone(self.daemon.as_ref().context("prestaged does not run")?);
         self.before = usage(&daemon.lock().unwrap_or_else(PoisonError::into_inner))?;
-        if self.lead.is_none() {
+        let first = !std::mem::replace(&mut self.announced_once, true);
+        if self.lead.is_none() && !(first && self.knowledge == Knowledge::Kept) {
             return Ok(());
         }
         let guest = self.guest.clone();

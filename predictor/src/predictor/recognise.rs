@@ -102,7 +102,10 @@ mod tests {
 
     /// After how many touches which phase is named.
     fn named(predictor: &mut AccessPredictor, touches: &[u64]) -> Option<(usize, Phase)> {
-        touches.iter().enumerate().find_map(|(at, page)| predictor.recognise(*page, MEMORY).map(|phase| (at + 1, phase)))
+        touches
+            .iter()
+            .enumerate()
+            .find_map(|(at, page)| predictor.recognise(*page, MEMORY).map(|phase| (at + 1, phase)))
     }
 
     fn shuffled(pages: &[u64]) -> Vec<u64> {

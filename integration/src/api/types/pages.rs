@@ -42,6 +42,9 @@ pub struct VmPages {
     pub sets: Vec<PagesSet>,
     /// Sets that were left because the guest went elsewhere.
     pub sets_cut: u64,
+    /// Times that a known program was recognised which nobody had announced.
+    #[serde(default)]
+    pub recognised: u64,
     /// Why pages wait to be brought in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<String>,
