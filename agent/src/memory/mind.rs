@@ -187,9 +187,10 @@ impl Mind {
         let learn = period == 1 || self.has_program();
         let mut since_us = self.predictor.running_phase(SELF).map_or(0, |(_, since_us)| since_us);
         for fault in faults {
-            let foreseen = self.stage.touched(fault.frame, period);
+            let named = self.predictor.is_expected(fault.frame);
+            let foreseen = self.stage.touched(fault.frame, period, named);
             if let Some(recalled) = &mut self.recalled {
-                recalled.seen_us = if foreseen { now_us } else { recalled.seen_us };
+                recalled.seen_us = if named { now_us } else { recalled.seen_us };
             } else if self.act && self.running.is_empty() && self.recognise(fault.frame, now_us) {
                 since_us = fault.at_us;
             }

@@ -11,9 +11,12 @@
 //!
 //! Nothing goes out beyond what there is room for ([`Stage::allow`]), faster than the rate, or while it is held.
 
-use std::collections::VecDeque;
-use std::fmt;
+mod parts;
 
+use std::collections::VecDeque;
+
+use parts::{Batch, Order, Page, Place, frames, push_front};
+pub(super) use parts::{Hold, StageCounts, push};
 use prestage_integration::memory::{PageState, Span};
 use prestage_predictor::{Candidate, Expert, Outcome};
 use rustc_hash::FxHashMap;
@@ -23,6 +26,8 @@ pub(super) const ORDER_PAGES: usize = 512;
 /// Pages of a set that are brought by address instead of by time, at most, while the guest is quiet: by address costs half. Whoever
 /// is about to touch them all has them in some 60 ms.
 const MOST_WINDOW: usize = 1 << 14;
+/// A guest follows what is brought in when so many times more of its touches find it there than do not.
+const FOLLOWS: u64 = 4;
 /// Orders under way: the helper has the next one when it is done with one.
 pub(super) const ORDERS: usize = 3;
 /// Pages that are wanted, on their way or staged, at most (4 GiB): some 24 bytes each.
@@ -44,79 +49,6 @@ const WITNESSED: usize = 16;
 /// Unused rate is saved up for so long.
 const BURST_US: u64 = 50_000;
 
-/// Why nothing is brought in for now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Hold {
-    /// Tasks wait for memory.
-    Pressure,
-    /// What is free is the host's reserve.
-    HostRoom,
-    /// The machine's control group is at its limit.
-    GroupRoom,
-    /// Switched off for this machine.
-    Off,
-}
-
-impl fmt::Display for Hold {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Pressure => "tasks wait for memory",
-            Self::HostRoom => "the host has no memory to spare",
-            Self::GroupRoom => "the machine's control group is at its memory limit",
-            Self::Off => "switched off",
-        })
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Wanted,
-    OnItsWay,
-    Staged,
-    /// Staged and mapped: rides on a witness.
-    Mapped,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Page {
-    place: Place,
-    expert: Expert,
-}
-
-#[derive(Debug)]
-struct Order {
-    ticket: Option<u64>,
-    spans: Vec<Span>,
-}
-
-/// Staged pages of one order.
-#[derive(Debug)]
-struct Batch {
-    at_us: u64,
-    spans: Vec<Span>,
-    /// Witnesses alone are left of it.
-    mapped: bool,
-}
-
-/// Pages, since the machine was first seen.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct StageCounts {
-    /// Of candidates, whatever became of them; what was wanted already counts once.
-    pub(super) wanted: u64,
-    pub(super) staged: u64,
-    pub(super) used: u64,
-    /// Used, but the guest was there first or had to wait.
-    pub(super) late: u64,
-    /// Staged and never touched.
-    pub(super) wasted: u64,
-    /// Were in memory when they were to be brought.
-    pub(super) in_place: u64,
-    /// No longer wanted before they were brought.
-    pub(super) dropped: u64,
-    /// CPU time of the helper, in microseconds.
-    pub(super) cpu_us: u64,
-}
-
 /// See the module's head. Pages are guest frames, times microseconds of one clock.
 #[derive(Debug)]
 pub(super) struct Stage {
@@ -127,6 +59,9 @@ pub(super) struct Stage {
     /// Pages at the front of what is planned that are in order of address, and how many are to be the next time.
     arranged: usize,
     window: usize,
+    /// Touches since then of what was staged, and of what was still to come.
+    ahead: u64,
+    behind: u64,
     /// Spans whose states were asked for.
     asked: Vec<Span>,
     orders: Vec<Order>,
@@ -163,6 +98,8 @@ impl Stage {
             planned: VecDeque::new(),
             arranged: 0,
             window: ORDER_PAGES,
+            ahead: 0,
+            behind: 0,
             asked: Vec::new(),
             orders: Vec::new(),
             staged: VecDeque::new(),
@@ -300,8 +237,12 @@ impl Stage {
         Some(span)
     }
 
-    /// Puts what is planned next in order of address: the longer the guest is quiet, the more of it.
+    /// Puts what is planned next in order of address: the longer the guest is quiet, or the further it is ahead, the more of it. Behind
+    /// a guest that touches faster than pages can be brought, order is of no use: it would be met at the same pages for ever.
     fn arrange(&mut self) {
+        let follows = self.ahead > self.behind * FOLLOWS;
+        self.window = if follows { ORDER_PAGES } else { self.window };
+        (self.ahead, self.behind) = (0, 0);
         let mut next = Vec::with_capacity(self.window);
         while next.len() < self.window {
             let Some(span) = self.planned.pop_front() else { break };
@@ -394,15 +335,20 @@ impl Stage {
         true
     }
 
-    /// The guest touched a page; told of one fault in `weight`. Whether it was foreseen.
-    pub(super) fn touched(&mut self, frame: u64, weight: u32) -> bool {
-        self.window = ORDER_PAGES;
+    /// The guest touched a page, which the running set names or not; told of one fault in `weight`. Whether it was foreseen and is
+    /// not settled yet.
+    pub(super) fn touched(&mut self, frame: u64, weight: u32, named: bool) -> bool {
         let Some(page) = self.pages.remove(&frame) else {
-            self.beside += f64::from(weight);
+            // A guest that is ahead of what is brought in is where its set is all the same.
+            *if named { &mut self.inside } else { &mut self.beside } += f64::from(weight);
             return false;
         };
         self.inside += f64::from(weight);
         self.quiet = 0;
+        match page.place {
+            Place::Wanted | Place::OnItsWay => self.behind += u64::from(weight),
+            Place::Staged | Place::Mapped => self.ahead += 1,
+        }
         self.settle(frame, page, true);
         true
     }
@@ -447,6 +393,7 @@ impl Stage {
                     PageState::Present => {
                         self.pages.remove(&frame);
                         self.inside += 1.0;
+                        self.ahead += 1;
                         moved = true;
                         let of_set = page.expert == Expert::Phase;
                         push(if of_set { &mut self.found } else { &mut self.touches }, frame);
@@ -465,9 +412,6 @@ impl Stage {
             }
         }
         self.quiet = if moved { 0 } else { self.quiet.saturating_add(1) };
-        if moved {
-            self.window = ORDER_PAGES;
-        }
         self.pause_us = if moved { LOOK_US } else { (self.pause_us * 2).min(LOOK_REST_US) };
         self.look_us = now_us + self.pause_us;
     }
@@ -625,24 +569,5 @@ impl Stage {
     }
 }
 
-fn frames(span: Span) -> std::ops::Range<u64> {
-    span.frame..span.frame.saturating_add(u64::from(span.pages))
-}
-
-/// Adds a page, to the last span if it goes on there.
-pub(super) fn push(spans: &mut Vec<Span>, frame: u64) {
-    match spans.last_mut() {
-        Some(last) if last.frame + u64::from(last.pages) == frame && last.pages < u32::MAX => last.pages += 1,
-        _ => spans.push(Span { frame, pages: 1 }),
-    }
-}
-
-fn push_front(queue: &mut VecDeque<Span>, span: Span) {
-    if span.pages > 0 {
-        queue.push_front(span);
-    }
-}
-
 #[cfg(test)]
-#[path = "stage_tests.rs"]
 mod tests;

@@ -75,14 +75,14 @@ fn only_what_is_swapped_is_brought() {
 fn what_the_guest_touched_first_is_not_brought_any_more() {
     let mut stage = ready();
     stage.offer(&[set(0, 4)]);
-    stage.touched(1, 1);
+    stage.touched(1, 1, false);
     assert_eq!(stage.ask(0).unwrap(), [span(0, 1), span(2, 2)]);
-    stage.touched(2, 1);
+    stage.touched(2, 1, false);
     assert_eq!(stage.answer(&[PageState::Swapped; 3]).unwrap(), [span(0, 1), span(3, 1)]);
     stage.sent(1);
-    stage.touched(3, 1);
+    stage.touched(3, 1, false);
     stage.moved(1, Some(0), 5);
-    stage.touched(0, 1);
+    stage.touched(0, 1, false);
     let late = |first, late| Outcome { first, pages: 1, expert: Expert::Phase, used: true, late };
     assert_eq!(
         stage.take_outcomes(),
@@ -157,9 +157,12 @@ fn a_set_whose_guest_went_elsewhere_is_cut_short() {
     let mut stage = ready();
     stage.offer(&[set(0, 5000), next(90_000, 8)]);
     // In an order of its own, but within the set: goes on.
-    assert!((0..600).all(|i| stage.touched(i * 7 % 5000, 1)));
+    assert!((0..600).all(|i| stage.touched(i * 7 % 5000, 1, false)));
     assert!(!stage.cut_short());
-    assert!((0..40).all(|i| !stage.touched(50_000 + i, 64)));
+    // Pages of the set that the guest was first at are none elsewhere.
+    assert!((0..40).all(|i| !stage.touched(60_000 + i, 64, true)));
+    assert!(!stage.cut_short());
+    assert!((0..400).all(|i| !stage.touched(50_000 + i, 64, false)));
     assert!(stage.cut_short());
     assert_eq!(order(&mut stage, 1, 0).unwrap(), [span(90_000, 8)]);
     assert!(!stage.cut_short(), "nothing is planned");
@@ -225,7 +228,7 @@ proptest! {
                     let before = std::mem::replace(&mut memory[frame as usize], PageState::Present);
                     // Present pages raise no faults.
                     if before == PageState::Swapped {
-                        stage.touched(frame, 1);
+                        stage.touched(frame, 1, false);
                     }
                 }
                 Step::Ask => if let Some(asked) = stage.ask(now_us) {
@@ -295,9 +298,34 @@ fn while_the_guest_is_quiet_a_set_is_mapped_and_witnesses_speak_for_it() {
     assert_eq!(stage.take_found(), [span(16, 16)]);
     assert_eq!((stage.counts().used, stage.unread()), (16, 27));
     assert_eq!(stage.map(), None, "the guest is not quiet");
-    assert!(stage.touched(0, 1), "told by a fault as well");
+    assert!(stage.touched(0, 1, false), "told by a fault as well");
     assert_eq!(stage.counts().used, 32);
     seen(&mut stage, &[], 1_000_000_000);
     assert_eq!((stage.counts().used, stage.counts().wasted, stage.unread()), (32, 11, 0));
     assert!(stage.pages.is_empty() && stage.riders.is_empty());
+}
+
+#[test]
+fn behind_a_guest_that_is_faster_order_is_of_no_use() {
+    let mut stage = ready();
+    // In an order of time in which neighbours are far apart.
+    let sets: Vec<Candidate> = (0..20_000).map(|i| set(i * 7919 % 20_000, 1)).collect();
+    stage.offer(&sets);
+    let mut distance = Vec::new();
+    for ticket in 0..12 {
+        let spans = order(&mut stage, ticket, 0).unwrap();
+        stage.moved(ticket, Some(1), 0);
+        distance.push(spans.len());
+        // What comes next is touched before it is there.
+        let next: Vec<u64> = stage.planned.iter().copied().flat_map(frames).take(40).collect();
+        next.into_iter().for_each(|frame| assert!(stage.touched(frame, 1, true)));
+    }
+    assert!(distance[0] > 450 && distance[11] < 300, "by address, from further ahead: {distance:?}");
+    // One that touches what is there has the next pages in its order again.
+    let staged: Vec<u64> = stage.staged.iter().flat_map(|batch| &batch.spans).copied().flat_map(frames).collect();
+    staged.into_iter().take(3000).for_each(|frame| assert!(stage.touched(frame, 1, true)));
+    stage.drop_planned();
+    stage.offer(&sets.iter().map(|one| Candidate { first: one.first + 50_000, ..*one }).collect::<Vec<_>>());
+    let spans = order(&mut stage, 99, 0).unwrap();
+    assert!(spans.len() > 450, "{}", spans.len());
 }
