@@ -342,6 +342,71 @@ fn states_of_pages_are_told_by_frame() {
 }
 
 #[test]
+fn what_a_clone_touches_is_recorded_by_what_is_heard_and_by_what_is_found() {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    use prestage_integration::memory::template::record::{self, Place};
+    use std::os::unix::fs::FileExt;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = cold_file(folder.path());
+    // every other page it will touch lies in the page cache, alone: no major fault tells of it
+    let pages = shuffled(400);
+    let cached: Vec<usize> = pages.iter().copied().skip(1).step_by(2).collect();
+    let cold: Vec<u64> = pages.iter().step_by(2).map(|page| *page as u64).collect();
+    let file = File::open(&path).unwrap();
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM).unwrap();
+    for page in &cached {
+        file.read_exact_at(&mut [0], 4096 * *page as u64).unwrap();
+    }
+    let mut guest = StandIn::start();
+    let host = guest.tell(&format!("map {}", path.display()));
+    let exe = fs::canonicalize(std::env::current_exe().unwrap()).unwrap();
+    let (program, limit) = (PathBuf::from(env!("CARGO_BIN_EXE_prestage-memory")), Duration::from_secs(60));
+    let (starter, recording) = record::start(program.clone(), vec![exe.clone()], limit, || false).unwrap();
+    let elsewhere = Region { frame: 0, pages: 10, host: host - (1 << 30) };
+    let place = |id| {
+        let all = regions(host).into_iter().chain([elsewhere]).collect();
+        Ok(Place::new(id, all, host, PAGES as u64 * 4096))
+    };
+    starter.watch(place(guest.id()));
+    guest.touch(&pages);
+    let recorded = recording.finish().unwrap();
+    let order: Vec<u64> = recorded.set.extents.iter().flat_map(|e| e.first..e.first + e.pages).collect();
+    for page in &pages {
+        assert!(order.contains(&(*page as u64)), "page {page}");
+    }
+    assert_eq!(order.len() as u64, recorded.set.pages());
+    // the kernel maps neighbours along that lie in the page cache by then
+    assert!(order.len() <= PAGES && recorded.lost == 0, "{recorded:?}");
+    if recorded.signal == Signal::PerfMajor {
+        let heard: Vec<u64> = order.into_iter().filter(|page| cold.contains(page)).collect();
+        assert!(recorded.heard_pages >= cold.len() as u64 * 9 / 10, "{} of {}", recorded.heard_pages, cold.len());
+        // a cold page that was mapped along with one of its neighbours was never heard: it stands where a look found it
+        let at = |page: &u64| cold.iter().position(|of| of == page).unwrap();
+        let falls = heard.windows(2).filter(|pair| at(&pair[0]) > at(&pair[1])).count();
+        assert!(falls <= cold.len() / 10, "{falls} of {} out of order", heard.len());
+    } else {
+        println!("SKIPPED: the order of faults, which {} does not tell", recorded.signal);
+    }
+
+    // A clone that was never started, one that is not there, and one that is told to be none: an error, and no wait.
+    let start = || record::start(program.clone(), Vec::new(), limit, || false).unwrap();
+    let (starter, recording) = start();
+    drop(starter);
+    assert!(recording.finish().unwrap_err().to_string().contains("not started"));
+    let (starter, recording) = start();
+    starter.watch(place(guest.id()));
+    assert!(matches!(recording.finish(), Err(MemoryError::Foreign { .. })));
+    let (starter, recording) = start();
+    starter.watch(Err(MemoryError::Layout("no memory".into())));
+    assert_eq!(recording.finish(), Err(MemoryError::Layout("no memory".into())));
+    // One that ends while it is recorded teaches what was seen by then.
+    let (starter, recording) = record::start(program, vec![exe], limit, || false).unwrap();
+    starter.watch(place(guest.id()));
+    drop(guest);
+    recording.finish().unwrap();
+}
+
+#[test]
 fn a_process_that_ends_is_told_and_forgotten() {
     let (mut helper, mut guest) = (helper(), StandIn::start());
     let host = guest.tell("anon");

@@ -8,6 +8,7 @@ use prestage_integration::api::types::{
 };
 
 use super::table::{Align, Fields, Table, printable};
+use super::templates;
 use crate::config::units::{human_bytes, human_duration};
 
 /// `part` of `whole` in percent, `-` of nothing.
@@ -267,24 +268,22 @@ pub(super) fn vms(list: &VmList) -> String {
     if list.vms.is_empty() {
         return "no machines\n".to_owned();
     }
-    let mut table = Table::new(&[
-        ("VM", Align::Left),
-        ("STATE", Align::Left),
-        ("SHARED MEMORY", Align::Left),
-        ("DISK", Align::Left),
-        ("BUS", Align::Left),
-        ("SERVED AS", Align::Left),
-        ("SOURCE", Align::Left),
-    ]);
+    let clones = list.vms.iter().any(|vm| vm.clone.is_some());
+    let mut columns = vec![("VM", Align::Left), ("STATE", Align::Left), ("SHARED MEMORY", Align::Left)];
+    columns.extend(clones.then_some(("TEMPLATE READ", Align::Left)));
+    columns.extend(["DISK", "BUS", "SERVED AS", "SOURCE"].map(|name| (name, Align::Left)));
+    let mut table = Table::new(&columns);
     for vm in &list.vms {
-        let head = [vm.name.clone(), vm.state.clone(), if vm.shared_memory { "yes" } else { "no" }.to_owned()];
+        let mut head = vec![vm.name.clone(), vm.state.clone(), if vm.shared_memory { "yes" } else { "no" }.to_owned()];
+        head.extend(clones.then(|| dash(vm.clone.as_ref().map(templates::cell).as_deref())));
         if vm.disks.is_empty() {
-            table.row(head.into_iter().chain(["-".to_owned()]));
+            head.push("-".to_owned());
+            table.row(head);
             continue;
         }
         for (at, disk) in vm.disks.iter().enumerate() {
             // The machine's own columns stand once.
-            let head = if at == 0 { head.clone() } else { Default::default() };
+            let head = if at == 0 { head.clone() } else { vec![String::new(); head.len()] };
             let tail =
                 [disk.target.clone(), disk.bus.clone(), dash(disk.attached.as_deref()), dash(disk.source.as_deref())];
             table.row(head.into_iter().chain(tail));
@@ -302,6 +301,10 @@ pub(super) fn vm(vm: &Vm) -> String {
     if !vm.disks.is_empty() {
         text.push('\n');
         text.push_str(&vms(&VmList { vms: vec![vm.clone()] }));
+    }
+    if let Some(clone) = &vm.clone {
+        text.push('\n');
+        text.push_str(&templates::fields(clone));
     }
     if let Some(seen) = &vm.pages {
         text.push('\n');

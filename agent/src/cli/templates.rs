@@ -1,6 +1,6 @@
 //! `vm save-template` and `vm start-from-template`.
 
-use super::table::printable;
+use super::table::{Fields, printable};
 use super::{Failure, answer, render};
 use crate::client::{Client, encode};
 use clap::Args;
@@ -74,21 +74,59 @@ pub(super) async fn start(args: StartArgs, client: &Client, json: bool, out: &mu
         let (vm, template) = (printable(&started.vm), printable(&started.template));
         let mut text = format!("{vm} runs, a clone of {template}, after {} ms\n", started.resumed_ms);
         text += &format!("{}\n", progress(&started.progress));
+        text += &render::notes(&started.progress.notes);
         text += &render::notes(&started.notes);
         text
     })
 }
 
-/// One line on what is read for a clone.
-pub(super) fn progress(of: &CloneProgress) -> String {
+/// What is read for a clone, in one line.
+fn progress(of: &CloneProgress) -> String {
+    format!("streamed {}; {}", streamed(of), phase(of.phase))
+}
+
+/// How much of a clone's memory is read.
+fn streamed(of: &CloneProgress) -> String {
     let mib = |bytes: u64| bytes >> 20;
-    let needed = format!("{} of {} MiB needed first", mib(of.needed_done_bytes), mib(of.needed_bytes));
-    let rest = format!("{} of {} MiB of the rest", mib(of.rest_done_bytes), mib(of.rest_bytes));
+    let (done, all) = (of.needed_done_bytes + of.rest_done_bytes, of.needed_bytes + of.rest_bytes);
+    let mut text = format!(
+        "{} of {} MiB, {} of {} needed first",
+        mib(done),
+        mib(all),
+        mib(of.needed_done_bytes),
+        mib(of.needed_bytes)
+    );
+    if of.read_errors > 0 {
+        text += &format!(", {} read errors", of.read_errors);
+    }
+    text
+}
+
+fn phase(of: ClonePhase) -> &'static str {
+    match of {
+        ClonePhase::Ahead => "what it needs first is being read",
+        ClonePhase::Learning => "its first touches are being recorded",
+        ClonePhase::Behind => "the rest is being read",
+        ClonePhase::Done => "done",
+    }
+}
+
+/// The fields of a clone in `vm show`.
+pub(super) fn fields(of: &CloneProgress) -> String {
+    let mut fields = Fields::default();
+    fields.add("clone of", &of.template).add("streamed", streamed(of)).add("reading", phase(of.phase));
+    for note in &of.notes {
+        fields.add("note", note);
+    }
+    fields.render()
+}
+
+/// A clone's cell in `vm list`.
+pub(super) fn cell(of: &CloneProgress) -> String {
+    let (done, all) = (of.needed_done_bytes + of.rest_done_bytes, of.needed_bytes + of.rest_bytes);
     match of.phase {
-        ClonePhase::Ahead => format!("asked for {needed}"),
-        ClonePhase::Learning => format!("asked for {needed}; its first touches are being recorded"),
-        ClonePhase::Behind => format!("asked for {needed}; read {rest}"),
-        ClonePhase::Done => format!("asked for {needed}; read {rest}; done"),
+        ClonePhase::Done if done >= all => "read".to_owned(),
+        _ => format!("{} of {} MiB", done >> 20, all >> 20),
     }
 }
 
@@ -105,8 +143,14 @@ mod tests {
             rest_bytes: 100 << 20,
             ..CloneProgress::default()
         };
-        assert_eq!(progress(&of), "asked for 5 of 60 MiB needed first");
-        of.phase = ClonePhase::Done;
-        assert_eq!(progress(&of), "asked for 5 of 60 MiB needed first; read 1 of 100 MiB of the rest; done");
+        assert_eq!(progress(&of), "streamed 6 of 160 MiB, 5 of 60 needed first; what it needs first is being read");
+        assert_eq!(cell(&of), "6 of 160 MiB");
+        (of.phase, of.read_errors) = (ClonePhase::Done, 3);
+        assert_eq!(progress(&of), "streamed 6 of 160 MiB, 5 of 60 needed first, 3 read errors; done");
+        assert_eq!(cell(&of), "6 of 160 MiB");
+        of.notes = vec!["reading was stopped".into()];
+        assert!(fields(&of).contains("reading was stopped"));
+        (of.needed_done_bytes, of.rest_done_bytes) = (of.needed_bytes, of.rest_bytes);
+        assert_eq!(cell(&of), "read");
     }
 }

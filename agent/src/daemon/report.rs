@@ -172,6 +172,10 @@ impl Daemon {
                 &format!("nobody is told, events wait: {why}; reload once it is mended"),
             );
         }
+        for (template, errors) in self.templates.troubles() {
+            let detail = format!("{errors} MiB of its memory can't be read: check its disk, and save it anew");
+            trouble(&format!("template {}", template.display()), &detail);
+        }
         for detail in self.models.troubles() {
             trouble("model", &detail);
         }

@@ -114,6 +114,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Err(error) = expect_disks(&daemon).await {
         tracing::error!(%error, "disks not restored");
     }
+    tokio::task::block_in_place(|| super::templates::clear(&daemon));
     let stop = Arc::new(Notify::new());
     let mut tasks = Vec::new();
     let closing = Arc::clone(&stop);
@@ -360,6 +361,12 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread, memory: memory_thread }))
 }
 
+/// The program `prestage-memory`.
+pub(super) fn helper(config: &Config) -> PathBuf {
+    let beside = || Some(std::env::current_exe().ok()?.parent()?.join("prestage-memory"));
+    config.memory.helper.clone().or_else(beside).unwrap_or_else(|| "prestage-memory".into())
+}
+
 /// Starts to watch guests' memory. Without libvirt nobody says where that is.
 fn start_memory(
     config: &Config,
@@ -370,9 +377,7 @@ fn start_memory(
     if !config.memory.enabled || !libvirt {
         return None;
     }
-    let beside = || Some(std::env::current_exe().ok()?.parent()?.join("prestage-memory"));
-    let helper = config.memory.helper.clone().or_else(beside).unwrap_or_else(|| "prestage-memory".into());
-    let started = MemoryHandle::start(helper, store.clone(), MemorySettings::of(config));
+    let started = MemoryHandle::start(helper(config), store.clone(), MemorySettings::of(config));
     let started = started.inspect_err(|error| tracing::error!(%error, "guests' memory is not watched")).ok()?;
     if let Some(demand) = demand {
         demand.tell_memory(&started.0);

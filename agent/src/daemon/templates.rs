@@ -10,13 +10,13 @@ use prestage_integration::api::templates::{
 };
 use prestage_integration::api::types::validate_name;
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
-use prestage_integration::libvirt::template::{CloneMemory, clone_definition};
+use prestage_integration::libvirt::template::{Ready, clone_definition};
 use prestage_integration::libvirt::{Hypervisor, HypervisorError, Uuid};
-use prestage_integration::memory::template::preload::Progress;
-use prestage_integration::memory::template::record::Mapping;
-use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError};
+use prestage_integration::memory::template::preload::{Ended, Progress};
+use prestage_integration::memory::template::record::{self, Recording, Starter};
+use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError, drafts};
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -25,6 +25,10 @@ use std::time::Duration;
 const STATE_LIMIT: Duration = Duration::from_secs(600);
 /// Longest time that a clone's touches are recorded. Most have answered by then; what comes later is read behind it.
 const RECORD_LIMIT: Duration = Duration::from_secs(30);
+/// A device with less room than this is full: what did not fit was larger.
+const FULL_BYTES: u64 = 4 << 20;
+/// What to do about a full device.
+const FULL: &str = "free some space there, or save to another folder with --to";
 
 /// What is going on with templates.
 #[derive(Debug, Default)]
@@ -41,13 +45,15 @@ struct Reading {
     progress: Progress,
     learning: AtomicBool,
     behind: AtomicBool,
+    /// What stands against reading.
+    notes: Mutex<Vec<String>>,
 }
 
 impl Reading {
     fn report(&self) -> CloneProgress {
         let far = self.progress.look();
         let is = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
-        let phase = if far.ended {
+        let phase = if far.ended.is_some() {
             ClonePhase::Done
         } else if is(&self.behind) {
             ClonePhase::Behind
@@ -56,6 +62,8 @@ impl Reading {
         } else {
             ClonePhase::Ahead
         };
+        let mut notes = self.notes.lock().clone();
+        notes.extend(far.ended.and_then(in_words).map(str::to_owned));
         CloneProgress {
             template: self.template.display().to_string(),
             phase,
@@ -63,7 +71,27 @@ impl Reading {
             needed_bytes: far.needed_bytes,
             rest_done_bytes: far.rest,
             rest_bytes: far.rest_bytes,
+            read_errors: far.read_errors,
+            notes,
         }
+    }
+
+    /// Reading ahead is help; the clone runs without it.
+    fn said(&self, what: &str, result: Result<(), impl std::fmt::Display>) {
+        if let Err(error) = result {
+            tracing::warn!(template = %self.template.display(), %error, "{what}");
+            self.notes.lock().push(format!("{what}: {error}"));
+        }
+    }
+}
+
+/// Why not all is read.
+fn in_words(ended: Ended) -> Option<&'static str> {
+    match ended {
+        Ended::Whole => None,
+        Ended::Stopped => Some("reading was stopped"),
+        Ended::NoRoom => Some("the host has less than a tenth of its memory free: the rest is not read ahead"),
+        Ended::Unreadable => Some("the template's memory can't be read: its store is broken, or the file was changed"),
     }
 }
 
@@ -74,6 +102,16 @@ impl Templates {
     /// How far reading for a machine is, if it is a clone of this run of the daemon.
     pub(super) fn progress(&self, vm: Uuid) -> Option<CloneProgress> {
         self.clones.lock().get(&vm).map(|reading| reading.report())
+    }
+
+    /// Clones whose template could not be read in part, with how often.
+    pub(super) fn troubles(&self) -> Vec<(PathBuf, u64)> {
+        let clones = self.clones.lock();
+        let errors = clones.values().map(|reading| (reading.template.clone(), reading.progress.look().read_errors));
+        let mut troubles: Vec<_> = errors.filter(|(_, errors)| *errors > 0).collect();
+        troubles.sort();
+        troubles.dedup_by(|a, b| a.0 == b.0);
+        troubles
     }
 
     /// The machine has ended: nothing is to be read for it any more.
@@ -128,10 +166,13 @@ async fn after_failure(daemon: &Shared, hypervisor: &Hypervisor, turn: Turn, err
 }
 
 fn template_error(error: &TemplateError) -> ApiError {
+    let full = matches!(error, TemplateError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull);
+    if full {
+        return ApiError::new(ErrorCode::NoSpace, format!("{error}; {FULL}"));
+    }
     let code = match error {
         TemplateError::Missing { .. } => ErrorCode::NotFound,
         TemplateError::Exists { .. } => ErrorCode::AlreadyExists,
-        TemplateError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => ErrorCode::NoSpace,
         TemplateError::Io { .. } => ErrorCode::Unavailable,
         _ => ErrorCode::NotPossible,
     };
@@ -149,7 +190,19 @@ fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
             template.escape_debug()
         )));
     }
-    Ok(daemon.config.lock().daemon.state_dir.join("templates").join(template))
+    Ok(usual(daemon).join(template))
+}
+
+/// The folder that templates are in which are named without a folder.
+fn usual(daemon: &Shared) -> PathBuf {
+    daemon.config.lock().daemon.state_dir.join("templates")
+}
+
+/// Removes what a crash has left of drafts. To be called before any is begun.
+pub(super) fn clear(daemon: &Shared) {
+    for folder in drafts::clear(&usual(daemon)) {
+        tracing::warn!(folder = %folder.display(), "a template that was not finished has been removed; save it anew");
+    }
 }
 
 fn millis(time: Duration) -> u64 {
@@ -171,15 +224,25 @@ async fn save(daemon: &Shared, vm: &str, request: TemplateSave) -> Result<Templa
     let machine = hypervisor.savable(vm).await.map_err(|error| api_error(&error))?;
     let target = folder(daemon, &request.to.unwrap_or_else(|| machine.vm.file_name()))?;
     let turn = Turn::take(daemon, &machine.vm.name)?;
-    let group = machine.group;
+    let (group, register) = (machine.group, usual(daemon));
     let begun = blocking(move || {
-        let draft = Draft::begin(&target, group)?;
+        let draft = Draft::begin(&target, group, &register)?;
         draft.create_state().map(|state| (draft, state))
     });
     let (draft, state) = begun.await?.map_err(|error| template_error(&error))?;
     let saved = match hypervisor.save_state(machine.vm.uuid, state, STATE_LIMIT).await {
         Ok(saved) => saved,
-        Err(error) => return Err(after_failure(daemon, &hypervisor, turn, &error).await),
+        Err(error) => {
+            // as long as it takes the room: QEMU's reason is a text, and not the same in all versions
+            let full = draft.room().is_ok_and(|bytes| bytes < FULL_BYTES);
+            let said = after_failure(daemon, &hypervisor, turn, &error).await;
+            if !full {
+                return Err(said);
+            }
+            let to = draft.target().display();
+            let detail = format!("{error}. The device of {to} is full: {FULL}");
+            return Err(ApiError::new(ErrorCode::NoSpace, detail));
+        }
     };
     let origin = Origin {
         name: saved.vm.name.clone(),
@@ -209,7 +272,9 @@ async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, Api
         if verify {
             template.verify().map_err(|error| template_error(&error))?;
         }
-        let definition = definition(&template, &name)?;
+        let definition = clone_definition(&template, &name).map_err(|error| {
+            ApiError::new(ErrorCode::NotPossible, format!("template {}: {error}", template.path().display()))
+        })?;
         let state = template.open_state().map_err(|error| template_error(&error))?;
         Ok::<_, ApiError>((template, definition, state))
     })
@@ -219,10 +284,25 @@ async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, Api
         progress: Progress::default(),
         learning: AtomicBool::new(template.working_set.learned == Learned::Residency),
         behind: AtomicBool::new(false),
+        notes: Mutex::default(),
     });
+    if let Some(trouble) = &template.set_trouble {
+        tracing::warn!(template = %template.path().display(), trouble, "the set of pages to read first is not used");
+        reading
+            .notes
+            .lock()
+            .push(format!("nothing is read ahead of it, but what it touches is recorded anew: {trouble}"));
+    }
+    let (starter, recording) = record(daemon, &reading);
     // What the clone needs is on its way while libvirt and QEMU get ready.
     let ahead = spawn_ahead(&template, &reading);
-    let cloned = match hypervisor.start_clone(definition, state, STATE_LIMIT, |_| ()).await {
+    let memory = template.manifest.memory_id.clone();
+    let ready = move |ready: &Ready<'_>| {
+        if let Some(starter) = starter {
+            starter.watch(ready.place(&memory));
+        }
+    };
+    let cloned = match hypervisor.start_clone(definition, state, STATE_LIMIT, ready).await {
         Ok(cloned) => cloned,
         Err(error) => {
             reading.progress.stop();
@@ -239,10 +319,10 @@ async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, Api
         ));
     }
     if reading.learning.load(Ordering::Relaxed) {
-        notes.push("it is the template's first clone: what it touches is recorded for those to come".to_owned());
+        notes.push("what it touches first is recorded for the template's clones to come".to_owned());
     }
     let origin = template.path().display().to_string();
-    spawn_behind(template, cloned.vm.uuid, reading.clone(), ahead);
+    spawn_behind(template, recording, reading.clone(), ahead);
     tracing::info!(vm = cloned.vm.name, template = origin, resumed = ?cloned.resumed, "clone started");
     Ok(CloneStarted {
         vm: cloned.vm.name,
@@ -256,45 +336,41 @@ async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, Api
     })
 }
 
-fn definition(template: &Template, name: &str) -> Result<String, ApiError> {
-    let state = template.state();
-    let memory = CloneMemory {
-        template: template.path(),
-        state: &state,
-        at: template.manifest.memory_at,
-        bytes: template.manifest.memory_bytes,
-        id: &template.manifest.memory_id,
-    };
-    clone_definition(&template.definition, name, memory).map_err(|error| {
-        ApiError::new(ErrorCode::NotPossible, format!("template {}: {error}", template.path().display()))
-    })
-}
-
 type Ahead = std::io::Result<std::thread::JoinHandle<()>>;
 
 /// Reads what a clone needs first, on a thread of its own: a slow store lets its caller wait.
 fn spawn_ahead(template: &Template, reading: &Arc<Reading>) -> Ahead {
     let (template, reading) = (template.clone(), reading.clone());
     std::thread::Builder::new().name("template".into()).spawn(move || {
-        let read = template.read_ahead(&reading.progress);
-        said(template.path(), read);
+        reading.said("not read ahead", template.read_ahead(&reading.progress));
     })
 }
 
-/// Reading ahead is help; the clone runs without it.
-fn said(template: &Path, result: Result<(), impl std::fmt::Display>) {
-    if let Err(error) = result {
-        tracing::warn!(template = %template.display(), %error, "not read ahead; the clone waits for its pages");
+/// Has a recorder get ready, if the clone is to teach what clones touch first.
+fn record(daemon: &Shared, reading: &Arc<Reading>) -> (Option<Starter>, Option<Recording>) {
+    if !reading.learning.load(Ordering::Relaxed) {
+        return (None, None);
+    }
+    let (helper, stopped) = (super::run::helper(&daemon.config.lock()), Arc::clone(reading));
+    match record::start(helper, Vec::new(), RECORD_LIMIT, move || stopped.progress.is_stopped()) {
+        Ok((starter, recording)) => (Some(starter), Some(recording)),
+        Err(error) => {
+            reading.said(NOT_RECORDED, Err(error));
+            reading.learning.store(false, Ordering::Relaxed);
+            (None, None)
+        }
     }
 }
 
-/// Records a first clone's touches, then reads the rest, on a thread of its own and of idle priority.
-fn spawn_behind(mut template: Template, vm: Uuid, reading: Arc<Reading>, ahead: Ahead) {
+const NOT_RECORDED: &str = "what it touches first is not recorded";
+
+/// Waits for the recording of a first clone's touches, then reads the rest, on a thread of its own and of idle priority.
+fn spawn_behind(mut template: Template, recording: Option<Recording>, reading: Arc<Reading>, ahead: Ahead) {
     let unstarted = reading.clone();
     let work = move || {
-        if reading.learning.load(Ordering::Relaxed) {
-            let learnt = learn(&mut template, vm, &reading);
-            said(template.path(), learnt);
+        let asked = template.needed();
+        if let Some(recording) = recording {
+            reading.said(NOT_RECORDED, learn(&mut template, recording, &reading));
             reading.learning.store(false, Ordering::Relaxed);
         }
         if let Ok(ahead) = ahead {
@@ -304,25 +380,22 @@ fn spawn_behind(mut template: Template, vm: Uuid, reading: Arc<Reading>, ahead: 
         for (what, error) in crate::models::priority::become_idle() {
             tracing::debug!(what, %error, "the rest of a template is read at a higher priority");
         }
-        said(template.path(), template.read_behind(&reading.progress));
-        reading.progress.end();
+        reading.said("the rest is not read", template.read_behind(&asked, &reading.progress));
     };
     if let Err(error) = std::thread::Builder::new().name("template".into()).spawn(work) {
-        tracing::warn!(%error, "the rest of a template is not read");
-        unstarted.progress.end();
+        unstarted.said("the rest is not read", Err(error));
+        unstarted.progress.end(Ended::Unreadable);
     }
 }
 
-fn learn(template: &mut Template, vm: Uuid, reading: &Reading) -> Result<(), String> {
-    let text = |error: TemplateError| error.to_string();
-    let (at, bytes) = (template.manifest.memory_at, template.manifest.memory_bytes);
-    let mapping = Mapping::find(vm, template.inode().map_err(text)?, at, bytes).map_err(|error| error.to_string())?;
-    let Some(mapping) = mapping else { return Err("the clone's process was not found".to_owned()) };
-    let touched = mapping.record(RECORD_LIMIT, || reading.progress.is_stopped());
+fn learn(template: &mut Template, recording: Recording, reading: &Reading) -> Result<(), String> {
+    let recorded = recording.finish().map_err(|error| error.to_string())?;
+    let (pages, heard, lost) = (recorded.set.pages(), recorded.heard_pages, recorded.lost);
     // A clone that was ended at once teaches that nothing is needed.
-    if touched.extents.is_empty() || reading.progress.is_stopped() {
+    if pages == 0 || reading.progress.is_stopped() {
         return Ok(());
     }
-    tracing::info!(template = %template.path().display(), pages = touched.pages(), "first touches recorded");
-    template.learn(touched).map_err(text)
+    let path = template.path().display().to_string();
+    tracing::info!(template = path, pages, heard, lost, signal = %recorded.signal, "first touches recorded");
+    template.learn(recorded.set).map_err(|error| error.to_string())
 }

@@ -205,7 +205,7 @@ fn machines_are_saved_as_templates_and_started_from_them() {
             &[&["vm", "start-from-template", "/srv/t/web1", "--name", "c1"], wait].concat(),
             "\
 c1 runs, a clone of /srv/t/web1, after 512 ms
-asked for 61 of 61 MiB needed first; read 0 of 120 MiB of the rest
+streamed 61 of 181 MiB, 61 of 61 needed first; the rest is being read
 Note: its network interfaces are unplugged
 ",
         );

@@ -23,13 +23,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use prestage_integration::libvirt::template::{CloneMemory, clone_definition};
+use prestage_integration::libvirt::template::{Ready, clone_definition};
 use prestage_integration::libvirt::{Hypervisor, HypervisorConfig};
+use prestage_integration::memory::Signal;
 use prestage_integration::memory::template::preload::Progress as Reading;
-use prestage_integration::memory::template::record::Mapping;
+use prestage_integration::memory::template::record;
 use prestage_integration::memory::template::{Draft, Origin, PAGE_BYTES, Template};
 use prestage_tests::accelerator::Accelerator;
-use prestage_tests::paths::Scratch;
+use prestage_tests::paths::{Scratch, program};
 use prestage_tests::process::run as run_command;
 use prestage_tests::slow::{Image, SlowDisk};
 use prestage_tests::template::{TemplateGuest, TemplateRig};
@@ -123,6 +124,9 @@ pub(crate) struct Report {
     working_set_mib: u64,
     /// What the recorded clone touched until its answer.
     recorded_mib: u64,
+    /// Of that, what was heard fault by fault, and by what.
+    heard_mib: u64,
+    signal: Signal,
     used_mib: u64,
     delay_ms: u64,
     rows: Vec<Row>,
@@ -151,7 +155,7 @@ impl Bench {
     /// Saves the running guest.
     fn save(&self, name: &str, target: &std::path::Path) -> Result<Template> {
         let machine = self.runtime.block_on(self.hypervisor.savable(name))?;
-        let draft = Draft::begin(target, machine.group)?;
+        let draft = Draft::begin(target, machine.group, self.rig.folder.path())?;
         let state = draft.create_state()?;
         let saved = self.runtime.block_on(self.hypervisor.save_state(machine.vm.uuid, state, LIMIT))?;
         let origin = Origin {
@@ -163,34 +167,27 @@ impl Bench {
         Ok(draft.finish(&saved.memory, &saved.definition, origin, 0)?)
     }
 
-    /// Starts a clone, tells `begun` of it once it runs, asks it for the set, and has `last` finish before it ends. Returns when it
-    /// ran and when it had answered, after `ordered`, and what `last` made.
-    fn start<B, T>(
+    /// Starts a clone, calls `ready` before it runs and `begun` once it does, asks it for the set, and has `last` finish before it ends.
+    /// Returns when it ran and when it had answered, after `ordered`, and what `last` made.
+    fn start<T>(
         &self,
         template: &Template,
         ordered: Instant,
         set: &str,
-        begun: impl FnOnce(prestage_integration::libvirt::Uuid) -> Result<B>,
-        last: impl FnOnce(B) -> Result<T>,
+        ready: impl FnOnce(&Ready<'_>) + Send + 'static,
+        begun: impl FnOnce() -> Result<()>,
+        last: impl FnOnce() -> Result<T>,
     ) -> Result<(Duration, Duration, T)> {
-        let state = template.state();
-        let memory = CloneMemory {
-            template: template.path(),
-            state: &state,
-            at: template.manifest.memory_at,
-            bytes: template.manifest.memory_bytes,
-            id: &template.manifest.memory_id,
-        };
-        let definition = clone_definition(&template.definition, "clone", memory)?;
-        let start = self.hypervisor.start_clone(definition, template.open_state()?, LIMIT, |_| ());
-        let cloned = self.runtime.block_on(start)?;
+        let definition = clone_definition(template, "clone")?;
+        let start = self.hypervisor.start_clone(definition, template.open_state()?, LIMIT, ready);
+        self.runtime.block_on(start)?;
         let running = ordered.elapsed();
-        let begun = begun(cloned.vm.uuid)?;
+        begun()?;
         let mut clone = self.rig.console("clone")?;
         let answer = clone.ask("touch")?;
         let answered = ordered.elapsed();
         ensure!(answer == set, "the guest read {answer} of its set of {set}");
-        Ok((running, answered, last(begun)?))
+        Ok((running, answered, last()?))
     }
 }
 
@@ -211,17 +208,15 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
     drop(guest);
     let used_mib = (template.working_set.pages() * PAGE_BYTES) >> 20;
     progress.step("a clone is recorded");
-    let begun = |vm| {
-        let known = &template.manifest;
-        let mapping = Mapping::find(vm, template.inode()?, known.memory_at, known.memory_bytes)?;
-        let mapping = mapping.context("the clone's memory was not found")?;
-        Ok(std::thread::spawn(move || mapping.record(LIMIT, || false)))
-    };
+    let (starter, recording) = record::start(program("prestage-memory")?, Vec::new(), LIMIT, || false)?;
+    let memory = template.manifest.memory_id.clone();
+    let ready = move |ready: &Ready<'_>| starter.watch(ready.place(&memory));
     // it ends once the guest touches nothing new
-    let last = |recorder: std::thread::JoinHandle<_>| recorder.join().ok().context("the recorder panicked");
-    let (_, _, recorded) = bench.start(&template, Instant::now(), &set, begun, last)?;
-    let recorded_mib = (recorded.pages() * PAGE_BYTES) >> 20;
-    template.learn(recorded)?;
+    let last = || Ok(recording.finish()?);
+    let (_, _, recorded) = bench.start(&template, Instant::now(), &set, ready, || Ok(()), last)?;
+    let mib = |pages: u64| (pages * PAGE_BYTES) >> 20;
+    let (recorded_mib, heard_mib, signal) = (mib(recorded.set.pages()), mib(recorded.heard_pages), recorded.signal);
+    template.learn(recorded.set)?;
     let path = template.path().to_owned();
 
     let Bench { rig: ready, .. } = bench;
@@ -248,6 +243,8 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
         memory_mib: options.memory,
         working_set_mib: options.working_set,
         recorded_mib,
+        heard_mib,
+        signal,
         used_mib,
         delay_ms: options.delay_ms,
         rows: rows.collect(),
@@ -328,12 +325,13 @@ fn trial(bench: &Bench, disk: &SlowDisk, template: &Template, way: Way, set: &st
             Some(std::thread::spawn(move || {
                 template.read_ahead(&reading)?;
                 let ahead = ordered.elapsed();
-                template.read_behind(&reading).map(|()| ahead)
+                template.read_behind(&template.needed(), &reading).map(|()| ahead)
             }))
         }
     };
     let mut at_start = before;
-    let started = bench.start(template, ordered, set, |_| disk.traffic().map(|now| at_start = now), Ok);
+    let begun = || disk.traffic().map(|now| at_start = now);
+    let started = bench.start(template, ordered, set, |_| (), begun, || Ok(()));
     reading.stop();
     let ahead = match ahead {
         Some(ahead) => Some(ahead.join().map_err(|_| anyhow::anyhow!("reading ahead panicked"))??),
@@ -373,11 +371,13 @@ fn medians(samples: &[Sample]) -> Sample {
 
 fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>7}  {:>9}  {:>8}  {:>10}\n",
+        "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded, {} of them by {}); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>7}  {:>9}  {:>8}  {:>10}\n",
         report.memory_mib,
         report.used_mib,
         report.working_set_mib,
         report.recorded_mib,
+        report.heard_mib,
+        report.signal,
         report.delay_ms,
         report.accelerator,
         "",

@@ -67,7 +67,7 @@ pub enum ClonePhase {
     Learning,
     /// The rest.
     Behind,
-    /// Nothing any more: all is read, or the host has little memory left, or the machine has ended.
+    /// Nothing any more: all is read, or the notes say why not.
     Done,
 }
 
@@ -83,6 +83,12 @@ pub struct CloneProgress {
     /// What is not zero besides: read so far, and in all.
     pub rest_done_bytes: u64,
     pub rest_bytes: u64,
+    /// Parts of the rest, of 1 MiB, that could not be read.
+    #[serde(default)]
+    pub read_errors: u64,
+    /// What was not done for it, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// Templates, as the API sees the daemon.

@@ -170,13 +170,8 @@ impl Hypervisor {
     pub async fn memory_layout(&self, vm: &str) -> Result<Result<Vec<Region>, MemoryError>, HypervisorError> {
         let vm = vm.to_owned();
         self.call("ask where the VM's memory lies", true, move |link| {
-            let domain = find(link, &vm)?;
-            let ask = |command| {
-                let hmp = sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP;
-                domain.qemu_monitor_command(command, hmp).map_err(|e| failed("ask QEMU's monitor", &e))
-            };
-            let [mtree, ramblock] = layout::COMMANDS;
-            Ok(layout::regions(&ask(mtree)?, &ask(ramblock)?))
+            let [mtree, ramblock] = memory_texts(&find(link, &vm)?)?;
+            Ok(layout::regions(&mtree, &ramblock))
         })
         .await
     }
@@ -389,6 +384,16 @@ fn find(link: &Link, vm: &str) -> Result<Domain, HypervisorError> {
         (Err(e), Ok(uuid)) if is_gone(&e) => Domain::lookup_by_uuid(link.connect(), uuid).map_err(error),
         (found, _) => found.map_err(error),
     }
+}
+
+/// What QEMU's monitor prints of a running VM's memory ([`layout::COMMANDS`]).
+pub(super) fn memory_texts(domain: &Domain) -> Result<[String; 2], HypervisorError> {
+    let ask = |command| {
+        let hmp = sys::VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP;
+        domain.qemu_monitor_command(command, hmp).map_err(|e| failed("ask QEMU's monitor", &e))
+    };
+    let [mtree, ramblock] = layout::COMMANDS;
+    Ok([ask(mtree)?, ask(ramblock)?])
 }
 
 pub(super) fn id_of(domain: &Domain) -> Result<VmId, HypervisorError> {

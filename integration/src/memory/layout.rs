@@ -55,6 +55,17 @@ pub fn regions(mtree: &str, ramblock: &str) -> Result<Vec<Region>, MemoryError> 
     Ok(regions)
 }
 
+/// Where the block of memory with this name lies in the process: address and bytes.
+///
+/// # Errors
+/// [`MemoryError::Layout`] if there is none.
+pub fn block(ramblock: &str, name: &str) -> Result<(u64, u64), MemoryError> {
+    let found = ramblock.lines().filter_map(Block::parse).find(|(of, _)| *of == name);
+    let found = found.filter(|(_, block)| block.host.is_multiple_of(PAGE_BYTES) && block.bytes >= PAGE_BYTES);
+    let none = || MemoryError::Layout(format!("`info ramblock` names no memory `{name}`"));
+    found.map(|(_, block)| (block.host, block.bytes)).ok_or_else(none)
+}
+
 /// The lines of the flat view that the address space `memory` has.
 fn of_memory(mtree: &str) -> impl Iterator<Item = &str> {
     let mut views = mtree.split("FlatView #");
@@ -147,6 +158,14 @@ FlatView #1\r
         ];
         assert_eq!(regions, expected);
         super::super::capture::Places::new(regions).unwrap();
+    }
+
+    #[test]
+    fn a_block_is_found_by_its_name_alone() {
+        assert_eq!(block(RAMBLOCK, "pc.ram"), Ok((0x7f1c_1be0_0000, 0x2000_0000)));
+        for none in ["pc", "pc.bios", "", "Block"] {
+            assert!(matches!(block(RAMBLOCK, none), Err(MemoryError::Layout(_))), "{none}");
+        }
     }
 
     #[test]

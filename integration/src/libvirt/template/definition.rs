@@ -9,6 +9,7 @@ use crate::libvirt::disk::Disk;
 use crate::libvirt::error::PlanError;
 use crate::libvirt::record::NAMESPACE;
 use crate::libvirt::xml::{Splices, child, child_attribute, child_text, escape_attribute, escape_text, is, parse};
+use crate::memory::template::Template;
 
 use super::TEMPLATE_NAMESPACE;
 
@@ -122,13 +123,13 @@ pub(super) fn check(xml: &str) -> Result<Machine, Unfit> {
 
 /// Where a clone's memory comes from.
 #[derive(Debug, Clone, Copy)]
-pub struct CloneMemory<'a> {
+struct Memory<'a> {
     /// The template's folder, for the record in the clone's metadata.
-    pub template: &'a Path,
-    pub state: &'a Path,
-    pub at: u64,
-    pub bytes: u64,
-    pub id: &'a str,
+    template: &'a Path,
+    state: &'a Path,
+    at: u64,
+    bytes: u64,
+    id: &'a str,
 }
 
 /// The record in a machine's metadata of what is being done with it. For libvirt's call that sets it `declaration` is empty: it
@@ -137,13 +138,25 @@ pub(super) fn mark(prefix: &str, declaration: &str, word: &str, template: &str) 
     format!("<{prefix}{word}{declaration} template=\"{}\"/>", escape_attribute(template))
 }
 
-/// The definition of a clone called `name`: of its own are name, UUID, MAC addresses, sockets and consoles; its memory is a private
+/// The definition of a template's clone called `name`: of its own are name, UUID, MAC addresses, sockets and consoles; its memory is a private
 /// mapping of the template's. Network interfaces are unplugged: until its guest is told otherwise, it uses the MAC and IP
 /// addresses of the machine it was.
 ///
 /// # Errors
 /// The definition can't be read, or a path is no text.
-pub fn clone_definition(xml: &str, name: &str, memory: CloneMemory<'_>) -> Result<String, PlanError> {
+pub fn clone_definition(template: &Template, name: &str) -> Result<String, PlanError> {
+    let known = &template.manifest;
+    let memory = Memory {
+        template: template.path(),
+        state: &template.state(),
+        at: known.memory_at,
+        bytes: known.memory_bytes,
+        id: &known.memory_id,
+    };
+    with_memory(&template.definition, name, memory)
+}
+
+fn with_memory(xml: &str, name: &str, memory: Memory<'_>) -> Result<String, PlanError> {
     let doc = parse(xml)?;
     let domain = doc.root_element();
     let bad = |reason: &str| PlanError::BadXml { reason: reason.to_owned() };
@@ -263,8 +276,8 @@ mod tests {
   <seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+109</label></seclabel>
 </domain>";
 
-    fn memory() -> CloneMemory<'static> {
-        CloneMemory {
+    fn memory() -> Memory<'static> {
+        Memory {
             template: Path::new("/t/web"),
             state: Path::new("/t/web/st'a,te"),
             at: 1 << 20,
@@ -280,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_clone_has_what_must_be_its_own_and_nothing_of_the_machines() {
-        let xml = clone_definition(MACHINE, "web<2>", memory()).unwrap();
+        let xml = with_memory(MACHINE, "web<2>", memory()).unwrap();
         let doc = parse(&xml).unwrap();
         let domain = doc.root_element();
         assert_eq!(child_text(domain, "name"), Some("web<2>"));

@@ -21,14 +21,17 @@ use uuid::Uuid;
 use virt::domain::Domain;
 use virt::sys;
 
-pub use definition::{CloneMemory, Unfit, clone_definition};
 use definition::{STARTING, check, interfaces, mark};
+pub use definition::{Unfit, clone_definition};
 use monitor::Monitor;
 
 use super::error::HypervisorError;
-use super::hypervisor::{Hypervisor, failed, id_of, is_gone, state_of};
+use super::hypervisor::{Hypervisor, failed, id_of, is_gone, memory_texts, state_of};
 use super::link::{Link, no_nul};
 use super::vm::{VmId, VmState};
+use crate::memory::template::record::Place;
+use crate::memory::{MemoryError, layout, process};
+use crate::processes::Processes;
 
 /// The namespace of what is noted in a machine's metadata. The number is the format's version.
 pub const TEMPLATE_NAMESPACE: &str = "https://prestage.dev/xmlns/template/1";
@@ -77,6 +80,29 @@ pub struct Cloned {
     pub unplugged: usize,
 }
 
+/// A clone that has its devices and does not run yet.
+#[derive(Debug)]
+pub struct Ready<'a> {
+    domain: &'a Domain,
+    pub vm: &'a VmId,
+}
+
+impl Ready<'_> {
+    /// Where the block of memory with this name lies in the clone's QEMU.
+    ///
+    /// # Errors
+    /// `Layout`: QEMU's monitor does not tell, or its process is not found.
+    pub fn place(&self, memory: &str) -> Result<Place, MemoryError> {
+        let [mtree, ramblock] = memory_texts(self.domain).map_err(|error| MemoryError::Layout(error.to_string()))?;
+        let (start, bytes) = layout::block(&ramblock, memory)?;
+        let regions = layout::regions(&mtree, &ramblock)?;
+        let pid = Processes::default().pid(self.vm.uuid, &self.vm.name, Instant::now());
+        let process = pid.and_then(|pid| process::identify(pid).ok());
+        let process = process.ok_or_else(|| MemoryError::Layout("its QEMU process is not found".to_owned()))?;
+        Ok(Place::new(process, regions, start, bytes))
+    }
+}
+
 impl Hypervisor {
     /// Whether a machine can be saved as a template, without touching it.
     ///
@@ -111,7 +137,7 @@ impl Hypervisor {
         definition: String,
         state: File,
         limit: Duration,
-        ready: impl FnOnce(&VmId) + Send + 'static,
+        ready: impl FnOnce(&Ready<'_>) + Send + 'static,
     ) -> Result<Cloned, HypervisorError> {
         let what = "start the clone";
         let work = move |link: &std::sync::Arc<Link>| start(link, &definition, &state, limit, ready);
@@ -260,7 +286,7 @@ fn start(
     definition: &str,
     state: &File,
     limit: Duration,
-    ready: impl FnOnce(&VmId),
+    ready: impl FnOnce(&Ready<'_>),
 ) -> Result<Cloned, HypervisorError> {
     let began = Instant::now();
     if !no_nul(definition) {
@@ -285,7 +311,7 @@ fn start(
         monitor.set_link(interface, false)?; // the state says how it was
     }
     let loaded = began.elapsed();
-    ready(&vm);
+    ready(&Ready { domain: &domain, vm: &vm });
     let template = template_of(&domain).map(|(_, template)| template).unwrap_or_default();
     domain.resume().map_err(|e| failed(&format!("resume clone `{vm}`"), &e))?;
     let resumed = began.elapsed();

@@ -66,9 +66,10 @@ pub(super) fn limit() -> Result<Vec<String>, String> {
     Ok(missing)
 }
 
-/// What lets hear faults of other processes and move their memory; `CAP_SYS_ADMIN` stands in for the first (capabilities(7)).
-/// `CAP_SYS_PTRACE` stays as long as the recorder of templates (`memory::template::record`) reads page tables itself.
-const OF_HELPER: [Capability; 3] = [Capability::CAP_PERFMON, Capability::CAP_SYS_NICE, Capability::CAP_SYS_ADMIN];
+/// What lets look into other processes, hear their faults and move their memory; `CAP_SYS_ADMIN` stands in for the second
+/// (capabilities(7)).
+const OF_HELPER: [Capability; 4] =
+    [Capability::CAP_SYS_PTRACE, Capability::CAP_PERFMON, Capability::CAP_SYS_NICE, Capability::CAP_SYS_ADMIN];
 
 /// The daemon gives up what only its helper needs; a program that it starts as root has it anew. To be called before there are
 /// other threads: each has its own.

@@ -1,15 +1,18 @@
 //! A template's folder.
 //!
 //! A draft is written in a folder beside, whose name begins with a dot, and renamed when all of it is on the disk: a template is
-//! there as a whole or not at all. What a crash leaves is such a folder, which the next draft of the same name removes.
+//! there as a whole or not at all. What a crash leaves is such a folder, which is on record ([`drafts`](super::drafts)), and which the
+//! next draft of the same name removes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::ops::Range;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use super::drafts;
 use super::manifest::{Manifest, read_sealed, write_sealed};
-use super::preload::{self, Progress};
+use super::preload::{self, Ended, Progress};
 use super::stream::{self, RamBlock, StreamError};
 use super::working_set::WorkingSet;
 use super::{TemplateError, io};
@@ -27,36 +30,55 @@ pub struct Draft {
     aside: PathBuf,
     /// QEMU's group, which must read the memory.
     group: Option<u32>,
+    /// By what it is on record.
+    note: Option<PathBuf>,
     finished: bool,
 }
 
 impl Draft {
-    /// Begins a template that will be in `target`. Others than root and `group` can't read it: it holds a machine's memory.
+    /// Begins a template that will be in `target`, and puts it on record in the folder `register`. Others than root and `group` can't
+    /// read it: it holds a machine's memory.
     ///
     /// # Errors
     /// `Exists`, `Io`.
-    pub fn begin(target: &Path, group: Option<u32>) -> Result<Self, TemplateError> {
+    pub fn begin(target: &Path, group: Option<u32>, register: &Path) -> Result<Self, TemplateError> {
         if fs::symlink_metadata(target).is_ok() {
             return Err(TemplateError::Exists { path: target.to_owned() });
         }
-        let missing = || std::io::Error::other("it is no path to a folder");
-        let name = target.file_name().ok_or_else(missing).map_err(io("make", target))?;
-        let parent = target.parent().ok_or_else(missing).map_err(io("make", target))?;
-        fs::DirBuilder::new().recursive(true).mode(0o711).create(parent).map_err(io("make", parent))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(".draft");
-        let aside = parent.join(hidden);
-        match fs::remove_dir_all(&aside) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &aside)(e)),
+        let aside = drafts::aside(target)?;
+        if let Some(parent) = target.parent() {
+            drafts::make_folder(parent).map_err(io("make", parent))?;
+        }
+        // The register may be on a disk that is full, which is why the template is elsewhere.
+        let note = drafts::note(register, &aside).unwrap_or_else(|error| {
+            tracing::warn!(folder = %aside.display(), %error, "a draft is not on record: a crash would leave it behind");
+            None
+        });
+        let draft = Self { target: target.to_owned(), aside, group, note, finished: false };
+        match fs::remove_dir_all(&draft.aside) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &draft.aside)(e)),
             _ => {}
         }
-        fs::DirBuilder::new().mode(0o710).create(&aside).map_err(io("make", &aside))?;
-        let draft = Self { target: target.to_owned(), aside, group, finished: false };
+        fs::DirBuilder::new().mode(0o710).create(&draft.aside).map_err(io("make", &draft.aside))?;
         if group.is_some() {
             chown(&draft.aside, None, group).map_err(io("give QEMU's group", &draft.aside))?;
         }
         Ok(draft)
+    }
+
+    /// Where the template will be.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Bytes that the device it is written to still has room for.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn room(&self) -> Result<u64, TemplateError> {
+        let told = nix::sys::statvfs::statvfs(&self.aside).map_err(|e| io("look at", &self.aside)(e.into()))?;
+        Ok(u64::from(told.blocks_available()).saturating_mul(told.fragment_size()))
     }
 
     /// The file for QEMU's state, open for writing alone, as QEMU wants it.
@@ -127,7 +149,8 @@ impl Draft {
         if let Some(parent) = self.target.parent() {
             File::open(parent).and_then(|folder| folder.sync_all()).map_err(io("write", parent))?;
         }
-        Ok(Template { path: self.target.clone(), manifest, definition: definition.to_owned(), working_set })
+        let (path, definition) = (self.target.clone(), definition.to_owned());
+        Ok(Template { path, manifest, definition, working_set, set_trouble: None })
     }
 }
 
@@ -135,8 +158,15 @@ impl Drop for Draft {
     fn drop(&mut self) {
         if !self.finished
             && let Err(error) = fs::remove_dir_all(&self.aside)
+            && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(folder = %self.aside.display(), %error, "a template that was not finished is left behind");
+            return; // and on record
+        }
+        if let Some(note) = &self.note
+            && let Err(error) = fs::remove_file(note)
+        {
+            tracing::warn!(note = %note.display(), %error, "a draft that is done is still on record");
         }
     }
 }
@@ -147,11 +177,14 @@ pub struct Template {
     path: PathBuf,
     pub manifest: Manifest,
     pub definition: String,
+    /// Empty where it can't be used.
     pub working_set: WorkingSet,
+    /// Why the working set can't be used: a clone starts without it, and teaches another.
+    pub set_trouble: Option<String>,
 }
 
 impl Template {
-    /// Opens a template and checks all of it but the memory's contents.
+    /// Opens a template and checks all of it but the memory's contents. What is wrong with its working set is no error.
     ///
     /// # Errors
     /// `Missing`, `Foreign`, `Version`, `Damaged`, `Io`.
@@ -168,14 +201,22 @@ impl Template {
         let manifest: Manifest = read_sealed(&manifest_path, path)?;
         let xml = path.join(DEFINITION);
         let definition = fs::read_to_string(&xml).map_err(io("read", &xml))?;
-        let template = Self {
-            path: path.to_owned(),
-            working_set: read_sealed(&path.join(WORKING_SET), path)?,
-            definition,
-            manifest,
-        };
+        let mut template =
+            Self { path: path.to_owned(), working_set: WorkingSet::default(), set_trouble: None, definition, manifest };
         template.check()?;
+        match template.read_set() {
+            Ok(set) => template.working_set = set,
+            Err(error) => template.set_trouble = Some(error.to_string()),
+        }
         Ok(template)
+    }
+
+    fn read_set(&self) -> Result<WorkingSet, TemplateError> {
+        let set: WorkingSet = read_sealed(&self.path.join(WORKING_SET), &self.path)?;
+        if set.fits(self.manifest.memory_bytes) {
+            return Ok(set);
+        }
+        self.damaged(format!("{WORKING_SET} names pages beyond the memory"))
     }
 
     fn damaged<T>(&self, reason: impl Into<String>) -> Result<T, TemplateError> {
@@ -195,9 +236,6 @@ impl Template {
         let sum = stream::checksum_around(&file, &self.memory()).map_err(io("read", &path))?;
         if sum != known.state_crc32c {
             return self.damaged(format!("the checksum of {STATE} does not fit"));
-        }
-        if !self.working_set.fits(known.memory_bytes) {
-            return self.damaged(format!("{WORKING_SET} names pages beyond the memory"));
         }
         Ok(())
     }
@@ -253,19 +291,19 @@ impl Template {
             return self.damaged("what was learned does not fit its memory");
         }
         write_sealed(&self.path.join(WORKING_SET), &working_set)?;
-        self.working_set = working_set;
+        (self.working_set, self.set_trouble) = (working_set, None);
         Ok(())
     }
 
     /// What of the state a start needs whatever its guest does, in bytes of the file: headers and devices.
-    fn devices(&self) -> Vec<std::ops::Range<u64>> {
+    fn devices(&self) -> Vec<Range<u64>> {
         let ram = self.memory();
         vec![0..ram.pages_at, ram.end()..self.manifest.state_bytes]
     }
 
     /// Where the working set is in the file, in the order to read it.
     #[must_use]
-    pub fn needed(&self) -> Vec<std::ops::Range<u64>> {
+    pub fn needed(&self) -> Vec<Range<u64>> {
         let at = self.manifest.memory_at;
         self.working_set.plan(super::MERGE_PAGES).into_iter().map(|r| at + r.start..at + r.end).collect()
     }
@@ -275,30 +313,32 @@ impl Template {
     /// # Errors
     /// `Io`.
     pub fn read_ahead(&self, progress: &Progress) -> Result<(), TemplateError> {
+        let (state, needed) = (self.open_state()?, self.needed());
         let mut ranges = self.devices();
-        ranges.extend(self.needed());
-        preload::ahead(&self.open_state()?, &ranges, progress).map_err(io("read ahead", &self.state()))
+        ranges.extend_from_slice(&needed);
+        preload::ahead(&state, &ranges, progress).map_err(io("read ahead", &self.state()))?;
+        progress.expect(&self.rest(&state, &needed)?);
+        Ok(())
     }
 
-    /// Reads the rest of what is not zero behind a clone, after a while ([`preload::pause`], [`preload::behind`]).
+    /// Reads the rest of what is not zero behind a clone, after a while ([`preload::pause`], [`preload::behind`]), and notes its end.
+    /// `asked` was read ahead of it: [`needed`](Self::needed) at that time.
     ///
     /// # Errors
     /// `Io`.
-    pub fn read_behind(&self, progress: &Progress) -> Result<(), TemplateError> {
+    pub fn read_behind(&self, asked: &[Range<u64>], progress: &Progress) -> Result<(), TemplateError> {
         preload::pause(progress);
-        let (state, ram) = (self.open_state()?, self.memory());
-        preload::rest(&state, ram.pages_at..ram.end(), &self.needed())
-            .and_then(|rest| preload::behind(&state, &rest, preload::REST_BYTES_PER_SEC, progress))
-            .map_err(io("read", &self.state()))
+        let read = self.open_state().and_then(|state| {
+            Ok(preload::behind(&state, &self.rest(&state, asked)?, preload::REST_BYTES_PER_SEC, progress))
+        });
+        progress.end(*read.as_ref().unwrap_or(&Ended::Unreadable));
+        read.map(drop)
     }
 
-    /// The state's inode, by which a clone's mapping of it is known.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn inode(&self) -> Result<u64, TemplateError> {
-        let path = self.state();
-        fs::metadata(&path).map(|metadata| metadata.ino()).map_err(io("read", &path))
+    /// What of the memory is not zero and not in `asked`.
+    fn rest(&self, state: &File, asked: &[Range<u64>]) -> Result<Vec<Range<u64>>, TemplateError> {
+        let ram = self.memory();
+        preload::rest(state, ram.pages_at..ram.end(), asked).map_err(io("read", &self.state()))
     }
 }
 
@@ -313,8 +353,12 @@ mod tests {
         Origin { name: text("web"), uuid: text("u"), machine_type: text("pc-q35-10.0"), qemu_version: text("10.0.2") }
     }
 
+    fn parent(target: &Path) -> &Path {
+        target.parent().unwrap()
+    }
+
     fn made(target: &Path) -> Template {
-        let draft = Draft::begin(target, None).unwrap();
+        let draft = Draft::begin(target, None, parent(target)).unwrap();
         let state = draft.create_state().unwrap();
         drop(state);
         let state = OpenOptions::new().read(true).write(true).open(draft.aside.join(STATE)).unwrap();
@@ -341,21 +385,59 @@ mod tests {
         assert_eq!(needed.len(), 1);
         assert_eq!(needed[0], (1 << 20) + 2 * PAGE_BYTES..(1 << 20) + 10 * PAGE_BYTES);
         assert!(read.learn(WorkingSet::of_touches([64])).is_err());
-        assert!(matches!(Draft::begin(&target, None), Err(TemplateError::Exists { .. })));
+        assert!(matches!(Draft::begin(&target, None, parent(&target)), Err(TemplateError::Exists { .. })));
     }
 
     #[test]
     fn a_draft_that_is_not_finished_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("web");
-        let draft = Draft::begin(&target, None).unwrap();
+        let draft = Draft::begin(&target, None, parent(&target)).unwrap();
         drop(draft.create_state().unwrap());
         assert!(draft.finish("pc.ram", "", origin(), 1).is_err());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let register = folder.path().join("register");
+        drop(Draft::begin(&target, None, &register).unwrap());
+        assert_eq!(fs::read_dir(&register).unwrap().count(), 0);
+        fs::remove_dir(&register).unwrap();
         // killed in the middle: the next one clears it away
-        std::mem::forget(Draft::begin(&target, None).unwrap());
+        std::mem::forget(Draft::begin(&target, None, parent(&target)).unwrap());
         made(&target);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_set_that_can_not_be_used_is_no_reason_not_to_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("web");
+        drop(made(&target));
+        let set = target.join(WORKING_SET);
+        let good = fs::read_to_string(&set).unwrap();
+        let beyond = WorkingSet::of_touches([64]);
+        let edits: [(&str, &dyn Fn()); 6] = [
+            ("EOF while parsing", &|| fs::write(&set, &good[..good.len() / 2]).unwrap()),
+            ("EOF while parsing", &|| fs::write(&set, "").unwrap()),
+            ("checksum of", &|| fs::write(&set, good.replace("[0,10]", "[0,11]")).unwrap()),
+            // what a later version may write
+            ("unknown field `unit`", &|| {
+                fs::write(&set, good.replace("\"learned\"", "\"unit\":2,\"learned\"")).unwrap()
+            }),
+            ("beyond the memory", &|| write_sealed(&set, &beyond).unwrap()),
+            ("No such file", &|| fs::remove_file(&set).unwrap()),
+        ];
+        for (expected, edit) in edits {
+            edit();
+            let mut template = Template::open(&target).unwrap();
+            let trouble = template.set_trouble.clone().unwrap();
+            assert!(trouble.contains(expected), "{trouble}");
+            assert_eq!((template.working_set.pages(), template.needed()), (0, Vec::new()));
+            let progress = Progress::default();
+            template.read_ahead(&progress).unwrap();
+            assert!(progress.look().needed >= 1 << 20, "headers and devices all the same");
+            template.learn(WorkingSet::of_touches([3])).unwrap();
+            assert_eq!(template.set_trouble, None);
+            assert_eq!(Template::open(&target).unwrap().working_set, WorkingSet::of_touches([3]));
+        }
     }
 
     #[test]

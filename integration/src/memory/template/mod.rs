@@ -4,6 +4,7 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`Template`], [`Draft`] (`folder`) | a template's folder: written aside and renamed, checked before use |
+//! | [`drafts`] | drafts on record, so that a crash leaves none |
 //! | [`Manifest`] (`manifest`) | what it was made of, sealed with checksums |
 //! | [`stream`] | QEMU's migration stream: where the machine's memory lies in it |
 //! | [`WorkingSet`] (`working_set`) | which pages a clone needs first, in which order |
@@ -22,6 +23,7 @@
 //! The bitmap that says which pages to load is emptied, so that a start reads the devices' state and no memory. `x-ignore-shared`
 //! leaves the memory out of the stream too, but only where it is a named file: not with memfd, which shared memory is as a rule.
 
+pub mod drafts;
 mod folder;
 mod manifest;
 pub mod preload;

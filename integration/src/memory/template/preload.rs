@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +27,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// The host keeps this share of its memory free of what no guest has asked for.
 const KEPT_FREE: u64 = 10;
 
+/// Steps behind a clone that fail one after the other before the file counts as unreadable.
+const MOST_ERRORS: u32 = 16;
+
 /// How far reading is. Read and stopped from other threads.
 #[derive(Debug, Default)]
 pub struct Progress {
@@ -33,8 +37,21 @@ pub struct Progress {
     needed_bytes: AtomicU64,
     rest: AtomicU64,
     rest_bytes: AtomicU64,
+    read_errors: AtomicU64,
     stopped: AtomicBool,
-    ended: AtomicBool,
+    ended: OnceLock<Ended>,
+}
+
+/// Why nothing is read any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// All is read, but for steps that failed.
+    Whole,
+    Stopped,
+    /// The host has little memory left.
+    NoRoom,
+    /// Sixteen steps in a row could not be read, or none at all.
+    Unreadable,
 }
 
 /// A look at a [`Progress`]; all in bytes.
@@ -46,8 +63,10 @@ pub struct Far {
     /// Of the rest: read, and in all.
     pub rest: u64,
     pub rest_bytes: u64,
-    /// Nothing is read any more.
-    pub ended: bool,
+    /// Steps of the rest that could not be read; the clone waits for their pages, or finds the error itself.
+    pub read_errors: u64,
+    /// Nothing is read any more, and why.
+    pub ended: Option<Ended>,
 }
 
 impl Progress {
@@ -59,8 +78,14 @@ impl Progress {
             needed_bytes: get(&self.needed_bytes),
             rest: get(&self.rest),
             rest_bytes: get(&self.rest_bytes),
-            ended: self.ended.load(Ordering::Relaxed),
+            read_errors: get(&self.read_errors),
+            ended: self.ended.get().copied(),
         }
+    }
+
+    /// Says what the rest will be.
+    pub(super) fn expect(&self, rest: &[Range<u64>]) {
+        self.rest_bytes.store(length(rest), Ordering::Relaxed);
     }
 
     /// Has reading end at the next step.
@@ -73,9 +98,9 @@ impl Progress {
         self.stopped.load(Ordering::Relaxed)
     }
 
-    /// Says that nothing is read any more.
-    pub fn end(&self) {
-        self.ended.store(true, Ordering::Relaxed);
+    /// Says that nothing is read any more. The first reason stays.
+    pub fn end(&self, why: Ended) {
+        let _ = self.ended.set(why);
     }
 }
 
@@ -159,36 +184,56 @@ pub fn pause(progress: &Progress) {
     }
 }
 
-/// Reads ranges behind a clone at `bytes_per_sec`, until it is done, stopped, or the host has little memory left. For a thread of
-/// its own at idle I/O priority, which a store that several use honours.
-///
-/// # Errors
-/// The file can't be read.
-pub fn behind(file: &File, ranges: &[Range<u64>], bytes_per_sec: u64, progress: &Progress) -> io::Result<()> {
-    progress.rest_bytes.store(length(ranges), Ordering::Relaxed);
+/// Reads ranges behind a clone at `bytes_per_sec`, until it is done, stopped, or the host has little memory left, and says which. A
+/// step of a MiB that can't be read is counted and passed over. For a thread of its own at idle I/O priority, which a store that
+/// several use honours.
+pub fn behind(file: &File, ranges: &[Range<u64>], bytes_per_sec: u64, progress: &Progress) -> Ended {
+    progress.expect(ranges);
     let pause = Duration::from_secs(1).mul_f64(STEP_BYTES as f64 / bytes_per_sec.max(1) as f64);
     let mut buffer = vec![0; 128 << 10];
     let mut due = Instant::now();
+    let mut errors = 0;
     for range in ranges {
         let mut at = range.start;
         while at < range.end {
-            if progress.is_stopped() || !has_room() {
-                return Ok(());
+            if progress.is_stopped() {
+                return Ended::Stopped;
+            }
+            if !has_room() {
+                return Ended::NoRoom;
             }
             let end = range.end.min(at.saturating_add(STEP_BYTES));
-            // Asked for in one piece and waited for, so that one request at most stands in a guest's way.
-            advise(file, &(at..end))?;
-            while at < end {
-                let most = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
-                let read = file.read_at(&mut buffer[..most], at)?;
-                if read == 0 {
-                    return Ok(()); // cut meanwhile
+            match step(file, at..end, &mut buffer, &progress.rest) {
+                Ok(()) => errors = 0,
+                Err(error) => {
+                    tracing::debug!(%error, at, "a part of a template can't be read");
+                    progress.read_errors.fetch_add(1, Ordering::Relaxed);
+                    errors += 1;
                 }
-                at += read as u64;
-                progress.rest.fetch_add(read as u64, Ordering::Relaxed);
             }
+            if errors == MOST_ERRORS {
+                return Ended::Unreadable;
+            }
+            at = end;
             due = due.max(Instant::now() - pause) + pause;
             thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+    }
+    Ended::Whole
+}
+
+/// Asked for in one piece and waited for, so that one request at most stands in a guest's way.
+fn step(file: &File, part: Range<u64>, buffer: &mut [u8], read: &AtomicU64) -> io::Result<()> {
+    advise(file, &part)?;
+    let mut at = part.start;
+    while at < part.end {
+        let most = usize::try_from(part.end - at).unwrap_or(usize::MAX).min(buffer.len());
+        match file.read_at(&mut buffer[..most], at)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()), // cut meanwhile
+            bytes => {
+                at += bytes as u64;
+                read.fetch_add(bytes as u64, Ordering::Relaxed);
+            }
         }
     }
     Ok(())
@@ -239,13 +284,30 @@ mod tests {
         let file = file(3 << 20);
         let progress = Progress::default();
         ahead(&file, &[1 << 20..2 << 20, 0..4096], &progress).unwrap();
-        behind(&file, &[4096..1 << 20, 2 << 20..3 << 20], u64::MAX, &progress).unwrap();
+        let ended = behind(&file, &[4096..1 << 20, 2 << 20..3 << 20], u64::MAX, &progress);
+        assert_eq!(ended, Ended::Whole);
         let far = progress.look();
         assert_eq!((far.needed, far.needed_bytes), ((1 << 20) + 4096, (1 << 20) + 4096));
         assert_eq!((far.rest, far.rest_bytes), ((2 << 20) - 4096, (2 << 20) - 4096));
         let stopped = Progress::default();
         stopped.stop();
-        behind(&file, &[0..1 << 20, 2 << 20..3 << 20], 1, &stopped).unwrap();
-        assert_eq!(stopped.look().rest, 0);
+        assert_eq!(behind(&file, &[0..1 << 20, 2 << 20..3 << 20], 1, &stopped), Ended::Stopped);
+        assert_eq!((stopped.look().rest, stopped.look().ended), (0, None));
+        stopped.end(Ended::Stopped);
+        stopped.end(Ended::Whole);
+        assert_eq!(stopped.look().ended, Some(Ended::Stopped));
+    }
+
+    #[test]
+    fn what_can_not_be_read_is_counted_and_passed_over() {
+        let file = file(2 << 20);
+        // one step of three lies behind the end
+        let progress = Progress::default();
+        let ranges = [0..1 << 20, 8 << 20..9 << 20, 1 << 20..2 << 20];
+        assert_eq!(behind(&file, &ranges, u64::MAX, &progress), Ended::Whole);
+        assert_eq!((progress.look().rest, progress.look().read_errors), (2 << 20, 1));
+        let progress = Progress::default();
+        assert_eq!(behind(&file, &[8 << 20..108 << 20, 0..1 << 20], u64::MAX, &progress), Ended::Unreadable);
+        assert_eq!((progress.look().rest, progress.look().read_errors), (0, 16));
     }
 }

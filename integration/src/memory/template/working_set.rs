@@ -49,17 +49,18 @@ impl Extent {
 }
 
 /// How a working set became known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Learned {
     /// All pages of the machine that were not zero when it was saved, by address.
+    #[default]
     Residency,
     /// What a clone touched after its start, in order.
     FirstTouch,
 }
 
 /// Pages that a clone needs first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WorkingSet {
     pub learned: Learned,
