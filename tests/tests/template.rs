@@ -3,13 +3,15 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prestage_tests::clean::on_exit;
 use prestage_tests::daemon::{DaemonOptions, Prestaged};
-use prestage_tests::process::wait_until;
+use prestage_tests::process::{run, wait_until};
 use prestage_tests::template::{TemplateGuest, TemplateRig};
 use serde_json::Value;
 
@@ -53,6 +55,24 @@ fn smaps(file: &Path, field: &str) -> Vec<u64> {
     found
 }
 
+/// Where the daemon keeps templates that are named without a folder.
+fn templates(daemon: &Prestaged) -> PathBuf {
+    let config = std::fs::read_to_string(daemon.config()).unwrap();
+    let state = config.lines().find_map(|line| line.strip_prefix("state_dir = ")).unwrap();
+    Path::new(state.trim_matches('"')).join("templates")
+}
+
+/// Names in a folder that begin with a dot, as those of drafts do.
+fn hidden(folder: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with('.')).collect()
+}
+
+/// What is read for a clone, by `vm show`.
+fn progress(daemon: &Prestaged, vm: &str) -> Value {
+    daemon.ctl(&["vm", "show", vm]).unwrap()["clone"].clone()
+}
+
 fn refused(daemon: &Prestaged, words: &[&str]) -> String {
     daemon.ctl(words).expect_err("it was done").to_string()
 }
@@ -84,14 +104,14 @@ fn clones_have_the_memory_share_it_and_learn_what_they_need() {
     let info = rig.libvirt.virsh(&["qemu-monitor-command", "one", "--hmp", "info network"]).unwrap();
     println!("{info}");
     assert_eq!(one.ask("sum").unwrap(), sum, "the clone has the memory as it was saved");
-    let progress = |vm: &str, daemon: &Prestaged| {
-        let vms = daemon.ctl(&["vm", "list"]).unwrap();
-        let find =
-            |vms: &Value| vms["vms"].as_array().unwrap().iter().find(|of| of["name"] == vm).unwrap()["clone"].clone();
-        find(&vms)
-    };
-    wait_until("the end of learning", Duration::from_secs(60), || Ok(progress("one", &daemon)["phase"] != "learning"))
-        .unwrap();
+    let shown = progress(&daemon, "one");
+    assert_eq!((&shown["template"], &shown["read_errors"]), (&path.as_str().into(), &0.into()), "{shown}");
+    let listed = daemon.ctl(&["vm", "list"]).unwrap();
+    let row = listed["vms"].as_array().unwrap().iter().find(|vm| vm["name"] == "one").unwrap().clone();
+    assert_eq!(row["clone"]["template"], path, "{row}");
+    let learned = || Ok(progress(&daemon, "one")["phase"] != "learning");
+    wait_until("the end of learning", Duration::from_secs(60), learned).unwrap();
+    assert_eq!(progress(&daemon, "one")["notes"], Value::Null, "nothing stood against it");
     let learned = std::fs::read_to_string(folder.join("working-set.json")).unwrap();
     assert!(learned.contains("first_touch"), "{}", &learned[..80]);
 
@@ -118,6 +138,24 @@ fn clones_have_the_memory_share_it_and_learn_what_they_need() {
     assert_eq!(one.ask("sum").unwrap(), sum, "what one clone writes no other sees");
     assert_ne!(two.ask("sum").unwrap(), sum);
 
+    // A set that is damaged is said, not used, and learned anew.
+    let set = folder.join("working-set.json");
+    let good = std::fs::read(&set).unwrap();
+    std::fs::write(&set, &good[..good.len() / 2]).unwrap();
+    let third = daemon.ctl(&["vm", "start-from-template", &path, "--name", "three"]).unwrap();
+    let mut three = rig.console("three").unwrap();
+    assert_eq!(three.ask("sum").unwrap(), sum);
+    assert!(third["progress"]["notes"][0].as_str().unwrap().contains("recorded anew"), "{third}");
+    assert!(third["progress"]["needed_bytes"].as_u64().unwrap() < 8 << 20, "devices alone: {third}");
+    wait_until(
+        "the end of learning",
+        Duration::from_secs(60),
+        || Ok(progress(&daemon, "three")["phase"] != "learning"),
+    )
+    .unwrap();
+    assert!(std::fs::read_to_string(&set).unwrap().contains("first_touch"));
+    drop(three);
+
     assert!(refused(&daemon, &["vm", "start-from-template", &path, "--name", "two"]).contains("already"));
     assert!(refused(&daemon, &["vm", "save-template", "two", "--to", "again"]).contains("qemu:commandline"));
     assert_eq!((one.state().unwrap(), two.state().unwrap()), ("running".into(), "running".into()));
@@ -141,7 +179,24 @@ fn what_can_not_be_used_is_refused_in_words_and_leaves_nothing() {
     written.ask("sum").unwrap();
     drop(written);
 
-    let (_source, _) = rig.guest("source", SIZES, "").unwrap();
+    let (mut source, sum) = rig.guest("source", SIZES, "").unwrap();
+    // a disk that is full
+    let small = rig.folder.join("small");
+    std::fs::create_dir(&small).unwrap();
+    run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"]).arg(&small)).unwrap();
+    let undone = small.clone();
+    let mounted = on_exit(move || drop(run(Command::new("umount").arg(&undone))));
+    let said = refused(&daemon, &["vm", "save-template", "source", "--to", &text(&small.join("web"))]);
+    println!("{said}");
+    assert!(said.contains("is full: free some space there, or save to another folder"), "{said}");
+    assert_eq!(std::fs::read_dir(&small).unwrap().count(), 0, "nothing is left");
+    assert_eq!(hidden(&templates(&daemon)), [""; 0], "nor on record");
+    assert_eq!(source.state().unwrap(), "running");
+    assert_eq!(source.ask("sum").unwrap(), sum);
+    let notes = rig.libvirt.virsh(&["dumpxml", "source"]).unwrap();
+    assert!(!notes.contains("xmlns/template"), "{notes}");
+    drop(mounted);
+    std::fs::remove_dir(&small).unwrap();
     // a folder that can't be made
     let said = refused(&daemon, &["vm", "save-template", "source", "--to", &text(&image.join("x"))]);
     assert!(said.contains("cannot make"), "{said}");
@@ -184,6 +239,18 @@ fn a_daemon_that_is_killed_leaves_no_machine_paused_and_no_half_template() {
     wait_until("the machine to go on", Duration::from_secs(20), || Ok(source.state()? == "running")).unwrap();
     assert_eq!(source.ask("sum").unwrap(), sum);
 
+    // So are drafts: one where templates usually are, and one elsewhere.
+    daemon.crash().unwrap();
+    let usual = templates(&daemon);
+    let drafts = [usual.join(".web.draft"), rig.folder.join(".web.draft")];
+    for draft in &drafts {
+        std::fs::create_dir_all(draft).unwrap();
+        std::fs::write(draft.join("state"), "half").unwrap();
+    }
+    std::os::unix::fs::symlink(&drafts[1], usual.join(".1-0.draft")).unwrap();
+    daemon.resume().unwrap();
+    assert_eq!((hidden(&usual), hidden(rig.folder.path())), (Vec::new(), Vec::new()));
+
     // Killed at any time while it saves: by its next start all is as it was, or the template is whole.
     for after in [5, 60, 240, 700, 2000] {
         let (_, _) = (rig.libvirt.virsh(&["domstate", "source"]).unwrap(), std::fs::remove_dir_all(&path));
@@ -197,6 +264,7 @@ fn a_daemon_that_is_killed_leaves_no_machine_paused_and_no_half_template() {
         daemon.crash().unwrap();
         daemon.resume().unwrap();
         wait_until("the machine to go on", Duration::from_secs(30), || Ok(source.state()? == "running")).unwrap();
+        assert_eq!((hidden(&usual), hidden(rig.folder.path())), (Vec::new(), Vec::new()), "killed after {after} ms");
         let whole = Path::new(&path).join("manifest.json").exists();
         println!("killed after {after} ms: answered {saving}, template {whole}");
         if whole {
