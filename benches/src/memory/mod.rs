@@ -9,7 +9,8 @@
 //! 4. a contender with a lead is told that the touch is coming, and the lead passes;
 //! 5. the guest touches, and says how long it took by its own clock.
 //!
-//! Faults are QEMU's, from the announcement to the answer. Contenders take turns round by round; rows are medians.
+//! Faults are QEMU's, from the announcement to the answer. Contenders take turns round by round; rows are medians. At the end clones are
+//! started from a template.
 //!
 //! - [`contender`]: what is compared
 //! - [`project`]: this project among them
@@ -87,6 +88,9 @@ pub(crate) struct Options {
     /// Only what hearing of faults costs
     #[arg(long)]
     watching: bool,
+    /// Without machines started from templates (`bench template`), which come last
+    #[arg(long)]
+    without_template: bool,
     /// Where the figures are written
     #[arg(long, default_value = "target/memory.json")]
     json: PathBuf,
@@ -210,6 +214,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         println!("{}", watching::measure(options.rounds)?);
         return Ok(());
     }
+    let mut report = swapped(options, &progress)?;
+    if !options.without_template {
+        report.template = Some(template::measure(&template::Options::of(options.rounds))?);
+        write_json(&report, &options.json)?;
+    }
+    println!("\n{}\nfigures: {}", report.render(), options.json.display());
+    Ok(())
+}
+
+/// Everything about swapped-out memory. The guest has ended when it returns: the next has the machine alone.
+fn swapped(options: &Options, progress: &Progress) -> Result<Report> {
     progress.now("guest image");
     let rig = MemoryRig::new()?;
     let backing = if options.shared { Backing::Shared } else { Backing::Anonymous };
@@ -238,6 +253,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         options: report::settings(options),
         rows: vec![],
         watching: None,
+        template: None,
     };
     // as large that the kernel keeps what was read from it: it frees slots of an area that is half full
     let bytes = 4 * (options.memory << 20);
@@ -282,6 +298,5 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         report.watching = Some(watching::measure(options.rounds)?);
         write_json(&report, &options.json)?;
     }
-    println!("\n{}\nfigures: {}", report.render(), options.json.display());
-    Ok(())
+    Ok(report)
 }

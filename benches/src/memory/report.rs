@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::contender::Contender;
 use super::round::Sample;
 use super::watching::Watching;
-use super::{Area, Options, Order};
+use super::{Area, Options, Order, template};
 use crate::host::Host;
 
 /// A whole run, as written to `--json`.
@@ -17,6 +17,7 @@ pub(super) struct Report {
     pub(super) options: Settings,
     pub(super) rows: Vec<Row>,
     pub(super) watching: Option<Watching>,
+    pub(super) template: Option<template::Report>,
 }
 
 /// What was asked for.
@@ -135,6 +136,10 @@ impl Report {
                  CPU: seconds of the contender's processor time.\n";
         if let Some(watching) = &self.watching {
             text += &format!("\n{watching}\n");
+        }
+        if let Some(template) = &self.template {
+            text +=
+                &format!("\nclones of a template, from the order to the first answer\n{}", template::table(template));
         }
         text
     }

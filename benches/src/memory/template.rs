@@ -45,26 +45,39 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Readers of a replay at a time.
 const READERS: usize = 16;
 
+/// The guest: its memory, what its answer needs, and what else it holds, in MiB.
+const SIZES: TemplateGuest = TemplateGuest { memory_mib: 512, set_mib: 60, rest_mib: 300 };
+const DELAY_MS: u64 = 2;
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Rounds of every way; the one before them is not counted
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// The guest's memory
-    #[arg(long, default_value_t = 512, value_name = "MIB")]
+    #[arg(long, default_value_t = SIZES.memory_mib, value_name = "MIB")]
     memory: u64,
     /// What its answer needs
-    #[arg(long, default_value_t = 60, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = SIZES.set_mib, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     working_set: u64,
     /// What else it holds
-    #[arg(long, default_value_t = 300, value_name = "MIB")]
+    #[arg(long, default_value_t = SIZES.rest_mib, value_name = "MIB")]
     rest: u64,
     /// What the store adds to each read
-    #[arg(long, default_value_t = 2, value_name = "MS")]
+    #[arg(long, default_value_t = DELAY_MS, value_name = "MS")]
     delay_ms: u64,
     /// Where the figures are written
     #[arg(long, default_value = "target/template.json")]
     json: PathBuf,
+}
+
+impl Options {
+    /// As of the command line without options, but for the rounds.
+    pub(super) fn of(rounds: u32) -> Self {
+        let TemplateGuest { memory_mib, set_mib, rest_mib } = SIZES;
+        let json = PathBuf::new(); // written by the caller
+        Self { rounds, memory: memory_mib, working_set: set_mib, rest: rest_mib, delay_ms: DELAY_MS, json }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -191,7 +204,7 @@ impl Bench {
     }
 }
 
-pub(crate) fn measure(options: &Options) -> Result<Report> {
+pub(super) fn measure(options: &Options) -> Result<Report> {
     let progress = Progress::new();
     let sizes = TemplateGuest { memory_mib: options.memory, set_mib: options.working_set, rest_mib: options.rest };
     let set = format!("{}M", options.working_set);
@@ -369,7 +382,7 @@ fn medians(samples: &[Sample]) -> Sample {
     }
 }
 
-fn table(report: &Report) -> String {
+pub(super) fn table(report: &Report) -> String {
     let mut text = format!(
         "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded, {} of them by {}); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>7}  {:>9}  {:>8}  {:>10}\n",
         report.memory_mib,

@@ -78,7 +78,7 @@ impl Draft {
     /// `Io`.
     pub fn room(&self) -> Result<u64, TemplateError> {
         let told = nix::sys::statvfs::statvfs(&self.aside).map_err(|e| io("look at", &self.aside)(e.into()))?;
-        Ok(u64::from(told.blocks_available()).saturating_mul(told.fragment_size()))
+        Ok(told.blocks_available().saturating_mul(told.fragment_size()))
     }
 
     /// The file for QEMU's state, open for writing alone, as QEMU wants it.

@@ -21,7 +21,8 @@
 //! `mapped-ram` (QEMU ≥ 9.0, docs/devel/migration/mapped-ram.rst) gives every page a fixed place in the file, so the memory in it can
 //! be mapped: a clone's `memory-backend-file` is the same file at that offset, private to each clone (QEMU docs/system/vm-templating.rst).
 //! The bitmap that says which pages to load is emptied, so that a start reads the devices' state and no memory. `x-ignore-shared`
-//! leaves the memory out of the stream too, but only where it is a named file: not with memfd, which shared memory is as a rule.
+//! leaves the memory out of the stream too, but only where it is a named file: not with memfd, which shared memory is as a rule
+//! (measured, see ARCHITECTURE.md).
 
 pub mod drafts;
 mod folder;
