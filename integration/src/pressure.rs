@@ -165,7 +165,8 @@ fn mount_of(mounts: &str) -> Option<PathBuf> {
 
 /// The machine's own group above that of its threads (`…/libvirt/emulator`). Only below a folder that libvirt or systemd
 /// keeps for machines: any process can have another VM's UUID on its command line, none can join such a group.
-fn machine_group(own: &str) -> Option<&str> {
+#[must_use]
+pub fn machine_group(own: &str) -> Option<&str> {
     let parts = || own.split('/').filter(|part| !part.is_empty());
     if parts().any(|part| part == "..") || !parts().any(|part| part.starts_with("machine")) {
         return None;

@@ -461,11 +461,15 @@ impl AccessPredictor {
         }
     }
 
-    /// Whether the set of a phase that runs names the page.
+    /// Whether what is known of such phases, running or not, names any of the pages with a probability that counts.
     #[must_use]
-    pub fn is_expected(&self, page: u64) -> bool {
-        let replays = self.vms.values().filter_map(|vm| vm.phase.as_ref()?.replay.as_ref());
-        replays.into_iter().any(|replay| replay.expects(page).is_some())
+    pub fn names(&self, of: impl Fn(Phase) -> bool, first: u64, pages: u32) -> bool {
+        self.phases.iter().filter(|stored| of(stored.phase)).any(|stored| {
+            let plan = stored.set.plan();
+            let likely =
+                |at: usize| plan.extents().get(at).is_some_and(|e| plan.probability(e) >= self.config.min_probability);
+            plan.overlaps(first, pages).any(|(at, ..)| likely(at))
+        })
     }
 
     /// Pages left the cache after they had been used: they may be proposed again.

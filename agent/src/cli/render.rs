@@ -348,10 +348,14 @@ fn pages(seen: &VmPages) -> String {
             human_bytes(seen.late_bytes)
         ),
     );
-    if seen.pushed_bytes > 0 {
-        let stopped = if seen.push_stopped { "; stopped for a while: too much came back" } else { "" };
+    if seen.pushed_bytes > 0 || seen.push_state.is_some() {
         let [pushed, back] = [seen.pushed_bytes, seen.refaulted_bytes].map(human_bytes);
-        fields.add("pushed out", format!("{pushed}: {back} came back{stopped}"));
+        let failed = match seen.push_failed {
+            0 => String::new(),
+            failed => format!(", {} failed", count(failed, "order", "orders")),
+        };
+        let state = seen.push_state.as_deref().unwrap_or("switched off");
+        fields.add("pushed out", format!("{pushed}, {back} came back{failed}; {state}"));
     }
     if let Some(held) = &seen.held {
         fields.add("waits", held);

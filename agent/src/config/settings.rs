@@ -295,10 +295,12 @@ sections! {
         max_pressure: f64 = 0.1, probability, reload;
         /// Push out pages that look idle, of machines whose pages are brought in.
         push_out: bool = false, any, reload;
-        /// Share of a machine's memory, 0 to 1, that is never pushed out.
+        /// Share of the memory that a machine uses, 0 to 1, that is never pushed out.
         push_floor: f64 = 0.5, probability, reload;
-        /// Share of time, 0 to 1, that tasks of the host or of the machine may wait for memory; above it nothing is pushed out.
+        /// Share of time, 0 to 1, that a machine's tasks may wait for memory (the host's, where it has no control group of its own); the nearer, the less is pushed out.
         push_pressure: f64 = 0.001, probability, reload;
+        /// Time between two steps of it, 100ms to 1h: at most 1 % of what is in memory goes with each. Two pages of each 256 KiB go first, the others if these stay out for 25 steps.
+        push_every: Duration = SECOND * 6, lasts(SECOND / 10, HOUR), reload;
     }
 
     /// What is learned and kept.

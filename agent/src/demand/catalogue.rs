@@ -22,7 +22,7 @@ const RECENT: usize = EXECUTIONS_MAX as usize;
 /// Followers of one execution that are counted.
 const FOLLOWED: usize = 16;
 /// A follower is foreseen from this probability on: below, not even the .9 quantile would know of it.
-const LIKELY: f64 = 0.1;
+pub(super) const LIKELY: f64 = 0.1;
 /// Occurrences of an event before its course is foreseen.
 const OCCURRENCES: usize = 2;
 

@@ -14,7 +14,7 @@ use prestage_integration::api::demand::{Execution, ExecutionList, ExecutionStart
 use prestage_integration::api::{ApiError, ErrorCode};
 use prestage_integration::libvirt::Uuid;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Executions that run at once, in all machines.
 const MOST: usize = 4096;
@@ -22,6 +22,9 @@ const MOST: usize = 4096;
 const FORGET_S: u64 = 7 * 86_400;
 /// After a restart a machine is waited for so long.
 const RETURNS_S: u64 = 60;
+/// What a program needs that is to begin within so many seconds is not pushed out of memory: it would come back within the time in
+/// which that counts as wrong.
+const DUE_S: u64 = 600;
 /// Nothing is learned from an execution that was not measured for longer at a stretch.
 const GAP_S: u64 = 120;
 
@@ -288,6 +291,21 @@ impl Demand {
     fn tell_memory_ended(&self, id: i64) {
         if let Some(memory) = self.memory() {
             memory.program_ended(id);
+        }
+    }
+
+    /// Tells which programs are due in which machines, where that has changed since `told`.
+    pub(super) fn tell_memory_due(&self, told: &mut HashMap<Uuid, Vec<String>>, now_s: u64) {
+        let Some(memory) = self.memory() else { return };
+        let state = self.state.lock();
+        told.retain(|uuid, _| state.machines.contains_key(uuid));
+        for (uuid, machine) in &state.machines {
+            let due: Vec<String> = machine.foreseen.due(now_s, DUE_S).map(str::to_owned).collect();
+            let before = told.entry(*uuid).or_default();
+            if *before != due {
+                memory.due(*uuid, &due);
+                *before = due;
+            }
         }
     }
 

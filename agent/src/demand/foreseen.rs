@@ -5,7 +5,7 @@
 //! a mixture with *nothing comes*, so that it counts in the quantile `q` only from a probability of `1 − q` on, and in the median from one
 //! half. An event's course is what the whole machine did then, programs that it brought along included: it is not added to them.
 
-use super::catalogue::{Known, Successor};
+use super::catalogue::{Known, LIKELY, Successor};
 use super::course::{Course, JITTER_S, PACE, Rise, Run, quantiles};
 use prestage_integration::api::demand::Resource;
 
@@ -220,6 +220,15 @@ impl Foreseen {
         (programs, events)
     }
 
+    /// Programs that are to follow within so many seconds, with the least probability of [`super::catalogue`] or more.
+    pub(crate) fn due(&self, now_s: u64, within_s: u64) -> impl Iterator<Item = &str> {
+        let soon = move |expected: &&Expected| {
+            let (probability, left) = expected.still(now_s);
+            probability >= LIKELY && left.iter().any(|(earliest_s, _)| *earliest_s <= now_s.saturating_add(within_s))
+        };
+        self.expected.iter().filter(soon).map(|expected| expected.is.program.as_str())
+    }
+
     /// What is known to run and to follow, in words.
     pub(crate) fn words(&self, now_s: u64) -> Vec<String> {
         let runs = self.running.iter().filter_map(|running| match &running.what {
@@ -367,6 +376,8 @@ mod tests {
         foreseen.start(1, "extract", 1000, [Some(1.0); 4], known(vec![successor(0.9, &[AFTER], 5.0)]));
         let high = |foreseen: &Foreseen, now_s| foreseen.rise(CPU, at(now_s, 20), Some(1.0), &[]).map(|rise| rise[3]);
         assert_eq!(high(&foreseen, 1010), Some(3.0), "what runs, alone");
+        let due = |now_s, within_s| foreseen.due(now_s, within_s).collect::<Vec<_>>();
+        assert_eq!((due(1010, 20), due(1010, 600)), (vec![], vec!["load"]));
         assert_eq!(high(&foreseen, 1070), Some(6.0), "it ends at 1060, and 30 s later the other comes");
         assert_eq!(high(&foreseen, 1900), Some(6.0), "it still runs: the other is still to come");
         assert!(foreseen.end(1, 1900).is_some());

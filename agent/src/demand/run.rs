@@ -132,7 +132,7 @@ impl Demand {
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let mut gathered = Gathered::default();
         let (mut flushed, mut retained) = (Instant::now(), None::<Instant>);
-        let mut asked = HashMap::new();
+        let (mut asked, mut due) = (HashMap::new(), HashMap::new());
         let mut events = self.hypervisor.events();
         let mut began = Instant::now();
         loop {
@@ -163,6 +163,7 @@ impl Demand {
             }
             if answered {
                 self.settle(now_s).await;
+                self.tell_memory_due(&mut due, now_s);
             }
             let orders = {
                 let mut state = self.state.lock();

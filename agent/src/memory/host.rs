@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use prestage_integration::memory::PAGE_BYTES;
-use prestage_integration::pressure::Pressure;
+use prestage_integration::pressure::{Pressure, machine_group};
 
 /// What this host swaps to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +21,9 @@ pub(super) enum Swap {
 pub(super) struct Group {
     /// Files of each limit and of what is used of it.
     limits: Vec<(PathBuf, PathBuf)>,
-    /// Folder of the process's own group in cgroup v2, which has its pressure.
+    /// The same of swap.
+    swap: Vec<(PathBuf, PathBuf)>,
+    /// Folder of the machine's own group in cgroup v2, which has its pressure.
     folder: Option<PathBuf>,
 }
 
@@ -29,8 +31,13 @@ pub(super) trait Host: Send {
     /// Pages that can be had without swapping, and all there are.
     fn memory(&mut self) -> Option<(u64, u64)>;
     fn swap(&mut self) -> Swap;
-    /// Share of time, 0 to 1, that some task waited for memory over the last 10 s; `None`: this kernel does not tell.
+    /// Share of time, 0 to 1, that some task of the host or of the group waited for memory over the last 10 s; `None`: this kernel
+    /// does not tell.
     fn pressure(&mut self, group: &Group) -> Option<f64>;
+    /// The same of the group's tasks alone; of the host's where it has no such group.
+    fn own_pressure(&mut self, group: &Group) -> Option<f64>;
+    /// Pages that swap can still take from the group, and all there are.
+    fn swap_room(&mut self, group: &Group) -> (u64, u64);
     fn group(&mut self, pid: u32) -> Group;
     /// Pages below the nearest limit; `None`: there is none.
     fn group_room(&mut self, group: &Group) -> Option<u64>;
@@ -69,9 +76,28 @@ impl Host for ThisHost {
     }
 
     fn pressure(&mut self, group: &Group) -> Option<f64> {
-        let some = |pressure: Option<Pressure>| Some(pressure?.memory?.some.avg10);
-        let (host, own) = (some(Pressure::of_host()), some(group.folder.as_deref().and_then(Pressure::of_group)));
-        host.into_iter().chain(own).reduce(f64::max)
+        of_host().into_iter().chain(of_group(group)).reduce(f64::max)
+    }
+
+    fn own_pressure(&mut self, group: &Group) -> Option<f64> {
+        of_group(group).or_else(of_host)
+    }
+
+    fn swap_room(&mut self, group: &Group) -> (u64, u64) {
+        let text = fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
+        let areas = text.lines().skip(1).filter_map(|line| {
+            // From behind: a path may have blanks.
+            let mut fields = line.split_ascii_whitespace().rev().skip(1);
+            let used = fields.next()?.parse::<u64>().ok()?;
+            Some((fields.next()?.parse::<u64>().ok()?, used))
+        });
+        let (all, used) = areas.fold((0, 0), |(all, used), area| (all + area.0, used + area.1));
+        let kib = PAGE_BYTES / 1024;
+        let (all, free) = (all / kib, all.saturating_sub(used) / kib);
+        match room_of(&group.swap) {
+            Some((room, limit)) if room < free => (room, limit),
+            _ => (free, all),
+        }
     }
 
     fn group(&mut self, pid: u32) -> Group {
@@ -80,14 +106,31 @@ impl Host for ThisHost {
     }
 
     fn group_room(&mut self, group: &Group) -> Option<u64> {
-        let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-        let rooms = group.limits.iter().filter_map(|(limit, used)| {
-            // "max", and v1's number near 2^63, are no limits
-            let limit = number(limit).filter(|limit| *limit < 1 << 62)?;
-            Some(limit.saturating_sub(number(used)?) / PAGE_BYTES)
-        });
-        rooms.min()
+        room_of(&group.limits).map(|(room, _)| room)
     }
+}
+
+/// Pages below the nearest limit, and that limit.
+fn room_of(limits: &[(PathBuf, PathBuf)]) -> Option<(u64, u64)> {
+    let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let rooms = limits.iter().filter_map(|(limit, used)| {
+        // "max", and v1's number near 2^63, are no limits
+        let limit = number(limit).filter(|limit| *limit < 1 << 62)?;
+        Some((limit.saturating_sub(number(used)?) / PAGE_BYTES, limit / PAGE_BYTES))
+    });
+    rooms.min()
+}
+
+fn some(pressure: Option<Pressure>) -> Option<f64> {
+    Some(pressure?.memory?.some.avg10)
+}
+
+fn of_host() -> Option<f64> {
+    some(Pressure::of_host())
+}
+
+fn of_group(group: &Group) -> Option<f64> {
+    some(group.folder.as_deref().and_then(Pressure::of_group))
 }
 
 /// The groups that `/proc/PID/cgroup` names (cgroups(7)), and those above them.
@@ -111,13 +154,17 @@ fn find_group(text: &str, mount: &Path) -> Group {
         };
         for above in path.ancestors() {
             let folder = root.join(above);
+            if folder.join("memory.swap.max").is_file() {
+                group.swap.push((folder.join("memory.swap.max"), folder.join("memory.swap.current")));
+            }
             for (limit, used) in names {
                 if folder.join(limit).is_file() {
                     group.limits.push((folder.join(limit), folder.join(used)));
                 }
             }
         }
-        let own = root.join(path);
+        // That of its emulator knows nothing of its processors.
+        let own = path.to_str().and_then(machine_group).map_or_else(|| root.join(path), |own| root.join(own));
         if own.join("memory.pressure").is_file() && path.components().next().is_some() {
             group.folder = Some(own);
         }
@@ -146,12 +193,40 @@ mod tests {
         write(dir.path().join("proc/meminfo"), "MemTotal:  4096 kB\nMemFree: 1 kB\nMemAvailable:   2048 kB\n");
         assert_eq!(host.memory(), Some((512, 1024)));
         let head = "Filename Type Size Used Priority\n";
+        let none = Group::default();
+        assert_eq!(host.swap_room(&none), (0, 0));
         write(dir.path().join("proc/swaps"), head);
         assert_eq!(host.swap(), Swap::None);
         write(dir.path().join("proc/swaps"), &format!("{head}/dev/zram0 partition 8 0 100\n"));
         assert_eq!(host.swap(), Swap::Zram);
         write(dir.path().join("proc/swaps"), &format!("{head}/dev/zram0 partition 8 0 100\n/swap file 8 0 -2\n"));
-        assert_eq!(host.swap(), Swap::Disk);
+        assert_eq!((host.swap(), host.swap_room(&none)), (Swap::Disk, (4, 4)));
+        write(
+            dir.path().join("proc/swaps"),
+            &format!("{head}/dev/zram0 partition 4000 400 100\n/sw\\040ap file 80 8 -2\n"),
+        );
+        assert_eq!(host.swap_room(&none), (918, 1020));
+        // A limit of its group counts where it is nearer.
+        let group = dir.path().join("cgroup/m");
+        write(group.join("memory.swap.max"), "81920\n");
+        write(group.join("memory.swap.current"), "40960\n");
+        write(dir.path().join("proc/7/cgroup"), "0::/m\n");
+        let group = host.group(7);
+        assert_eq!(host.swap_room(&group), (10, 20));
+    }
+
+    #[test]
+    fn pressure_is_that_of_the_machines_group_and_not_of_its_emulators() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut host = host(dir.path());
+        let own = dir.path().join("cgroup/machine.slice/machine-qemu1.scope");
+        write(dir.path().join("proc/7/cgroup"), "0::/machine.slice/machine-qemu1.scope/libvirt/emulator\n");
+        let text = |share| format!("some avg10={share} avg60=0.00 avg300=0.00 total=0\n");
+        write(own.join("memory.pressure"), &text("40.00"));
+        write(own.join("libvirt/emulator/memory.pressure"), &text("0.00"));
+        let group = host.group(7);
+        assert_eq!((host.own_pressure(&group), group.folder.as_ref()), (Some(0.4), Some(&own)));
+        assert_eq!(host.own_pressure(&Group::default()), of_host(), "the host's, where it has none");
     }
 
     #[test]

@@ -5,15 +5,16 @@ use super::hands::{Hands, states};
 use super::host::{Group, Host, Swap};
 use super::idle::Idle;
 use super::mind::Mind;
+use super::push::push_out;
 use super::stage::{Hold, LOOK_PAGES};
-use super::{IdleSettings, MemorySettings, storage_of};
+use super::{MemorySettings, storage_of};
 use crate::learner::run::unix_ms;
 use crate::store::{Pending, Store};
 use prestage_integration::api::demand::Mode;
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::memory::helper::client::Event;
 use prestage_integration::memory::helper::protocol::Watching;
-use prestage_integration::memory::{MemoryError, ProcessId, Push, Region};
+use prestage_integration::memory::{MemoryError, ProcessId, Region};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -73,7 +74,7 @@ pub(super) struct Machine {
     pub(super) idle: Idle,
     /// Every so many faults are told (or milliseconds between looks), as the helper knows; 0: none.
     pub(super) period: u32,
-    group: Group,
+    pub(super) group: Group,
     active_us: u64,
     room_us: u64,
 }
@@ -84,7 +85,13 @@ impl Machine {
         self.watching.as_ref().is_some_and(|watching| watching.signal.is_ordered())
     }
 
+    /// Of one fault so many are told.
+    fn period(&self) -> u64 {
+        if self.is_ordered() { self.period.max(1).into() } else { 1 }
+    }
+
     fn lose(&mut self, trouble: String, now_us: u64) {
+        self.idle.interrupt();
         (self.watching, self.trouble, self.period) = (None, Some(trouble), 0);
         self.mind.stop(now_us);
     }
@@ -106,6 +113,8 @@ pub(super) struct Keeper {
     pub(super) machines: BTreeMap<u32, Machine>,
     next: u32,
     modes: HashMap<Uuid, Mode>,
+    /// Names of programs that are due.
+    due: HashMap<Uuid, Vec<u32>>,
     /// Machines whose memory is no longer where it was said to be.
     moved: Vec<Uuid>,
     /// Programs of machines that nobody has told of yet, as after a restart: machine, execution, program.
@@ -130,6 +139,7 @@ impl Keeper {
             machines: BTreeMap::new(),
             next: 0,
             modes: HashMap::new(),
+            due: HashMap::new(),
             moved: Vec::new(),
             early: Vec::new(),
         }
@@ -149,6 +159,14 @@ impl Keeper {
         match mode {
             Some(mode) => drop(self.modes.insert(uuid, mode)),
             None => drop(self.modes.remove(&uuid)),
+        }
+    }
+
+    /// These programs are due in a machine, and no others.
+    pub(super) fn due(&mut self, uuid: Uuid, programs: Vec<u32>) {
+        match programs.is_empty() {
+            true => drop(self.due.remove(&uuid)),
+            false => drop(self.due.insert(uuid, programs)),
         }
     }
 
@@ -178,7 +196,7 @@ impl Keeper {
                     watching: None,
                     trouble: None,
                     mind,
-                    idle: Idle::default(),
+                    idle: Idle::new(&[], now_us),
                     period: 0,
                     group: Group::default(),
                     active_us: 0,
@@ -209,7 +227,7 @@ impl Keeper {
             Ok(place) if machine.place.as_ref() == Some(&place) && machine.watching.is_some() => {}
             Ok(place) => {
                 machine.mind.resize(place.pages(), place.frames(), now_us);
-                machine.idle = Idle::new(&place.regions);
+                machine.idle.resize(&place.regions);
                 let moved = machine.watching.is_some()
                     && machine.place.as_ref().is_some_and(|before| before.process == place.process);
                 let regions = place.regions.clone();
@@ -301,7 +319,9 @@ impl Keeper {
                 let Some(machine) = self.machines.get_mut(&vm) else { return };
                 machine.active_us = now_us;
                 let ordered = machine.is_ordered();
-                faults.iter().for_each(|fault| machine.idle.came_in(fault.frame, now_us));
+                let period = machine.period();
+                machine.idle.heard(lost * period, now_us);
+                faults.iter().for_each(|fault| machine.idle.came_in(fault.frame, period, now_us));
                 let changed = machine.mind.faults(&faults, lost, ordered, now_us);
                 if changed.is_some() {
                     self.listen(vm, now_us);
@@ -324,8 +344,10 @@ impl Keeper {
                 let mut machines = self.machines.iter_mut();
                 let owner =
                     machines.find_map(|(id, machine)| machine.mind.stage.moved(ticket, cpu_us, now_us).then_some(*id));
-                if let (Some(id), Err(error)) = (owner, moved) {
-                    self.check::<()>(id, Err(error), now_us);
+                match (owner, moved) {
+                    (Some(id), Err(error)) => self.check::<()>(id, Err(error), now_us),
+                    (Some(_), Ok(_)) => {}
+                    (None, moved) => self.pushed(ticket, &moved, now_us),
                 }
             }
         }
@@ -370,6 +392,7 @@ impl Keeper {
             // The store counts a failure and reports itself degraded.
             self.machines.values_mut().for_each(|machine| drop(save(&self.store, machine)));
         }
+        let push = self.settings.push.map_or(REST, |push| Duration::from_micros(push.every_us));
         let pauses = self.machines.values().map(|machine| {
             let stage = &machine.mind.stage;
             let look = stage.look_at_us().map_or(REST, |at| Duration::from_micros(at.saturating_sub(now_us)));
@@ -384,7 +407,7 @@ impl Keeper {
             } else {
                 REST
             };
-            pace.min(look)
+            pace.min(look).min(push)
         });
         pauses.min().unwrap_or(REST).max(BUSY)
     }
@@ -450,7 +473,7 @@ impl Keeper {
     }
 
     /// What became of a call for a machine.
-    fn check<T>(&mut self, id: u32, result: Result<T, MemoryError>, now_us: u64) {
+    pub(super) fn check<T>(&mut self, id: u32, result: Result<T, MemoryError>, now_us: u64) {
         let Err(error) = result else { return };
         if matches!(error, MemoryError::HelperGone(_)) {
             return self.lost(&error, now_us);
@@ -484,7 +507,7 @@ impl Keeper {
     fn tend(&mut self, id: u32, now_us: u64) {
         let Some(mode) = self.machines.get(&id).map(|machine| self.mode(machine.uuid)) else { return };
         let (settings, swap) = (self.settings, self.swap);
-        let Self { hands, host, machines, .. } = self;
+        let Self { hands, host, machines, due, .. } = self;
         let (Some(hands), Some(machine)) = (hands, machines.get_mut(&id)) else { return };
         if machine.watching.is_none() {
             return;
@@ -538,11 +561,13 @@ impl Keeper {
                 }
             }
         }
-        if failed.is_none()
-            && act
-            && let Some(push) = &settings.push
-        {
-            failed = push_out(id, machine, hands.as_mut(), host.as_mut(), push, now_us).err();
+        match &settings.push {
+            Some(push) if act && failed.is_none() => {
+                let due = due.get(&machine.uuid).map(Vec::as_slice).unwrap_or_default();
+                failed = push_out(id, machine, due, hands.as_mut(), host.as_mut(), push, now_us).err();
+            }
+            Some(_) if failed.is_some() => {}
+            _ => machine.idle.interrupt(),
         }
         if let Some(error) = failed {
             self.check::<()>(id, Err(error), now_us);
@@ -553,36 +578,6 @@ impl Keeper {
     pub(super) fn save(&mut self) -> Vec<(u64, Pending)> {
         self.machines.values_mut().filter_map(|machine| save(&self.store, machine)).collect()
     }
-}
-
-/// A step of pushing idle pages out, where one is due.
-fn push_out(
-    id: u32,
-    machine: &mut Machine,
-    hands: &mut dyn Hands,
-    host: &mut dyn Host,
-    settings: &IdleSettings,
-    now_us: u64,
-) -> Result<(), MemoryError> {
-    let Machine { idle, mind, group, .. } = machine;
-    let Some(spans) = idle.look(now_us) else { return Ok(()) };
-    let states = if spans.is_empty() { Ok(Vec::new()) } else { states(hands, id, &spans) };
-    let residency = hands.residency(id)?;
-    idle.seen(states.as_deref().unwrap_or_default(), residency.present, now_us);
-    states?;
-    let pressure = host.pressure(group);
-    let steps = idle.step(residency, pressure, settings, |frame| mind.predictor.is_expected(frame), now_us);
-    for (how, spans) in steps {
-        if how == Push::PageOut {
-            spans.iter().for_each(|span| mind.predictor.evicted(span.frame, span.pages));
-        }
-        // Nobody waits for the answer; an order too many is left out.
-        match hands.push_out(id, how, spans) {
-            Ok(_) | Err(MemoryError::Busy) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Pages that may come in now: what the host and the machine's groups have to spare, unless tasks wait for memory that is short.

@@ -1,5 +1,7 @@
 //! What is done about machines, with a guest of our own behind the helper's trait.
 
+mod push;
+
 use super::hands::Hands;
 use super::host::{Group, Host, Swap};
 use super::keeper::{Keeper, Place, Start};
@@ -42,6 +44,7 @@ struct Guest {
     swap: Swap,
     told: u64,
     pushed: u64,
+    push_fails: Option<MemoryError>,
 }
 
 type Shared = Arc<Mutex<Guest>>;
@@ -109,14 +112,25 @@ impl Hands for Fake {
     fn push_out(&mut self, _: u32, how: Push, spans: Vec<Span>) -> Result<u64, MemoryError> {
         self.fails()?;
         let mut guest = self.0.lock();
+        let mut pages = 0;
         for frame in spans.iter().flat_map(|span| span.frame..span.frame + u64::from(span.pages)) {
-            if how == Push::PageOut && guest.states[frame as usize] == PageState::Present {
-                guest.states[frame as usize] = PageState::Swapped;
-                guest.pushed += 1;
+            if guest.states[frame as usize] == PageState::Present {
+                pages += 1;
+                if how == Push::PageOut {
+                    guest.states[frame as usize] = PageState::Swapped;
+                    guest.staged[frame as usize] = false;
+                    guest.pushed += 1;
+                }
             }
         }
         guest.ticket += 1;
-        Ok(guest.ticket)
+        let moved = guest
+            .push_fails
+            .clone()
+            .map_or(Ok(Moved { asked: pages, eligible: pages, cpu_us: pages, wall_us: pages }), Err);
+        let ticket = guest.ticket;
+        guest.events.push_back(Event::Moved { ticket, moved });
+        Ok(ticket)
     }
     fn states(&mut self, _: u32, spans: Vec<Span>) -> Result<Vec<PageState>, MemoryError> {
         self.fails()?;
@@ -158,6 +172,12 @@ impl Host for FakeHost {
     }
     fn pressure(&mut self, _: &Group) -> Option<f64> {
         self.0.lock().pressure
+    }
+    fn own_pressure(&mut self, _: &Group) -> Option<f64> {
+        self.0.lock().pressure
+    }
+    fn swap_room(&mut self, _: &Group) -> (u64, u64) {
+        if self.0.lock().swap == Swap::None { (0, 0) } else { (PAGES, PAGES) }
     }
     fn group(&mut self, _: u32) -> Group {
         Group::default()
@@ -202,6 +222,7 @@ fn bench() -> Bench {
         swap: Swap::Zram,
         told: 0,
         pushed: 0,
+        push_fails: None,
     };
     let guest = Arc::new(Mutex::new(guest));
     let folder = tempfile::tempdir().unwrap();
@@ -460,33 +481,6 @@ fn looks_find_faults_where_none_are_told_one_by_one() {
     bench.keeper.program(VM, 1, program("job", &[]), bench.now());
     let busy = bench.guest.lock().period;
     assert!(busy >= 20 && busy < idle, "{busy} {idle}");
-}
-
-#[test]
-fn idle_pages_are_pushed_out_only_where_that_is_switched_on_and_never_those_of_a_running_program() {
-    let mut bench = Bench::watched();
-    bench.run(1);
-    bench.run(2);
-    let pushed = |bench: &mut Bench, minutes: usize| {
-        bench.guest.lock().pushed = 0;
-        for _ in 0..minutes * 10 {
-            bench.guest.lock().now_us += 6_000_000;
-            bench.turns(1);
-        }
-        bench.guest.lock().pushed
-    };
-    bench.guest.lock().states.fill(PageState::Present);
-    assert_eq!(pushed(&mut bench, 20), 0, "it is off");
-    bench.keeper.settings.push = Some(super::IdleSettings { floor: 0.2, pressure: 0.01 });
-    bench.keeper.program(VM, 3, program("job", &[]), bench.now());
-    assert_eq!(pushed(&mut bench, 20), 0, "its pages are all over memory");
-    bench.keeper.program_ended(3, bench.now());
-    assert!(pushed(&mut bench, 300) > PAGES / 10);
-    let guest = bench.guest.lock();
-    let present = guest.states.iter().filter(|state| **state == PageState::Present).count() as u64;
-    assert!(present >= PAGES / 5, "{present}");
-    drop(guest);
-    assert!(bench.keeper.report(VM, bench.now()).pushed_bytes > 0);
 }
 
 #[test]

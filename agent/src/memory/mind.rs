@@ -270,6 +270,19 @@ impl Mind {
         self.attention.saved(saved);
     }
 
+    /// Whether a page of the span is on its way or staged, or of the set of a program that runs or is `due` (see [`name`]).
+    pub(super) fn needs(&self, span: Span, due: &[u32]) -> bool {
+        let current = self.predictor.running_phase(SELF).map(|(phase, _)| phase);
+        let is_due = |phase| match phase {
+            _ if Some(phase) == current => true,
+            Phase::Boot => false,
+            Phase::Program(id) => {
+                due.contains(&((id >> 32) as u32)) || self.running.iter().any(|(_, running)| *running == id)
+            }
+        };
+        self.stage.holds(span) || self.predictor.names(is_due, span.frame, span.pages)
+    }
+
     /// Takes what is expected next. `act`: it is brought in.
     pub(super) fn think(&mut self, act: bool, now_us: u64) {
         self.act = act;
@@ -296,14 +309,24 @@ impl Mind {
     }
 }
 
-/// A program as predictors know it: by its name and tags, whatever the order these were given in.
-pub(super) fn program(name: &str, tags: &[String]) -> u64 {
+/// A program as predictors know it: by its name and tags, whatever the order these were given in. The upper half is its [`name`]:
+/// what is due is known by name alone.
+pub(super) fn program(program: &str, tags: &[String]) -> u64 {
     let mut tags: Vec<&str> = tags.iter().map(String::as_str).collect();
     tags.sort_unstable();
     tags.dedup();
-    // FNV-1a, 64 bits (Fowler, Noll, Vo): stable over versions, unlike the standard library's hash.
-    let bytes = std::iter::once(name).chain(tags).flat_map(|word| word.bytes().chain([0xff]));
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    u64::from(name(program)) << 32 | u64::from(hash(tags.into_iter()))
+}
+
+/// A program's name.
+pub(super) fn name(program: &str) -> u32 {
+    hash(std::iter::once(program))
+}
+
+fn hash<'a>(words: impl Iterator<Item = &'a str>) -> u32 {
+    // FNV-1a, 32 bits (Fowler, Noll, Vo): stable over versions, unlike the standard library's hash.
+    let bytes = words.flat_map(|word| word.bytes().chain([0xff]));
+    bytes.fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 #[cfg(test)]
@@ -521,6 +544,9 @@ mod tests {
         assert_eq!(both, program("job", &tags(&["b", "a", "b"])));
         let others = [program("job", &[]), program("job", &tags(&["a"])), program("joba", &tags(&["b"]))];
         assert!(!others.contains(&both));
+        let names = [both, others[0], others[1]].map(|id| (id >> 32) as u32);
+        assert_eq!(names, [name("job"); 3], "and found by name alone");
+        assert_ne!((others[2] >> 32) as u32, name("job"));
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //! - `run.rs`: the thread's loop; `places.rs`: which machines run, and where their memory lies
 //! - `keeper.rs`: the machines, and what is done about each in a turn; `report.rs`: that in words
 //! - `mind.rs`: what is learned of one machine, and the programs that run there
-//! - `stage.rs`: which pages are brought in when; `attention.rs`: how many faults are told; `idle.rs`: which are
+//! - `stage.rs`: which pages are brought in when; `attention.rs`: how many faults are told; `idle`: which are
 //!   pushed out; all without I/O
+//! - `push.rs`: what `idle` wants, done
 //! - `hands.rs`, `host.rs`: the helper and the host's figures, behind traits
 
 mod attention;
@@ -20,6 +21,7 @@ mod keeper;
 mod keeper_tests;
 mod mind;
 pub(crate) mod places;
+mod push;
 mod report;
 mod run;
 mod stage;
@@ -77,7 +79,11 @@ impl MemorySettings {
             max_pressure: memory.max_pressure,
             threshold: config.prefetch.threshold,
             save_us: u64::try_from(config.learner.save_interval.as_micros()).unwrap_or(u64::MAX),
-            push: memory.push_out.then_some(IdleSettings { floor: memory.push_floor, pressure: memory.push_pressure }),
+            push: memory.push_out.then_some(IdleSettings {
+                floor: memory.push_floor,
+                pressure: memory.push_pressure,
+                every_us: u64::try_from(memory.push_every.as_micros()).unwrap_or(u64::MAX),
+            }),
         }
     }
 }
@@ -92,6 +98,7 @@ enum Message {
     Stopped(Uuid),
     Program(Uuid, i64, u64),
     ProgramEnded(i64),
+    Due(Uuid, Vec<u32>),
     Mode(Uuid, Option<Mode>),
     Settings(MemorySettings),
     Report(Uuid, oneshot::Sender<VmPages>),
@@ -166,6 +173,10 @@ impl MemoryHandle {
     }
     pub(crate) fn program_ended(&self, execution: i64) {
         self.send(Message::ProgramEnded(execution));
+    }
+    /// Programs that are due in a machine, by name: what they need is not pushed out.
+    pub(crate) fn due(&self, vm: Uuid, programs: &[String]) {
+        self.send(Message::Due(vm, programs.iter().map(|program| mind::name(program)).collect()));
     }
     /// What is done for a machine; `None`: what the configuration says.
     pub(crate) fn mode(&self, vm: Uuid, mode: Option<Mode>) {

@@ -1,12 +1,15 @@
 //! How machines' memory fares, as the API words it.
 
 use super::host::Swap;
+use super::idle::Hold;
 use super::keeper::{Keeper, Machine};
+use crate::config::units::human_duration;
 use prestage_integration::api::demand::Mode;
 use prestage_integration::api::types::{Health, MemoryStatus, PagesSet, PassedOver, VmPages};
 use prestage_integration::libvirt::Uuid;
 use prestage_integration::memory::PAGE_BYTES;
 use prestage_predictor::Phase;
+use std::time::Duration;
 
 impl Keeper {
     /// All machines together.
@@ -84,9 +87,28 @@ impl Keeper {
             cpu_us: counts.cpu_us,
             pushed_bytes: bytes(idle.pushed),
             refaulted_bytes: bytes(idle.refaulted),
-            push_stopped: machine.idle.is_backing_off(now_us),
+            push_failed: idle.failed,
+            push_cpu_us: idle.cpu_us,
+            push_state: self.settings.push.map(|_| push_state(machine, mode, self.swap, now_us)),
         }
     }
+}
+
+fn push_state(machine: &Machine, mode: Mode, swap: Swap, now_us: u64) -> String {
+    let why = match (swap, mode, &machine.watching) {
+        (_, _, None) => "it is not watched".to_owned(),
+        (Swap::None, ..) => Hold::NoSwap.to_string(),
+        (_, Mode::Act, _) => match machine.idle.hold(now_us) {
+            None => return "in small steps".to_owned(),
+            Some((hold, None)) => hold.to_string(),
+            Some((hold, Some(left_us))) => {
+                let left = Duration::from_secs(left_us.div_ceil(1_000_000));
+                format!("{hold}; again in {}", human_duration(left))
+            }
+        },
+        _ => "its policy moves none of its pages (vm policy --pages act)".to_owned(),
+    };
+    format!("not now: {why}")
 }
 
 fn state(machine: &Machine, mode: Mode, swap: Swap) -> (Health, String) {

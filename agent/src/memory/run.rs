@@ -86,6 +86,7 @@ fn handle(keeper: &mut Keeper, message: Message) {
             while hear(keeper) {}
             keeper.program_ended(execution, now_us);
         }
+        Message::Due(vm, programs) => keeper.due(vm, programs),
         Message::Mode(vm, mode) => keeper.set_mode(vm, mode),
         Message::Settings(settings) => keeper.settings = settings,
         Message::Report(vm, reply) => drop(reply.send(keeper.report(vm, now_us))),

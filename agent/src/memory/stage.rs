@@ -188,6 +188,11 @@ impl Stage {
         !self.urgent.is_empty() || !self.planned.is_empty()
     }
 
+    /// Whether a page of the span is wanted, on its way or staged.
+    pub(super) fn holds(&self, span: Span) -> bool {
+        !self.pages.is_empty() && frames(span).any(|frame| self.pages.contains_key(&frame))
+    }
+
     /// Whether anything is on its way or unread.
     pub(super) fn is_busy(&self) -> bool {
         self.is_waiting() || !self.orders.is_empty() || !self.staged.is_empty()

@@ -60,11 +60,16 @@ pub struct VmPages {
     pub unread_bytes: u64,
     /// CPU time that bringing in took.
     pub cpu_us: u64,
-    /// Pushed out as idle, and what of it came back within ten minutes.
+    /// Pushed out as idle, and what of it came back.
     pub pushed_bytes: u64,
     pub refaulted_bytes: u64,
-    /// Too much came back: for a while nothing is pushed out.
-    pub push_stopped: bool,
+    /// Orders to push out that failed.
+    pub push_failed: u64,
+    /// CPU time that pushing out took.
+    pub push_cpu_us: u64,
+    /// In words: pages are pushed out, or why not; absent while that is switched off for all machines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub push_state: Option<String>,
 }
 
 /// Guests' memory as a whole.
