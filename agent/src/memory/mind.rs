@@ -187,7 +187,8 @@ impl Mind {
         let learn = period == 1 || self.has_program();
         let mut since_us = self.predictor.running_phase(SELF).map_or(0, |(_, since_us)| since_us);
         for fault in faults {
-            let named = self.predictor.is_expected(fault.frame);
+            let current = self.predictor.running_phase(SELF).map(|(phase, _)| phase);
+            let named = self.predictor.names(|phase| Some(phase) == current, fault.frame, 1);
             let foreseen = self.stage.touched(fault.frame, period, named);
             if let Some(recalled) = &mut self.recalled {
                 recalled.seen_us = if named { now_us } else { recalled.seen_us };
