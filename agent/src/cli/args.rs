@@ -197,7 +197,8 @@ pub enum VmCommand {
     #[command(
         long_about = "Start a clone of a template. What clones touch first is read ahead of it, in their order, the rest behind it at \
         low priority. The first clone's touches are recorded for those to come.\n\nThe clone is transient (gone when it stops) and has a UUID, \
-        MAC addresses and consoles of its own. Its guest does not know: its network interfaces are unplugged until it was told."
+        MAC addresses and consoles of its own. Its guest does not know: its network interfaces are unplugged until it was told.\n\n`vm show` tells \
+        how far its memory is read and what stands against it, and `vm list` (TEMPLATE READ) of all clones of this run of prestaged."
     )]
     StartFromTemplate(super::templates::StartArgs),
     /// Give a machine's disk its original source back

@@ -373,8 +373,9 @@ fn spawn_behind(mut template: Template, recording: Option<Recording>, reading: A
             reading.said(NOT_RECORDED, learn(&mut template, recording, &reading));
             reading.learning.store(false, Ordering::Relaxed);
         }
-        if let Ok(ahead) = ahead {
-            let _ = ahead.join(); // it has said what it had to say
+        match ahead {
+            Ok(ahead) => drop(ahead.join()), // it has said what it had to say
+            Err(error) => reading.said("not read ahead", Err(error)),
         }
         reading.behind.store(true, Ordering::Relaxed);
         for (what, error) in crate::models::priority::become_idle() {
