@@ -10,6 +10,7 @@
 //! - [`slow`]: a file system on slow storage
 //! - [`store`]: nbdkit with its delay filter, and a count of what was read from it
 //! - [`report`]: the lines the guest prints
+//! - [`group`]: a control group of our own
 //! - [`guest`]: a domain, from its XML to its last line
 //! - [`elastic`]: a guest whose memory and processors change while it runs
 //! - [`swap`]: a swap area of our own
@@ -23,6 +24,7 @@ pub mod accelerator;
 pub mod clean;
 pub mod daemon;
 pub mod elastic;
+pub mod group;
 pub mod guest;
 pub mod image;
 pub mod libvirt;

@@ -1,12 +1,13 @@
-//! Memory pages: what the tests of swapped-out guests stand on is put back, however they end.
+//! Memory pages: what the tests of swapped-out guests stand on is put back, however they end. Swap areas, settings, control groups.
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use prestage_tests::group::Group;
 use prestage_tests::paths::Scratch;
 use prestage_tests::process::{run, wait_until};
 use prestage_tests::swap::{LOCK, Swap};
@@ -36,8 +37,8 @@ fn be_killed(kind: &str) -> ! {
     }
 }
 
-/// Runs the test `name` again as the process that is killed.
-fn kill_one(name: &str, kind: &str) {
+/// Runs the test `name` again as the process that is killed, and returns it with what it says.
+fn victim(name: &str, kind: &str) -> (Child, String) {
     let mut victim = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env(VICTIM, kind)
@@ -47,7 +48,11 @@ fn kill_one(name: &str, kind: &str) {
     let mut lines = BufReader::new(victim.stdout.take().unwrap()).lines().map_while(Result::ok);
     // libtest's own words may stand before ours on the line
     let line = lines.find_map(|line| line.split_once("VICTIM ").map(|(_, rest)| rest.to_owned()));
-    let line = line.expect("the victim says what it made; its error is above");
+    (victim, line.expect("the victim says what it made; its error is above"))
+}
+
+fn kill_one(name: &str, kind: &str) {
+    let (mut victim, line) = victim(name, kind);
     let (before, device) = line.split_once(' ').unwrap();
     let before: u8 = before.parse().unwrap();
     assert!(is_on(device), "{device} is on");
@@ -86,4 +91,29 @@ fn a_swap_file_is_taken_back_when_its_process_is_killed() {
     let folder = Scratch::large().unwrap();
     let file = folder.join("swap");
     kill_one("a_swap_file_is_taken_back_when_its_process_is_killed", &file.display().to_string());
+}
+
+#[test]
+fn a_control_group_is_taken_back_when_its_process_is_killed() {
+    const NAME: &str = "a_control_group_is_taken_back_when_its_process_is_killed";
+    if std::env::var(VICTIM).is_ok() {
+        let mut child = Command::new("sleep").arg("600").stdout(Stdio::null()).spawn().unwrap();
+        let group = Group::of(child.id().try_into().unwrap()).unwrap();
+        group.limit(BYTES).unwrap();
+        println!("VICTIM {} {}", child.id(), group.folder().display());
+        child.wait().unwrap();
+        return;
+    }
+    if let Err(why) = Group::available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let (mut victim, line) = victim(NAME, "group");
+    let (inside, folder) = line.split_once(' ').unwrap();
+    let procs = std::fs::read_to_string(Path::new(folder).join("cgroup.procs")).unwrap();
+    assert!(procs.lines().any(|line| line == inside), "{inside} is in the group: {procs}");
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    wait_until("the control group's end", Duration::from_secs(30), || Ok(!Path::new(folder).exists())).unwrap();
+    run(Command::new("kill").arg(inside)).unwrap();
 }

@@ -33,6 +33,14 @@ const GAP: u64 = 32;
 /// # Errors
 /// Those of [`Helper::states`].
 pub(super) fn states(hands: &mut dyn Hands, vm: u32, spans: &[Span]) -> Result<Vec<PageState>, MemoryError> {
+    match states_by(hands, vm, spans, GAP) {
+        // A gap that is no memory: the first MiB of a PC has such.
+        Err(MemoryError::NoSuchMemory { .. }) => states_by(hands, vm, spans, 1),
+        states => states,
+    }
+}
+
+fn states_by(hands: &mut dyn Hands, vm: u32, spans: &[Span], gap: u64) -> Result<Vec<PageState>, MemoryError> {
     let frames = spans.iter().flat_map(|span| span.frame..span.frame.saturating_add(u64::from(span.pages)));
     let mut order: Vec<(u64, usize)> = frames.enumerate().map(|(at, frame)| (frame, at)).collect();
     order.sort_unstable();
@@ -43,7 +51,7 @@ pub(super) fn states(hands: &mut dyn Hands, vm: u32, spans: &[Span]) -> Result<V
         for (frame, _) in rest {
             let full = cover.len() == MAX_SPANS;
             match cover.last_mut() {
-                Some(last) if *frame < last.frame + u64::from(last.pages) + GAP => {
+                Some(last) if *frame < last.frame + u64::from(last.pages) + gap => {
                     let wider = (frame - last.frame + 1).max(u64::from(last.pages));
                     pages += wider - u64::from(last.pages);
                     last.pages = wider as u32;

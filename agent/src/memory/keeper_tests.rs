@@ -45,6 +45,8 @@ struct Guest {
     told: u64,
     pushed: u64,
     push_fails: Option<MemoryError>,
+    /// No memory of the machine.
+    hole: std::ops::Range<u64>,
 }
 
 type Shared = Arc<Mutex<Guest>>;
@@ -137,6 +139,11 @@ impl Hands for Fake {
         assert!(spans.len() <= MAX_SPANS && spans.is_sorted_by_key(|span| span.frame));
         assert!(spans.iter().map(|span| u64::from(span.pages)).sum::<u64>() <= MAX_STATES);
         let guest = self.0.lock();
+        let beside =
+            |span: &&Span| span.frame < guest.hole.end && guest.hole.start < span.frame + u64::from(span.pages);
+        if let Some(Span { frame, pages }) = spans.iter().find(beside) {
+            return Err(MemoryError::NoSuchMemory { frame: *frame, pages: *pages });
+        }
         let frames = spans.iter().flat_map(|span| span.frame..span.frame + u64::from(span.pages));
         Ok(frames.map(|frame| guest.states[frame as usize]).collect())
     }
@@ -223,6 +230,7 @@ fn bench() -> Bench {
         told: 0,
         pushed: 0,
         push_fails: None,
+        hole: 0..0,
     };
     let guest = Arc::new(Mutex::new(guest));
     let folder = tempfile::tempdir().unwrap();
@@ -500,6 +508,12 @@ fn states_come_in_the_order_of_the_spans_that_were_asked_for() {
         assert_eq!(super::hands::states(&mut hands, 1, &spans).unwrap(), expected);
     }
     assert_eq!(super::hands::states(&mut hands, 1, &[]).unwrap(), []);
+    // Between two spans lies what is no memory.
+    bench.guest.lock().hole = 110..112;
+    let spans = [Span { frame: 100, pages: 10 }, Span { frame: 112, pages: 3 }];
+    assert_eq!(super::hands::states(&mut hands, 1, &spans).unwrap().len(), 13);
+    let none = super::hands::states(&mut hands, 1, &[Span { frame: 111, pages: 1 }]);
+    assert!(matches!(none, Err(MemoryError::NoSuchMemory { .. })));
 }
 
 #[test]

@@ -142,6 +142,11 @@ impl Run<'_> {
         self.draw(&format!("order {seed}"))
     }
 
+    /// The same of `pages` pages from page `first` on.
+    pub fn order_part(&mut self, first: u64, pages: u64, seed: u64) -> Result<()> {
+        self.draw(&format!("part {first} {pages} {seed}"))
+    }
+
     /// Has the next touch take `pages` pages at random, with repetition.
     pub fn random_pages(&mut self, pages: u64, seed: u64) -> Result<()> {
         self.draw(&format!("random {pages} {seed}"))

@@ -3,6 +3,7 @@
  *
  *   fill MIB         maps MIB MiB anew and fills them with what compresses about 2:1       PRESTAGE filled bytes=N
  *   order SEED       next, every page once; seed 0 in ascending order, others shuffle it   PRESTAGE ordered pages=N
+ *   part FIRST N SEED   the same of N pages from page FIRST on                              PRESTAGE ordered pages=N
  *   random N SEED    next, N pages drawn at random, with repetition                        PRESTAGE ordered pages=N
  *   touch [NS]       reads a byte of each page in that order, computing NS nanoseconds     PRESTAGE touched pages=N ns=N sum=N
  *                    after each
@@ -83,16 +84,17 @@ static void fill(uint64_t mib) {
 }
 
 /* Fisher and Yates. */
-static void shuffle(uint64_t seed) {
-  for (uint64_t i = 0; i < pages; i++) order[i] = (uint32_t)i;
+static void shuffle(uint64_t first, uint64_t count, uint64_t seed) {
+  if (count > pages || first > pages - count) fail("part: more than is filled");
+  for (uint64_t i = 0; i < count; i++) order[i] = (uint32_t)(first + i);
   uint64_t state = seed;
-  for (uint64_t i = pages; seed != 0 && i > 1; i--) {
+  for (uint64_t i = count; seed != 0 && i > 1; i--) {
     uint64_t j = draw(&state) % i;
     uint32_t swapped = order[i - 1];
     order[i - 1] = order[j];
     order[j] = swapped;
   }
-  ordered = pages;
+  ordered = count;
 }
 
 static void scatter(uint64_t count, uint64_t seed) {
@@ -132,12 +134,15 @@ int main(void) {
   char line[128];
   while (fgets(line, sizeof line, stdin) != NULL) {
     char verb[16] = "";
-    unsigned long long a = 0, b = 0;
-    int words = sscanf(line, "%15s %llu %llu", verb, &a, &b);
+    unsigned long long a = 0, b = 0, c = 0;
+    int words = sscanf(line, "%15s %llu %llu %llu", verb, &a, &b, &c);
     if (strcmp(verb, "fill") == 0 && words == 2) {
       fill(a);
     } else if (strcmp(verb, "order") == 0 && words == 2 && memory != NULL) {
-      shuffle(a);
+      shuffle(0, pages, a);
+      printf("PRESTAGE ordered pages=%llu\n", (unsigned long long)ordered);
+    } else if (strcmp(verb, "part") == 0 && words == 4 && memory != NULL) {
+      shuffle(a, b, c);
       printf("PRESTAGE ordered pages=%llu\n", (unsigned long long)ordered);
     } else if (strcmp(verb, "random") == 0 && words == 3 && memory != NULL) {
       scatter(a, b);

@@ -1,0 +1,239 @@
+//! Swapped-out guests through the real daemon and its real helper: what is brought in, what is pushed out, and what is told where
+//! neither can be.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use prestage_tests::daemon::{DaemonOptions, Prestaged};
+use prestage_tests::group::Group;
+use prestage_tests::pages::{Memory, Usage, children};
+use prestage_tests::process::wait_until;
+use prestage_tests::swap::Swap;
+use prestage_tests::toucher::{Backing, MemoryRig};
+use serde_json::Value;
+
+const GUEST: &str = "prestage-daemon-pages";
+const MEMORY_MIB: u64 = 256;
+const MIB: u64 = 1 << 20;
+
+fn daemon(rig: &MemoryRig, config: &str) -> Prestaged {
+    let options = DaemonOptions {
+        libvirt_uri: Some(rig.libvirt.uri().to_owned()),
+        ram_size: "16MiB".to_owned(),
+        ssd_size: "64MiB".to_owned(),
+        more: format!("[memory]\n{config}"),
+    };
+    Prestaged::start(&options).unwrap()
+}
+
+fn pages(daemon: &Prestaged) -> Value {
+    daemon.ctl(&["vm", "show", GUEST]).unwrap()["pages"].clone()
+}
+
+fn number(pages: &Value, name: &str) -> u64 {
+    pages[name].as_u64().unwrap_or_else(|| panic!("no {name}: {pages}"))
+}
+
+/// Waits until what is told of the guest's memory is as wanted.
+fn told(daemon: &Prestaged, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+    let mut last = Value::Null;
+    let waited = wait_until(what, Duration::from_secs(30), || {
+        last = pages(daemon);
+        Ok(is(&last))
+    });
+    waited.unwrap_or_else(|error| panic!("{error:#}: {last}\n{}", daemon.last_words()));
+    last
+}
+
+fn says(pages: &Value, name: &str, words: &str) -> bool {
+    pages[name].as_str().is_some_and(|text| text.contains(words))
+}
+
+fn watched(daemon: &Prestaged) {
+    told(daemon, "a watch over the guest's memory", |pages| pages["signal"].is_string());
+}
+
+fn begin(daemon: &Prestaged) -> String {
+    daemon.ctl(&["execution", "start", GUEST, "toucher"]).unwrap()["id"].to_string()
+}
+
+fn end(daemon: &Prestaged, execution: &str) {
+    daemon.ctl(&["execution", "end", execution]).unwrap();
+}
+
+fn helper_of(daemon: &Prestaged) -> Option<i32> {
+    let of = |pid: &i32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == "prestage-memory")
+    };
+    children(daemon.pid().unwrap()).unwrap().into_iter().find(of)
+}
+
+#[test]
+fn an_announced_program_finds_its_pages_there_within_its_groups_limit_and_whatever_happens_to_the_helper() {
+    const FILLED_MIB: u64 = 64;
+    const FILLED: u64 = FILLED_MIB << 8;
+    if let Err(why) = Swap::zram_available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let rig = MemoryRig::new().unwrap();
+    let guest = rig.guest(GUEST, MEMORY_MIB, Backing::Anonymous).unwrap();
+    let mut run = guest.start().unwrap();
+    run.wait_alive().unwrap();
+    let qemu = guest.pid().unwrap();
+    // before it has its memory: that stays with the group it was in
+    let group = Group::available().map(|()| Group::of(qemu).unwrap());
+    run.fill(FILLED_MIB).unwrap();
+    let mut swap = Swap::zram(2 * MEMORY_MIB * MIB).unwrap();
+    swap.set_page_cluster(0).unwrap();
+    let memory = Memory::of(qemu, MEMORY_MIB * MIB).unwrap();
+    let daemon = daemon(&rig, "");
+    watched(&daemon);
+
+    let mut out = |seed: u64| {
+        memory.push_out().unwrap();
+        run.order_pages(seed).unwrap();
+        Usage::of(qemu).unwrap()
+    };
+    // learned
+    let usage = out(7);
+    let execution = begin(&daemon);
+    let first = run.touch(Duration::ZERO).unwrap();
+    let majors = Usage::of(qemu).unwrap().since(&usage).major_faults;
+    end(&daemon, &execution);
+    // what one page tells of its neighbours saves some
+    assert!(majors >= FILLED / 2, "{majors}");
+    // and brought in, in whatever order it is touched
+    let mut out = |seed: u64| {
+        memory.push_out().unwrap();
+        run.order_pages(seed).unwrap();
+        (Usage::of(qemu).unwrap(), number(&pages(&daemon), "staged_bytes"))
+    };
+    let (usage, before) = out(8);
+    let execution = begin(&daemon);
+    told(&daemon, "its set in memory", |pages| number(pages, "staged_bytes") >= before + FILLED_MIB * MIB * 9 / 10);
+    run.touch(Duration::ZERO).unwrap();
+    let left = Usage::of(qemu).unwrap().since(&usage).major_faults;
+    println!("{left} major faults on {FILLED} pages, {majors} when they were not known");
+    assert!(left * 10 <= FILLED, "{left} of {FILLED}");
+    end(&daemon, &execution);
+
+    // no further than its control group's limit
+    if let Err(why) = &group {
+        println!("SKIPPED: limits of control groups: {why}");
+    }
+    if let Ok(group) = &group {
+        memory.push_out().unwrap();
+        let limit = group.used_bytes().unwrap() + 16 * MIB;
+        group.limit(limit).unwrap();
+        let (before, hits) = (number(&pages(&daemon), "staged_bytes"), group.limit_hits().unwrap());
+        let execution = begin(&daemon);
+        let held = told(&daemon, "a word about the limit", |pages| {
+            says(pages, "held", "control group is at its memory limit")
+        });
+        // what it does then is nothing
+        std::thread::sleep(Duration::from_millis(300));
+        let staged = number(&pages(&daemon), "staged_bytes") - before;
+        println!("{} MiB of {FILLED_MIB} were brought in below a limit 16 MiB away: {}", staged / MIB, held["held"]);
+        // more than the 16 MiB, where the guest had touched some of its memory before it came into the group
+        assert!((4 * MIB..=FILLED_MIB * MIB * 3 / 4).contains(&staged), "{staged}");
+        assert_eq!(group.limit_hits().unwrap(), hits, "the limit was never in the way");
+        assert!(group.used_bytes().unwrap() <= limit);
+        end(&daemon, &execution);
+        group.limit(1 << 40).unwrap();
+    }
+
+    // the helper is killed while it moves pages
+    memory.push_out().unwrap();
+    run.order_pages(7).unwrap();
+    let before = number(&pages(&daemon), "staged_bytes");
+    let execution = begin(&daemon);
+    told(&daemon, "pages under way", |pages| number(pages, "staged_bytes") > before);
+    let helper = helper_of(&daemon).unwrap();
+    kill(Pid::from_raw(helper), Signal::SIGKILL).unwrap();
+    let touched = run.touch(Duration::ZERO).unwrap();
+    assert_eq!(touched.sum, first.sum, "the guest reads what it wrote");
+    told(&daemon, "another helper", |pages| {
+        pages["signal"].is_string() && helper_of(&daemon).is_some_and(|pid| pid != helper)
+    });
+    end(&daemon, &execution);
+    assert!(says(&pages(&daemon), "state", "watched, and pages are brought in"), "{}", pages(&daemon));
+
+    // QEMU is killed while it does
+    memory.push_out().unwrap();
+    begin(&daemon);
+    kill(Pid::from_raw(qemu), Signal::SIGKILL).unwrap();
+    told(&daemon, "the guest's end", |pages| {
+        says(pages, "state", "QEMU is gone") || says(pages, "state", "the machine does not run")
+    });
+    assert!(daemon.ctl(&["status"]).unwrap()["memory"]["detail"].is_null());
+}
+
+#[test]
+fn idle_memory_goes_out_and_what_the_guest_uses_stays() {
+    const FILLED: u64 = 160 << 8;
+    const HOT: u64 = 32 << 8;
+    const FLOOR: f64 = 0.4;
+    if let Err(why) = Swap::zram_available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let rig = MemoryRig::new().unwrap();
+    let guest = rig.guest(GUEST, MEMORY_MIB, Backing::Anonymous).unwrap();
+    let mut run = guest.start().unwrap();
+    run.wait_alive().unwrap();
+    run.fill(FILLED >> 8).unwrap();
+    let qemu = guest.pid().unwrap();
+    let mut swap = Swap::zram(2 * MEMORY_MIB * MIB).unwrap();
+    swap.set_page_cluster(0).unwrap();
+    // ten steps a second instead of a minute; the host is busy with other tests
+    let config = format!("push_out = true\npush_every = \"100ms\"\npush_floor = {FLOOR}\npush_pressure = 1.0");
+    let daemon = daemon(&rig, &config);
+    watched(&daemon);
+    daemon.ctl(&["vm", "policy", GUEST, "--pages", "observe"]).unwrap();
+    let observed = told(&daemon, "what its policy does", |pages| says(pages, "push_state", "its policy"));
+    assert_eq!(number(&observed, "pushed_bytes"), 0);
+    daemon.ctl(&["vm", "policy", GUEST, "--pages", "act"]).unwrap();
+
+    run.order_part(0, HOT, 0).unwrap();
+    let usage = Usage::of(qemu).unwrap();
+    let started = Instant::now();
+    let floored = loop {
+        run.touch(Duration::ZERO).unwrap();
+        let seen = pages(&daemon);
+        let (present, swapped) = (number(&seen, "present_bytes"), number(&seen, "swapped_bytes"));
+        // counts of bytes, far below 2^53
+        #[allow(clippy::cast_precision_loss)]
+        let share = present as f64 / (present + swapped) as f64;
+        assert!(share >= FLOOR - 0.01, "{share}: {seen}");
+        if says(&seen, "push_state", "floor") {
+            break seen;
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "{seen}\n{}", daemon.last_words());
+    };
+    let all = Usage::of(qemu).unwrap().since(&usage).major_faults;
+    let pushed = number(&floored, "pushed_bytes");
+    println!("{} MiB went out in {:?}; {all} major faults; {}", pushed / MIB, started.elapsed(), floored);
+    assert!(pushed >= 80 * MIB, "{floored}");
+    // each of its 128 chunks lost two witnesses, some of them twice
+    assert!(all < HOT / 10, "{all} major faults on {HOT} pages in use");
+    let usage = Usage::of(qemu).unwrap();
+    run.touch(Duration::ZERO).unwrap();
+    let once = Usage::of(qemu).unwrap().since(&usage).major_faults;
+    assert!(once < HOT / 100, "{once} of {HOT}");
+
+    // It takes back what went: that stops it at once.
+    run.order_part(HOT, FILLED - HOT, 3).unwrap();
+    run.touch(Duration::ZERO).unwrap();
+    let stopped = told(&daemon, "the end of pushing", |pages| says(pages, "push_state", "too much of it came back"));
+    println!("{}", stopped["push_state"]);
+    assert!(number(&stopped, "refaulted_bytes") >= MIB, "{stopped}");
+    assert_eq!(number(&stopped, "push_failed"), 0, "{stopped}");
+
+    drop(swap);
+    let state = told(&daemon, "the end of swap", |pages| says(pages, "state", "no swap"));
+    assert!(says(&state, "push_state", "no swap"), "{state}");
+}
