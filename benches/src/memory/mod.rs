@@ -17,11 +17,13 @@
 //! - [`replay`]: a recording replayed, the peer that learns nothing
 //! - [`round`]: one round, and what it is measured by
 //! - [`watching`]: what it costs to hear of faults
+//! - [`pushing`]: idle memory pushed out
 //! - [`template`]: `bench template`, machines started from templates
 //! - [`report`]: medians, table, JSON
 
 mod contender;
 mod project;
+mod pushing;
 mod replay;
 mod report;
 mod round;
@@ -91,6 +93,9 @@ pub(crate) struct Options {
     /// Without machines started from templates (`bench template`), which come last
     #[arg(long)]
     without_template: bool,
+    /// Only pushing idle memory out: for so many minutes of the default pace, each in two seconds
+    #[arg(long, value_name = "MINUTES", num_args = 0..=1, default_missing_value = "30", value_parser = clap::value_parser!(u32).range(1..))]
+    pushing: Option<u32>,
     /// Where the figures are written
     #[arg(long, default_value = "target/memory.json")]
     json: PathBuf,
@@ -212,6 +217,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.watching {
         progress.now("faults are heard");
         println!("{}", watching::measure(options.rounds)?);
+        return Ok(());
+    }
+    if let Some(minutes) = options.pushing {
+        let found = pushing::measure(minutes, &progress)?;
+        write_json(&found, &options.json)?;
+        println!("\n{found}\nfigures: {}", options.json.display());
         return Ok(());
     }
     let mut report = swapped(options, &progress)?;
