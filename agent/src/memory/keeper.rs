@@ -4,17 +4,16 @@
 use super::hands::{Hands, states};
 use super::host::{Group, Host, Swap};
 use super::idle::Idle;
+use super::machine::{Machine, Place};
 use super::mind::Mind;
 use super::push::push_out;
 use super::stage::{Hold, LOOK_PAGES};
 use super::{MemorySettings, storage_of};
-use crate::learner::run::unix_ms;
 use crate::store::{Pending, Store};
 use prestage_integration::api::demand::Mode;
 use prestage_integration::libvirt::Uuid;
+use prestage_integration::memory::MemoryError;
 use prestage_integration::memory::helper::client::Event;
-use prestage_integration::memory::helper::protocol::Watching;
-use prestage_integration::memory::{MemoryError, ProcessId, Region};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -45,57 +44,6 @@ const LOOK_US_A_PAGE: f64 = 0.02;
 
 /// Starts the helper.
 pub(super) type Start = Box<dyn FnMut() -> Result<Box<dyn Hands>, MemoryError> + Send>;
-
-/// Where a machine's memory lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(crate) process: ProcessId,
-    pub(crate) regions: Vec<Region>,
-}
-
-impl Place {
-    pub(super) fn pages(&self) -> u64 {
-        self.regions.iter().map(|region| region.pages).sum()
-    }
-
-    pub(super) fn frames(&self) -> u64 {
-        self.regions.iter().map(|region| region.frame.saturating_add(region.pages)).max().unwrap_or(0)
-    }
-}
-
-pub(super) struct Machine {
-    pub(super) uuid: Uuid,
-    pub(super) name: String,
-    pub(super) place: Option<Place>,
-    pub(super) watching: Option<Watching>,
-    /// Why it is not watched.
-    pub(super) trouble: Option<String>,
-    pub(super) mind: Mind,
-    pub(super) idle: Idle,
-    /// Every so many faults are told (or milliseconds between looks), as the helper knows; 0: none.
-    pub(super) period: u32,
-    pub(super) group: Group,
-    active_us: u64,
-    room_us: u64,
-}
-
-impl Machine {
-    /// Whether its faults come one by one.
-    fn is_ordered(&self) -> bool {
-        self.watching.as_ref().is_some_and(|watching| watching.signal.is_ordered())
-    }
-
-    /// Of one fault so many are told.
-    fn period(&self) -> u64 {
-        if self.is_ordered() { self.period.max(1).into() } else { 1 }
-    }
-
-    fn lose(&mut self, trouble: String, now_us: u64) {
-        self.idle.interrupt();
-        (self.watching, self.trouble, self.period) = (None, Some(trouble), 0);
-        self.mind.stop(now_us);
-    }
-}
 
 pub(super) struct Keeper {
     start: Start,
@@ -255,7 +203,7 @@ impl Keeper {
         if let Some(mut machine) = self.machines.remove(&id) {
             machine.mind.stop(u64::MAX);
             // It may start again in a moment, and is to find what it learned.
-            if let Some((_, pending)) = save(&self.store, &mut machine)
+            if let Some((_, pending)) = machine.save(&self.store)
                 && let Err(error) = pending.wait()
             {
                 tracing::warn!(vm = machine.name, %error, "profile of a machine's memory not saved");
@@ -390,7 +338,7 @@ impl Keeper {
         if now_us.saturating_sub(self.saved_us) >= self.settings.save_us {
             self.saved_us = now_us;
             // The store counts a failure and reports itself degraded.
-            self.machines.values_mut().for_each(|machine| drop(save(&self.store, machine)));
+            self.machines.values_mut().for_each(|machine| drop(machine.save(&self.store)));
         }
         let push = self.settings.push.map_or(REST, |push| Duration::from_micros(push.every_us));
         let pauses = self.machines.values().map(|machine| {
@@ -576,7 +524,7 @@ impl Keeper {
 
     /// Saves what has changed.
     pub(super) fn save(&mut self) -> Vec<(u64, Pending)> {
-        self.machines.values_mut().filter_map(|machine| save(&self.store, machine)).collect()
+        self.machines.values_mut().filter_map(|machine| machine.save(&self.store)).collect()
     }
 }
 
@@ -598,16 +546,4 @@ fn room(host: &mut dyn Host, group: &Group, settings: &MemorySettings) -> Result
             }
         }
     }
-}
-
-fn save(store: &Store, machine: &mut Machine) -> Option<(u64, Pending)> {
-    let mind = &mut machine.mind;
-    if !mind.dirty || mind.refused.is_some() {
-        return None;
-    }
-    mind.dirty = false;
-    let bytes = mind.predictor.to_bytes();
-    let runs = mind.summary().phases.iter().map(|phase| u64::from(phase.runs)).sum();
-    let length = bytes.len() as u64;
-    Some((length, store.save_profile(&storage_of(machine.uuid), bytes, runs, unix_ms())))
 }

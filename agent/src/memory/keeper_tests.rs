@@ -4,7 +4,8 @@ mod push;
 
 use super::hands::Hands;
 use super::host::{Group, Host, Swap};
-use super::keeper::{Keeper, Place, Start};
+use super::keeper::{Keeper, Start};
+use super::machine::Place;
 use super::mind::program;
 use super::{MemorySettings, storage_of};
 use crate::store::Store;

@@ -5,7 +5,7 @@
 //!
 //! - [`MemoryHandle`]: messages to the thread, from anywhere
 //! - `run.rs`: the thread's loop; `places.rs`: which machines run, and where their memory lies
-//! - `keeper.rs`: the machines, and what is done about each in a turn; `report.rs`: that in words
+//! - `keeper.rs`, `machine.rs`: the machines, and what is done about each in a turn; `report.rs`: that in words
 //! - `mind.rs`: what is learned of one machine, and the programs that run there
 //! - `stage.rs`: which pages are brought in when; `attention.rs`: how many faults are told; `idle`: which are
 //!   pushed out; all without I/O
@@ -19,6 +19,7 @@ mod idle;
 mod keeper;
 #[cfg(test)]
 mod keeper_tests;
+mod machine;
 mod mind;
 pub(crate) mod places;
 mod push;
@@ -43,7 +44,7 @@ use crate::config::{Config, RateLimit};
 use crate::learner::HeldProfile;
 use crate::store::Store;
 pub(crate) use idle::IdleSettings;
-pub(crate) use keeper::Place;
+pub(crate) use machine::Place;
 
 /// Settings that may change while the thread runs.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -4,7 +4,8 @@ use super::IdleSettings;
 use super::hands::{Hands, states};
 use super::host::Host;
 use super::idle::Limits;
-use super::keeper::{Keeper, Machine};
+use super::keeper::Keeper;
+use super::machine::Machine;
 use prestage_integration::memory::helper::protocol::Moved;
 use prestage_integration::memory::{MemoryError, Push};
 

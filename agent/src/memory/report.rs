@@ -2,7 +2,8 @@
 
 use super::host::Swap;
 use super::idle::Hold;
-use super::keeper::{Keeper, Machine};
+use super::keeper::Keeper;
+use super::machine::Machine;
 use crate::config::units::human_duration;
 use prestage_integration::api::demand::Mode;
 use prestage_integration::api::types::{Health, MemoryStatus, PagesSet, PassedOver, VmPages};
