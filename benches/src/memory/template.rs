@@ -137,8 +137,8 @@ pub(crate) struct Report {
     working_set_mib: u64,
     /// What the recorded clone touched until its answer.
     recorded_mib: u64,
-    /// Of that, what was heard fault by fault, and by what.
-    heard_mib: u64,
+    /// Of its pages, those whose fault was heard, and by what.
+    heard_pages: u64,
     signal: Signal,
     used_mib: u64,
     delay_ms: u64,
@@ -221,14 +221,16 @@ pub(super) fn measure(options: &Options) -> Result<Report> {
     drop(guest);
     let used_mib = (template.working_set.pages() * PAGE_BYTES) >> 20;
     progress.step("a clone is recorded");
+    // from a cold cache, so that there are faults to hear; readahead hides most of them
+    posix_fadvise(&template.open_state()?, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
     let (starter, recording) = record::start(program("prestage-memory")?, Vec::new(), LIMIT, || false)?;
     let memory = template.manifest.memory_id.clone();
     let ready = move |ready: &Ready<'_>| starter.watch(ready.place(&memory));
     // it ends once the guest touches nothing new
     let last = || Ok(recording.finish()?);
     let (_, _, recorded) = bench.start(&template, Instant::now(), &set, ready, || Ok(()), last)?;
-    let mib = |pages: u64| (pages * PAGE_BYTES) >> 20;
-    let (recorded_mib, heard_mib, signal) = (mib(recorded.set.pages()), mib(recorded.heard_pages), recorded.signal);
+    let recorded_mib = (recorded.set.pages() * PAGE_BYTES) >> 20;
+    let (heard_pages, signal) = (recorded.heard_pages, recorded.signal);
     template.learn(recorded.set)?;
     let path = template.path().to_owned();
 
@@ -256,7 +258,7 @@ pub(super) fn measure(options: &Options) -> Result<Report> {
         memory_mib: options.memory,
         working_set_mib: options.working_set,
         recorded_mib,
-        heard_mib,
+        heard_pages,
         signal,
         used_mib,
         delay_ms: options.delay_ms,
@@ -384,12 +386,12 @@ fn medians(samples: &[Sample]) -> Sample {
 
 pub(super) fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded, {} of them by {}); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>7}  {:>9}  {:>8}  {:>10}\n",
+        "{} MiB guest, {} MiB in use, {} MiB needed for the answer ({} MiB recorded, {} pages heard by {}); the store adds {} ms a read; {}\n\n{:<10}  {:>8}  {:>11}  {:>9}  {:>7}  {:>9}  {:>8}  {:>10}\n",
         report.memory_mib,
         report.used_mib,
         report.working_set_mib,
         report.recorded_mib,
-        report.heard_mib,
+        report.heard_pages,
         report.signal,
         report.delay_ms,
         report.accelerator,
