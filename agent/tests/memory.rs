@@ -434,6 +434,88 @@ fn memory_that_is_gone_is_absent_and_moves_nothing() {
 }
 
 #[test]
+fn memory_that_was_unplugged_is_refused_and_nothing_of_it_is_looked_at() {
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell("anon");
+    helper.watch(1, guest.id(), regions(host)).unwrap();
+    helper.layout(1, regions(host)[..1].to_vec()).unwrap();
+    let residency = helper.residency(1).unwrap();
+    assert_eq!(residency.present + residency.swapped + residency.cached + residency.absent, 1000);
+    // An order may have been under way when it was unplugged; what it names beside stays as it is.
+    let gone = Span { frame: frame(1500), pages: 10 };
+    let error = MemoryError::NoSuchMemory { frame: gone.frame, pages: gone.pages };
+    let orders = [
+        helper.bring_in(1, vec![gone]).unwrap(),
+        helper.map(1, vec![gone]).unwrap(),
+        helper.push_out(1, Push::PageOut, vec![Span { frame: FRAME, pages: 1 }, gone]).unwrap(),
+    ];
+    for order in orders {
+        match helper.next_event(Duration::from_secs(10)).unwrap() {
+            Some(Event::Moved { ticket, moved: Err(refused) }) => assert_eq!((ticket, refused), (order, error.clone())),
+            event => panic!("{event:?}"),
+        }
+    }
+    assert_eq!(helper.states(1, vec![Span { frame: FRAME, pages: 1 }]).unwrap(), [PageState::Present]);
+    // It is plugged in again, elsewhere.
+    helper.layout(1, regions(host)).unwrap();
+    assert_eq!(helper.states(1, vec![gone]).unwrap(), [PageState::Present; 10]);
+}
+
+#[test]
+fn a_process_that_is_killed_amid_orders_is_told_and_every_order_is_answered() {
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell("anon");
+    helper.watch(1, guest.id(), regions(host)).unwrap();
+    let whole = || vec![Span { frame: FRAME, pages: 1000 }];
+    let mut orders: Vec<u64> = (0..20).map(|_| helper.push_out(1, Push::PageOut, whole()).unwrap()).collect();
+    guest.child.kill().unwrap();
+    // Not waited for: its number stays taken, as that of a QEMU whose parent is slow.
+    orders.extend((0..20).filter_map(|_| helper.bring_in(1, whole()).ok()));
+    let mut gone = false;
+    while !orders.is_empty() || !gone {
+        match helper.next_event(Duration::from_secs(10)).unwrap() {
+            Some(Event::Moved { ticket, moved: Ok(_) | Err(MemoryError::Gone { .. } | MemoryError::Unknown(1)) }) => {
+                orders.retain(|order| *order != ticket);
+            }
+            Some(Event::Gone { vm: 1 }) => gone = true,
+            event => panic!("{event:?}: {orders:?} left"),
+        }
+    }
+    assert_eq!(helper.residency(1), Err(MemoryError::Unknown(1)));
+}
+
+#[test]
+fn a_helper_without_capabilities_says_what_it_lacks_and_what_to_do() {
+    use std::os::unix::fs::PermissionsExt;
+    if !nix::unistd::geteuid().is_root() {
+        println!("SKIPPED: a helper without capabilities, which is this one's as well where nobody is root");
+        return;
+    }
+    // where nobody may go
+    let folder = tempfile::tempdir().unwrap();
+    let (program, script) = (folder.path().join("helper"), folder.path().join("prestage-memory"));
+    fs::copy(env!("CARGO_BIN_EXE_prestage-memory"), &program).unwrap();
+    let drop = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all";
+    fs::write(&script, format!("#!/bin/sh\nexec {drop} {} \"$@\"\n", program.display())).unwrap();
+    for path in [folder.path(), &program, &script] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let exe = fs::canonicalize(std::env::current_exe().unwrap()).unwrap();
+    let mut helper = Helper::start(&script, &[&exe]).unwrap();
+    println!("{:?}", helper.abilities().missing);
+    assert!(!helper.abilities().missing.is_empty());
+    let mut guest = StandIn::start();
+    let host = guest.tell("anon");
+    match helper.watch(1, guest.id(), regions(host)) {
+        Err(MemoryError::NotPermitted { what, remedy }) => {
+            println!("{what}; {remedy}");
+            assert!(remedy.contains("CAP_") || remedy.contains("prestage-memory"), "{remedy}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn nobody_but_hypervisors_is_touched() {
     let guest = StandIn::start();
     let program = Path::new(env!("CARGO_BIN_EXE_prestage-memory"));
