@@ -279,6 +279,26 @@ fn a_daemon_that_is_killed_leaves_no_machine_paused_and_no_half_template() {
     // A clone that did not get to run ends.
     let _ = std::fs::remove_dir_all(&path);
     daemon.ctl(&["vm", "save-template", "source", "--to", &path]).unwrap();
+    // Killed at any time while it starts one: by its next start the clone runs, or is gone.
+    for after in [20, 150, 300, 450] {
+        let started = std::thread::scope(|scope| {
+            let starting = scope.spawn(|| daemon.ctl(&["vm", "start-from-template", &path, "--name", "clone"]).is_ok());
+            std::thread::sleep(Duration::from_millis(after));
+            kill(Pid::from_raw(daemon.pid().unwrap()), Signal::SIGKILL).unwrap();
+            starting.join().unwrap()
+        });
+        daemon.crash().unwrap();
+        daemon.resume().unwrap();
+        // libvirt may be at it still, and bring it later than the daemon is there
+        std::thread::sleep(Duration::from_secs(1));
+        let settled = || Ok(rig.libvirt.virsh(&["domstate", "clone"]).map_or(true, |state| state.trim() == "running"));
+        wait_until("the clone to run or to be gone", Duration::from_secs(30), settled).unwrap();
+        let runs = rig.libvirt.virsh(&["domstate", "clone"]).is_ok();
+        println!("killed after {after} ms: answered {started}, runs {runs}");
+        if started || runs {
+            assert_eq!(rig.console("clone").unwrap().ask("sum").unwrap(), sum);
+        }
+    }
     daemon.ctl(&["vm", "start-from-template", &path, "--name", "clone"]).unwrap();
     daemon.crash().unwrap();
     rig.libvirt.virsh(&["suspend", "clone"]).unwrap();

@@ -212,6 +212,10 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
                     super::run::open_missing(&daemon).await;
                     release(&daemon, &hypervisor).await;
                 }
+                // libvirt finishes what a killed daemon has asked it for, and may do so after the next is there.
+                if matches!(event.kind, VmEventKind::Started) {
+                    super::templates::recover(&daemon, &hypervisor).await;
+                }
             }
             Ok(HypervisorEvent::Resync(vms)) => {
                 remember(&daemon, &vms);
