@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use prestage_tests::daemon::{DaemonOptions, Prestaged};
 use prestage_tests::group::Group;
 use prestage_tests::pages::{Memory, Usage, children};
+use prestage_tests::paths::Scratch;
 use prestage_tests::process::wait_until;
 use prestage_tests::swap::Swap;
 use prestage_tests::toucher::{Backing, MemoryRig};
@@ -236,4 +237,48 @@ fn idle_memory_goes_out_and_what_the_guest_uses_stays() {
     drop(swap);
     let state = told(&daemon, "the end of swap", |pages| says(pages, "state", "no swap"));
     assert!(says(&state, "push_state", "no swap"), "{state}");
+}
+
+#[test]
+fn memory_that_is_plugged_in_and_out_is_followed_while_pages_are_pushed_out() {
+    const MORE_MIB: u64 = 128;
+    const FILLED: u64 = 48 << 8;
+    if let Err(why) = Swap::zram_available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let rig = MemoryRig::new().unwrap();
+    let guest = rig.guest_with_slot(GUEST, MEMORY_MIB, MORE_MIB).unwrap();
+    let mut run = guest.start().unwrap();
+    run.wait_alive().unwrap();
+    run.fill(FILLED >> 8).unwrap();
+    let _swap = Swap::zram(2 * MEMORY_MIB * MIB).unwrap();
+    let daemon = daemon(&rig, "push_out = true\npush_every = \"100ms\"\npush_floor = 0.1\npush_pressure = 1.0");
+    watched(&daemon);
+    run.order_part(0, FILLED, 5).unwrap();
+    let first = run.touch(Duration::ZERO).unwrap();
+    let all =
+        |pages: &Value| number(pages, "present_bytes") + number(pages, "swapped_bytes") + number(pages, "absent_bytes");
+    let before = all(&pages(&daemon));
+
+    let folder = Scratch::new().unwrap();
+    let device = folder.join("dimm.xml");
+    let target = format!("<target><size unit='MiB'>{MORE_MIB}</size><node>0</node></target>");
+    std::fs::write(&device, format!("<memory model='dimm'>{target}</memory>")).unwrap();
+    let device = device.display().to_string();
+    rig.libvirt.virsh(&["attach-device", GUEST, &device, "--live"]).unwrap();
+    told(&daemon, "the memory that was plugged in", |pages| {
+        pages["signal"].is_string() && all(pages) == before + MORE_MIB * MIB
+    });
+    told(&daemon, "pages pushed out", |pages| number(pages, "pushed_bytes") >= 16 * MIB);
+    rig.libvirt.virsh(&["detach-device", GUEST, &device, "--live"]).unwrap();
+    // the guest has to let go of it
+    let went = wait_until("the memory's end", Duration::from_secs(15), || Ok(all(&pages(&daemon)) == before));
+    if let Err(error) = went {
+        println!("SKIPPED: memory that is unplugged: the guest keeps it: {error:#}");
+    }
+    run.order_part(0, FILLED, 5).unwrap();
+    assert_eq!(run.touch(Duration::ZERO).unwrap().sum, first.sum, "the guest reads what it wrote");
+    let last = pages(&daemon);
+    assert!(says(&last, "state", "watched") && number(&last, "push_failed") == 0, "{last}");
 }

@@ -84,10 +84,23 @@ impl MemoryRig {
 
     /// A domain of one processor and `memory_mib` MiB, without a disk.
     pub fn guest(&self, name: &str, memory_mib: u64, backing: Backing) -> Result<Guest> {
-        Guest::define_as(&self.libvirt, &self.scratch, name, |console| self.xml(name, memory_mib, backing, console))
+        Guest::define_as(&self.libvirt, &self.scratch, name, |console| self.xml(name, memory_mib, backing, "", console))
     }
 
-    fn xml(&self, name: &str, memory_mib: u64, backing: Backing, console: &str) -> String {
+    /// The same with a slot for `more_mib` MiB that are plugged in while it runs.
+    pub fn guest_with_slot(&self, name: &str, memory_mib: u64, more_mib: u64) -> Result<Guest> {
+        let slot = format!("<maxMemory slots='1' unit='MiB'>{}</maxMemory>", memory_mib + more_mib);
+        Guest::define_as(&self.libvirt, &self.scratch, name, |console| {
+            self.xml(name, memory_mib, Backing::Anonymous, &slot, console)
+        })
+    }
+
+    fn xml(&self, name: &str, memory_mib: u64, backing: Backing, slot: &str, console: &str) -> String {
+        // libvirt plugs memory into nodes alone
+        let node = match slot {
+            "" => String::new(),
+            _ => format!("<numa><cell id='0' cpus='0' memory='{memory_mib}' unit='MiB'/></numa>"),
+        };
         let (kind, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host-passthrough"),
             Accelerator::Tcg => ("qemu", "maximum"),
@@ -99,6 +112,7 @@ impl MemoryRig {
         format!(
             "<domain type='{kind}'>
   <name>{name}</name>
+  {slot}
   <memory unit='MiB'>{memory_mib}</memory>
   <vcpu>1</vcpu>
   {backing}
@@ -108,7 +122,7 @@ impl MemoryRig {
     <cmdline>console=ttyS0 quiet panic=-1 mitigations=off no5lvl</cmdline>
   </os>
   <features><acpi/><apic/></features>
-  <cpu mode='{cpu}'/>
+  <cpu mode='{cpu}'>{node}</cpu>
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
     <controller type='usb' model='none'/>

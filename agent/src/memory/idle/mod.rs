@@ -43,6 +43,8 @@ const BACK_OFF: u64 = 10;
 const BACK_OFF_MOST: u64 = 600;
 /// Share of swap that is left to the kernel.
 const SWAP_LEFT: f64 = 0.1;
+/// So many orders in a row of whose pages most stay are not the guest's doing, which may take some back at once.
+const KEPT: u32 = 3;
 /// Pages of an order: bringing in waits for no more than one, a few milliseconds.
 const ORDER: u64 = 512;
 /// Pages of a look for what could be tried.
@@ -129,6 +131,8 @@ pub(super) struct Idle {
     stopped_us: u64,
     pause: u64,
     hand: usize,
+    /// Orders in a row whose pages stayed.
+    kept: u32,
     hold: Option<Hold>,
     counts: IdleCounts,
 }
@@ -154,6 +158,7 @@ impl Idle {
             stopped_us: 0,
             pause: BACK_OFF,
             hand: 0,
+            kept: 0,
             hold: Some(Hold::Young),
             counts: IdleCounts::default(),
         };
@@ -496,10 +501,9 @@ impl Idle {
                     self.orders.pop_front();
                 }
             }
-            Err(error) => {
-                self.orders.pop_front();
-                self.failed(error, now_us);
-            }
+            // Memory was unplugged: where it lies now is asked for.
+            Err(MemoryError::NoSuchMemory { .. }) => self.orders.clear(),
+            Err(error) => self.failed(error, now_us),
         }
         true
     }
@@ -523,11 +527,15 @@ impl Idle {
         let could = order.eligible.unwrap_or(0);
         let stayed = |state: &&PageState| matches!(state, PageState::Present | PageState::Cached);
         let gone = could.saturating_sub(states.iter().filter(stayed).count() as u64);
+        let gone = gone.min(states.iter().filter(|state| **state == PageState::Swapped).count() as u64);
         self.counts.pushed += gone;
         self.residency.present = self.residency.present.saturating_sub(gone);
         self.residency.swapped += gone;
-        if order.whole && gone * 2 < could {
-            self.counts.failed += 1;
+        if order.whole && could > 0 {
+            self.kept = if gone * 2 < could { self.kept + 1 } else { 0 };
+        }
+        if self.kept >= KEPT {
+            self.counts.failed += u64::from(std::mem::take(&mut self.kept));
             self.back_off(Hold::Kept, now_us);
         }
     }
