@@ -16,7 +16,7 @@ pub struct Processes {
     /// Where libvirt keeps `NAME.pid`.
     pid_files: PathBuf,
     /// By their VM's UUID, as of the last look at all processes.
-    scanned: Option<(Instant, HashMap<Uuid, u32>)>,
+    scanned: Option<(Instant, HashMap<Uuid, Option<u32>>)>,
 }
 
 impl Default for Processes {
@@ -50,13 +50,18 @@ impl Processes {
         if !fresh {
             self.scanned = Some((now, self.scan()));
         }
-        self.scanned.as_ref()?.1.get(&uuid).copied().filter(|&pid| self.vm_of(pid) == Some(uuid))
+        self.scanned.as_ref()?.1.get(&uuid).copied().flatten().filter(|&pid| self.vm_of(pid) == Some(uuid))
     }
 
-    fn scan(&self) -> HashMap<Uuid, u32> {
+    /// Anybody may start a process with any words: of two with one UUID neither is taken.
+    fn scan(&self) -> HashMap<Uuid, Option<u32>> {
         let entries = std::fs::read_dir(&self.proc).into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter_map(|pid| Some((self.vm_of(pid)?, pid))).collect()
+        let mut found = HashMap::new();
+        for (vm, pid) in pids.filter_map(|pid: u32| Some((self.vm_of(pid)?, pid))) {
+            found.entry(vm).and_modify(|one| *one = None).or_insert(Some(pid));
+        }
+        found
     }
 
     /// The VM whose UUID a process has on its command line.
@@ -65,5 +70,31 @@ impl Processes {
         let mut words = line.split(|&b| b == 0);
         words.find(|word| *word == b"-uuid")?;
         Uuid::try_parse_ascii(words.next()?).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_processes_with_one_uuid_neither_is_the_machines() {
+        let folder = tempfile::tempdir().unwrap();
+        let (proc, pid_files) = (folder.path().join("proc"), folder.path().join("qemu"));
+        let uuid = Uuid::from_u128(7);
+        let run = |pid: u32| {
+            let folder = proc.join(pid.to_string());
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("cmdline"), format!("qemu\0-uuid\0{uuid}\0")).unwrap();
+        };
+        std::fs::create_dir_all(&pid_files).unwrap();
+        let find = || Processes::new(&proc, &pid_files).pid(uuid, "web1", Instant::now());
+        run(10);
+        assert_eq!(find(), Some(10));
+        run(11);
+        assert_eq!(find(), None);
+        // libvirt's word decides
+        std::fs::write(pid_files.join("web1.pid"), "10\n").unwrap();
+        assert_eq!(find(), Some(10));
     }
 }

@@ -89,7 +89,7 @@ pub(super) fn status(status: &Status) -> String {
     fields.add(
         "memory",
         match memory.health {
-            Health::Off => "off".to_owned(),
+            Health::Off => with_detail(memory.health, memory.detail.as_deref()),
             _ => format!(
                 "{}, {} of {} watched, {} brought in, {} of that used",
                 health(memory.health),

@@ -181,6 +181,9 @@ fn template_error(error: &TemplateError) -> ApiError {
 
 /// The folder that a name or an absolute path means.
 fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
+    if template.chars().any(char::is_control) {
+        return Err(ApiError::invalid(format!("`{}` has control characters", template.escape_debug())));
+    }
     if template.starts_with('/') {
         return Ok(PathBuf::from(template));
     }
@@ -266,6 +269,10 @@ async fn start(daemon: &Shared, request: CloneStart) -> Result<CloneStarted, Api
     let hypervisor = hypervisor(daemon)?;
     let path = folder(daemon, &request.template)?;
     let turn = Turn::take(daemon, &request.name)?;
+    if hypervisor.get(&request.name).await.is_ok() {
+        let detail = format!("there is a machine {} already; give another name", request.name.escape_debug());
+        return Err(ApiError::new(ErrorCode::AlreadyExists, detail));
+    }
     let (name, verify) = (request.name.clone(), request.verify);
     let (template, definition, state) = blocking(move || {
         let template = Template::open(&path).map_err(|error| template_error(&error))?;

@@ -232,7 +232,8 @@ impl Mind {
         let (used, staged) = (counts.used - before.used, counts.staged - before.staged);
         let barred = self.barred.iter().position(|(barred, ..)| *barred == phase);
         let barred = barred.map(|at| self.barred.swap_remove(at));
-        if used * 2 < staged {
+        // One of which nothing was left to bring in has told nothing for itself.
+        if used * 2 <= staged {
             let pause_us = barred.map_or(BARRED_US, |(_, _, pause_us)| (pause_us * 2).min(BARRED_MOST_US));
             self.barred.push((phase, now_us.saturating_add(pause_us), pause_us));
         }

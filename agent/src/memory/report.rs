@@ -15,12 +15,15 @@ use std::time::Duration;
 impl Keeper {
     /// All machines together.
     pub(super) fn status(&self) -> MemoryStatus {
-        let mut status = MemoryStatus {
-            health: if self.helper_trouble.is_some() { Health::Degraded } else { Health::Ok },
-            detail: self.helper_trouble.clone(),
-            machines: self.machines.len() as u32,
-            ..MemoryStatus::default()
+        let (health, detail) = match &self.helper_trouble {
+            Some(trouble) => (Health::Degraded, Some(trouble.clone())),
+            None if self.swap == Swap::None && !self.machines.is_empty() => {
+                (Health::Off, Some(Hold::NoSwap.to_string()))
+            }
+            None => (Health::Ok, None),
         };
+        let mut status =
+            MemoryStatus { health, detail, machines: self.machines.len() as u32, ..MemoryStatus::default() };
         for machine in self.machines.values() {
             let counts = machine.mind.stage.counts();
             status.watched += u32::from(machine.watching.is_some());
@@ -37,7 +40,7 @@ impl Keeper {
         let Some(id) = self.find(vm) else {
             return VmPages {
                 health: Health::Off,
-                state: "the machine does not run".to_owned(),
+                state: "the machine does not run, or was not looked at yet".to_owned(),
                 mode,
                 ..VmPages::default()
             };
@@ -113,6 +116,10 @@ fn push_state(machine: &Machine, mode: Mode, swap: Swap, now_us: u64) -> String 
 }
 
 fn state(machine: &Machine, mode: Mode, swap: Swap) -> (Health, String) {
+    // Whatever else there is to say: nothing is missed.
+    if swap == Swap::None {
+        return (Health::Off, "this host has no swap: nothing to learn or to bring in".to_owned());
+    }
     if let Some(trouble) = &machine.trouble {
         return (Health::Degraded, trouble.clone());
     }
@@ -122,9 +129,8 @@ fn state(machine: &Machine, mode: Mode, swap: Swap) -> (Health, String) {
     if let Some(refused) = &machine.mind.refused {
         return (Health::Degraded, format!("the saved profile is not used: {refused}"));
     }
-    match (swap, mode) {
-        (Swap::None, _) => (Health::Off, "this host has no swap: nothing to learn or to bring in".to_owned()),
-        (_, Mode::Act) => (Health::Ok, "watched, and pages are brought in".to_owned()),
+    match mode {
+        Mode::Act => (Health::Ok, "watched, and pages are brought in".to_owned()),
         _ => (Health::Ok, "watched; pages are not brought in".to_owned()),
     }
 }

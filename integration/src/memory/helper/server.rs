@@ -104,12 +104,13 @@ impl Server {
         let mut buffer = vec![0; MAX_MESSAGE];
         loop {
             let (asked, ended) = self.wait().map_err(|error| format!("cannot wait: {error}"))?;
-            if asked && !self.hear(&mut buffer) {
-                return Ok(());
-            }
+            // before anything is asked: who is named anew may be another process
             for vm in ended {
                 self.machines.remove(&vm);
                 let _ = say(&self.socket, &Message::Gone { vm }, MsgFlags::empty());
+            }
+            if asked && !self.hear(&mut buffer) {
+                return Ok(());
             }
             self.faults();
             let now = Instant::now();

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
 use crate::memory::process::{Process, of_process};
 use crate::memory::{MemoryError, PAGE_BYTES, PageState};
@@ -18,6 +18,8 @@ pub(super) struct Shared {
     pub(super) end: u64,
     offset: u64,
     file: File,
+    /// mincore(2) tells the truth: to others than the owner and those who may write it says that all is in memory.
+    told: bool,
 }
 
 impl Shared {
@@ -39,11 +41,14 @@ impl Shared {
             });
             // QEMU keeps the file open; whoever does not has memory that only its page table tells of
             let Some(entry) = of_mapping else { continue };
-            let file = File::open(entry.path()).map_err(|error| failed("cannot open its shared memory", &error))?;
+            // what stands there by now may be something that an open waits for
+            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(entry.path());
+            let file = file.map_err(|error| failed("cannot open its shared memory", &error))?;
             let same =
                 file.metadata().is_ok_and(|file| (device(file.dev()), file.ino()) == (mapping.device, mapping.inode));
             if same {
-                found.push(Self { start: mapping.start, end: mapping.end, offset: mapping.offset, file });
+                let told = is_told(&file);
+                found.push(Self { start: mapping.start, end: mapping.end, offset: mapping.offset, file, told });
             }
         }
         process.check()?;
@@ -128,7 +133,9 @@ impl Shared {
             let last = hole.min(end).saturating_sub(offset).div_ceil(PAGE_BYTES);
             for page in first..last {
                 let page = page as usize;
-                states[page] = if told[page] & 1 == 1 { PageState::Cached } else { PageState::Swapped };
+                // who is not told takes it for swapped: to bring in what is there costs next to nothing
+                let cached = self.told && told[page] & 1 == 1;
+                states[page] = if cached { PageState::Cached } else { PageState::Swapped };
             }
             at = hole.max(at + PAGE_BYTES);
         }
@@ -176,6 +183,20 @@ fn device(number: u64) -> (u32, u32) {
     (libc::major(number), libc::minor(number))
 }
 
+/// Whether mincore(2) tells this process what of a file is in memory (`can_do_mincore` in mm/mincore.c).
+fn is_told(file: &File) -> bool {
+    let owned = file.metadata().is_ok_and(|file| file.uid() == nix::unistd::geteuid().as_raw());
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    owned
+        || nix::unistd::faccessat(
+            nix::fcntl::AT_FDCWD,
+            path.as_str(),
+            nix::unistd::AccessFlags::W_OK,
+            nix::fcntl::AtFlags::AT_EACCESS,
+        )
+        .is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,5 +211,17 @@ mod tests {
         for odd in ["", "1000", "x-y rw-p 0 0:0 0", "1000-2000 rw-p 0 0 0"] {
             assert_eq!(Mapping::parse(odd), None, "{odd}");
         }
+    }
+
+    #[test]
+    fn who_is_not_told_what_is_in_memory_takes_it_for_swapped() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        fs::write(path.path(), vec![1; 3 * PAGE_BYTES as usize]).unwrap();
+        let file = File::open(path.path()).unwrap();
+        assert!(is_told(&file), "its owner");
+        let shared = |told| Shared { start: 0, end: 4 * PAGE_BYTES, offset: 0, file: file.try_clone().unwrap(), told };
+        let states = |told| shared(told).incore(0, 4, 3 * PAGE_BYTES).unwrap();
+        assert_eq!(states(true), [PageState::Cached, PageState::Cached, PageState::Cached, PageState::Absent]);
+        assert_eq!(states(false), [PageState::Swapped, PageState::Swapped, PageState::Swapped, PageState::Absent]);
     }
 }

@@ -15,13 +15,15 @@ use super::manifest::{Manifest, read_sealed, write_sealed};
 use super::preload::{self, Ended, Progress};
 use super::stream::{self, RamBlock, StreamError};
 use super::working_set::WorkingSet;
-use super::{TemplateError, io};
+use super::{TemplateError, io, open_plain, read_plain};
 
 /// The file that makes a folder a template.
 pub const MANIFEST: &str = "manifest.json";
 const DEFINITION: &str = "domain.xml";
 const STATE: &str = "state";
 const WORKING_SET: &str = "working-set.json";
+/// A definition has some kilobytes.
+const LARGEST_DEFINITION: u64 = 1 << 20;
 
 /// A template that is being written. Dropped before [`finish`](Self::finish), it is gone.
 #[derive(Debug)]
@@ -200,7 +202,9 @@ impl Template {
         }
         let manifest: Manifest = read_sealed(&manifest_path, path)?;
         let xml = path.join(DEFINITION);
-        let definition = fs::read_to_string(&xml).map_err(io("read", &xml))?;
+        let definition = read_plain(&xml, LARGEST_DEFINITION)
+            .and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other))
+            .map_err(io("read", &xml))?;
         let mut template =
             Self { path: path.to_owned(), working_set: WorkingSet::default(), set_trouble: None, definition, manifest };
         template.check()?;
@@ -279,7 +283,7 @@ impl Template {
     /// `Io`.
     pub fn open_state(&self) -> Result<File, TemplateError> {
         let path = self.state();
-        File::open(&path).map_err(io("open", &path))
+        open_plain(&path).map_err(io("open", &path))
     }
 
     /// Takes what was learned of a clone for those to come.
@@ -485,6 +489,26 @@ mod tests {
                     fs::write(t.join(MANIFEST), text.replace("\"format\":1", "\"format\":2")).unwrap();
                 }),
                 "format 2",
+            ),
+            (
+                refused("link", &|t| {
+                    fs::rename(t.join(DEFINITION), t.join("elsewhere")).unwrap();
+                    std::os::unix::fs::symlink("elsewhere", t.join(DEFINITION)).unwrap();
+                }),
+                "cannot read",
+            ),
+            (
+                refused("pipe", &|t| {
+                    fs::remove_file(t.join(MANIFEST)).unwrap();
+                    nix::unistd::mkfifo(&t.join(MANIFEST), nix::sys::stat::Mode::S_IRUSR).unwrap();
+                }),
+                "no plain file",
+            ),
+            (
+                refused("endless", &|t| {
+                    OpenOptions::new().write(true).open(t.join(DEFINITION)).unwrap().set_len(1 << 40).unwrap();
+                }),
+                "more than",
             ),
             (refused("other", &|t| fs::remove_file(t.join(MANIFEST)).unwrap()), "no manifest.json"),
         ];

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{TemplateError, io};
+use super::{TemplateError, io, read_plain};
 
 /// The format of the folder and its files.
 pub const FORMAT: u32 = 1;
@@ -75,7 +75,9 @@ pub(super) fn write_sealed<T: Serialize>(path: &Path, content: T) -> Result<(), 
     let mut text = serde_json::to_vec(&Sealed { crc32c, content }).map_err(failed)?;
     text.push(b'\n');
     let aside = path.with_extension("new");
-    let written = fs::File::create(&aside)
+    // left by a crash, or somebody's link
+    let _ = fs::remove_file(&aside);
+    let written = fs::File::create_new(&aside)
         .and_then(|mut file| {
             std::io::Write::write_all(&mut file, &text)?;
             file.sync_all()
@@ -86,12 +88,8 @@ pub(super) fn write_sealed<T: Serialize>(path: &Path, content: T) -> Result<(), 
 
 /// Reads a sealed file of a template in `folder`.
 pub(super) fn read_sealed<T: Serialize + DeserializeOwned>(path: &Path, folder: &Path) -> Result<T, TemplateError> {
-    let size = fs::metadata(path).map_err(io("read", path))?.len();
     let foreign = |reason: String| TemplateError::Foreign { path: folder.to_owned(), reason };
-    if size > LARGEST_BYTES {
-        return Err(foreign(format!("{} has {size} bytes", path.display())));
-    }
-    let text = fs::read(path).map_err(io("read", path))?;
+    let text = read_plain(path, LARGEST_BYTES).map_err(io("read", path))?;
     if let Ok(Formatted { content: Format { format } }) = serde_json::from_slice(&text)
         && format != FORMAT
     {

@@ -164,7 +164,7 @@ fn record(
     let (parts, mut touches, mut lost) = (place.parts(), Touches::default(), 0);
     let began = Instant::now();
     let (mut new, mut next) = (began, began);
-    'clone: while began.elapsed() < limit && new.elapsed() < CALM && !stopped() {
+    while began.elapsed() < limit && new.elapsed() < CALM && !stopped() {
         let before = touches.first.len();
         loop {
             match helper.next_event(next.saturating_duration_since(Instant::now()))? {
@@ -177,7 +177,7 @@ fn record(
                     }
                 }
                 Some(Event::Watching { watching, .. }) => signal = watching.signal,
-                Some(Event::Gone { .. }) => break 'clone,
+                Some(Event::Gone { .. }) => return Err(ended()),
                 Some(Event::Moved { .. }) => {}
                 None => break,
             }
@@ -190,7 +190,7 @@ fn record(
         for part in &parts {
             let states = match helper.states(VM, part.clone()) {
                 Ok(states) => states,
-                Err(MemoryError::Gone { .. } | MemoryError::Unknown(_)) => break 'clone,
+                Err(MemoryError::Gone { .. } | MemoryError::Unknown(_)) => return Err(ended()),
                 Err(error) => return Err(error),
             };
             let at_us = now_us();
@@ -210,6 +210,11 @@ fn record(
     }
     let heard_pages = touches.first.values().filter(|touch| touch.heard).count() as u64;
     Ok(Recorded { set: WorkingSet::of_touches(touches.in_order()), heard_pages, lost, signal })
+}
+
+/// What it touched until then is not what the next clone needs.
+fn ended() -> MemoryError {
+    MemoryError::Os { what: "record a clone".into(), error: "it ended before it was recorded".into() }
 }
 
 /// The clock of faults: `CLOCK_MONOTONIC` in microseconds.
