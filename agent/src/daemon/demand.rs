@@ -78,9 +78,9 @@ fn shown(machine: &Machine) -> VmPolicyShown {
 
 impl Handle {
     /// What is done about a machine's swapped pages from now on.
-    fn tell_pages(&self, vm: Uuid, mode: Option<Mode>) {
+    fn tell_pages(&self, vm: Uuid, mode: Option<Mode>, floor: Option<f64>) {
         if let Some(memory) = &self.0.memory {
-            memory.mode(vm, mode);
+            memory.policy(vm, mode, floor);
         }
     }
 
@@ -173,7 +173,7 @@ impl DemandControl for Handle {
             let data = serde_json::to_string(&policy).map_err(|error| ApiError::internal(error.to_string()))?;
             let row = PolicyRow { vm: uuid.to_string(), data, changed_unix_ms: unix_ms() };
             demand.store.set_policy(row).await.map_err(|error| store_error(&error))?;
-            self.tell_pages(uuid, policy.pages);
+            self.tell_pages(uuid, policy.pages, policy.pages_floor);
             demand.state.lock().set_policy(uuid, Some(policy));
             self.policy_of(uuid, name)
         })
@@ -188,7 +188,7 @@ impl DemandControl for Handle {
                 Ok(()) | Err(StoreError::NotFound { .. }) => {}
                 Err(error) => return Err(store_error(&error)),
             }
-            self.tell_pages(uuid, None);
+            self.tell_pages(uuid, None, None);
             demand.state.lock().set_policy(uuid, None);
             Ok(())
         })

@@ -163,7 +163,9 @@ impl Daemon {
             Some(memory) => memory.status(),
             None => MemoryStatus { health: Health::Off, ..MemoryStatus::default() },
         };
-        if let Some(detail) = &memory.detail {
+        if memory.health == Health::Degraded
+            && let Some(detail) = &memory.detail
+        {
             trouble("memory", detail);
         }
         for (name, why) in self.untold.lock().iter() {

@@ -108,7 +108,7 @@ impl Demand {
     /// Tells it from now on which programs run, and what is to be done for machines.
     pub(crate) fn tell_memory(&self, memory: &MemoryHandle) {
         for (uuid, policy) in &self.state.lock().policies {
-            memory.mode(*uuid, policy.pages);
+            memory.policy(*uuid, policy.pages, policy.pages_floor);
         }
         // Once, at the start.
         let _ = self.memory.set(memory.clone());

@@ -8,7 +8,7 @@ use super::machine::{Machine, Place};
 use super::mind::Mind;
 use super::push::push_out;
 use super::stage::{Hold, LOOK_PAGES};
-use super::{MemorySettings, storage_of};
+use super::{IdleSettings, MemorySettings, storage_of};
 use crate::store::{Pending, Store};
 use prestage_integration::api::demand::Mode;
 use prestage_integration::libvirt::Uuid;
@@ -21,6 +21,8 @@ use std::time::Duration;
 const UNKNOWN_PAGES: u64 = 1 << 18;
 /// Memory is short where less than this part of the host's is to spare.
 const PLENTY: u64 = 16;
+/// Pages below a control group's limit that are left to the guest itself, and to the kernel, which charges ahead on each processor.
+const GROUP_SPARE: u64 = 1024;
 /// Programs that wait for their machine to be known, at most.
 const EARLY: usize = 256;
 /// How often swap areas are looked at, and what is configured is looked at anew.
@@ -61,6 +63,7 @@ pub(super) struct Keeper {
     pub(super) machines: BTreeMap<u32, Machine>,
     next: u32,
     modes: HashMap<Uuid, Mode>,
+    floors: HashMap<Uuid, f64>,
     /// Names of programs that are due.
     due: HashMap<Uuid, Vec<u32>>,
     /// Machines whose memory is no longer where it was said to be.
@@ -87,6 +90,7 @@ impl Keeper {
             machines: BTreeMap::new(),
             next: 0,
             modes: HashMap::new(),
+            floors: HashMap::new(),
             due: HashMap::new(),
             moved: Vec::new(),
             early: Vec::new(),
@@ -107,6 +111,14 @@ impl Keeper {
         match mode {
             Some(mode) => drop(self.modes.insert(uuid, mode)),
             None => drop(self.modes.remove(&uuid)),
+        }
+    }
+
+    /// Share of the memory that a machine uses that is never pushed out.
+    pub(super) fn set_floor(&mut self, uuid: Uuid, floor: Option<f64>) {
+        match floor {
+            Some(floor) => drop(self.floors.insert(uuid, floor)),
+            None => drop(self.floors.remove(&uuid)),
         }
     }
 
@@ -455,7 +467,7 @@ impl Keeper {
     fn tend(&mut self, id: u32, now_us: u64) {
         let Some(mode) = self.machines.get(&id).map(|machine| self.mode(machine.uuid)) else { return };
         let (settings, swap) = (self.settings, self.swap);
-        let Self { hands, host, machines, due, .. } = self;
+        let Self { hands, host, machines, due, floors, .. } = self;
         let (Some(hands), Some(machine)) = (hands, machines.get_mut(&id)) else { return };
         if machine.watching.is_none() {
             return;
@@ -512,7 +524,8 @@ impl Keeper {
         match &settings.push {
             Some(push) if act && failed.is_none() => {
                 let due = due.get(&machine.uuid).map(Vec::as_slice).unwrap_or_default();
-                failed = push_out(id, machine, due, hands.as_mut(), host.as_mut(), push, now_us).err();
+                let push = IdleSettings { floor: floors.get(&machine.uuid).copied().unwrap_or(push.floor), ..*push };
+                failed = push_out(id, machine, due, hands.as_mut(), host.as_mut(), &push, now_us).err();
             }
             Some(_) if failed.is_some() => {}
             _ => machine.idle.interrupt(),
@@ -532,7 +545,7 @@ impl Keeper {
 fn room(host: &mut dyn Host, group: &Group, settings: &MemorySettings) -> Result<u64, Hold> {
     let (free, all) = host.memory().ok_or(Hold::HostRoom)?;
     let of_host = free.saturating_sub((all as f64 * settings.reserve) as u64);
-    let of_group = host.group_room(group).unwrap_or(u64::MAX);
+    let of_group = host.group_room(group).map_or(u64::MAX, |room| room.saturating_sub(GROUP_SPARE));
     match (of_host, of_group) {
         (0, _) => Err(Hold::HostRoom),
         (_, 0) => Err(Hold::GroupRoom),

@@ -100,7 +100,7 @@ enum Message {
     Program(Uuid, i64, u64),
     ProgramEnded(i64),
     Due(Uuid, Vec<u32>),
-    Mode(Uuid, Option<Mode>),
+    Policy(Uuid, Option<Mode>, Option<f64>),
     Settings(MemorySettings),
     Report(Uuid, oneshot::Sender<VmPages>),
     Profiles(oneshot::Sender<Vec<HeldProfile>>),
@@ -179,9 +179,9 @@ impl MemoryHandle {
     pub(crate) fn due(&self, vm: Uuid, programs: &[String]) {
         self.send(Message::Due(vm, programs.iter().map(|program| mind::name(program)).collect()));
     }
-    /// What is done for a machine; `None`: what the configuration says.
-    pub(crate) fn mode(&self, vm: Uuid, mode: Option<Mode>) {
-        self.send(Message::Mode(vm, mode));
+    /// What is done for a machine, and the share of its memory that is never pushed out; `None`: what the configuration says.
+    pub(crate) fn policy(&self, vm: Uuid, mode: Option<Mode>, floor: Option<f64>) {
+        self.send(Message::Policy(vm, mode, floor));
     }
     pub(crate) fn settings(&self, settings: MemorySettings) {
         self.send(Message::Settings(settings));

@@ -87,7 +87,10 @@ fn handle(keeper: &mut Keeper, message: Message) {
             keeper.program_ended(execution, now_us);
         }
         Message::Due(vm, programs) => keeper.due(vm, programs),
-        Message::Mode(vm, mode) => keeper.set_mode(vm, mode),
+        Message::Policy(vm, mode, floor) => {
+            keeper.set_mode(vm, mode);
+            keeper.set_floor(vm, floor);
+        }
         Message::Settings(settings) => keeper.settings = settings,
         Message::Report(vm, reply) => drop(reply.send(keeper.report(vm, now_us))),
         Message::Profiles(reply) => {

@@ -23,9 +23,10 @@ use rustc_hash::FxHashMap;
 
 /// Pages of an order, at most: on zram 2 ms of work, so that what the guest does meanwhile counts soon.
 pub(super) const ORDER_PAGES: usize = 512;
-/// Pages of a set that are brought by address instead of by time, at most, while the guest is quiet: by address costs half. Whoever
-/// is about to touch them all has them in some 60 ms.
+/// Pages of a set that are brought by address instead of by time, at most: by address costs half. Whoever is about to touch them
+/// all has them in some 60 ms, or in as long as the rate allows.
 const MOST_WINDOW: usize = 1 << 14;
+const WINDOW_S: f64 = 0.06;
 /// A guest follows what is brought in when so many times more of its touches find it there than do not.
 const FOLLOWS: u64 = 4;
 /// Orders under way: the helper has the next one when it is done with one.
@@ -97,7 +98,7 @@ impl Stage {
             urgent: VecDeque::new(),
             planned: VecDeque::new(),
             arranged: 0,
-            window: ORDER_PAGES,
+            window: MOST_WINDOW,
             ahead: 0,
             behind: 0,
             asked: Vec::new(),
@@ -242,12 +243,14 @@ impl Stage {
         Some(span)
     }
 
-    /// Puts what is planned next in order of address: the longer the guest is quiet, or the further it is ahead, the more of it. Behind
+    /// Puts what is planned next in order of address: much of it while the guest is quiet or ahead, little while it follows. Behind
     /// a guest that touches faster than pages can be brought, order is of no use: it would be met at the same pages for ever.
     fn arrange(&mut self) {
         let follows = self.ahead > self.behind * FOLLOWS;
         self.window = if follows { ORDER_PAGES } else { self.window };
         (self.ahead, self.behind) = (0, 0);
+        let most = ((self.rate * WINDOW_S) as usize).clamp(ORDER_PAGES, MOST_WINDOW);
+        self.window = self.window.min(most);
         let mut next = Vec::with_capacity(self.window);
         while next.len() < self.window {
             let Some(span) = self.planned.pop_front() else { break };
@@ -485,6 +488,7 @@ impl Stage {
     /// A set begins: what was weighed before is of something else.
     pub(super) fn begin(&mut self) {
         (self.inside, self.beside) = (0.0, 0.0);
+        (self.window, self.ahead, self.behind) = (MOST_WINDOW, 0, 0);
     }
 
     /// What is planned is not wanted any more: its program has ended.

@@ -53,6 +53,8 @@ fn what_cannot_be_a_policy_is_refused_before_the_daemon_is_asked() {
     fails(&daemon.socket, &["vm", "policy", "web1", "--priority", "101"], 2, "101");
     fails(&daemon.socket, &["vm", "policy", "web1", "--memory", "min=2GiB,max=1GiB"], 2, "`memory.min`");
     fails(&daemon.socket, &["vm", "policy", "web1", "--margin", "2"], 2, "`margin` is 0 to 1");
+    fails(&daemon.socket, &["vm", "policy", "web1", "--pages-floor", "2"], 2, "`pages_floor` is 0 to 1");
+    fails(&daemon.socket, &["vm", "policy", "web1", "--pages-floor", "half"], 2, "neither `default` nor a share");
     assert!(daemon.control.asked.lock().is_empty());
 }
 

@@ -113,6 +113,10 @@ pub struct VmPolicy {
     /// daemon's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pages: Option<Mode>,
+    /// Share of the memory it uses that stays in memory however idle, 0 to 1. Absent: as `memory.push_floor` in the daemon's
+    /// configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages_floor: Option<f64>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub resources: BTreeMap<Resource, ResourcePolicy>,
 }
@@ -137,6 +141,7 @@ impl Default for VmPolicy {
             weight: weight(),
             margin: margin(),
             pages: None,
+            pages_floor: None,
             resources: BTreeMap::new(),
         }
     }
@@ -160,6 +165,9 @@ impl VmPolicy {
         }
         if !(0.0..=1.0).contains(&self.margin) {
             return Err(format!("`margin` is 0 to 1, not {}", self.margin));
+        }
+        if let Some(floor) = self.pages_floor.filter(|floor| !(0.0..=1.0).contains(floor)) {
+            return Err(format!("`pages_floor` is 0 to 1, not {floor}"));
         }
         for (resource, of) in &self.resources {
             let resource = resource.name();

@@ -80,6 +80,18 @@ pub enum PagesArg {
     Default,
 }
 
+/// A share, or the daemon's.
+#[derive(Debug, Clone, Copy)]
+struct Floor(Option<f64>);
+
+fn floor(text: &str) -> Result<Floor, String> {
+    if text == "default" {
+        return Ok(Floor(None));
+    }
+    let share = text.parse().map_err(|_| format!("`{text}` is neither `default` nor a share such as 0.5"))?;
+    Ok(Floor(Some(share)))
+}
+
 impl From<PagesArg> for Option<Mode> {
     fn from(pages: PagesArg) -> Self {
         match pages {
@@ -139,6 +151,9 @@ pub struct PolicyArgs {
     /// What is done about swapped pages of its memory: act brings them in; default: as the daemon is configured
     #[arg(long, value_enum, value_name = "MODE")]
     pages: Option<PagesArg>,
+    /// Share of the memory it uses that is never pushed out, 0 to 1; default: as the daemon is configured
+    #[arg(long, value_name = "SHARE", value_parser = floor)]
+    pages_floor: Option<Floor>,
     /// Bounds of vCPUs
     #[arg(long, value_name = "BOUNDS", value_parser = bounds_of_numbers)]
     cpu: Option<Bounds>,
@@ -232,6 +247,7 @@ impl PolicyArgs {
             && self.weight.is_none()
             && self.margin.is_none()
             && self.pages.is_none()
+            && self.pages_floor.is_none()
             && self.changes().iter().all(|(_, bounds)| bounds.is_none())
     }
 }
@@ -249,6 +265,7 @@ pub(super) async fn policy(args: PolicyArgs, client: &Client, json: bool, out: &
         policy.weight = args.weight.unwrap_or(policy.weight);
         policy.margin = args.margin.unwrap_or(policy.margin);
         policy.pages = args.pages.map_or(policy.pages, Option::from);
+        policy.pages_floor = args.pages_floor.map_or(policy.pages_floor, |Floor(share)| share);
         for (resource, bounds) in args.changes() {
             if let Some(bounds) = bounds {
                 bounds.apply(policy, resource);

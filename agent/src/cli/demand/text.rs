@@ -30,6 +30,9 @@ pub(super) fn policy(shown: &VmPolicyShown) -> String {
     fields.add("priority", format!("{}, weight {}", policy.priority, policy.weight));
     fields.add("margin", format!("{:.0} % above what is used", 100.0 * policy.margin));
     fields.add("swapped pages", policy.pages.map_or("as the daemon is configured", Mode::name));
+    if let Some(floor) = policy.pages_floor {
+        fields.add("pages floor", format!("{:.0} % of the memory it uses is never pushed out", 100.0 * floor));
+    }
     for (resource, of) in &policy.resources {
         let bound = |name: &str, bound: Option<f64>| bound.map(|bound| format!("{name} {}", amount(*resource, bound)));
         let parts = [

@@ -27,7 +27,7 @@ impl fmt::Display for Hold {
             Self::Young => "it is watched for a minute first",
             Self::NoSwap => "this host has no swap",
             Self::SwapFull => "a tenth of swap, or less, is free",
-            Self::Floor => "what is in memory is the machine's floor (memory.push_floor)",
+            Self::Floor => "what is in memory is the machine's floor (vm policy --pages-floor, memory.push_floor)",
             Self::Pressure => "tasks wait for memory (memory.push_pressure)",
             Self::Refaults => "too much of it came back",
             Self::Kept => {

@@ -76,7 +76,7 @@ pub struct VmPages {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct MemoryStatus {
     pub health: Health,
-    /// Why it is degraded.
+    /// Why it is degraded, or off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// Machines that are watched, of those that run.
