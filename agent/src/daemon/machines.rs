@@ -11,6 +11,7 @@ use prestage_integration::libvirt::{
     self, AttachOptions, Hypervisor, HypervisorError, HypervisorEvent, PlanError, VmEventKind,
 };
 use std::path::Path;
+use std::time::{Duration, Instant};
 use tokio::sync::broadcast::error::RecvError;
 
 pub(super) fn hypervisor(daemon: &Shared) -> Result<Hypervisor, ApiError> {
@@ -193,8 +194,12 @@ fn remember(daemon: &Shared, vms: &[libvirt::Vm]) {
     names.extend(vms.iter().map(|vm| (vm.id.uuid.to_string(), vm.id.name.clone())));
 }
 
+/// What a killed daemon has left under way in libvirt is done by then.
+const AFTERMATH: Duration = Duration::from_secs(300);
+
 /// Follows libvirt's events for as long as the daemon runs.
 pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
+    let begun = Instant::now();
     let mut events = hypervisor.events();
     // The connection may have been made before this began to listen.
     if let Ok(vms) = hypervisor.list().await {
@@ -212,8 +217,8 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
                     super::run::open_missing(&daemon).await;
                     release(&daemon, &hypervisor).await;
                 }
-                // libvirt finishes what a killed daemon has asked it for, and may do so after the next is there.
-                if matches!(event.kind, VmEventKind::Started) {
+                // libvirt finishes what a killed daemon has asked it for, and may do so a while after the next is there.
+                if matches!(event.kind, VmEventKind::Started) && begun.elapsed() < AFTERMATH {
                     super::templates::recover(&daemon, &hypervisor).await;
                 }
             }

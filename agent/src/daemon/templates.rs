@@ -173,6 +173,7 @@ fn template_error(error: &TemplateError) -> ApiError {
     let code = match error {
         TemplateError::Missing { .. } => ErrorCode::NotFound,
         TemplateError::Exists { .. } => ErrorCode::AlreadyExists,
+        TemplateError::Busy { .. } => ErrorCode::InUse,
         TemplateError::Io { .. } => ErrorCode::Unavailable,
         _ => ErrorCode::NotPossible,
     };
@@ -185,7 +186,12 @@ fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
         return Err(ApiError::invalid(format!("`{}` has control characters", template.escape_debug())));
     }
     if template.starts_with('/') {
-        return Ok(PathBuf::from(template));
+        let path = PathBuf::from(template);
+        // Drafts have such names, and are removed after a crash.
+        if path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b".")) {
+            return Err(ApiError::invalid(format!("the name of the folder `{template}` must not begin with a dot")));
+        }
+        return Ok(path);
     }
     if validate_name(template).is_err() {
         return Err(ApiError::invalid(format!(

@@ -211,6 +211,8 @@ impl Keeper {
 
     /// A machine has stopped.
     pub(super) fn stopped(&mut self, uuid: Uuid) {
+        // Told anew when it runs again.
+        self.due.remove(&uuid);
         let Some(id) = self.find(uuid) else { return };
         if let Some(mut machine) = self.machines.remove(&id) {
             machine.mind.stop(u64::MAX);
@@ -477,7 +479,7 @@ impl Keeper {
         machine.mind.think(act, now_us);
         let stage = &mut machine.mind.stage;
         stage.set_rate(if swap == Swap::Disk { settings.disk_rate } else { settings.zram_rate });
-        if stage.is_waiting() && now_us.saturating_sub(machine.room_us) >= ROOM_US {
+        if (stage.is_waiting() || stage.hold().is_some()) && now_us.saturating_sub(machine.room_us) >= ROOM_US {
             machine.room_us = now_us;
             stage.allow(if act { room(host.as_mut(), &machine.group, &settings) } else { Err(Hold::Off) });
         }

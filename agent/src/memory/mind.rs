@@ -232,8 +232,9 @@ impl Mind {
         let (used, staged) = (counts.used - before.used, counts.staged - before.staged);
         let barred = self.barred.iter().position(|(barred, ..)| *barred == phase);
         let barred = barred.map(|at| self.barred.swap_remove(at));
-        // One of which nothing was left to bring in has told nothing for itself.
-        if used * 2 <= staged {
+        // Where nothing could be brought in nothing is known of it.
+        if used * 2 <= staged && self.stage.hold().is_none() {
+            let barred = barred.filter(|_| staged > 0);
             let pause_us = barred.map_or(BARRED_US, |(_, _, pause_us)| (pause_us * 2).min(BARRED_MOST_US));
             self.barred.push((phase, now_us.saturating_add(pause_us), pause_us));
         }

@@ -103,9 +103,12 @@ fn take(
     false
 }
 
+/// Why no machine is watched then.
+pub(super) const NO_SWAP: &str = "this host has no swap: nothing to learn or to bring in";
+
 async fn find(hypervisor: &Hypervisor, processes: &mut Processes, vm: Uuid, name: &str) -> Result<Place, String> {
     if swap::areas().is_empty() {
-        return Err("this host has no swap: nothing to learn or to bring in".to_owned());
+        return Err(NO_SWAP.to_owned());
     }
     let Some(pid) = processes.pid(vm, name, Instant::now()) else {
         return Err("its QEMU process is not found".to_owned());

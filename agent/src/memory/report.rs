@@ -4,6 +4,7 @@ use super::host::Swap;
 use super::idle::Hold;
 use super::keeper::Keeper;
 use super::machine::Machine;
+use super::places::NO_SWAP;
 use crate::config::units::human_duration;
 use prestage_integration::api::demand::Mode;
 use prestage_integration::api::types::{Health, MemoryStatus, PagesSet, PassedOver, VmPages};
@@ -99,9 +100,10 @@ impl Keeper {
 }
 
 fn push_state(machine: &Machine, mode: Mode, swap: Swap, now_us: u64) -> String {
-    let why = match (swap, mode, &machine.watching) {
+    let without_swap = swap == Swap::None || machine.trouble.as_deref() == Some(NO_SWAP);
+    let why = match (without_swap, mode, &machine.watching) {
+        (true, ..) => Hold::NoSwap.to_string(),
         (_, _, None) => "it is not watched".to_owned(),
-        (Swap::None, ..) => Hold::NoSwap.to_string(),
         (_, Mode::Act, _) => match machine.idle.hold(now_us) {
             None => return "in small steps".to_owned(),
             Some((hold, None)) => hold.to_string(),
@@ -117,8 +119,8 @@ fn push_state(machine: &Machine, mode: Mode, swap: Swap, now_us: u64) -> String 
 
 fn state(machine: &Machine, mode: Mode, swap: Swap) -> (Health, String) {
     // Whatever else there is to say: nothing is missed.
-    if swap == Swap::None {
-        return (Health::Off, "this host has no swap: nothing to learn or to bring in".to_owned());
+    if swap == Swap::None || machine.trouble.as_deref() == Some(NO_SWAP) {
+        return (Health::Off, NO_SWAP.to_owned());
     }
     if let Some(trouble) = &machine.trouble {
         return (Health::Degraded, trouble.clone());

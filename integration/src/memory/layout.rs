@@ -9,6 +9,9 @@ use std::collections::HashMap;
 /// What to ask: two commands of the human monitor; there is no QMP for either (QEMU 10).
 pub const COMMANDS: [&str; 2] = ["info mtree -f", "info ramblock"];
 
+/// Pages of a guest, at most: 16 TiB.
+const MOST_PAGES: u64 = 1 << 32;
+
 /// The guest's memory, ascending by frame.
 ///
 /// # Errors
@@ -26,10 +29,8 @@ pub fn regions(mtree: &str, ramblock: &str) -> Result<Vec<Region>, MemoryError> 
             continue;
         };
         let whole = (seen.first | seen.offset | block.host) % PAGE_BYTES == 0;
-        let Some(host) = block.host.checked_add(seen.offset).filter(|_| whole && pages > 0 && end <= block.bytes)
-        else {
-            continue;
-        };
+        let host = block.host.checked_add(seen.offset).filter(|host| host.checked_add(seen.bytes).is_some());
+        let Some(host) = host.filter(|_| whole && pages > 0 && end <= block.bytes) else { continue };
         let region = Region { frame: seen.first / PAGE_BYTES, pages, host };
         match regions.last_mut() {
             Some(last)
@@ -39,6 +40,11 @@ pub fn regions(mtree: &str, ramblock: &str) -> Result<Vec<Region>, MemoryError> 
             }
             _ => regions.push(region),
         }
+    }
+    // QEMU says it, and may be in its guest's hands
+    let pages = regions.iter().try_fold(0_u64, |sum, region| sum.checked_add(region.pages));
+    if pages.is_none_or(|pages| pages > MOST_PAGES) {
+        return Err(MemoryError::Layout("the guest is said to have more than 16 TiB of memory".into()));
     }
     if regions.is_empty() {
         return Err(MemoryError::Layout("`info mtree -f` and `info ramblock` name no memory of the guest".into()));

@@ -272,9 +272,12 @@ impl Idle {
     /// Whether all of the machine's memory is to be counted before the step that is due; see [`Idle::counted`].
     pub(super) fn wants_count(&mut self, settings: &IdleSettings, now_us: u64) -> bool {
         self.every_us = settings.every_us;
+        if !self.is_due(now_us) {
+            return false;
+        }
         let pages: u64 = self.chunks.iter().map(|chunk| u64::from(chunk.span.pages)).sum();
         let pace_us = (pages as f64 * COUNT_US_A_PAGE / COUNT_SHARE) as u64;
-        self.is_due(now_us) && self.counted_us.is_none_or(|at_us| now_us.saturating_sub(at_us) >= pace_us)
+        self.counted_us.is_none_or(|at_us| now_us.saturating_sub(at_us) >= pace_us)
     }
 
     pub(super) fn counted(&mut self, residency: Residency, now_us: u64) {
@@ -315,6 +318,17 @@ impl Idle {
         Some(spans)
     }
 
+    /// Chunks that stayed out and cannot go on now: they are asked again with the next step.
+    fn again(&mut self, out: Vec<usize>, now_us: u64) {
+        for at in out.into_iter().rev() {
+            match self.chunks.get(at).map(|chunk| chunk.stage) {
+                Some(Stage::Trial) => self.trials.push_front((now_us, at)),
+                Some(Stage::Cold) => self.cold.push_front((now_us, at)),
+                _ => {}
+            }
+        }
+    }
+
     /// What could be tried, those first of which nothing has come in for longest; of a part of all chunks that moves on.
     fn oldest(&mut self, now_us: u64) -> Vec<usize> {
         const PART: usize = 1 << 12;
@@ -341,7 +355,7 @@ impl Idle {
         let (out, candidates) = self.witnesses(&looked, states, now_us);
         if now_us < self.stopped_us {
             // too many witnesses were back
-            return;
+            return self.again(out, now_us);
         }
         let present = self.residency.present + self.residency.cached;
         let floor = (present + self.residency.swapped) as f64 * settings.floor;
@@ -351,7 +365,6 @@ impl Idle {
             Some(pressure) => STEP * (1.0 - pressure / settings.pressure.max(1e-6)).clamp(0.0, 1.0),
         };
         let (free, all) = limits.swap;
-        let wait = |at| (now_us, at);
         self.hold = match () {
             () if all == 0 => Some(Hold::NoSwap),
             () if (free as f64) < all as f64 * SWAP_LEFT => Some(Hold::SwapFull),
@@ -360,9 +373,7 @@ impl Idle {
             () => None,
         };
         if self.hold.is_some() {
-            // They are asked again with the next step.
-            out.into_iter().rev().for_each(|at| self.cold.push_front(wait(at)));
-            return;
+            return self.again(out, now_us);
         }
         let most = present as f64 * share;
         self.credit = (self.credit + most).min((2.0 * most).max(2.0 * CHUNK as f64)).min(above as f64);
@@ -386,7 +397,7 @@ impl Idle {
                     (chunk.at_us, chunk.out, chunk.pushed) = (now_us, true, true);
                     whole.push(chunk.span);
                 }
-                Stage::Cold => self.cold.push_back(wait(at)),
+                Stage::Cold => self.cold.push_back((now_us, at)),
                 Stage::Rest => {}
             }
         }

@@ -268,3 +268,19 @@ fn what_the_kernel_keeps_or_refuses_is_told_and_not_counted_as_pushed() {
     assert!(guest.hold().contains("CAP_SYS_NICE"), "{}", guest.hold());
     assert!(guest.idle.next().is_none() && guest.idle.look(guest.now_us + 7 * SECOND_US).is_none(), "it rests");
 }
+
+#[test]
+fn what_is_being_tried_while_it_holds_is_not_lost() {
+    let mut guest = Guest::new(|_| false);
+    for _ in 0..40 {
+        // trials begin, and are due while tasks wait for memory
+        guest.pressure = Some(0.0);
+        guest.run(30);
+        guest.pressure = Some(SETTINGS.pressure);
+        guest.run(200);
+    }
+    guest.pressure = Some(0.0);
+    guest.run(4000);
+    let floor = (PAGES as f64 * SETTINGS.floor) as u64;
+    assert!((floor..floor + PAGES / 50).contains(&guest.present()), "{} of {PAGES}: {}", guest.present(), guest.hold());
+}

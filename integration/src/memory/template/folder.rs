@@ -10,6 +10,8 @@ use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
+
 use super::drafts;
 use super::manifest::{Manifest, read_sealed, write_sealed};
 use super::preload::{self, Ended, Progress};
@@ -34,7 +36,14 @@ pub struct Draft {
     group: Option<u32>,
     /// By what it is on record.
     note: Option<PathBuf>,
+    /// The folder, locked: nobody else's draft of this name takes its place.
+    _lock: Flock<File>,
     finished: bool,
+}
+
+fn lock(folder: &Path) -> std::io::Result<Flock<File>> {
+    let file = File::open(folder)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error.into())
 }
 
 impl Draft {
@@ -56,12 +65,20 @@ impl Draft {
             tracing::warn!(folder = %aside.display(), %error, "a draft is not on record: a crash would leave it behind");
             None
         });
-        let draft = Self { target: target.to_owned(), aside, group, note, finished: false };
-        match fs::remove_dir_all(&draft.aside) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &draft.aside)(e)),
+        // One that a crash has left is nobody's.
+        let left = lock(&aside);
+        if let Err(error) = &left
+            && error.kind() == std::io::ErrorKind::WouldBlock
+        {
+            return Err(TemplateError::Busy { path: target.to_owned() });
+        }
+        match fs::remove_dir_all(&aside) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &aside)(e)),
             _ => {}
         }
-        fs::DirBuilder::new().mode(0o710).create(&draft.aside).map_err(io("make", &draft.aside))?;
+        fs::DirBuilder::new().mode(0o710).create(&aside).map_err(io("make", &aside))?;
+        let lock = lock(&aside).map_err(io("lock", &aside))?;
+        let draft = Self { target: target.to_owned(), aside, group, note, _lock: lock, finished: false };
         if group.is_some() {
             chown(&draft.aside, None, group).map_err(io("give QEMU's group", &draft.aside))?;
         }
@@ -404,8 +421,17 @@ mod tests {
         drop(Draft::begin(&target, None, &register).unwrap());
         assert_eq!(fs::read_dir(&register).unwrap().count(), 0);
         fs::remove_dir(&register).unwrap();
+        // nobody takes the place of one that is being written
+        let mut draft = Draft::begin(&target, None, parent(&target)).unwrap();
+        let other = Draft::begin(&target, None, parent(&target));
+        assert!(matches!(other, Err(TemplateError::Busy { .. })), "{other:?}");
         // killed in the middle: the next one clears it away
-        std::mem::forget(Draft::begin(&target, None, parent(&target)).unwrap());
+        draft.finished = true;
+        drop(draft);
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().filter(|entry| entry.as_ref().unwrap().path().is_dir()).count(),
+            1
+        );
         made(&target);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }

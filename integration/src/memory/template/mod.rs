@@ -48,6 +48,8 @@ pub enum TemplateError {
     Missing { path: PathBuf },
     #[error("{} exists already; give another name, or remove it", path.display())]
     Exists { path: PathBuf },
+    #[error("{} is being saved already; wait for its end, or give another name", path.display())]
+    Busy { path: PathBuf },
     #[error("{} is not a template of this project: {reason}", path.display())]
     Foreign { path: PathBuf, reason: String },
     #[error("template {} has format {found}, this version reads {FORMAT}: save it anew", path.display())]
