@@ -16,7 +16,7 @@ use prestage_integration::memory::template::preload::{Ended, Progress};
 use prestage_integration::memory::template::record::{self, Recording, Starter};
 use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError, drafts};
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -182,24 +182,26 @@ fn template_error(error: &TemplateError) -> ApiError {
 
 /// The folder that a name or an absolute path means.
 fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
+    // An absolute path stays what it is.
+    checked(template).map(|template| usual(daemon).join(template))
+}
+
+/// A name, or an absolute path, that a template may have.
+fn checked(template: &str) -> Result<&Path, ApiError> {
+    let shown = template.escape_debug();
     if template.chars().any(char::is_control) {
-        return Err(ApiError::invalid(format!("`{}` has control characters", template.escape_debug())));
+        return Err(ApiError::invalid(format!("`{shown}` has control characters")));
     }
-    if template.starts_with('/') {
-        let path = PathBuf::from(template);
-        // Drafts have such names, and are removed after a crash.
-        if path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b".")) {
-            return Err(ApiError::invalid(format!("the name of the folder `{template}` must not begin with a dot")));
-        }
-        return Ok(path);
+    let path = Path::new(template);
+    if !template.starts_with('/') {
+        let why = "is neither an absolute path nor a name of 1 to 64 letters, digits, `.`, `_` or `-`";
+        return validate_name(template).map(|()| path).map_err(|_| ApiError::invalid(format!("`{shown}` {why}")));
     }
-    if validate_name(template).is_err() {
-        return Err(ApiError::invalid(format!(
-            "`{}` is neither an absolute path nor a name of 1 to 64 letters, digits, `.`, `_` or `-`",
-            template.escape_debug()
-        )));
+    // Drafts have such names, and are removed after a crash.
+    if path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b".")) {
+        return Err(ApiError::invalid(format!("the name of the folder `{shown}` must not begin with a dot")));
     }
-    Ok(usual(daemon).join(template))
+    Ok(path)
 }
 
 /// The folder that templates are in which are named without a folder.
@@ -412,4 +414,20 @@ fn learn(template: &mut Template, recording: Recording, reading: &Reading) -> Re
     let path = template.path().display().to_string();
     tracing::info!(template = path, pages, heard, lost, signal = %recorded.signal, "first touches recorded");
     template.learn(recorded.set).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_has_a_plain_name_or_a_path_that_is_no_drafts() {
+        for good in ["web", "web-2.old", "/srv/t/web"] {
+            assert_eq!(checked(good).unwrap(), Path::new(good));
+        }
+        for odd in ["", "../web", "a/b", ".web.draft", "/", "/srv/.web.draft", "/srv/..", "/srv/a\nINFO forged", "a\0b"]
+        {
+            assert!(checked(odd).is_err(), "{odd:?}");
+        }
+    }
 }
