@@ -379,6 +379,9 @@ fn a_webhook_whose_secret_cannot_be_used_is_told_by_check_and_status_until_it_is
     wrong("is no secret");
     std::fs::write(&secret, "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo=\n").unwrap();
     assert_eq!(check(), (Some(0), String::new()));
+    host.config(&format!("{webhook}[memory]\nhelper = \"/nonexistent/helper\"\n"));
+    wrong("/nonexistent/helper is no program");
+    host.config(&webhook);
     mode(0o644);
     wrong("chmod 600");
 

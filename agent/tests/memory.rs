@@ -45,6 +45,12 @@ fn stand_in() {
                 let sum: u64 = words.map(|page| u64::from(map[4096 * page.parse::<usize>().unwrap()])).sum();
                 println!("> {sum}");
             }
+            // in a thread of its own, which has ended then
+            "thread" => {
+                let map = map.as_ref().unwrap();
+                let touch = || words.map(|page| u64::from(map[4096 * page.parse::<usize>().unwrap()])).sum::<u64>();
+                println!("> {}", std::thread::scope(|scope| scope.spawn(touch).join().unwrap()));
+            }
             // as a hypervisor that has its machine open
             "hold" => {
                 let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
@@ -155,8 +161,12 @@ impl StandIn {
     }
 
     fn touch(&mut self, pages: &[usize]) {
+        self.touch_by("touch", pages);
+    }
+
+    fn touch_by(&mut self, order: &str, pages: &[usize]) {
         let pages: Vec<String> = pages.iter().map(usize::to_string).collect();
-        self.tell(&format!("touch {}", pages.join(" ")));
+        self.tell(&format!("{order} {}", pages.join(" ")));
     }
 
     fn id(&self) -> ProcessId {
@@ -264,6 +274,35 @@ fn major_faults_are_told_in_order_with_their_frames() {
 }
 
 /// A helper that finds the kernel's tracepoints where systemd mounts them, also on a host that has not.
+#[test]
+fn a_signal_is_not_given_up_for_faults_of_threads_that_come_and_go() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = cold_file(folder.path());
+    let (mut helper, mut guest) = (helper(), StandIn::start());
+    let host = guest.tell(&format!("map {}", path.display()));
+    let watching = helper.watch(7, guest.id(), regions(host)).unwrap();
+    if watching.signal != Signal::PerfMajor {
+        println!("SKIPPED: faults that perf does not hear: {}", watching.signal);
+        return;
+    }
+    helper.listen(7, 1).unwrap();
+    let pages = shuffled(1000);
+    // as QEMU's thread does that reads a machine's memory to save it
+    guest.touch_by("thread", &pages[..500]);
+    // the signal is judged once a second
+    let until = std::time::Instant::now() + Duration::from_secs(3);
+    while std::time::Instant::now() < until {
+        match helper.next_event(Duration::from_millis(100)).unwrap() {
+            // it may have been noticed while it ran
+            None | Some(Event::Faults { .. }) => {}
+            Some(event) => panic!("{event:?}"),
+        }
+    }
+    guest.touch(&pages[500..]);
+    let expected: Vec<u64> = pages[500..].iter().map(|page| frame(*page)).collect();
+    assert_eq!(hear(&mut helper, 7, expected.len()), (expected, 0));
+}
+
 fn helper_with_tracepoints(folder: &Path) -> Helper {
     use std::os::unix::fs::PermissionsExt;
     let script = folder.join("prestage-memory");

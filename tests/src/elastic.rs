@@ -17,6 +17,7 @@ use crate::libvirt::Libvirt;
 use crate::paths::Scratch;
 use crate::report::{Line, State};
 use crate::rig::alone;
+use crate::toucher;
 
 /// What the guest starts with, and has without balloon and devices.
 pub const MEMORY_MIB: u64 = 512;
@@ -29,11 +30,22 @@ pub fn tap() -> String {
     format!("prestage{}", std::process::id())
 }
 
+/// The first process of a guest that touches memory: what comes from a memory device can leave again.
+const TOUCHING: &str = r#"#!/bin/busybox sh
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+while read -r module; do insmod "/modules/$module"; done </modules/order
+echo online_movable >/sys/devices/system/memory/auto_online_blocks
+exec /program
+"#;
+
 /// What such a guest stands on.
 #[derive(Debug)]
 pub struct ElasticRig {
     pub libvirt: Arc<Libvirt>,
     image: Image,
+    initrd: PathBuf,
     accelerator: Accelerator,
     /// Empty; the guest has no driver for it.
     disk: PathBuf,
@@ -43,13 +55,32 @@ pub struct ElasticRig {
 
 impl ElasticRig {
     pub fn new() -> Result<Self> {
+        Self::with(|image, _| Ok(image.initrd_demand.clone()))
+    }
+
+    /// One whose guest, once it has its drivers, runs the program of [`toucher`] in place of `scripts/guest/demand`.
+    pub fn touching() -> Result<Self> {
+        Self::with(|image, scratch| {
+            let folder = scratch.join("program");
+            std::fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+            let program = toucher::build(&folder)?;
+            let program = std::fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
+            let initrd = scratch.join("initrd");
+            std::fs::write(&initrd, image.initrd_with(&[("init", TOUCHING.as_bytes()), ("program", &program)])?)
+                .with_context(|| format!("cannot write {}", initrd.display()))?;
+            Ok(initrd)
+        })
+    }
+
+    fn with(initrd: impl FnOnce(&Image, &Scratch) -> Result<PathBuf>) -> Result<Self> {
         let alone = alone()?;
         let image = Image::build_or_find()?;
         let accelerator = Accelerator::find(&image)?;
         let (scratch, libvirt) = (Scratch::new()?, Arc::new(Libvirt::start()?));
+        let initrd = initrd(&image, &scratch)?;
         let disk = scratch.join("empty.raw");
         std::fs::write(&disk, vec![0; 1 << 20]).with_context(|| format!("cannot write {}", disk.display()))?;
-        Ok(Self { libvirt, image, accelerator, disk, scratch, _alone: alone })
+        Ok(Self { libvirt, image, initrd, accelerator, disk, scratch, _alone: alone })
     }
 
     /// A domain; `words` are for its kernel's command line. The balloon has no autodeflate: what takes too much, kills.
@@ -95,7 +126,7 @@ impl ElasticRig {
             name = escape(name),
             most = MEMORY_MIB + DEVICE_MIB,
             kernel = escape(&self.image.kernel.display().to_string()),
-            initrd = escape(&self.image.initrd_demand.display().to_string()),
+            initrd = escape(&self.initrd.display().to_string()),
             tap = tap(),
             words = escape(&words.join(" ")),
             disk = escape(&self.disk.display().to_string()),

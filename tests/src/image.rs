@@ -56,10 +56,36 @@ impl Image {
         })
     }
 
+    /// The initramfs of the guest without a disk, with these files put in place of its own or beside them: an archive appended
+    /// to it (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+    pub fn initrd_with(&self, files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+        let initrd = &self.initrd_demand;
+        let mut bytes = std::fs::read(initrd).with_context(|| format!("cannot read {}", initrd.display()))?;
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        for (name, contents) in files {
+            archive(&mut bytes, name, 0o100_755, contents);
+        }
+        archive(&mut bytes, "TRAILER!!!", 0, &[]);
+        Ok(bytes)
+    }
+
     /// Copies the disk to `target`, sharing extents where the file system can and keeping holes.
     pub fn copy_disk(&self, target: &Path) -> Result<()> {
         let mut copy = Command::new("cp");
         copy.args(["--reflink=auto", "--sparse=always"]).arg(&self.disk).arg(target);
         crate::process::run(&mut copy).map(drop)
     }
+}
+
+/// One file of a `newc` archive (cpio(5)).
+fn archive(bytes: &mut Vec<u8>, name: &str, mode: usize, contents: &[u8]) {
+    bytes.extend(b"070701");
+    for field in [0, mode, 0, 0, 1, 0, contents.len(), 0, 0, 0, 0, name.len() + 1, 0] {
+        bytes.extend(format!("{field:08x}").bytes());
+    }
+    bytes.extend(name.bytes());
+    bytes.push(0);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes.extend(contents);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
 }

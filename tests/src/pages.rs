@@ -103,6 +103,13 @@ pub fn thread_cpu() -> Result<Duration> {
 impl Memory {
     /// The guest memory of QEMU process `pid`: its smallest mapping of at least `bytes` bytes.
     pub fn of(pid: i32, bytes: u64) -> Result<Self> {
+        let all = Self::all_of(pid, bytes)?;
+        let smallest = all.into_iter().min_by_key(|memory| memory.range.end - memory.range.start);
+        smallest.with_context(|| format!("process {pid} maps no {bytes} bytes"))
+    }
+
+    /// All mappings of process `pid` of at least `bytes` bytes.
+    pub fn all_of(pid: i32, bytes: u64) -> Result<Vec<Self>> {
         // SAFETY: takes two integers and no pointer
         let number = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         let fd = Errno::result(number).with_context(|| format!("pidfd_open of process {pid}"))?;
@@ -110,8 +117,12 @@ impl Memory {
         // SAFETY: the descriptor is new and nobody else's
         let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).with_context(|| format!("process {pid}"))?;
-        let range = smallest(&maps, bytes).with_context(|| format!("process {pid} maps no {bytes} bytes"))?;
-        Ok(Self { pid: Pid::from_raw(pid), pidfd, range })
+        let mut all = Vec::new();
+        for range in maps.lines().filter_map(mapping).filter(|range| range.end - range.start >= bytes) {
+            let pidfd = pidfd.try_clone().context("pidfd")?;
+            all.push(Self { pid: Pid::from_raw(pid), pidfd, range });
+        }
+        Ok(all)
     }
 
     /// Where it begins in the process.
@@ -238,11 +249,6 @@ fn mapping(line: &str) -> Option<Range<u64>> {
     Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
 }
 
-fn smallest(maps: &str, bytes: u64) -> Option<Range<u64>> {
-    let large = maps.lines().filter_map(mapping).filter(|range| range.end - range.start >= bytes);
-    large.min_by_key(|range| range.end - range.start)
-}
-
 /// Figures of the mapping in `smaps` that begins at `start`.
 fn residency(smaps: &str, start: u64) -> Option<Residency> {
     let at = smaps.find(&format!("{start:x}-"))?;
@@ -259,14 +265,6 @@ mod tests {
         let stat = "7 (CPU 0/TCG) x) S 1 7 7 0 -1 4194304 100 200 30 40 5 6 0 0 20 0 1 0 9";
         assert_eq!(faults(stat), Some((100, 30)));
         assert_eq!(faults("7 (x) S 1"), None);
-    }
-
-    #[test]
-    fn guest_memory_is_the_smallest_mapping_that_can_hold_it() {
-        let maps =
-            "1000-40001000 rw-p 0 00:00 0 \n50000000-60000000 rw-p 0 00:00 0 \n70000000-70001000 r--p 0 00:00 0 [x]\n";
-        assert_eq!(smallest(maps, 0x1000_0000), Some(0x5000_0000..0x6000_0000));
-        assert_eq!(smallest(maps, 1 << 40), None);
     }
 
     #[test]

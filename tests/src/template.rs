@@ -1,8 +1,8 @@
 //! A guest to save as a template: it holds data in its memory, reads a part of it on demand and answers. Without a disk, with a
 //! console that every clone has one of.
 //!
-//! Its first process replaces that of the guest whose resources change, by an archive appended to its initramfs (Linux
-//! Documentation/driver-api/early-userspace/buffer-format.rst). It says and obeys, a line at a time:
+//! Its first process replaces that of the guest whose resources change, by an archive appended to its initramfs.
+//! It says and obeys, a line at a time:
 //!
 //! ```text
 //! PRESTAGE ready SUM      all is in memory; the MD5 of the set
@@ -86,25 +86,6 @@ pub struct TemplateRig {
     _alone: Flock<File>,
 }
 
-/// One file of a `newc` archive (cpio(5)).
-fn archive(name: &str, contents: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut entry = |name: &str, mode: usize, contents: &[u8]| {
-        bytes.extend(b"070701");
-        for field in [0, mode, 0, 0, 1, 0, contents.len(), 0, 0, 0, 0, name.len() + 1, 0] {
-            bytes.extend(format!("{field:08x}").bytes());
-        }
-        bytes.extend(name.bytes());
-        bytes.push(0);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes.extend(contents);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-    };
-    entry(name, 0o100_755, contents);
-    entry("TRAILER!!!", 0, &[]);
-    bytes
-}
-
 impl TemplateRig {
     pub fn new() -> Result<Self> {
         let alone = alone()?;
@@ -112,10 +93,7 @@ impl TemplateRig {
         let accelerator = Accelerator::find(&image)?;
         let (scratch, folder, libvirt) = (Scratch::new()?, Scratch::large()?, Arc::new(Libvirt::start()?));
         let initrd = scratch.join("initrd");
-        let mut bytes = std::fs::read(&image.initrd_demand)
-            .with_context(|| format!("cannot read {}", image.initrd_demand.display()))?;
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes.extend(archive("init", INIT.as_bytes()));
+        let bytes = image.initrd_with(&[("init", INIT.as_bytes())])?;
         std::fs::write(&initrd, bytes).with_context(|| format!("cannot write {}", initrd.display()))?;
         Ok(Self { libvirt, folder, image, accelerator, initrd, scratch, _alone: alone })
     }

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use prestage_tests::daemon::{DaemonOptions, Prestaged};
+use prestage_tests::elastic::{self, ElasticRig};
 use prestage_tests::group::Group;
+use prestage_tests::libvirt::Libvirt;
 use prestage_tests::pages::{Memory, Usage, children};
 use prestage_tests::paths::Scratch;
 use prestage_tests::process::wait_until;
@@ -20,9 +22,9 @@ const GUEST: &str = "prestage-daemon-pages";
 const MEMORY_MIB: u64 = 256;
 const MIB: u64 = 1 << 20;
 
-fn daemon(rig: &MemoryRig, config: &str) -> Prestaged {
+fn daemon(libvirt: &Libvirt, config: &str) -> Prestaged {
     let options = DaemonOptions {
-        libvirt_uri: Some(rig.libvirt.uri().to_owned()),
+        libvirt_uri: Some(libvirt.uri().to_owned()),
         ram_size: "16MiB".to_owned(),
         ssd_size: "64MiB".to_owned(),
         more: format!("[memory]\n{config}"),
@@ -91,7 +93,7 @@ fn an_announced_program_finds_its_pages_there_within_its_groups_limit_and_whatev
     let mut swap = Swap::zram(2 * MEMORY_MIB * MIB).unwrap();
     swap.set_page_cluster(0).unwrap();
     let memory = Memory::of(qemu, MEMORY_MIB * MIB).unwrap();
-    let daemon = daemon(&rig, "");
+    let daemon = daemon(&rig.libvirt, "");
     watched(&daemon);
 
     let mut out = |seed: u64| {
@@ -192,7 +194,7 @@ fn idle_memory_goes_out_and_what_the_guest_uses_stays() {
     swap.set_page_cluster(0).unwrap();
     // ten steps a second instead of a minute; the host is busy with other tests
     let config = format!("push_out = true\npush_every = \"100ms\"\npush_floor = {FLOOR}\npush_pressure = 1.0");
-    let daemon = daemon(&rig, &config);
+    let daemon = daemon(&rig.libvirt, &config);
     watched(&daemon);
     daemon.ctl(&["vm", "policy", GUEST, "--pages", "observe"]).unwrap();
     let observed = told(&daemon, "what its policy does", |pages| says(pages, "push_state", "its policy"));
@@ -253,7 +255,7 @@ fn memory_that_is_plugged_in_and_out_is_followed_while_pages_are_pushed_out() {
     run.wait_alive().unwrap();
     run.fill(FILLED >> 8).unwrap();
     let _swap = Swap::zram(2 * MEMORY_MIB * MIB).unwrap();
-    let daemon = daemon(&rig, "push_out = true\npush_every = \"100ms\"\npush_floor = 0.1\npush_pressure = 1.0");
+    let daemon = daemon(&rig.libvirt, "push_out = true\npush_every = \"100ms\"\npush_floor = 0.1\npush_pressure = 1.0");
     watched(&daemon);
     run.order_part(0, FILLED, 5).unwrap();
     let first = run.touch(Duration::ZERO).unwrap();
@@ -281,4 +283,81 @@ fn memory_that_is_plugged_in_and_out_is_followed_while_pages_are_pushed_out() {
     assert_eq!(run.touch(Duration::ZERO).unwrap().sum, first.sum, "the guest reads what it wrote");
     let last = pages(&daemon);
     assert!(says(&last, "state", "watched") && number(&last, "push_failed") == 0, "{last}");
+}
+
+/// What of the machine's memory is anywhere: in RAM or in swap.
+fn held_bytes(memory: &[Memory]) -> u64 {
+    memory.iter().map(|of| of.residency().unwrap()).map(|of| of.mapped_bytes + of.swapped_bytes).sum()
+}
+
+#[test]
+fn memory_that_a_balloon_or_a_memory_device_takes_meanwhile_is_not_brought_in_and_nothing_is_lost() {
+    const FILLED_MIB: u64 = 96;
+    if let Err(why) = Swap::zram_available() {
+        println!("SKIPPED: {why}");
+        return;
+    }
+    let rig = ElasticRig::touching().unwrap();
+    let guest = rig.guest(GUEST, &[]).unwrap();
+    let mut run = guest.start().unwrap();
+    run.wait_alive().unwrap();
+    let virsh = |words: &[&str]| rig.libvirt.virsh(words).unwrap();
+    let device = |mib: u64| {
+        virsh(&["update-memory-device", GUEST, "--live", "--requested-size", &format!("{mib}MiB")]);
+        let holds = || {
+            let xml = virsh(&["dumpxml", GUEST]);
+            let (_, rest) = xml.split_once("<current unit='KiB'>").unwrap();
+            Ok(rest.split('<').next() == Some(&(mib << 10).to_string()))
+        };
+        wait_until(&format!("{mib} MiB in the memory device"), Duration::from_secs(30), holds).unwrap();
+    };
+    let balloon = |mib: u64| {
+        virsh(&["setmem", GUEST, &format!("{mib}MiB"), "--live"]);
+        let there = || {
+            let stats = virsh(&["dommemstat", GUEST]);
+            let actual = stats.lines().find_map(|line| line.strip_prefix("actual ")).unwrap();
+            Ok(actual.trim().parse::<u64>().unwrap() == mib << 10)
+        };
+        wait_until(&format!("a balloon that leaves {mib} MiB"), Duration::from_secs(30), there).unwrap();
+    };
+    // What the program maps comes from the device, as far as it goes.
+    device(64);
+    run.fill(FILLED_MIB).unwrap();
+    let qemu = guest.pid().unwrap();
+    let _swap = Swap::zram(4 * MEMORY_MIB * MIB).unwrap();
+    let daemon = daemon(&rig.libvirt, "");
+    watched(&daemon);
+    let memory = Memory::all_of(qemu, elastic::DEVICE_MIB * MIB).unwrap();
+    let mut round = |what: &str, first: Option<u64>, meanwhile: &dyn Fn()| {
+        for of in &memory {
+            of.push_out().unwrap();
+        }
+        run.order_pages(3).unwrap();
+        let (held, before) = (held_bytes(&memory), number(&pages(&daemon), "staged_bytes"));
+        let execution = begin(&daemon);
+        if first.is_some() {
+            told(&daemon, what, |pages| number(pages, "staged_bytes") >= before + 8 * MIB);
+        }
+        meanwhile();
+        let touched = run.touch(Duration::ZERO).unwrap();
+        end(&daemon, &execution);
+        let (now, last) = (held_bytes(&memory), pages(&daemon));
+        let staged = number(&last, "staged_bytes") - before;
+        println!("{what}: {} MiB staged; {} MiB held before, {} after", staged / MIB, held / MIB, now / MIB);
+        assert!(says(&last, "state", "watched, and pages are brought in"), "{last}");
+        assert!(first.is_none_or(|sum| sum == touched.sum), "{what}: the guest does not read what it wrote");
+        (touched.sum, held, now)
+    };
+    let (sum, ..) = round("learned", None, &|| {});
+    let all = elastic::MEMORY_MIB;
+    let (_, held, now) = round("the balloon takes", Some(sum), &|| balloon(all - 96));
+    // The balloon gives up what is its own; nothing of it comes back by being staged.
+    assert!(now <= held + 4 * MIB, "{held} {now}");
+    let (_, held, now) = round("what the balloon has", Some(sum), &|| {});
+    assert!(now <= held + 4 * MIB, "{held} {now}");
+    round("the balloon gives", Some(sum), &|| balloon(all));
+    // The guest moves what lies there.
+    round("the device shrinks", Some(sum), &|| device(0));
+    round("the device grows", Some(sum), &|| device(128));
+    round("at last", Some(sum), &|| {});
 }

@@ -3,6 +3,7 @@
 use super::Shared;
 use super::control::{Opening, add_disk, remove_disk};
 use super::disks::{DiskError, Entry};
+use crate::memory::name_programs;
 use prestage_integration::api::types::{
     AttachRequest, Attached, Detached, DiskOrigin, TakesEffect, Vm, VmDisk, VmList, validate_name,
 };
@@ -87,10 +88,14 @@ pub(super) async fn list(daemon: &Shared) -> Result<VmList, ApiError> {
 
 pub(super) async fn get(daemon: &Shared, vm: &str) -> Result<Vm, ApiError> {
     let vm = hypervisor(daemon)?.get(vm).await.map_err(|error| api_error(&error))?;
-    let pages = match &daemon.memory {
+    let mut pages = match &daemon.memory {
         Some(memory) => memory.report(vm.id.uuid).await,
         None => None,
     };
+    if let (Some(pages), Some(demand)) = (&mut pages, &daemon.demand) {
+        let known = demand.state.lock().catalogue().programs();
+        name_programs(pages, known.iter().map(|(program, tags)| (program.as_str(), &tags[..])));
+    }
     Ok(Vm { pages, ..describe(daemon, &vm) })
 }
 

@@ -27,7 +27,6 @@ mod templates;
 mod webhooks;
 
 pub use run::{Options, RunError, SetLog, run};
-pub use webhooks::check;
 
 use crate::config::Config;
 use crate::demand::run::Demand;
@@ -82,6 +81,25 @@ struct Daemon {
 }
 
 type Shared = Arc<Daemon>;
+
+/// Whether what a configuration names beside itself can be used: secrets and certificates, the helper program. Returns what could not be looked at.
+///
+/// # Errors
+/// What is wrong, a line each.
+pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
+    let (mut unseen, mut wrong) = (Vec::new(), Vec::new());
+    webhooks::check(config, &mut unseen, &mut wrong);
+    let helper = run::helper(config);
+    // A bare name is looked for in the PATH of the service, which is another.
+    let there = helper.components().count() < 2 || nix::unistd::access(&helper, nix::unistd::AccessFlags::X_OK).is_ok();
+    if config.memory.enabled && !there {
+        wrong.push(format!(
+            "memory.helper: {} is no program that can be run; install it there, name another, or set memory.enabled = false",
+            helper.display()
+        ));
+    }
+    if wrong.is_empty() { Ok(unseen) } else { Err(wrong) }
+}
 
 /// Most bytes of history in a stand-in for the database, which lies in memory as a rule.
 const STAND_IN_BYTES: u64 = 16 << 20;

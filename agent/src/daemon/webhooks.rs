@@ -56,12 +56,9 @@ pub(super) async fn tell(daemon: &Shared) {
     }
 }
 
-/// Whether the endpoints of a configuration could be told from here: their secrets and certificates. Returns what could not be looked at.
-///
-/// # Errors
-/// What is wrong, a line an endpoint.
-pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
-    let (mut unseen, mut wrong) = (Vec::new(), Vec::new());
+/// Whether the endpoints of a configuration could be told from here: their secrets and certificates. Adds what could not be looked at
+/// to `unseen`, and what is wrong, a line an endpoint, to `wrong`.
+pub(super) fn check(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
     for webhook in &config.webhooks {
         let secret = &webhook.secret_file;
         // systemd hands those to the service alone.
@@ -74,7 +71,6 @@ pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
             wrong.push(format!("webhook {}: {error}", webhook.name));
         }
     }
-    if wrong.is_empty() { Ok(unseen) } else { Err(wrong) }
 }
 
 fn sender(webhook: &Webhook) -> Result<Sender, String> {

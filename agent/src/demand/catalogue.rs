@@ -8,7 +8,7 @@ use super::profile::{self, Figures, Follower, Lag, Profile, TRIALS};
 use crate::store::executions::{EXECUTIONS_MAX, Learned, PROGRAMS_MAX, ProgramRow};
 use prestage_integration::api::demand::ExecutionStart;
 use prestage_integration::libvirt::Uuid;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Most profiles, and most bytes of their courses; beyond, what ran longest ago goes.
 const MOST: usize = PROGRAMS_MAX as usize;
@@ -234,6 +234,15 @@ impl Catalogue {
             gone.push(Learned::Gone { key });
         }
         gone
+    }
+
+    /// All programs with the tags they were announced with, each once.
+    pub(crate) fn programs(&self) -> BTreeSet<(String, Vec<String>)> {
+        let named = self.profiles.keys().filter_map(|key| match profile::subject(key) {
+            profile::Subject::Program { program, tags, .. } if !program.is_empty() => Some((program, tags)),
+            _ => None,
+        });
+        named.collect()
     }
 
     /// Profiles of a program, or all, in the order of their keys after one; at most so many, and whether there are more.

@@ -45,6 +45,7 @@ use crate::learner::HeldProfile;
 use crate::store::Store;
 pub(crate) use idle::IdleSettings;
 pub(crate) use machine::Place;
+pub(crate) use report::name_programs;
 
 /// Settings that may change while the thread runs.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -4,6 +4,7 @@ use super::host::Swap;
 use super::idle::Hold;
 use super::keeper::Keeper;
 use super::machine::Machine;
+use super::mind;
 use super::places::NO_SWAP;
 use crate::config::units::human_duration;
 use prestage_integration::api::demand::Mode;
@@ -59,7 +60,7 @@ impl Keeper {
         let sets = mind.summary().phases.into_iter().map(|phase| PagesSet {
             program: match phase.phase {
                 Phase::Boot => "boot".to_owned(),
-                Phase::Program(id) => format!("program {id:016x}"),
+                Phase::Program(id) => unnamed(id),
             },
             runs: phase.runs,
             size_bytes: phase.bytes,
@@ -99,6 +100,21 @@ impl Keeper {
     }
 }
 
+/// What a program is called that nobody has named yet.
+fn unnamed(id: u64) -> String {
+    format!("program {id:016x}")
+}
+
+/// Gives the programs of `pages` their names and tags, as far as they are among `known`.
+pub(crate) fn name_programs<'a>(pages: &mut VmPages, known: impl Iterator<Item = (&'a str, &'a [String])>) {
+    for (name, tags) in known {
+        let unnamed = unnamed(mind::program(name, tags));
+        for set in pages.sets.iter_mut().filter(|set| set.program == unnamed) {
+            set.program = if tags.is_empty() { name.to_owned() } else { format!("{name} [{}]", tags.join(" ")) };
+        }
+    }
+}
+
 fn push_state(machine: &Machine, mode: Mode, swap: Swap, now_us: u64) -> String {
     let without_swap = swap == Swap::None || machine.trouble.as_deref() == Some(NO_SWAP);
     let why = match (without_swap, mode, &machine.watching) {
@@ -134,5 +150,21 @@ fn state(machine: &Machine, mode: Mode, swap: Swap) -> (Health, String) {
     match mode {
         Mode::Act => (Health::Ok, "watched, and pages are brought in".to_owned()),
         _ => (Health::Ok, "watched; pages are not brought in".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_called_by_what_they_were_announced_as() {
+        let tags = ["day".to_owned(), "eu".to_owned()];
+        let set = |id| PagesSet { program: unnamed(id), runs: 1, size_bytes: 1 };
+        let sets = vec![set(mind::program("job", &[])), set(mind::program("job", &tags)), set(7)];
+        let mut pages = VmPages { sets, ..VmPages::default() };
+        name_programs(&mut pages, [("job", &tags[..]), ("job", &[]), ("other", &[])].into_iter());
+        let names: Vec<&str> = pages.sets.iter().map(|set| set.program.as_str()).collect();
+        assert_eq!(names, ["job", "job [day eu]", "program 0000000000000007"]);
     }
 }

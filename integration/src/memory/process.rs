@@ -79,14 +79,11 @@ impl Process {
         Ok(threads)
     }
 
-    /// Major faults of all its threads since its start.
-    ///
-    /// # Errors
-    /// `Gone`, or what keeps it from being read.
-    pub fn major_faults(&self) -> Result<u64, MemoryError> {
-        let majors = field(self.id.pid, 12).map_err(|error| of_process(self.id, "cannot read its faults", &error))?;
-        self.check()?;
-        Ok(majors)
+    /// Major faults of one of its threads since that began; `None` once it has ended.
+    pub fn major_faults(&self, thread: u32) -> Option<u64> {
+        let majors = field(&self.proc("task").join(thread.to_string()).join("stat"), 12).ok()?;
+        self.check().ok()?;
+        Some(majors)
     }
 }
 
@@ -99,12 +96,12 @@ pub fn identify(pid: u32) -> io::Result<ProcessId> {
 }
 
 fn started(pid: u32) -> io::Result<u64> {
-    field(pid, 22)
+    field(Path::new(&format!("/proc/{pid}/stat")), 22)
 }
 
-/// A field of `/proc/PID/stat`, from 1; the name before it may hold anything, so fields are counted from its closing bracket.
-fn field(pid: u32, number: usize) -> io::Result<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat"))?;
+/// A field of a process's or a thread's `stat`, from 1; the name before it may hold anything, so fields are counted from its closing bracket.
+fn field(stat: &Path, number: usize) -> io::Result<u64> {
+    let stat = fs::read(stat)?;
     let odd = || io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat is not as proc_pid_stat(5) has it");
     let name_end = stat.iter().rposition(|&b| b == b')').ok_or_else(odd)?;
     let fields = std::str::from_utf8(&stat[name_end + 1..]).map_err(|_| odd())?;

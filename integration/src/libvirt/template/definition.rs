@@ -11,7 +11,7 @@ use crate::libvirt::record::NAMESPACE;
 use crate::libvirt::xml::{Splices, child, child_attribute, child_text, escape_attribute, escape_text, is, parse};
 use crate::memory::template::Template;
 
-use super::TEMPLATE_NAMESPACE;
+use super::{CLONE, TEMPLATE_NAMESPACE};
 
 const QEMU_NAMESPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
 
@@ -47,6 +47,10 @@ pub enum Unfit {
         "its definition passes arguments to QEMU (<qemu:commandline>), which a clone could contradict; remove them"
     )]
     Arguments,
+    #[error(
+        "it is itself a clone, of template {template}: its memory is a mapping of that; save the machine that it was made of, or another like it"
+    )]
+    Clone { template: String },
     #[error("it does not run; start it, and save it once it is as clones shall be")]
     NotRunning,
 }
@@ -67,6 +71,13 @@ pub(super) fn check(xml: &str) -> Result<Machine, Unfit> {
     match domain.attribute("type") {
         Some("kvm" | "qemu") => {}
         kind => return Err(PlanError::NotQemu { kind: kind.unwrap_or("none").to_owned() }.into()),
+    }
+    let mut marks = child(domain, "metadata").into_iter().flat_map(|metadata| metadata.children());
+    let of_clone = |n: &Node<'_, '_>| {
+        n.tag_name().namespace() == Some(TEMPLATE_NAMESPACE) && matches!(n.tag_name().name(), STARTING | CLONE)
+    };
+    if let Some(mark) = marks.find(of_clone) {
+        return Err(Unfit::Clone { template: mark.attribute("template").unwrap_or_default().to_owned() });
     }
     if domain.children().any(|n| n.is_element() && n.tag_name().namespace() == Some(QEMU_NAMESPACE)) {
         return Err(Unfit::Arguments);
@@ -319,8 +330,12 @@ mod tests {
         assert_eq!((&backend["share"], &backend["offset"]), (&false.into(), &(1 << 20).into()));
         let marks = child(domain, "metadata").unwrap().children().filter(|n| n.tag_name().name() == STARTING);
         assert_eq!(marks.filter_map(|n| n.attribute("template")).collect::<Vec<_>>(), ["/t/web"]);
-        // what is a clone can't be a template: its definition passes arguments
-        assert_eq!(check(&xml), Err(Unfit::Arguments));
+        // what is a clone can't be a template, while it starts and when it runs
+        let of_web = Err(Unfit::Clone { template: "/t/web".to_owned() });
+        assert_eq!(check(&xml), of_web);
+        assert_eq!(check(&xml.replace(STARTING, CLONE)), of_web);
+        let without = xml.replace(TEMPLATE_NAMESPACE, "https://example.org");
+        assert_eq!(check(&without), Err(Unfit::Arguments));
     }
 
     #[test]

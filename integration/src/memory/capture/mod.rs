@@ -12,8 +12,6 @@ mod diff;
 mod perf;
 mod ring;
 
-use std::collections::HashMap;
-
 use super::pagemap::Pagemap;
 use super::process::Process;
 use super::{MemoryError, PAGE_BYTES, Region, Signal};
@@ -27,8 +25,8 @@ pub struct Capture {
     source: Source,
     passed_over: Vec<(Signal, String)>,
     period: u32,
-    /// Since it listens: major faults of the process at the beginning, and whether anything was caught.
-    heard: Option<(u64, bool)>,
+    /// Whether anything was caught since it listens.
+    heard: bool,
 }
 
 /// Major faults, times the period, that a signal may leave untold before it counts as deaf to this process. KVM has been met
@@ -67,7 +65,7 @@ impl Capture {
     pub fn open(process: &Process, pagemap: &Pagemap) -> Result<Self, MemoryError> {
         let mut passed_over = Vec::new();
         let (signal, source) = best(process, pagemap, &mut passed_over)?;
-        Ok(Self { signal, source, passed_over, period: 0, heard: None })
+        Ok(Self { signal, source, passed_over, period: 0, heard: false })
     }
 
     /// Whether another signal was taken because this one tells nothing of what happens. To be called now and then.
@@ -75,8 +73,11 @@ impl Capture {
     /// # Errors
     /// `Gone`.
     pub fn judge(&mut self, process: &Process, pagemap: &Pagemap) -> Result<bool, MemoryError> {
-        let (Source::Perf(_), Some((before, false))) = (&self.source, self.heard) else { return Ok(false) };
-        let untold = process.major_faults()?.saturating_sub(before);
+        let Source::Perf(perf) = &self.source else { return Ok(false) };
+        if self.period == 0 || self.heard {
+            return Ok(false);
+        }
+        let untold = perf.majors(process);
         if untold < DEAF * u64::from(self.period) {
             return Ok(false);
         }
@@ -98,7 +99,7 @@ impl Capture {
     /// Catches every `period`th fault of a thread from now on; 0: none. Without single faults: looks every `period` ms.
     pub fn listen(&mut self, process: &Process, period: u32) {
         self.period = period;
-        self.heard = process.major_faults().ok().filter(|_| period > 0).map(|majors| (majors, false));
+        self.heard = false;
         match &mut self.source {
             Source::Perf(perf) => perf.listen(process, period),
             Source::Diff(diff) => diff.listen(period),
@@ -127,9 +128,7 @@ impl Capture {
             Source::Perf(perf) => perf.take(caught),
             Source::Diff(diff) => diff.take(pagemap, places, caught),
         };
-        if let Some((_, any)) = &mut self.heard {
-            *any |= caught.len() > before || lost > 0;
-        }
+        self.heard |= caught.len() > before || lost > 0;
         lost
     }
 }
@@ -233,9 +232,6 @@ impl Places {
         Ok(())
     }
 }
-
-/// Rings by thread.
-type Threads = HashMap<u32, ring::Ring>;
 
 #[cfg(test)]
 mod tests {

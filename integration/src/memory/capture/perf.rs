@@ -1,10 +1,11 @@
 //! Faults one by one: a ring for each thread of the process.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
 use super::ring::{Counts, Ring};
-use super::{Caught, Place, Threads};
+use super::{Caught, Place};
 use crate::memory::process::Process;
 use crate::memory::{PAGE_BYTES, Signal};
 
@@ -18,9 +19,17 @@ pub(super) struct Perf {
     counts: Counts,
     field: Field,
     period: u32,
-    threads: Threads,
+    threads: HashMap<u32, Heard>,
     /// Faults of threads that could not be listened to cannot be counted; that there are such threads is lost once.
     unheard: bool,
+}
+
+/// A thread that is listened to.
+#[derive(Debug)]
+struct Heard {
+    ring: Ring,
+    /// Its major faults when it began to be.
+    majors: u64,
 }
 
 /// Where a sample says what was touched.
@@ -40,7 +49,7 @@ impl Perf {
             Signal::KvmFault => tracepoint(process, "kvm/kvm_page_fault", "fault_address", PAGE_BYTES)?,
             _ => (Counts::MajorFaults, Field::Address),
         };
-        let mut perf = Self { counts, field, period: 0, threads: Threads::default(), unheard: false };
+        let mut perf = Self { counts, field, period: 0, threads: HashMap::new(), unheard: false };
         let thread = process.id().pid;
         let ring = Ring::open(thread, counts).map_err(|error| match error.raw_os_error() {
             Some(libc::EACCES | libc::EPERM) => {
@@ -48,7 +57,7 @@ impl Perf {
             }
             _ => format!("perf_event_open: {error}"),
         })?;
-        perf.threads.insert(thread, ring);
+        perf.threads.insert(thread, Heard { ring, majors: 0 });
         perf.follow_threads(process);
         Ok(perf)
     }
@@ -56,7 +65,17 @@ impl Perf {
     pub(super) fn listen(&mut self, process: &Process, period: u32) {
         self.period = period;
         self.follow_threads(process);
-        self.threads.values_mut().for_each(|ring| ring.listen(period));
+        for (thread, heard) in &mut self.threads {
+            heard.ring.listen(period);
+            heard.majors = process.major_faults(*thread).unwrap_or(u64::MAX);
+        }
+    }
+
+    /// Major faults, since it listens, of the threads that are listened to. What others do, as those that QEMU starts to write its
+    /// machine's memory to a file and that have ended by the time they are noticed, says nothing of the signal.
+    pub(super) fn majors(&self, process: &Process) -> u64 {
+        let since = |(thread, heard): (&u32, &Heard)| Some(process.major_faults(*thread)?.saturating_sub(heard.majors));
+        self.threads.iter().filter_map(since).sum()
     }
 
     pub(super) fn follow_threads(&mut self, process: &Process) {
@@ -74,7 +93,8 @@ impl Perf {
             let Ok(mut ring) = Ring::open(thread, self.counts) else { continue };
             if process.check().is_ok() && process.proc("task").join(thread.to_string()).exists() {
                 ring.listen(self.period);
-                self.threads.insert(thread, ring);
+                let majors = process.major_faults(thread).unwrap_or(u64::MAX);
+                self.threads.insert(thread, Heard { ring, majors });
             }
         }
     }
@@ -83,8 +103,8 @@ impl Perf {
         let from = caught.len();
         let field = self.field;
         let mut lost = u64::from(std::mem::take(&mut self.unheard));
-        for ring in self.threads.values_mut() {
-            lost += ring.take(|sample| {
+        for heard in self.threads.values_mut() {
+            lost += heard.ring.take(|sample| {
                 if let Some(place) = field.read(sample.rest) {
                     caught.push(Caught { at_ns: sample.at_ns, place });
                 }
