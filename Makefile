@@ -66,7 +66,7 @@ advisories:
 test: export PROPTEST_RNG_SEED ?= 20260922
 # End-to-end tests find the programs beside themselves. The runner's summary stays the last thing on the screen.
 test: check deny image
-	cargo build --locked --workspace --bins
+	cargo build --locked --workspace --bins --tests
 	if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --locked --workspace --no-fail-fast; \
 	else \
@@ -80,5 +80,5 @@ properties: setup
 
 # Of the whole workspace: a part of it would be built with other features, and for ten minutes.
 torture: image
-	cargo build --locked --workspace --bins
+	cargo build --locked --workspace --bins --tests
 	PRESTAGE_SCHEDULES=100 cargo test --locked --workspace --test demand -- --nocapture a_guest_filled

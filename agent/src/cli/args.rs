@@ -190,8 +190,9 @@ pub enum VmCommand {
         long_about = "Save a running machine as a template: its devices and its memory, from which clones start that share one \
         copy of that memory in the host's page cache. It stands still while it is written, and goes on whatever happens.\n\nRefused is what \
         clones would share or lose: writable disks, vhost-user disks, devices of the host, NUMA cells and memory devices, huge pages, UEFI \
-        variables. QEMU 9.0 or newer is needed. All of the memory is read: where it is shared (memfd), what the guest never used is \
-        allocated by that, and stays so until the machine ends. The template holds all that was in the machine's memory, secrets included."
+        variables. QEMU 9.0 or newer is needed. All of the memory is read: what is in swap comes back for \
+        that, which takes its time; where it is shared (memfd), what the guest never used is allocated, and stays so until the machine ends, and \
+        elsewhere `vm show` counts it as in memory from then on, a page of zeros. The template holds all that was in the machine's memory, secrets included."
     )]
     SaveTemplate(super::templates::SaveArgs),
     /// Start a clone of a template: its memory is read ahead of it in the order clones touch it

@@ -355,7 +355,7 @@ fn pages(seen: &VmPages) -> String {
             failed => format!(", {} failed", count(failed, "order", "orders")),
         };
         let state = seen.push_state.as_deref().unwrap_or("switched off");
-        fields.add("pushed out", format!("{pushed}, {back} came back{failed}; {state}"));
+        fields.add("pushed out", format!("{pushed}; {back} read back, whoever put it out{failed}; {state}"));
     }
     if let Some(held) = &seen.held {
         fields.add("waits", held);

@@ -128,7 +128,8 @@ fn push_state(machine: &Machine, mode: Mode, swap: Swap, now_us: u64) -> String 
                 format!("{hold}; again in {}", human_duration(left))
             }
         },
-        _ => "its policy moves none of its pages (vm policy --pages act)".to_owned(),
+        _ => "its policy, or memory.prestage where it has none, moves none of its pages (vm policy --pages act)"
+            .to_owned(),
     };
     format!("not now: {why}")
 }

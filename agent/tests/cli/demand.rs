@@ -15,7 +15,7 @@ policy:         the default
 mode:           observe
 priority:       50, weight 100
 margin:         10 % above what is used
-swapped pages:  as the daemon is configured
+swapped pages:  as memory.prestage and memory.push_out say
 balloon:        yes
 vcpu_add:       no: the definition has no further vCPUs; raise <vcpu> at the next start
 ",

@@ -148,7 +148,7 @@ pub struct PolicyArgs {
     /// Kept free above what is used, as a share of it, 0 to 1
     #[arg(long)]
     margin: Option<f64>,
-    /// What is done about swapped pages of its memory: act brings them in; default: as the daemon is configured
+    /// What is done about pages of its memory: act brings swapped ones in and, with memory.push_out, pushes idle ones out; default: act, unless memory.prestage = false
     #[arg(long, value_enum, value_name = "MODE")]
     pages: Option<PagesArg>,
     /// Share of the memory it uses that is never pushed out, 0 to 1; default: as the daemon is configured

@@ -29,7 +29,7 @@ pub(super) fn policy(shown: &VmPolicyShown) -> String {
     fields.add("mode", policy.mode.name());
     fields.add("priority", format!("{}, weight {}", policy.priority, policy.weight));
     fields.add("margin", format!("{:.0} % above what is used", 100.0 * policy.margin));
-    fields.add("swapped pages", policy.pages.map_or("as the daemon is configured", Mode::name));
+    fields.add("swapped pages", policy.pages.map_or("as memory.prestage and memory.push_out say", Mode::name));
     if let Some(floor) = policy.pages_floor {
         fields.add("pages floor", format!("{:.0} % of the memory it uses is never pushed out", 100.0 * floor));
     }

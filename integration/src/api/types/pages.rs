@@ -60,7 +60,7 @@ pub struct VmPages {
     pub unread_bytes: u64,
     /// CPU time that bringing in took.
     pub cpu_us: u64,
-    /// Pushed out as idle, and what of it came back.
+    /// Pushed out as idle; and what the machine has read back since it is watched, whoever put it out.
     pub pushed_bytes: u64,
     pub refaulted_bytes: u64,
     /// Orders to push out that failed.

@@ -25,8 +25,11 @@ pub(super) fn limit() -> Result<Vec<String>, String> {
     let mut missing = Vec::new();
     let unlimited = libc::RLIM_INFINITY;
     if setrlimit(Resource::RLIMIT_MEMLOCK, unlimited, unlimited).is_err() {
-        missing
-            .push("locked memory is limited: faults of machines with many threads are seen by looks alone".to_owned());
+        missing.push(
+            "locked memory is limited (RLIMIT_MEMLOCK): of a machine with many threads, what some of them touch is found by looks \
+             at its page table alone; LimitMEMLOCK=infinity in prestaged's unit mends that"
+                .to_owned(),
+        );
     }
     let _ = setrlimit(Resource::RLIMIT_NOFILE, 1 << 16, 1 << 16);
     let had = caps::read(None, CapSet::Permitted).map_err(|error| format!("cannot read capabilities: {error}"))?;
