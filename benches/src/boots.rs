@@ -99,7 +99,7 @@ impl Bench {
             ram_size: options.ram_size.clone(),
             ssd_size: options.ssd_size.clone(),
             libvirt_uri: Some(self.libvirt.uri().to_owned()),
-            more: String::new(),
+            ..DaemonOptions::default()
         };
         let mut daemon = Prestaged::start(&sizes)?;
         daemon.ctl(&["disk", "add", DISK, &self.store.spec()])?;

@@ -2,6 +2,7 @@
 //!
 //! - [`boots`]: `bench boots`, a guest booted straight, unlearned, learned and warm
 //! - [`collect`]: `bench collect`, what measuring many machines costs
+//! - [`datapath`]: `bench datapath`, what a request costs beside other block servers
 //! - [`forecast`]: `bench forecast`, demand foretold beside other forecasters
 //! - [`history`]: `bench history`, the database of accesses: size, ingest, questions
 //! - [`memory`]: `bench memory`, a guest that is swapped out and touches its memory again; `bench template`, clones of one
@@ -17,6 +18,7 @@
 mod adversary;
 mod boots;
 mod collect;
+mod datapath;
 mod forecast;
 mod history;
 mod host;
@@ -48,6 +50,8 @@ enum Command {
     Predict(predict::Options),
     /// Measure many machines once a second, and what that costs
     Collect(collect::Options),
+    /// Read and write disks over vhost-user-blk and NBD, beside other block servers: requests, latency, processor time
+    Datapath(datapath::Options),
     /// Forecast demand of real machines, beside other forecasters: pinball loss, coverage, over-provision
     Forecast(forecast::Options),
     /// Swap a guest out and let it touch its memory again: time and faults for the kernel alone and beside it
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
         Command::Boots(options) => boots::run(&options),
         Command::Predict(options) => predict::run(&options),
         Command::Collect(options) => collect::run(&options),
+        Command::Datapath(options) => datapath::run(&options),
         Command::Forecast(options) => forecast::run(&options),
         Command::Memory(options) => memory::run(&options),
         Command::History(options) => history::run(&options),

@@ -15,7 +15,12 @@ use crate::process::{Process, run, tail, wait_until};
 #[derive(Debug, Clone)]
 pub struct DaemonOptions {
     pub ram_size: String,
+    /// Empty: no SSD tier.
     pub ssd_size: String,
+    /// The SSD tier's file is there before the start, as one hole of so many bytes: a size that the disk need not have.
+    pub ssd_hole_bytes: Option<u64>,
+    /// Words in front of the daemon's own: a program that becomes it, such as taskset, or runs it, such as valgrind.
+    pub under: Vec<String>,
     /// libvirt's URI, or none.
     pub libvirt_uri: Option<String>,
     /// Further sections of the configuration.
@@ -25,7 +30,14 @@ pub struct DaemonOptions {
 impl Default for DaemonOptions {
     /// More than the guest image holds, so that what a boot shows is prediction and not eviction.
     fn default() -> Self {
-        Self { ram_size: "256MiB".to_owned(), ssd_size: "1GiB".to_owned(), libvirt_uri: None, more: String::new() }
+        Self {
+            ram_size: "256MiB".to_owned(),
+            ssd_size: "1GiB".to_owned(),
+            ssd_hole_bytes: None,
+            under: Vec::new(),
+            libvirt_uri: None,
+            more: String::new(),
+        }
     }
 }
 
@@ -38,6 +50,7 @@ pub struct Prestaged {
     socket: PathBuf,
     ssd: PathBuf,
     log: PathBuf,
+    under: Vec<String>,
     process: Option<Process>,
     _run: Scratch,
     _state: Scratch,
@@ -53,23 +66,30 @@ impl Prestaged {
             Some(uri) => format!("enabled = true\nuri = \"{uri}\""),
             None => "enabled = false".to_owned(),
         };
+        let ssd_keys = match options.ssd_size.as_str() {
+            "" => String::new(),
+            size => format!("ssd_path = \"{}\"\nssd_size = \"{size}\"\n", ssd.display()),
+        };
         std::fs::write(
             &config,
             format!(
                 "[daemon]\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n\n\
-                 [cache]\nram_size = \"{}\"\nssd_path = \"{}\"\nssd_size = \"{}\"\n\n\
+                 [cache]\nram_size = \"{}\"\n{ssd_keys}\n\
                  [api]\nsocket = \"{}\"\n\n[libvirt]\n{libvirt}\n\n{}\n",
                 state.join("state").display(),
                 run_folder.join("run").display(),
                 options.ram_size,
-                ssd.display(),
-                options.ssd_size,
                 socket.display(),
                 options.more,
             ),
         )?;
         for folder in [state.join("state"), run_folder.join("run")] {
             std::fs::create_dir(folder)?;
+        }
+        if let Some(bytes) = options.ssd_hole_bytes {
+            std::fs::File::create(&ssd)
+                .and_then(|file| file.set_len(bytes))
+                .context("cannot make the SSD tier's file")?;
         }
         let mut prestaged = Self {
             daemon: paths::program("prestaged")?,
@@ -78,6 +98,7 @@ impl Prestaged {
             socket,
             ssd,
             log: run_folder.join("prestaged.log"),
+            under: options.under.clone(),
             process: None,
             _run: run_folder,
             _state: state,
@@ -91,7 +112,14 @@ impl Prestaged {
         if self.process.is_some() {
             bail!("prestaged runs already");
         }
-        let mut command = Command::new(&self.daemon);
+        let mut command = match self.under.split_first() {
+            Some((program, words)) => {
+                let mut command = Command::new(program);
+                command.args(words).arg(&self.daemon);
+                command
+            }
+            None => Command::new(&self.daemon),
+        };
         command.arg("--config").arg(&self.config);
         let process = Process::start("prestaged", &command, &self.log, Duration::from_secs(20))?;
         let ready = wait_until("prestaged's start", Duration::from_secs(60), || {

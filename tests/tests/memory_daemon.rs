@@ -28,6 +28,7 @@ fn daemon(libvirt: &Libvirt, config: &str) -> Prestaged {
         ram_size: "16MiB".to_owned(),
         ssd_size: "64MiB".to_owned(),
         more: format!("[memory]\n{config}"),
+        ..DaemonOptions::default()
     };
     Prestaged::start(&options).unwrap()
 }

@@ -252,6 +252,7 @@ fn swapped(options: &Options, progress: &Progress) -> Result<Report> {
             // no disk is served here, and what laying out its cache costs is none of what is asked
             ram_size: "16MiB".to_owned(),
             ssd_size: "64MiB".to_owned(),
+            ..DaemonOptions::default()
         },
         helper: program("prestage-memory")?,
         qemu: guest.pid()?,

@@ -114,6 +114,7 @@ pub(super) fn measure(minutes: u32, progress: &Progress) -> Result<Pushing> {
         more: format!("[memory]\npush_out = true\npush_every = \"{}ms\"\npush_floor = {FLOOR}", FAST_STEP.as_millis()),
         ram_size: "16MiB".to_owned(),
         ssd_size: "64MiB".to_owned(),
+        ..DaemonOptions::default()
     })?;
     daemon.ctl(&["vm", "policy", GUEST, "--pages", "observe"])?;
     run.order_part(0, BUSY_MIB << 8, 1)?;
