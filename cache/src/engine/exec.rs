@@ -51,6 +51,8 @@ impl Inbox {
 pub(super) struct Shared {
     pub(super) name: String,
     inbox: Mutex<Inbox>,
+    /// The inbox may hold something: spares a look into it.
+    posted: AtomicBool,
     sleeping: AtomicBool,
     pub(super) stopping: AtomicBool,
     eventfd: EventFd,
@@ -62,6 +64,7 @@ impl Shared {
         Ok(Arc::new(Shared {
             name,
             inbox: Mutex::default(),
+            posted: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             eventfd,
@@ -81,6 +84,7 @@ impl Shared {
                 return;
             }
             change(&mut inbox);
+            self.posted.store(true, Ordering::Release);
         }
         self.wake_up();
     }
@@ -103,7 +107,15 @@ impl Shared {
         }
     }
 
+    /// Whether there is something to take or the shard is to stop. A look without a lock, for as long as it is awake.
+    pub(super) fn has_posts(&self) -> bool {
+        self.posted.load(Ordering::Relaxed) || self.stopping.load(Ordering::Relaxed)
+    }
+
     pub(super) fn take(&self) -> Inbox {
+        if !self.posted.swap(false, Ordering::AcqRel) {
+            return Inbox::default();
+        }
         let mut inbox = self.inbox.lock();
         let closed = inbox.closed;
         mem::replace(&mut *inbox, Inbox { closed, ..Inbox::default() })
@@ -111,7 +123,11 @@ impl Shared {
 
     /// A thread of the pool is done. Taken even while the shard stops: it waits for its operations then.
     pub(super) fn post_completion(&self, user_data: u64, result: i32) {
-        self.inbox.lock().completions.push((user_data, result));
+        {
+            let mut inbox = self.inbox.lock();
+            inbox.completions.push((user_data, result));
+            self.posted.store(true, Ordering::Release);
+        }
         self.wake_up();
     }
 

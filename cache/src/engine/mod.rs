@@ -6,9 +6,10 @@
 //! - [`IoBuf`], [`AlignedBuf`]: buffers that are moved into an operation and given back with its result
 //! - [`SocketAddress`]: where [`Shard::connect`] connects to
 //! - [`JoinHandle`], [`EventWatch`], [`Elapsed`]: results of `spawn`, `watch_eventfd` and `timeout`
+//! - [`PollSource`]: a virtqueue that is looked at instead of slept for, while requests come fast
 //! - [`oneshot`], [`Notify`], [`Semaphore`]: hand-overs between tasks of one shard
 //!
-//! Inside: `bufs` (buffers), `exec` (tasks and wakers), `reactor` (the loop), `timer`, `op` (an operation and its memory), `ring` (io_uring), `pool` (the same
+//! Inside: `bufs` (buffers), `exec` (tasks and wakers), `reactor` (the loop), `timer`, `polling` (when not to sleep), `op` (an operation and its memory), `ring` (io_uring), `pool` (the same
 //! operations on threads and `poll(2)`, where the host forbids io_uring), `sys` (system calls of the pool).
 //!
 //! **Ownership.** The kernel may write into a buffer until the completion arrives, whatever becomes of the future that
@@ -16,14 +17,15 @@
 //! asks for cancellation and returns at once, and the memory is freed when the kernel reports the end.
 //!
 //! **Fairness.** A turn of the loop takes what other threads sent, runs at most [`TASKS_PER_TURN`] tasks, fires timers,
-//! submits everything queued with one system call and takes completions. It sleeps in the kernel when nothing is
-//! ready; there is no busy polling.
+//! submits everything queued with one system call and takes completions. When nothing is ready it sleeps in the kernel; only
+//! while requests follow each other within microseconds it looks for them first (`polling`).
 
 pub(crate) mod bufs;
 mod exec;
 mod handle;
 mod net;
 mod op;
+mod polling;
 mod pool;
 mod reactor;
 mod ring;
@@ -36,6 +38,7 @@ pub use bufs::{AlignedBuf, IoBuf};
 pub use exec::{JoinError, JoinHandle, TASKS_PER_TURN};
 pub use handle::{Call, EngineKind, EngineMode, ShardConfig, ShardGone, ShardHandle};
 pub use net::SocketAddress;
+pub use polling::{PollSource, Polled};
 pub use shard::{Elapsed, EventWatch, Shard};
 pub use sync::{Notify, OneshotReceiver, OneshotSender, Permit, Semaphore, oneshot};
 

@@ -8,6 +8,7 @@
 use super::exec::{self, Shared, TASKS_PER_TURN, Tasks};
 use super::handle::EngineKind;
 use super::op::Frame;
+use super::polling::Pollers;
 use super::pool::Pool;
 use super::ring::{Completion, Ring};
 use super::shard::Shard;
@@ -55,6 +56,15 @@ impl Driver {
         }
     }
 
+    /// Whether a turn would find something now. No system call.
+    fn has_completions(&mut self) -> bool {
+        match self {
+            Driver::Ring(ring) => ring.has_completions(),
+            // Its threads post to the inbox; descriptors can only be asked by the kernel.
+            Driver::Pool(_) => false,
+        }
+    }
+
     fn turn(&mut self, wait: Option<Option<Duration>>, out: &mut Vec<Completion>) -> io::Result<()> {
         match self {
             Driver::Ring(ring) => ring.turn(wait, out),
@@ -87,6 +97,7 @@ pub(super) struct Inner {
     pub(super) shared: Arc<Shared>,
     pub(super) tasks: Rc<Tasks>,
     pub(super) timers: RefCell<Timers>,
+    pub(super) pollers: Pollers,
     pub(super) driver: RefCell<Driver>,
     slots: RefCell<Slab<Slot>>,
     generation: Cell<u32>,
@@ -101,6 +112,7 @@ impl Inner {
             shared,
             tasks,
             timers: RefCell::default(),
+            pollers: Pollers::default(),
             driver: RefCell::new(driver),
             slots: RefCell::default(),
             generation: Cell::new(0),
@@ -296,14 +308,21 @@ fn turn(shard: &Shard, completions: &mut Vec<Completion>, limit: Option<Instant>
     }
     let ready = inner.tasks.run(TASKS_PER_TURN);
     let fired = fire_timers(inner);
+    let polled = inner.pollers.look();
     let mut wait = None;
-    if !ready && !fired && !inner.tasks.has_ready() && inner.shared.try_sleep() {
+    let idle = !ready && !fired && !polled && !inner.tasks.has_ready();
+    // Sources that are let go have their say before this thread sleeps: their tasks run in the next turn.
+    if idle && !look_for_work(inner, limit) && !inner.pollers.release() && inner.shared.try_sleep() {
         let next = inner.timers.borrow().next_deadline();
         let next = next.into_iter().chain(limit).min();
         wait = Some(next.map(|at| at.saturating_duration_since(Instant::now())));
     }
+    let asleep_since = wait.map(|_| Instant::now());
     let outcome = inner.driver.borrow_mut().turn(wait, completions);
     inner.shared.awake();
+    if let Some(since) = asleep_since {
+        inner.pollers.slept(since.elapsed());
+    }
     if let Err(error) = outcome {
         // Never seen; a ring whose enter fails for good serves nobody, and silence would hang guests.
         tracing::error!(shard = shard.name(), "the engine failed and the shard stops: {error}");
@@ -311,6 +330,29 @@ fn turn(shard: &Shard, completions: &mut Vec<Completion>, limit: Option<Instant>
     }
     for done in completions.drain(..) {
         inner.complete(done);
+    }
+}
+
+/// Looks at the sources, and at what else there may be to do, for as long as the window lasts; whether there is something.
+fn look_for_work(inner: &Inner, limit: Option<Instant>) -> bool {
+    let window = inner.pollers.window();
+    if window.is_zero() {
+        return false;
+    }
+    let until = Instant::now() + window;
+    let due = inner.timers.borrow().next_deadline().into_iter().chain(limit).min();
+    loop {
+        if inner.pollers.look() || inner.shared.has_posts() || inner.driver.borrow_mut().has_completions() {
+            return true;
+        }
+        let now = Instant::now();
+        if due.is_some_and(|due| due <= now) {
+            return true;
+        }
+        if now >= until {
+            return false;
+        }
+        std::hint::spin_loop();
     }
 }
 

@@ -249,6 +249,15 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether completions wait, or work of the kernel's that makes some, or entries to submit.
+    pub(super) fn has_completions(&mut self) -> bool {
+        let (queued, work) = {
+            let queue = self.ring.submission();
+            (!queue.is_empty(), queue.taskrun() || queue.cq_overflow())
+        };
+        queued || work || !self.backlog.is_empty() || !self.ring.completion().is_empty()
+    }
+
     fn take(&mut self, out: &mut Vec<Completion>) {
         for entry in self.ring.completion() {
             if entry.user_data() != IGNORED {

@@ -9,6 +9,7 @@ use super::exec::{JoinHandle, Shared};
 use super::handle::{Call, EngineKind, ShardGone, call_pair};
 use super::net::{RawAddress, SocketAddress};
 use super::op::{Frame, Op};
+use super::polling::PollSource;
 use super::reactor::{Driver, Inner, Operation, State};
 use super::timer::TimerKey;
 use crate::arena::Arena;
@@ -329,6 +330,11 @@ impl Shard {
         let frame = Frame::new(Rc::clone(fd), Op::Watch);
         let state = State::Watch { signalled: false, failed: None, waker: None };
         EventWatch { user_data: self.inner.submit(frame, state), inner: Rc::clone(&self.inner) }
+    }
+
+    /// Something that can be looked at without a system call, to be waited for while this shard polls.
+    pub fn poll_source(&self, ready: impl Fn() -> bool + 'static) -> PollSource {
+        PollSource::new(&self.inner, ready)
     }
 
     /// Adds 1 to an eventfd's counter. Goes out with the loop's next submission, without a system call of its own.

@@ -6,6 +6,7 @@
 //! ```text
 //! on start and on kick:  clear_kick();
 //!   loop { disable_notification(); while let Some(request) = pop()? { begin it } ; signal();
+//!          while polling: if has_available() { again }
 //!          if !enable_notification() { break } }
 //! on each completion:    complete(request, status); after a round of them: signal()
 //! on an error of pop():  stop looking at the kick descriptor, keep the queue until it is stopped
@@ -430,6 +431,13 @@ impl Queue {
         if !self.event_idx && !self.broken {
             self.ring.suppress_kicks(true);
         }
+    }
+
+    /// Whether the guest has made requests available, or there are some of a run before. Two loads, for those who look often
+    /// instead of waiting for a kick. A broken ring has none.
+    #[inline]
+    pub fn has_available(&self) -> bool {
+        !self.broken && (!self.resubmit.is_empty() || self.ring.available_index() != self.next_available)
     }
 
     /// Tells the guest to kick at its next request. True if requests have come in meanwhile: pop them, the guest does

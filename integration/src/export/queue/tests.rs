@@ -269,7 +269,10 @@ fn a_driver_that_breaks_the_protocol_breaks_its_ring_and_nothing_else() {
         assert!(raised(&driver.err), "{name}: front-end not told");
         assert!(matches!(queue.pop(), Err(QueueError::Broken)), "{name}: goes on");
         assert!(!raised(&driver.err), "{name}: told twice");
-        assert!(!queue.enable_notification(), "{name}: a broken ring has nothing more to pop");
+        assert!(
+            !queue.enable_notification() && !queue.has_available(),
+            "{name}: a broken ring has nothing more to pop"
+        );
         // Requests from before may still come to their end.
         assert_eq!(usize::from(queue.in_flight()), requests.len());
         for request in requests {
@@ -349,12 +352,14 @@ fn the_guest_is_interrupted_only_when_it_asked_to_be() {
 fn the_guest_kicks_only_when_the_device_sleeps() {
     let mut driver = driver();
     let mut queue = driver.queue();
-    assert!(!queue.enable_notification());
+    assert!(!queue.enable_notification() && !queue.has_available());
     assert_eq!(driver.available_event(), 0);
     driver.request(0, VIRTIO_BLK_T_FLUSH, 0, 0);
+    assert!(queue.has_available(), "whoever looks needs no kick");
     assert!(queue.enable_notification(), "what came before the guest was told is not kicked for");
     queue.disable_notification();
     let request = popped(&mut queue);
+    assert!(!queue.has_available());
     queue.complete(request, Status::Ok);
     assert!(!queue.enable_notification());
     assert_eq!(driver.available_event(), 1);
