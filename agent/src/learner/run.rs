@@ -45,6 +45,8 @@ pub(super) struct Learner {
     disks: HashMap<u32, StorageId>,
     history: HistoryBuffer,
     taps: Taps,
+    /// Accesses that never came here, as last seen.
+    dropped: u64,
     candidates: Vec<Candidate>,
     last_access: Duration,
     last_save: Duration,
@@ -64,6 +66,7 @@ impl Learner {
         Learner {
             history: HistoryBuffer::new(now),
             taps: Taps::default(),
+            dropped: 0,
             cache,
             store,
             watch,
@@ -133,11 +136,17 @@ impl Learner {
                 }
             }
         }
+        let dropped = self.cache.accesses().dropped();
         for model in self.models.values_mut().filter(|model| !model.hits.is_empty()) {
-            self.watch.observe(model.handle.identity(), Signal::Hit, &model.hits);
+            // Where hits are left out their share says nothing.
+            if dropped == self.dropped {
+                self.watch.observe(model.handle.identity(), Signal::Hit, &model.hits);
+            }
             model.hits.clear();
         }
-        self.taps.flush(self.cache.accesses().dropped());
+        self.dropped = dropped;
+        self.taps.flush(dropped);
+        self.cache.accesses().take_all(!self.taps.is_empty());
         self.counters.accesses.fetch_add(taken as u64, Ordering::Relaxed);
         taken
     }
@@ -292,6 +301,7 @@ impl Learner {
             Message::Trace(disk, reply) => {
                 // What the guest did before is not in it.
                 while self.observe() == BATCH {}
+                self.cache.accesses().take_all(true);
                 let reader = self.taps.add(disk, self.cache.accesses().dropped());
                 let _ = reply.send(reader);
             }

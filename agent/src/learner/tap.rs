@@ -94,6 +94,11 @@ impl Taps {
         Some(reader)
     }
 
+    /// Whether nobody reads.
+    pub(super) fn is_empty(&self) -> bool {
+        self.taps.is_empty()
+    }
+
     pub(super) fn push(&mut self, access: &Access) {
         for tap in self.taps.iter_mut().filter(|tap| tap.disk == access.disk) {
             tap.push(access);

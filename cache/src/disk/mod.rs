@@ -17,6 +17,7 @@ use crate::access::{Access, AccessOp};
 use crate::counters::{DiskCounters, add};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One export's view of a storage. Stays on the storage's shard.
 #[derive(Clone, Debug)]
@@ -37,9 +38,13 @@ impl Disk {
     }
 
     fn note(&self, op: AccessOp, offset: u64, len: u64, waits: bool) {
+        self.note_at(self.storage.shared().now(), op, offset, len, waits);
+    }
+
+    fn note_at(&self, at: Duration, op: AccessOp, offset: u64, len: u64, waits: bool) {
         let shared = self.storage.shared();
         let access = Access {
-            at: shared.now(),
+            at,
             disk: self.id,
             storage: self.storage.id(),
             op,
