@@ -15,7 +15,7 @@
 use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageMask};
 use memmap2::{MmapOptions, MmapRaw};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::{fmt, io};
 
 /// How the arena asks for huge pages.
@@ -38,13 +38,16 @@ pub enum PageKind {
     Small,
 }
 
+/// So many may hold a slot; who comes then goes past the cache. A guest has at most some thousand requests under way.
+const PINS_MAX: u16 = u16::MAX - 256;
+
 /// The RAM tier's memory. Shared by all shards.
 pub struct Arena {
     map: MmapRaw,
     slots: u32,
     kind: PageKind,
     claims: Box<[AtomicU16]>,
-    pins: Box<[AtomicU32]>,
+    pins: Box<[AtomicU16]>,
 }
 
 impl Arena {
@@ -86,7 +89,7 @@ impl Arena {
             slots,
             kind,
             claims: (0..slots).map(|_| AtomicU16::new(0)).collect(),
-            pins: (0..slots).map(|_| AtomicU32::new(0)).collect(),
+            pins: (0..slots).map(|_| AtomicU16::new(0)).collect(),
         }))
     }
 
@@ -123,10 +126,26 @@ impl Arena {
     }
 
     /// Keeps `slot` from being given to another block. The caller must hold the policy core's lock, under which
-    /// victims are chosen; `None` if there is no such slot.
+    /// victims are chosen; `None` if there is no such slot, or [`PINS_MAX`] hold it already.
     pub fn pin(self: &Arc<Self>, slot: u32) -> Option<Pinned> {
+        let pins = self.pins.get(slot as usize)?;
+        if pins.load(Ordering::Relaxed) >= PINS_MAX {
+            return None;
+        }
+        pins.fetch_add(1, Ordering::Acquire);
+        Some(Pinned { arena: Arc::clone(self), slot })
+    }
+
+    /// [`Arena::pin`] for a moment in which the core's lock is held: there is one of these at a time, and it is never
+    /// refused for the number of others.
+    pub fn pin_under_lock(self: &Arc<Self>, slot: u32) -> Option<Pinned> {
         self.pins.get(slot as usize)?.fetch_add(1, Ordering::Acquire);
         Some(Pinned { arena: Arc::clone(self), slot })
+    }
+
+    /// Memory that is kept beside the slots.
+    pub fn index_bytes(&self) -> usize {
+        size_of_val(&*self.pins) + size_of_val(&*self.claims)
     }
 
     /// Whether anything still reads or fills `slot`.

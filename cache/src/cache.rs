@@ -306,7 +306,8 @@ impl Cache {
         self.0.shared.now()
     }
     pub fn occupancy(&self) -> Occupancy {
-        self.0.shared.core().occupancy()
+        let core = self.0.shared.core().occupancy();
+        Occupancy { index_bytes: core.index_bytes + self.0.shared.arena().index_bytes() as u64, ..core }
     }
     pub fn prefetch_counters(&self, id: StorageId) -> PrefetchCounters {
         self.0.shared.core().prefetch_counters(id)

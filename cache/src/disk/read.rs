@@ -19,6 +19,7 @@ use std::time::Instant;
 const ROUNDS: usize = 4;
 /// Blocks that the fast path takes in one go; larger reads are rare and take the other path.
 const FAST_BLOCKS: usize = 9;
+const _: () = assert!(FAST_BLOCKS <= crate::policy::HIT_BLOCKS);
 
 /// The bytes of a read, where they are: pinned in the RAM tier or in a buffer of their own.
 #[derive(Debug)]
@@ -80,10 +81,13 @@ impl Disk {
         let shared = self.storage.shared();
         let mut slots: [Option<Pinned>; FAST_BLOCKS] = [const { None }; FAST_BLOCKS];
         let mut core = shared.core();
-        let hit = core.read_hit(self.storage.id, range, shared.now(), |block, slot| {
-            slots[(block.0 - first) as usize] = shared.arena().pin(slot);
+        let (now, mut held) = (shared.now(), true);
+        let hit = core.read_hit(self.storage.id, range, now, |block, slot| {
+            let pin = shared.arena().pin(slot);
+            held &= pin.is_some();
+            slots[(block.0 - first) as usize] = pin;
         });
-        if !hit {
+        if !hit || !held {
             return false;
         }
         let backlog = core.destage_backlog(self.storage.id) > 0;
@@ -99,7 +103,7 @@ impl Disk {
         add(&self.counters.reads, 1);
         add(&self.counters.read_bytes, len as u64);
         add(&self.counters.served_ram, 1);
-        self.note(AccessOp::Read, offset, len as u64, false);
+        self.note_at(now, AccessOp::Read, offset, len as u64, false);
         if backlog {
             self.storage.start_destage();
         }

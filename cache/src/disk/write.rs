@@ -85,7 +85,7 @@ impl Write<'_> {
         let shared = &self.storage.shared;
         let arena = shared.arena();
         shared.core().end_write(self.storage.id, id, WriteEnd::Written, shared.now(), |block, slot, pages| {
-            let Some(pinned) = arena.pin(slot) else { return };
+            let Some(pinned) = arena.pin_under_lock(slot) else { return };
             let base = block.0 * BLOCK_BYTES as u64;
             for (first, count) in pages.runs() {
                 let from = (base + first * PAGE_BYTES as u64).max(offset);

@@ -106,6 +106,9 @@ impl Core {
     /// A slot for `key`, empty and linked in its first queue. `None` if every candidate is busy, or if the slot is for
     /// a prefetch and probation is full of blocks that may still be used.
     pub(super) fn allocate(&mut self, key: Key, purpose: For, now: Duration) -> Option<u32> {
+        if key == Key::NOWHERE {
+            return None;
+        }
         if purpose == For::Demand && self.config.eviction == Eviction::S3Fifo {
             self.learn_share(key);
         }
@@ -161,9 +164,15 @@ impl Core {
 
     /// A free slot that nothing holds: a task may still be copying out of one that was just freed.
     fn pop_free(&mut self) -> Option<u32> {
-        let at = self.free.iter().rev().take(self.search()).position(|slot| !self.guard.busy(*slot))?;
-        let index = self.free.len() - 1 - at;
-        Some(self.free.swap_remove(index))
+        let mut slot = self.free.head()?;
+        for _ in 0..self.search() {
+            if !self.guard.busy(slot) {
+                self.free.remove(&mut self.links, slot);
+                return Some(slot);
+            }
+            slot = List::towards_tail(&self.links, slot)?;
+        }
+        None
     }
 
     /// Frees one slot.

@@ -1,9 +1,10 @@
-//! Doubly linked lists threaded through slot numbers: the queues of the eviction policy, without allocation.
+//! Doubly linked lists threaded through slot numbers: the queues of the eviction policy and the free slots, without
+//! allocation.
 
 /// End of a list.
 pub(crate) const NIL: u32 = u32::MAX;
 
-/// A slot's neighbours. A slot is in at most one list.
+/// A slot's neighbours. A slot is in one list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Link {
     prev: u32,
@@ -34,6 +35,9 @@ impl List {
     pub(crate) fn len(&self) -> u32 {
         self.len
     }
+    pub(crate) fn head(&self) -> Option<u32> {
+        (self.head != NIL).then_some(self.head)
+    }
     pub(crate) fn tail(&self) -> Option<u32> {
         (self.tail != NIL).then_some(self.tail)
     }
@@ -41,6 +45,11 @@ impl List {
     pub(crate) fn towards_head(links: &[Link], slot: u32) -> Option<u32> {
         let prev = links[slot as usize].prev;
         (prev != NIL).then_some(prev)
+    }
+    /// The neighbour of `slot` towards the tail.
+    pub(crate) fn towards_tail(links: &[Link], slot: u32) -> Option<u32> {
+        let next = links[slot as usize].next;
+        (next != NIL).then_some(next)
     }
     pub(crate) fn push_head(&mut self, links: &mut [Link], slot: u32) {
         links[slot as usize] = Link { prev: NIL, next: self.head };

@@ -29,7 +29,7 @@ pub use budget::{Budget, BudgetConfig};
 pub use evict::Eviction;
 pub use prefetch::{Outcome, OutcomeKind, PrefetchIo, PrefetchStep};
 pub use queue::{MAX_REQUEST_PAGES, PrefetchQueue, PrefetchRequest};
-pub use read::BlockPlan;
+pub use read::{BlockPlan, HIT_BLOCKS};
 pub use whereabouts::{BudgetState, Whereabouts};
 pub use write::{WriteEnd, WriteId};
 
@@ -109,13 +109,31 @@ enum Place {
     Main,
 }
 
+/// Storage in the upper 16 bits, block in the lower 48.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Key {
-    storage: StorageId,
-    block: BlockIndex,
-}
+struct Key(u64);
 
 impl Key {
+    const BLOCK_BITS: u32 = 48;
+    /// Of no block: what has it is never resident.
+    const NOWHERE: Key = Key(u64::MAX);
+
+    /// Blocks of the 65,536th storage of a process and later ones, and those beyond 16 EiB, have no key and are not cached.
+    fn new(storage: StorageId, block: BlockIndex) -> Key {
+        if storage.0 >= u32::from(u16::MAX) || block.0 >> Key::BLOCK_BITS != 0 {
+            return Key::NOWHERE;
+        }
+        Key(u64::from(storage.0) << Key::BLOCK_BITS | block.0)
+    }
+
+    fn storage(self) -> StorageId {
+        StorageId((self.0 >> Key::BLOCK_BITS) as u32)
+    }
+
+    fn block(self) -> BlockIndex {
+        BlockIndex(self.0 & ((1 << Key::BLOCK_BITS) - 1))
+    }
+
     fn hash64(self) -> u64 {
         let mut hasher = FxHasher::default();
         self.hash(&mut hasher);
@@ -123,8 +141,10 @@ impl Key {
     }
 }
 
-/// One slot of the RAM tier. 40 bytes; with its link and its place in the table less than 64 a block.
+/// One slot of the RAM tier: half a cache line. With its link, its places in the tables and the arena's counters less than 64
+/// bytes a block, whatever the number of slots.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
 struct Entry {
     key: Key,
     /// Bumped by every write that touches the block, so that a copy made for the SSD tier can be told stale.
@@ -180,7 +200,7 @@ pub struct Occupancy {
     /// Blocks that were given a slot, and blocks that lost theirs to another, since the start.
     pub insertions: u64,
     pub evictions: u64,
-    /// Memory of the index itself, bytes.
+    /// Memory of the index itself, bytes: of the core alone, or of all that the RAM tier keeps beside its blocks.
     pub index_bytes: u64,
 }
 
@@ -233,7 +253,7 @@ pub struct Core {
     table: HashTable<u32>,
     entries: Vec<Entry>,
     links: Vec<Link>,
-    free: Vec<u32>,
+    free: List,
     probation: List,
     small: List,
     main: List,
@@ -254,7 +274,7 @@ impl Core {
     pub fn new(config: CoreConfig, guard: Arc<dyn SlotGuard>) -> Core {
         let config = CoreConfig { block_pages: fit_block_pages(config.block_pages), ..config };
         let blank = Entry {
-            key: Key { storage: StorageId(u32::MAX), block: BlockIndex(u64::MAX) },
+            key: Key::NOWHERE,
             version: 0,
             entered_ds: 0,
             valid: PageMask::NONE,
@@ -269,14 +289,16 @@ impl Core {
             destage_queued: false,
         };
         let slots = config.slots as usize;
+        let (mut links, mut free) = (vec![Link::default(); slots], List::default());
+        // Taken from the head: slot 0 first, so that a half-empty tier touches only the front of the arena.
+        (0..config.slots).rev().for_each(|slot| free.push_head(&mut links, slot));
         Core {
             config,
             guard,
             table: HashTable::with_capacity(slots),
             entries: vec![blank; slots],
-            links: vec![Link::default(); slots],
-            // Popped from the end: slot 0 first, so that a half-empty tier touches only the front of the arena.
-            free: (0..config.slots).rev().collect(),
+            links,
+            free,
             probation: List::default(),
             small: List::default(),
             main: List::default(),
@@ -337,7 +359,7 @@ impl Core {
     pub fn occupancy(&self) -> Occupancy {
         Occupancy {
             slots: self.config.slots,
-            used_slots: self.config.slots - self.free.len() as u32,
+            used_slots: self.config.slots - self.free.len(),
             probation_slots: self.probation.len(),
             small_slots: self.small.len(),
             main_slots: self.main.len(),
@@ -346,7 +368,6 @@ impl Core {
             evictions: self.evictions,
             index_bytes: (self.entries.len() * (size_of::<Entry>() + size_of::<Link>())
                 + self.table.allocation_size()
-                + self.free.capacity() * 4
                 + self.ghost.memory_bytes()
                 + self.lapsed.memory_bytes()) as u64,
         }
@@ -356,7 +377,7 @@ impl Core {
     pub fn usage(&self) -> Vec<(StorageId, u64)> {
         let mut by_storage = std::collections::BTreeMap::<StorageId, u64>::new();
         for entry in self.entries.iter().filter(|entry| entry.place != Place::Free) {
-            *by_storage.entry(entry.key.storage).or_default() += 1;
+            *by_storage.entry(entry.key.storage()).or_default() += 1;
         }
         by_storage.into_iter().collect()
     }
@@ -374,14 +395,14 @@ impl Core {
         let block_pages = self.config.block_pages;
         if range.count / block_pages < u64::from(self.config.slots) {
             let blocks = range.blocks_of(block_pages).filter_map(|(block, mask)| {
-                let slot = self.find(Key { storage, block })?;
+                let slot = self.find(Key::new(storage, block))?;
                 Some((self.entries[slot as usize].valid & mask).count())
             });
             return blocks.sum();
         }
-        let ours = self.entries.iter().filter(|entry| entry.place != Place::Free && entry.key.storage == storage);
+        let ours = self.entries.iter().filter(|entry| entry.place != Place::Free && entry.key.storage() == storage);
         ours.map(|entry| {
-            let first = entry.key.block.0 * block_pages;
+            let first = entry.key.block().0 * block_pages;
             (first..first + block_pages)
                 .filter(|page| (range.first..range.end()).contains(page) && entry.valid.has(page - first))
                 .count() as u64
@@ -392,7 +413,7 @@ impl Core {
     /// Empties the RAM tier of one storage's blocks, or of all, and its prefetch queue with it. Blocks that are being
     /// read or filled at this moment stay until that is done, without valid pages.
     pub fn drop_storage(&mut self, id: StorageId) {
-        self.drop_where(|key| key.storage == id);
+        self.drop_where(|key| key.storage() == id);
         if let Some(storage) = self.storage(id) {
             storage.counters.cancelled += storage.queue.clear();
         }
@@ -458,7 +479,7 @@ impl Core {
         let entry = &mut self.entries[slot as usize];
         entry.place = Place::Free;
         entry.destage_queued = false;
-        self.free.push(slot);
+        self.free.push_head(&mut self.links, slot);
     }
 }
 

@@ -100,7 +100,7 @@ impl Core {
             let mut io: Option<PrefetchIo> = None;
             let mut left = None;
             for (block, mask, part) in pieces.by_ref() {
-                let key = Key { storage, block };
+                let key = Key::new(storage, block);
                 let known = self.find(key);
                 let mut want = mask.minus(skip(block)).minus(self.pages_under_write(storage, block));
                 if let Some(slot) = known {
@@ -208,7 +208,7 @@ impl Core {
             return;
         }
         let entry = &self.entries[slot as usize];
-        let outcome = Outcome { storage: entry.key.storage, block: entry.key.block, pages, tag: entry.tag, kind };
+        let outcome = Outcome { storage: entry.key.storage(), block: entry.key.block(), pages, tag: entry.tag, kind };
         if let Some(state) = self.storage(outcome.storage) {
             match kind {
                 OutcomeKind::Used => state.counters.used += pages.count(),

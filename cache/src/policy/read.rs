@@ -22,9 +22,12 @@ pub struct BlockPlan {
     pub fill: PageMask,
 }
 
+/// Blocks that [`Core::read_hit`] looks at.
+pub const HIT_BLOCKS: usize = 16;
+
 impl Core {
     /// The fast path: if every page of `range` is valid, counts the use and passes each slot to `pin`.
-    /// Returns whether it did; nothing is counted otherwise.
+    /// Returns whether it did; nothing is counted otherwise. A range of more than [`HIT_BLOCKS`] blocks takes the other way.
     pub fn read_hit(
         &mut self,
         storage: StorageId,
@@ -32,18 +35,21 @@ impl Core {
         now: Duration,
         mut pin: impl FnMut(BlockIndex, u32),
     ) -> bool {
-        let all = range.blocks_of(self.config.block_pages).all(|(block, mask)| {
-            self.find(Key { storage, block }).is_some_and(|slot| self.entries[slot as usize].valid.contains(mask))
-        });
-        if all {
-            for (block, mask) in range.blocks_of(self.config.block_pages) {
-                if let Some(slot) = self.find(Key { storage, block }) {
-                    self.demand(slot, mask, now);
-                    pin(block, slot);
-                }
+        let blocks = || range.blocks_of(self.config.block_pages);
+        let mut slots = [0; HIT_BLOCKS];
+        let mut places = slots.iter_mut();
+        for (block, mask) in blocks() {
+            let (Some(place), Some(slot)) = (places.next(), self.find(Key::new(storage, block))) else { return false };
+            if !self.entries[slot as usize].valid.contains(mask) {
+                return false;
             }
+            *place = slot;
         }
-        all
+        for ((block, mask), slot) in blocks().zip(slots) {
+            self.demand(slot, mask, now);
+            pin(block, slot);
+        }
+        true
     }
 
     /// Demand wants these pages of a resident block: counts the use, settles prefetches.
@@ -69,7 +75,7 @@ impl Core {
     /// A request for several blocks plans those that have a slot ([`Core::valid`]) before those that need one, or pins
     /// them first: a slot for one block may be another's that is planned later.
     pub fn plan_read(&mut self, storage: StorageId, block: BlockIndex, wanted: PageMask, now: Duration) -> BlockPlan {
-        let key = Key { storage, block };
+        let key = Key::new(storage, block);
         self.overtaken(storage, block, wanted);
         let slot = match self.find(key) {
             Some(slot) => Some(slot),
@@ -99,7 +105,7 @@ impl Core {
     /// Marks pages as filling; those under a write in flight will not be kept.
     pub(super) fn begin_fill(&mut self, slot: u32, fill: PageMask) {
         let key = self.entries[slot as usize].key;
-        let written = self.pages_under_write(key.storage, key.block);
+        let written = self.pages_under_write(key.storage(), key.block());
         let entry = &mut self.entries[slot as usize];
         entry.filling |= fill;
         entry.cancelled = entry.cancelled.minus(fill) | (fill & written);
@@ -140,7 +146,7 @@ impl Core {
     pub fn is_filling(&self, slot: u32, block: BlockIndex, mask: PageMask) -> bool {
         self.entries
             .get(slot as usize)
-            .is_some_and(|entry| entry.key.block == block && !(entry.filling & mask).is_empty())
+            .is_some_and(|entry| entry.key.block() == block && !(entry.filling & mask).is_empty())
     }
 
     /// Frees a slot that a read left empty (failed or cancelled fill), once its pins are gone.
@@ -160,7 +166,7 @@ impl Core {
     /// The SSD tier has lost what it held, of one storage or of all.
     pub fn ssd_emptied(&mut self, storage: Option<StorageId>) {
         for entry in &mut self.entries {
-            if storage.is_none_or(|id| entry.key.storage == id) {
+            if storage.is_none_or(|id| entry.key.storage() == id) {
                 entry.on_ssd = PageMask::NONE;
             }
         }
@@ -168,7 +174,7 @@ impl Core {
 
     /// Valid pages of a block now, and its slot.
     pub fn valid(&self, storage: StorageId, block: BlockIndex) -> Option<(u32, PageMask)> {
-        let slot = self.find(Key { storage, block })?;
+        let slot = self.find(Key::new(storage, block))?;
         Some((slot, self.entries[slot as usize].valid))
     }
 
@@ -180,9 +186,9 @@ impl Core {
             return;
         }
         let key = entry.key;
-        if let Some(state) = self.storages.get_mut(key.storage.0 as usize).and_then(Option::as_mut) {
+        if let Some(state) = self.storages.get_mut(key.storage().0 as usize).and_then(Option::as_mut) {
             self.entries[slot as usize].destage_queued = true;
-            state.destage.push_back((slot, key.block, now));
+            state.destage.push_back((slot, key.block(), now));
         }
     }
 
@@ -194,7 +200,7 @@ impl Core {
             let state = self.storages.get_mut(storage.0 as usize)?.as_mut()?;
             let (slot, block, _) = *state.destage.front().filter(|(_, _, queued)| *queued <= before)?;
             state.destage.pop_front();
-            let key = Key { storage, block };
+            let key = Key::new(storage, block);
             let entry = &mut self.entries[slot as usize];
             if entry.place == Place::Free || entry.key != key {
                 continue;
@@ -217,7 +223,7 @@ impl Core {
 
     /// Whether the block still is what was copied at `version`, and if so takes note that the SSD tier has `mask`.
     pub fn finish_destage(&mut self, storage: StorageId, block: BlockIndex, version: u32, mask: PageMask) -> bool {
-        match self.find(Key { storage, block }) {
+        match self.find(Key::new(storage, block)) {
             // Evicted meanwhile: the copy is right unless a write came, and a write invalidates the SSD tier itself.
             None => true,
             Some(slot) => {

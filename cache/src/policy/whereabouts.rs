@@ -35,7 +35,7 @@ impl Core {
             self.storages.get(storage.0 as usize).and_then(Option::as_ref).is_some_and(|s| s.queue.holds(page));
         let block_pages = self.block_pages();
         let (block, within) = (BlockIndex(page / block_pages), page % block_pages);
-        let Some(slot) = self.find(Key { storage, block }) else {
+        let Some(slot) = self.find(Key::new(storage, block)) else {
             return Whereabouts { queued, ..Whereabouts::default() };
         };
         let entry = &self.entries[slot as usize];
@@ -46,7 +46,7 @@ impl Core {
 
     /// Pages of a block that the RAM tier holds.
     pub fn resident_mask(&self, storage: StorageId, block: BlockIndex) -> PageMask {
-        self.find(Key { storage, block }).map_or(PageMask::NONE, |slot| self.entries[slot as usize].valid)
+        self.find(Key::new(storage, block)).map_or(PageMask::NONE, |slot| self.entries[slot as usize].valid)
     }
 
     pub fn budget_state(&self, storage: StorageId) -> BudgetState {

@@ -46,7 +46,7 @@ impl Core {
         }
         let id = state.writes.insert(InFlight { offset, len, conflict });
         for (block, mask) in range.blocks_of(self.config.block_pages) {
-            if let Some(slot) = self.find(Key { storage, block }) {
+            if let Some(slot) = self.find(Key::new(storage, block)) {
                 let entry = &mut self.entries[slot as usize];
                 entry.version = entry.version.wrapping_add(1);
                 entry.cancelled |= entry.filling & mask;
@@ -74,7 +74,7 @@ impl Core {
         let block_pages = self.config.block_pages;
         let written = end == WriteEnd::Written && !write.conflict;
         for (block, mask) in range.blocks_of(block_pages) {
-            let Some(slot) = self.find(Key { storage, block }) else { continue };
+            let Some(slot) = self.find(Key::new(storage, block)) else { continue };
             if !written {
                 self.invalidate(slot, mask);
                 continue;
@@ -114,7 +114,7 @@ impl Core {
         mut update: impl FnMut(BlockIndex, u32, PageMask),
     ) {
         for (block, mask) in range.blocks_of(self.config.block_pages) {
-            let key = Key { storage, block };
+            let key = Key::new(storage, block);
             if self.find(key).is_some() {
                 continue;
             }
