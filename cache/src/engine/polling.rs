@@ -8,7 +8,8 @@
 //! tier answers. So a shard with nothing to do looks at its sources for a while before it sleeps. For how long is adapted as in
 //! the halt polling of KVM (Linux, `Documentation/virt/kvm/halt-polling.rst`): a sleep that was short says that looking on
 //! would have spared it, and the window grows; a long one says that nobody is in a hurry, and there is none. An idle shard
-//! therefore never polls, and one whose requests are further apart than [`WINDOW_MAX`] doesn't either.
+//! therefore never polls, and one whose requests are further apart than [`WINDOW_MAX`] doesn't either. Nor does one whose
+//! processor others want: a thread that looks uses up its share, and is then kept waiting longer than one that sleeps.
 
 use super::reactor::Inner;
 use std::cell::{Cell, RefCell};
@@ -16,13 +17,18 @@ use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest look. A guest that answers a completion with its next request takes 10 to 20 µs for it on a quiet host, wake-up
 /// included; a core is spent in vain for at most this long after the last request of a burst.
 pub(super) const WINDOW_MAX: Duration = Duration::from_micros(50);
 /// The first window after a short sleep.
 const WINDOW_MIN: Duration = Duration::from_micros(10);
+
+/// A look that stood still for so long was interrupted: somebody else had the processor. The learner takes less at a time.
+pub(super) const INTERRUPTED: Duration = Duration::from_micros(500);
+/// How long such a processor is left to others.
+const CROWDED: Duration = Duration::from_millis(20);
 
 /// How waiting for a [`PollSource`] ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,6 +66,7 @@ impl Entry {
 pub(super) struct Pollers {
     watched: RefCell<Vec<Rc<Entry>>>,
     window: Cell<Duration>,
+    crowded_until: Cell<Option<Instant>>,
 }
 
 impl Pollers {
@@ -89,8 +96,17 @@ impl Pollers {
         !watched.is_empty()
     }
 
-    /// The shard has slept for so long.
-    pub(super) fn slept(&self, time: Duration) {
+    /// A look was interrupted at `now`: none for a while.
+    pub(super) fn interrupted(&self, now: Instant) {
+        self.window.set(Duration::ZERO);
+        self.crowded_until.set(Some(now + CROWDED));
+    }
+
+    /// The shard has slept for so long, until `now`.
+    pub(super) fn slept(&self, time: Duration, now: Instant) {
+        if self.crowded_until.get().is_some_and(|until| now < until) {
+            return;
+        }
         let window = self.window.get();
         self.window.set(match time <= WINDOW_MAX {
             true => (window * 2).clamp(WINDOW_MIN, WINDOW_MAX),
@@ -182,7 +198,7 @@ mod tests {
             let f = f.clone();
             let shard = ShardHandle::start(ShardConfig { mode, ..ShardConfig::default() }).unwrap();
             let call = shard.call(move |shard| async move {
-                shard.inner().pollers.slept(SHORT);
+                shard.inner().pollers.slept(SHORT, Instant::now());
                 f(shard).await
             });
             call.wait().unwrap()
@@ -191,18 +207,30 @@ mod tests {
 
     #[test]
     fn the_window_grows_while_sleeps_are_short_and_is_gone_after_a_long_one() {
-        let pollers = Pollers::default();
+        let (pollers, now) = (Pollers::default(), Instant::now());
         assert_eq!(pollers.window.get(), Duration::ZERO, "nobody polls who has not had short sleeps");
         let windows: Vec<u128> = (0..5)
             .map(|_| {
-                pollers.slept(SHORT);
+                pollers.slept(SHORT, now);
                 pollers.window.get().as_micros()
             })
             .collect();
         assert_eq!(windows, [10, 20, 40, 50, 50]);
         assert_eq!(pollers.window(), Duration::ZERO, "with nothing to look at there is no look");
-        pollers.slept(LONG);
+        pollers.slept(LONG, now);
         assert_eq!(pollers.window.get(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_processor_that_others_want_is_left_to_them_for_a_while() {
+        let (pollers, now) = (Pollers::default(), Instant::now());
+        pollers.slept(SHORT, now);
+        pollers.interrupted(now);
+        assert_eq!(pollers.window.get(), Duration::ZERO);
+        pollers.slept(SHORT, now + CROWDED / 2);
+        assert_eq!(pollers.window.get(), Duration::ZERO);
+        pollers.slept(SHORT, now + CROWDED);
+        assert_eq!(pollers.window.get(), WINDOW_MIN);
     }
 
     #[test]
@@ -220,7 +248,7 @@ mod tests {
     #[test]
     fn a_shard_that_does_not_poll_says_so_at_once() {
         let seen = polling(|shard| async move {
-            shard.inner().pollers.slept(LONG);
+            shard.inner().pollers.slept(LONG, Instant::now());
             shard.poll_source(|| unreachable!("nobody looks")).wait().await
         });
         assert_eq!(seen, [Polled::Sleep; 2]);
@@ -236,7 +264,7 @@ mod tests {
             let join = shard.spawn(helper);
             // Windows end; the answer of the helper's thread comes through the inbox all the same.
             while source.wait().await == Polled::Sleep && !flag.load(Ordering::Acquire) {
-                shard.inner().pollers.slept(SHORT);
+                shard.inner().pollers.slept(SHORT, Instant::now());
                 shard.yield_now().await;
             }
             join.await.is_ok_and(|ended| ended.is_ok()) && flag.load(Ordering::Acquire)
@@ -248,10 +276,14 @@ mod tests {
     fn a_wait_that_is_given_up_is_not_looked_at_any_more() {
         let left = polling(|shard| async move {
             let mut source = shard.poll_source(|| false);
-            let (wait, other) = (pin!(source.wait()), pin!(shard.yield_now()));
-            assert!(matches!(select(wait, other).await, Either::Right(_)));
-            shard.inner().pollers.watched.borrow().len()
+            let watched = || shard.inner().pollers.watched.borrow().len();
+            let during = {
+                let (wait, other) = (pin!(source.wait()), pin!(shard.yield_now()));
+                assert!(matches!(select(wait, other).await, Either::Right(_)));
+                watched()
+            };
+            (during, watched())
         });
-        assert_eq!(left, [0; 2]);
+        assert_eq!(left, [(1, 0); 2]);
     }
 }

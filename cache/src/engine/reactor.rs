@@ -8,7 +8,7 @@
 use super::exec::{self, Shared, TASKS_PER_TURN, Tasks};
 use super::handle::EngineKind;
 use super::op::Frame;
-use super::polling::Pollers;
+use super::polling::{INTERRUPTED, Pollers};
 use super::pool::Pool;
 use super::ring::{Completion, Ring};
 use super::shard::Shard;
@@ -321,7 +321,8 @@ fn turn(shard: &Shard, completions: &mut Vec<Completion>, limit: Option<Instant>
     let outcome = inner.driver.borrow_mut().turn(wait, completions);
     inner.shared.awake();
     if let Some(since) = asleep_since {
-        inner.pollers.slept(since.elapsed());
+        let now = Instant::now();
+        inner.pollers.slept(now - since, now);
     }
     if let Err(error) = outcome {
         // Never seen; a ring whose enter fails for good serves nobody, and silence would hang guests.
@@ -339,7 +340,8 @@ fn look_for_work(inner: &Inner, limit: Option<Instant>) -> bool {
     if window.is_zero() {
         return false;
     }
-    let until = Instant::now() + window;
+    let mut before = Instant::now();
+    let until = before + window;
     let due = inner.timers.borrow().next_deadline().into_iter().chain(limit).min();
     loop {
         if inner.pollers.look() || inner.shared.has_posts() || inner.driver.borrow_mut().has_completions() {
@@ -349,6 +351,11 @@ fn look_for_work(inner: &Inner, limit: Option<Instant>) -> bool {
         if due.is_some_and(|due| due <= now) {
             return true;
         }
+        if now - before >= INTERRUPTED {
+            inner.pollers.interrupted(now);
+            return false;
+        }
+        before = now;
         if now >= until {
             return false;
         }
