@@ -30,8 +30,11 @@ pub(super) fn serve(vhost: &Path, size_bytes: u64) -> Result<()> {
 
 #[derive(Default)]
 struct AnswerOnly {
-    rings: Mutex<Vec<(u16, Arc<AtomicBool>, JoinHandle<QueueStopped>)>>,
+    rings: Mutex<Vec<Spinning>>,
 }
+
+/// A ring's number, whether it is to end, and its thread.
+type Spinning = (u16, Arc<AtomicBool>, JoinHandle<QueueStopped>);
 
 impl QueueRunner for AnswerOnly {
     fn start(&self, queue: Queue) {

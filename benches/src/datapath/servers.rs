@@ -95,7 +95,7 @@ pub(super) struct Server {
 
 #[derive(Debug)]
 enum Kind {
-    Daemon(Prestaged),
+    Daemon(Box<Prestaged>),
     Other(Process),
 }
 
@@ -182,7 +182,7 @@ impl Server {
             let run = socket.parent().and_then(Path::parent).context("the disk's socket is in no folder")?;
             socket = run.join("nbd").join(format!("{DISK}.sock"));
         }
-        Ok(Self { who, socket, read_only, size_bytes, kind: Kind::Daemon(daemon) })
+        Ok(Self { who, socket, read_only, size_bytes, kind: Kind::Daemon(Box::new(daemon)) })
     }
 
     /// Reads of this project's daemon that its learner never saw.
