@@ -1,7 +1,7 @@
 # make run     a real guest booted straight and through prestaged, and a table of what that changed
 # make bench-predict  recorded traces through the predictor and every peer, and what the figures say
 # make bench-datapath  requests, latency and processor time beside other block servers
-# make bench-callgrind  instructions and time that the predictor takes an access; instructions of a RAM hit, which must not grow
+# make bench-callgrind  instructions and time that the predictor takes an access
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
 # make properties    the property tests with other seeds and PROPTEST_CASES cases each (500); make test has one seed
 # make torture    a hundred random balloon schedules on a full guest, in which no program may be killed; half an hour
@@ -48,16 +48,13 @@ bench-predict: setup
 
 # Figures as JSON go to target/datapath.json. Wants two cores for itself, 4 GB of memory and 3 GB of disk.
 bench-datapath: build
-	@scripts/setup.sh callgrind || true
 	$(TARGET)/release/bench datapath --json $(TARGET)/datapath.json
 
-# The time of an access is measured on any host; without valgrind its part of the target says so and fails. Nothing here needs root.
+# The time of an access is measured on any host; without valgrind the target says so and fails. Nothing here needs root.
 bench-callgrind:
 	@scripts/setup.sh callgrind || true
 	env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER \
 	  cargo bench --locked -p prestage-predictor --bench instructions
-	cargo build --locked --release --bins
-	$(TARGET)/release/bench datapath --parts instructions --check --json $(TARGET)/instructions.json
 
 check: setup
 	cargo fmt --all --check

@@ -7,7 +7,6 @@
 //! - [`cases`]: what is measured; [`servers`]: who answers
 //! - [`load`]: the closed loop of a client; [`vhost`] and [`nbd`]: its two ways to a disk; [`ceiling`]: nobody behind them
 //! - [`content`]: what is on the disks; [`cpu`]: processors and what processes use of them
-//! - [`instructions`]: of a hit, counted
 //! - [`scale`]: many disks; [`idle`]: nothing to do; [`fill`]: memory of the index; [`launch`]: a large SSD tier
 //! - [`report`], [`verdict`]: medians, table, JSON, and what they say
 
@@ -17,7 +16,6 @@ mod content;
 mod cpu;
 mod fill;
 mod idle;
-mod instructions;
 mod launch;
 mod load;
 mod nbd;
@@ -51,7 +49,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 2.0, value_name = "SECONDS")]
     seconds: f64,
     /// What is measured
-    #[arg(long, value_delimiter = ',', default_values_t = [Part::Hits, Part::Nbd, Part::Direct, Part::Scale, Part::Idle, Part::Memory, Part::Launch, Part::Instructions])]
+    #[arg(long, value_delimiter = ',', default_values_t = [Part::Hits, Part::Nbd, Part::Direct, Part::Scale, Part::Idle, Part::Memory, Part::Launch])]
     parts: Vec<Part>,
     /// Only these servers
     #[arg(long, value_delimiter = ',')]
@@ -93,8 +91,6 @@ enum Part {
     Memory,
     /// The start with an SSD tier of a TiB
     Launch,
-    /// Instructions of a RAM hit, by callgrind
-    Instructions,
 }
 
 impl std::fmt::Display for Part {
@@ -160,21 +156,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if asked(Part::Launch) {
         report.figures.extend(launch::run(&bench)?);
     }
-    if asked(Part::Instructions) {
-        report.figures.extend(instructions::run(&bench)?);
-    }
     let (rows, figures) = (&report.rows, &report.figures);
     let mut claims = verdict::of_rows(rows);
     claims.push(verdict::flat("Cost of a request within 20 % from 1 to 300 disks", rows, 0.2));
     claims.push(verdict::at_most("Idle: at most .5 % of a core with 50 disks", figures, idle::FIGURE, 0.5));
     claims.push(verdict::at_most("At most 64 bytes of index a block of 64 KiB", figures, fill::FIGURE, 64.0));
     claims.push(verdict::at_most("Start with an SSD tier of 1 TiB within 2 s", figures, launch::FIGURE, 2.0));
-    claims.push(verdict::at_most(
-        "A RAM hit takes no more instructions than it did",
-        figures,
-        instructions::FIGURE,
-        instructions::MOST,
-    ));
     report.claims = claims;
     print!("{}{}", report::render(&report), verdict::render(&report.claims));
     write_json(&report, &options.json)?;

@@ -8,7 +8,7 @@ use prestage_tests::daemon::{DaemonOptions, Prestaged};
 
 use super::load::{Device, Op, Random};
 use super::report::{Report, Row, Sample};
-use super::servers::Who;
+use super::servers::{NO_TRAINING, Who};
 use super::vhost::{self, Vhost};
 use super::{Bench, cases, content, cpu, share};
 
@@ -60,7 +60,7 @@ pub(super) fn run(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
 
 /// Starts a daemon of its own with `disks` disks, and reads the clients' parts until they are in RAM.
 fn place(bench: &Bench<'_>, disks: usize) -> Result<Place> {
-    let mut more = format!("[export]\nmax_queues = {CLIENTS}\n");
+    let mut more = format!("{NO_TRAINING}[export]\nmax_queues = {CLIENTS}\n");
     let size_bytes = PART_BYTES * CLIENTS as u64;
     let mut paths = Vec::new();
     for disk in 0..disks {

@@ -101,6 +101,9 @@ enum Kind {
 
 /// Name of the disk.
 const DISK: &str = "disk";
+/// A model is trained once a day, at idle priority and on any core. With all threads on one core, a minute after the start, it
+/// would be most of what is measured.
+pub(super) const NO_TRAINING: &str = "[model]\ntraining = false\n";
 /// The smallest RAM tier: misses are measured with a disk many times as large.
 const LEAST_RAM: &str = "16MiB";
 
@@ -170,7 +173,7 @@ impl Server {
             ssd_size: String::new(),
             under,
             more: format!(
-                "[[disk]]\nname = \"{DISK}\"\nstore = \"{}\"\nread_only = {read_only}\n{}",
+                "{NO_TRAINING}[[disk]]\nname = \"{DISK}\"\nstore = \"{}\"\nread_only = {read_only}\n{}",
                 disk.display(),
                 if who == Who::PrestagedNbd { "nbd = true\n" } else { "" }
             ),
