@@ -58,7 +58,7 @@ fn stores_and_sockets_that_cannot_be_used_are_refused_and_leave_nothing() {
     host.refuses(&["disk", "add", "d", "ftp://x/y"], 2, &["does not name a store", "nbd://host:port/export"]);
     std::fs::write(host.path("qcow"), [b"QFI\xfb".as_slice(), &[0; 65532]].concat()).unwrap();
     let qcow = host.path("qcow").display().to_string();
-    host.refuses(&["disk", "add", "d", &qcow], 1, &["qcow2", "qemu-nbd"]);
+    host.refuses(&["disk", "add", "d", &qcow], 1, &["qcow2 image", "name it as qcow2:/path"]);
     let taken = std::os::unix::net::UnixListener::bind(host.path("taken")).unwrap();
     let socket = host.path("taken").display().to_string();
     host.refuses(&["disk", "add", "d", &good, "--export-socket", &socket], 1, &["in use by a running server"]);

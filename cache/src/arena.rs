@@ -10,7 +10,8 @@
 //!    which pages under a claim never are. A slot with a pin or a claim is never given to another block.
 //!
 //! Guest writes update valid pages in place ([`Pinned::write`]). All I/O of one storage runs on one thread and neither
-//! `bytes` nor `write` is held across a suspension point, so the two cannot overlap.
+//! `bytes` nor `write` is held across a suspension point, so the two cannot overlap. A storage below another one is only
+//! read: its valid pages may be read on any thread, and what a new fill may put there are the same bytes.
 
 use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageMask};
 use memmap2::{MmapOptions, MmapRaw};
@@ -188,7 +189,8 @@ impl Pinned {
         assert!(at.checked_add(len).is_some_and(|end| end <= BLOCK_BYTES), "range beyond the slot");
         let pointer = self.arena.pointer(self.slot as usize * BLOCK_BYTES + at, len);
         // SAFETY: the range lies within the mapping (checked in `pointer`), the pin keeps the slot with its block, and
-        // by the module's rules valid pages are written only on this thread and never while this slice lives.
+        // by the module's rules valid pages are written only on this thread and never while this slice lives, or, of a
+        // storage that is only read, nowhere.
         unsafe { std::slice::from_raw_parts(pointer, len) }
     }
 

@@ -6,9 +6,9 @@
 
 use crate::access::AccessQueue;
 use crate::arena::{Arena, HugePages};
-use crate::backend::{StoreError, StoreInfo, StoreOptions, StoreSpec};
+use crate::backend::{Below, LayerMap, StoreError, StoreInfo, StoreOptions, StoreSpec};
 use crate::counters::{StorageCounters, StorageStats};
-use crate::disk::{Storage, local};
+use crate::disk::{Storage, local, read_copy};
 use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
 use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
@@ -60,6 +60,8 @@ pub enum OpenError {
     InUse { identity: String },
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error("{identity} stands in its own chain of images; name each of them once")]
+    Loop { identity: String },
     #[error("the thread that should serve the store has stopped; restart prestaged")]
     ShardGone,
 }
@@ -178,6 +180,12 @@ impl Cache {
     /// # Errors
     /// See [`OpenError`].
     pub fn open(&self, spec: &StoreSpec, options: StoreOptions) -> Result<StorageHandle, OpenError> {
+        let mut chain: Vec<String> = spec.chain().map(identity).collect();
+        chain.sort_unstable();
+        // It would wait for itself.
+        if let Some(twice) = chain.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(OpenError::Loop { identity: twice[0].clone() });
+        }
         let identity = identity(spec);
         let read_only = options.read_only;
         let (id, shard) = {
@@ -222,10 +230,31 @@ impl Cache {
         options: StoreOptions,
         identity: &str,
     ) -> Result<StorageHandle, OpenError> {
+        // Whatever is below is shared by all who stand on it, so nobody writes to it.
+        let below = match spec.below() {
+            Some(below) => Some(self.open(below, StoreOptions { read_only: true, ..options.clone() })?),
+            None => None,
+        };
         let counters = Arc::new(StorageCounters::default());
-        let (shared, spec, stored) = (Arc::clone(&self.0.shared), spec.clone(), Arc::clone(&counters));
-        let name = identity.to_owned();
-        let (info, ssd) = shard.call(move |shard| start(shard, shared, id, spec, options, stored, name)).wait()??;
+        let starting = Starting {
+            id,
+            shared: Arc::clone(&self.0.shared),
+            spec: spec.clone(),
+            options,
+            counters: Arc::clone(&counters),
+            identity: identity.to_owned(),
+            below: below.clone(),
+        };
+        let started = shard.call(move |shard| start(shard, starting)).wait();
+        let started = started.map_err(OpenError::from).and_then(|started| started.map_err(OpenError::from));
+        let Started { info, ssd, map } = match (started, &below) {
+            (Ok(started), _) => started,
+            (Err(error), Some(below)) => {
+                self.close(below, Closing { drain: Duration::ZERO, parted: false });
+                return Err(error);
+            }
+            (Err(error), None) => return Err(error),
+        };
         let pages = PageRange::covering(0, info.size_bytes).count;
         Ok(StorageHandle(Arc::new(HandleInner {
             id,
@@ -235,6 +264,8 @@ impl Cache {
             shard,
             counters,
             ssd,
+            below,
+            map,
             pump: AtomicBool::new(false),
         })))
     }
@@ -242,6 +273,20 @@ impl Cache {
     /// Gives a storage back; the last one who does closes the store. Guest requests on it must have ended.
     /// Returns whether this was the last.
     pub fn close(&self, handle: &StorageHandle, closing: Closing) -> bool {
+        !self.close_chain(handle, closing).is_empty()
+    }
+
+    /// [`Cache::close`], with what the storage stands on. Returns the storages that are closed now.
+    pub fn close_chain(&self, handle: &StorageHandle, closing: Closing) -> Vec<StorageId> {
+        let (mut closed, mut next) = (Vec::new(), Some(handle));
+        while let Some(handle) = next.filter(|handle| self.close_one(handle, closing)) {
+            closed.push(handle.id());
+            next = handle.below();
+        }
+        closed
+    }
+
+    fn close_one(&self, handle: &StorageHandle, closing: Closing) -> bool {
         match self.0.registry.lock().by_identity.get_mut(handle.identity()) {
             Some(Some(opened)) if opened.users > 1 => {
                 opened.users -= 1;
@@ -419,21 +464,36 @@ fn identity(spec: &StoreSpec) -> String {
             format!("file:{}", path.display())
         }
         StoreSpec::Nbd { .. } => spec.to_string(),
+        StoreSpec::Qcow2 { path, .. } => {
+            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            format!("qcow2:{}", path.display())
+        }
     }
 }
 
-/// Opens the store on its shard.
-async fn start(
-    shard: Shard,
-    shared: Arc<Shared>,
+/// What it takes to open a store on its shard.
+struct Starting {
     id: StorageId,
+    shared: Arc<Shared>,
     spec: StoreSpec,
     options: StoreOptions,
     counters: Arc<StorageCounters>,
     identity: String,
-) -> Result<(StoreInfo, Option<SsdStorage>), StoreError> {
-    let backend = crate::backend::open(&shard, &spec, &options).await?;
-    let info = backend.info();
+    below: Option<StorageHandle>,
+}
+
+struct Started {
+    info: StoreInfo,
+    ssd: Option<SsdStorage>,
+    map: Option<Arc<LayerMap>>,
+}
+
+/// Opens the store on its shard.
+async fn start(shard: Shard, starting: Starting) -> Result<Started, StoreError> {
+    let Starting { id, shared, spec, options, counters, identity, below } = starting;
+    let stands_on = below.clone().zip(spec.below()).map(|(handle, spec)| stands_on(handle, spec));
+    let backend = crate::backend::open(&shard, &spec, stands_on, &options).await?;
+    let (info, map) = (backend.info(), backend.map());
     shared.core().add_storage(id, PageRange::covering(0, info.size_bytes).count);
     let ssd = shared.ssd().and_then(|tier| match open_ssd(tier, &identity, &info) {
         Ok(opened) => Some(opened),
@@ -443,8 +503,25 @@ async fn start(
         }
     });
     let number = ssd.as_ref().map(|(_, storage)| *storage);
-    Storage::start(shard, shared, id, backend, counters, ssd);
-    Ok((info, number))
+    Storage::start(shard, shared, id, backend, counters, ssd, below);
+    Ok(Started { info, ssd: number, map })
+}
+
+/// A storage as what an image stands on.
+fn stands_on(handle: StorageHandle, spec: &StoreSpec) -> Below {
+    let path = match spec {
+        StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. } => Some(path.clone()),
+        StoreSpec::Nbd { .. } => None,
+    };
+    Below {
+        name: handle.identity().to_owned(),
+        path,
+        size_bytes: handle.info().size_bytes,
+        read: Box::new(move |offset, len| {
+            let handle = handle.clone();
+            Box::pin(async move { read_copy(&handle, offset, len).await })
+        }),
+    }
 }
 
 fn open_ssd(
@@ -476,6 +553,8 @@ struct HandleInner {
     shard: ShardHandle,
     counters: Arc<StorageCounters>,
     ssd: Option<SsdStorage>,
+    below: Option<StorageHandle>,
+    map: Option<Arc<LayerMap>>,
     pump: AtomicBool,
 }
 
@@ -490,6 +569,18 @@ impl StorageHandle {
     /// Names the store over restarts and across disks.
     pub fn identity(&self) -> &str {
         &self.0.identity
+    }
+    /// The storage that this one stands on, of an image.
+    pub fn below(&self) -> Option<&StorageHandle> {
+        self.0.below.as_ref()
+    }
+    /// This storage and those below it.
+    pub fn chain(&self) -> impl Iterator<Item = &StorageHandle> {
+        std::iter::successors(Some(self), |handle| handle.below())
+    }
+    /// What an image holds itself.
+    pub fn map(&self) -> Option<&Arc<LayerMap>> {
+        self.0.map.as_ref()
     }
     /// What the store said when it was opened or last asked.
     pub fn info(&self) -> StoreInfo {

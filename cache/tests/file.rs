@@ -147,7 +147,7 @@ fn what_is_not_a_raw_disk_is_refused_with_a_reason() {
     assert!(matches!(refused("odd"), StoreError::BadSize { size_bytes: 1000, .. }));
     let image = refused("image");
     assert!(matches!(image, StoreError::NotRaw { format: "qcow2", .. }));
-    assert!(image.to_string().contains("serve it with qemu-nbd"), "{image}");
+    assert!(image.to_string().contains("name it as qcow2:/path"), "{image}");
     let path = at("image");
     on(EngineMode::Auto, move |shard| async move {
         let options = StoreOptions { force_raw: true, ..StoreOptions::default() };

@@ -145,7 +145,8 @@ pub struct DiskAddArgs {
     /// 1 to 64 letters, digits, `.`, `_`, `-`
     #[arg(value_parser = disk_name)]
     pub name: String,
-    /// Path of a raw image or block device, nbd://host[:port]/export or nbd+unix:///export?socket=/path
+    /// Path of a raw image or block device, qcow2:/path[?backing=STORE], nbd://host[:port]/export or
+    /// nbd+unix:///export?socket=/path
     pub store: StoreSpec,
     /// Refuse writes
     #[arg(long)]

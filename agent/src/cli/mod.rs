@@ -184,7 +184,7 @@ async fn disk(command: DiskCommand, client: &Client, json: bool, out: &mut impl 
                 // Parsed here, so that a relative path is below the operator's folder and not the daemon's.
                 store: match args.store {
                     StoreSpec::File(path) => absolute(&path)?,
-                    nbd @ StoreSpec::Nbd { .. } => nbd.to_string(),
+                    other @ (StoreSpec::Nbd { .. } | StoreSpec::Qcow2 { .. }) => other.to_string(),
                 },
                 read_only: args.read_only,
                 socket: args.export_socket.as_deref().map(absolute).transpose()?,

@@ -49,9 +49,18 @@ pub(super) struct Opened {
     pub(super) stamp: Stamp,
 }
 
+/// What a file is to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Content {
+    /// The bytes of a disk.
+    Disk,
+    /// An image in some format, of any length.
+    Image,
+}
+
 /// # Errors
 /// See [`super::open`].
-pub(super) fn open(path: &Path, options: &StoreOptions) -> Result<Opened, StoreError> {
+pub(super) fn open(path: &Path, content: Content, options: &StoreOptions) -> Result<Opened, StoreError> {
     let given = format!("file:{}", path.display());
     let fail = |error: io::Error| StoreError::from_io(&given, "open", &error);
     let path = path.canonicalize().map_err(fail)?;
@@ -66,10 +75,11 @@ pub(super) fn open(path: &Path, options: &StoreOptions) -> Result<Opened, StoreE
         Err(error) if error.raw_os_error() == Some(libc::EROFS) => return Err(StoreError::ReadOnly { store }),
         other => other.map_err(fail)?,
     };
-    let stamp = measure(&store, &file)?;
-    if !options.force_raw {
+    // First: an image of any length is told that it is one.
+    if !options.force_raw && content == Content::Disk {
         refuse_formats(&store, &file)?;
     }
+    let stamp = measure(&store, content, &file)?;
     lock(&store, &file, !options.read_only)?;
     let (direct, align_bytes) = match options.direct.then(|| open_direct(&path, &file, options.read_only)) {
         Some(Ok((direct, align))) => (Some(OwnedFd::from(direct)), align),
@@ -94,13 +104,14 @@ pub(super) fn open(path: &Path, options: &StoreOptions) -> Result<Opened, StoreE
 ///
 /// # Errors
 /// `BadSize`, or `Io`.
-pub(super) fn measure(store: &str, mut file: &File) -> Result<Stamp, StoreError> {
+pub(super) fn measure(store: &str, content: Content, mut file: &File) -> Result<Stamp, StoreError> {
     let fail = |error: io::Error| StoreError::from_io(store, "stat", &error);
     let meta = file.metadata().map_err(fail)?;
     // Block devices have no size of their own in `stat`; seeking to the end works for both. The position that this
     // moves is used by nobody.
     let size_bytes = file.seek(SeekFrom::End(0)).map_err(fail)?;
-    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) || i64::try_from(size_bytes).is_err() {
+    let whole = content == Content::Image || size_bytes.is_multiple_of(SECTOR_BYTES);
+    if size_bytes == 0 || !whole || i64::try_from(size_bytes).is_err() {
         return Err(StoreError::BadSize { store: store.to_owned(), size_bytes });
     }
     let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
@@ -130,7 +141,7 @@ pub(super) fn size_now(fd: &OwnedFd) -> io::Result<u64> {
 
 fn refuse_formats(store: &str, file: &File) -> Result<(), StoreError> {
     let mut head = [0; 512];
-    file.read_exact_at(&mut head, 0).map_err(|error| StoreError::from_io(store, "read", &error))?;
+    file.read_at(&mut head, 0).map_err(|error| StoreError::from_io(store, "read", &error))?;
     match FORMATS.into_iter().find(|(at, magic, _)| head[*at..].starts_with(magic)) {
         Some((_, _, format)) => Err(StoreError::NotRaw { store: store.to_owned(), format }),
         None => Ok(()),

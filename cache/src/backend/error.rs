@@ -11,7 +11,10 @@ pub enum StoreError {
     Denied { store: String },
     #[error("{store} is in use by another process{}; stop that process, or open the store read-only on both sides", if *.writer { " that writes to it" } else { "" })]
     Locked { store: String, writer: bool },
-    #[error("{store} is a {format} image; serve it with qemu-nbd or qemu-storage-daemon and give its nbd URI")]
+    #[error(
+        "{store} is a {format} image, not a raw disk; {}",
+        if *.format == "qcow2" { "name it as qcow2:/path" } else { "serve it with qemu-nbd or qemu-storage-daemon and give its nbd URI" }
+    )]
     NotRaw { store: String, format: &'static str },
     #[error("{store} has a size of {size_bytes} bytes; a disk needs a positive multiple of 512")]
     BadSize { store: String, size_bytes: u64 },
@@ -37,6 +40,9 @@ pub enum StoreError {
     Protocol { store: String, what: String },
     #[error("{store} cannot be used: {what}")]
     Unsupported { store: String, what: String },
+    /// An image whose format QEMU knows and the own engine does not.
+    #[error("{store} can be served only through QEMU: {why}")]
+    NeedsQemu { store: String, why: String },
     #[error("{store} is closed")]
     Closed { store: String },
 }

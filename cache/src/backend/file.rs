@@ -12,7 +12,7 @@
 //! fail, and so does every change, since a write beyond the end would make the file grow around a hole that reads as
 //! zeroes. A truncation in the instant between the look at the size and the write goes unseen.
 
-use super::device::{self, Opened};
+use super::device::{self, Content, Opened};
 use super::error::StoreError;
 use super::gate::{Drain, Gate, UnderWay};
 use super::{Backend, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
@@ -39,6 +39,7 @@ pub(super) struct FileBackend {
 struct Inner {
     shard: Shard,
     identity: String,
+    content: Content,
     files: RefCell<Option<Files>>,
     align: u64,
     direct: bool,
@@ -63,9 +64,28 @@ struct Files {
 
 impl FileBackend {
     pub(super) async fn open(shard: &Shard, path: &Path, options: &StoreOptions) -> Result<FileBackend, StoreError> {
+        FileBackend::open_as(shard, path, Content::Disk, options).await
+    }
+
+    /// The file of an image in some format: it is as long as it is, grows when it is written to behind its end, and
+    /// reads as zeroes there.
+    pub(super) async fn open_image(
+        shard: &Shard,
+        path: &Path,
+        options: &StoreOptions,
+    ) -> Result<FileBackend, StoreError> {
+        FileBackend::open_as(shard, path, Content::Image, options).await
+    }
+
+    async fn open_as(
+        shard: &Shard,
+        path: &Path,
+        content: Content,
+        options: &StoreOptions,
+    ) -> Result<FileBackend, StoreError> {
         let store = format!("file:{}", path.display());
         let (path, options) = (path.to_owned(), options.clone());
-        let opened = shard.blocking(move || device::open(&path, &options)).await;
+        let opened = shard.blocking(move || device::open(&path, content, &options)).await;
         let Opened { path, buffered, direct, align_bytes, is_block, read_only, stamp } =
             opened.map_err(|error| StoreError::from_io(&store, "open", &error))??;
         let buffered = Rc::new(buffered);
@@ -74,6 +94,7 @@ impl FileBackend {
         let inner = Inner {
             shard: shard.clone(),
             identity: format!("file:{}", path.display()),
+            content,
             files: RefCell::new(Some(Files { buffered, data })),
             align: u64::from(align_bytes),
             direct: is_direct,
@@ -110,10 +131,13 @@ impl Inner {
     fn begin(&self, access: Access, offset: u64, len: u64) -> Result<(Files, UnderWay), StoreError> {
         let store = || self.identity.clone();
         let limit = match access {
+            _ if self.content == Content::Image => i64::MAX as u64,
             Access::Read => self.size().next_multiple_of(PAGE),
-            Access::Write if self.read_only => return Err(StoreError::ReadOnly { store: store() }),
             Access::Write => self.size(),
         };
+        if matches!(access, Access::Write) && self.read_only {
+            return Err(StoreError::ReadOnly { store: store() });
+        }
         check_range(offset, len, limit)?;
         let files = self.files.borrow().clone();
         match (files, self.drain.enter()) {
@@ -124,7 +148,7 @@ impl Inner {
 
     /// Refuses to change a file that has become smaller. A block device cannot be made larger by a write.
     fn refuse_shrunk(&self, files: &Files) -> Result<(), StoreError> {
-        if self.is_block {
+        if self.is_block || self.content == Content::Image {
             return Ok(());
         }
         let now_bytes = device::size_now(&files.buffered).map_err(|error| self.failed("stat", &error))?;
@@ -161,7 +185,10 @@ impl Inner {
         mut list: Vec<IoBuf>,
     ) -> (Result<(), StoreError>, Vec<IoBuf>) {
         let len = bufs::total_len(&list);
-        let present = usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        let present = match self.content {
+            Content::Disk => usize::try_from(self.size().saturating_sub(offset)).unwrap_or(usize::MAX).min(len),
+            Content::Image => len,
+        };
         let mut done = 0usize;
         while done < present {
             let at = offset + done as u64;
@@ -170,6 +197,10 @@ impl Inner {
             let (result, back) = self.shard.read_part(fd, list, done..len, at).await;
             list = back;
             match result {
+                Ok(0) if self.content == Content::Image => {
+                    bufs::zero(&mut list, done..len);
+                    return (Ok(()), list);
+                }
                 Ok(0) => {
                     let now = self.measure().await.map_or(at, |stamp| stamp.size_bytes);
                     let store = self.identity.clone();
@@ -252,7 +283,10 @@ impl Inner {
         bufs::copy_out(list, 0, &mut target.as_mut_slice()[skip..skip + len]);
         // A file's last unit may be incomplete. Writing all of it would make the file grow, which the guest must not
         // cause; the page cache takes the rest, and is flushed while nobody else writes.
-        let within = usize::try_from(self.size() - start).unwrap_or(usize::MAX).min(span);
+        let within = match self.content {
+            Content::Disk => usize::try_from(self.size() - start).unwrap_or(usize::MAX).min(span),
+            Content::Image => span,
+        };
         if within < span {
             let tail = IoBuf::from(AlignedBuf::copy_of(&target.as_slice()[..within]));
             let (result, _) = self.shard.write_all_at(&files.buffered, vec![tail], start, true).await;
@@ -354,14 +388,15 @@ impl Inner {
         let store = self.identity.clone();
         let Some(files) = files else { return Err(StoreError::Closed { store }) };
         let file = File::from(files.buffered.try_clone().map_err(|error| self.failed("stat", &error))?);
-        let measured = self.shard.blocking(move || device::measure(&store, &file)).await;
+        let content = self.content;
+        let measured = self.shard.blocking(move || device::measure(&store, content, &file)).await;
         measured.map_err(|error| self.failed("stat", &error))?
     }
 
     async fn refresh_size(&self) -> Result<u64, StoreError> {
         let (_, _under_way) = self.begin(Access::Read, 0, 0)?;
         let (was, now) = (self.stamp.get(), self.measure().await?);
-        if now.size_bytes < was.size_bytes {
+        if now.size_bytes < was.size_bytes && self.content == Content::Disk {
             let store = self.identity.clone();
             return Err(StoreError::Shrunk { store, was_bytes: was.size_bytes, now_bytes: now.size_bytes });
         }

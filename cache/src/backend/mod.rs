@@ -1,10 +1,11 @@
-//! The stores behind the cache: raw files, block devices and NBD exports.
+//! The stores behind the cache: raw files, block devices, NBD exports, and images in qcow2 format on top of them.
 //!
 //! - [`Backend`]: what every store can do
+//! - [`Below`]: what an image stands on; [`LayerMap`]: what of the disk it holds itself
 //! - [`StoreInfo`], [`Stamp`]: what is known about one
 //! - [`StoreSpec`]: its name, as operators write it; [`StoreOptions`], [`NbdOptions`]: how to open it
 //! - [`StoreError`]: what can go wrong
-//! - [`open`]: the way in
+//! - [`open`]: the way in; [`follow`]: the images below one that names them
 //!
 //! A backend lives on its shard's thread and does all its I/O through that shard.
 
@@ -12,16 +13,22 @@ mod device;
 mod error;
 mod file;
 mod gate;
+mod layer;
 mod nbd;
+mod qcow2;
 mod spec;
 
 pub use error::StoreError;
+pub use layer::{LayerMap, Owner};
 pub use nbd::NbdOptions;
+pub use qcow2::{Need, follow, needs};
 pub use spec::{NbdAddress, SpecError, StoreSpec};
 
-use crate::engine::{IoBuf, LocalBoxFuture, Shard};
+use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Shard};
 use std::fmt;
+use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Identifies the state of a file between two runs: unchanged means that what was cached from it is still true.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,8 +43,8 @@ pub struct Stamp {
 /// What is known about a store.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct StoreInfo {
-    /// The same for every way of naming the same store: `file:/canonical/path`, `nbd://host:port/export` or
-    /// `nbd+unix:///export?socket=/path`.
+    /// The same for every way of naming the same store: `file:/canonical/path`, `nbd://host:port/export`,
+    /// `nbd+unix:///export?socket=/path` or `qcow2:/canonical/path`.
     pub identity: String,
     /// A positive multiple of 512.
     pub size_bytes: u64,
@@ -108,6 +115,37 @@ pub trait Backend: fmt::Debug {
 
     /// Waits for requests under way, then lets go of files and connections. Requests that come later fail.
     fn close(&self) -> LocalBoxFuture<()>;
+
+    /// Which parts the store holds itself, where it may stand on another.
+    fn map(&self) -> Option<Arc<LayerMap>> {
+        None
+    }
+
+    /// Looks up who holds the range, for [`Backend::map`].
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn locate(&self, _offset: u64, _len: u64) -> LocalBoxFuture<Result<(), StoreError>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// Reads `len` bytes at an offset.
+pub type ReadBelow = Box<dyn Fn(u64, usize) -> LocalBoxFuture<Result<AlignedBuf, StoreError>>>;
+
+/// What an image stands on: only read, and through the cache, where those share it who stand on the same.
+pub struct Below {
+    pub name: String,
+    /// Where it is a file.
+    pub path: Option<PathBuf>,
+    pub size_bytes: u64,
+    pub read: ReadBelow,
+}
+
+impl fmt::Debug for Below {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Below").field("name", &self.name).field("size_bytes", &self.size_bytes).finish_non_exhaustive()
+    }
 }
 
 /// How to open a store.
@@ -128,13 +166,19 @@ impl Default for StoreOptions {
     }
 }
 
-/// Opens a store on this shard.
+/// Opens a store on this shard. `below` is what an image stands on; other stores have nothing below them.
 ///
 /// # Errors
-/// [`StoreError`] when it is not there, is locked by another process, is not a raw disk, has an unusable size, or its
-/// server does not speak NBD's fixed newstyle.
-pub async fn open(shard: &Shard, spec: &StoreSpec, options: &StoreOptions) -> Result<Rc<dyn Backend>, StoreError> {
+/// [`StoreError`] when it is not there, is locked by another process, is not of the format that it is named with, has an
+/// unusable size, or its server does not speak NBD's fixed newstyle; `NeedsQemu` for an image that only QEMU understands.
+pub async fn open(
+    shard: &Shard,
+    spec: &StoreSpec,
+    below: Option<Below>,
+    options: &StoreOptions,
+) -> Result<Rc<dyn Backend>, StoreError> {
     match spec {
+        StoreSpec::Qcow2 { path, .. } => Ok(Rc::new(qcow2::Qcow2Backend::open(shard, path, below, options).await?)),
         StoreSpec::File(path) => Ok(Rc::new(file::FileBackend::open(shard, path, options).await?)),
         StoreSpec::Nbd { address, export } => {
             Ok(Rc::new(nbd::NbdBackend::open(shard, address, export, options).await?))

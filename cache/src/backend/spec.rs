@@ -3,6 +3,9 @@
 //! - [`StoreSpec`]: a parsed name; [`NbdAddress`]: where an NBD server listens
 //! - [`SpecError`]: what is wrong with a name and what to write instead
 //!
+//! An image in qcow2 format is named with all images below it: which files are opened is the operator's word, never the
+//! image's, which may come from a tenant.
+//!
 //! NBD names follow the URI format of the NBD project (`doc/uri.md`) and are shared with nbdinfo, qemu-img and nbdkit; the
 //! older `nbd:unix:…:exportname=…` is what QEMU itself prints.
 
@@ -15,6 +18,8 @@ use std::str::FromStr;
 
 /// The port that IANA gave to NBD.
 const NBD_PORT: u16 = 10809;
+/// Images on top of each other. Every read that is in none of them asks them all.
+pub(super) const CHAIN_MAX: usize = 16;
 /// `NBD_MAX_STRING`: the longest export name that a server has to accept.
 const EXPORT_MAX_BYTES: usize = 4096;
 
@@ -25,6 +30,24 @@ pub enum StoreSpec {
     File(PathBuf),
     /// An NBD export: `nbd://host[:port]/export`, `nbd+unix:///export?socket=/path`, `nbd:unix:/path[:exportname=x]`.
     Nbd { address: NbdAddress, export: String },
+    /// A qcow2 image: `qcow2:/path`, and on another store `qcow2:/path?backing=store`, with `%` and `?` of the path
+    /// percent-encoded. The store below is only read.
+    Qcow2 { path: PathBuf, backing: Option<Box<StoreSpec>> },
+}
+
+impl StoreSpec {
+    /// The stores of a chain from the top down; one store for what has none below it.
+    pub fn chain(&self) -> impl Iterator<Item = &StoreSpec> {
+        std::iter::successors(Some(self), |spec| spec.below())
+    }
+
+    /// The store below.
+    pub fn below(&self) -> Option<&StoreSpec> {
+        match self {
+            StoreSpec::Qcow2 { backing, .. } => backing.as_deref(),
+            StoreSpec::File(_) | StoreSpec::Nbd { .. } => None,
+        }
+    }
 }
 
 /// Where an NBD server listens.
@@ -48,6 +71,7 @@ pub struct SpecError {
 }
 
 const HINT_ANY: &str = "/path/to/disk.img, nbd://host:port/export or nbd+unix:///export?socket=/path";
+const HINT_QCOW2: &str = "qcow2:/path/to/image or qcow2:/path/to/image?backing=/path/to/base";
 const HINT_TCP: &str = "nbd://host:port/export";
 const HINT_UNIX: &str = "nbd+unix:///export?socket=/absolute/path";
 const HINT_QEMU: &str = "nbd:unix:/absolute/path:exportname=name or nbd:host:port:exportname=name";
@@ -68,6 +92,9 @@ impl FromStr for StoreSpec {
         }
         if let Some(rest) = name.strip_prefix("nbd:") {
             return qemu_name(rest).map_err(|reason| fail(&reason, HINT_QEMU));
+        }
+        if let Some(rest) = name.strip_prefix("qcow2:") {
+            return qcow2_chain(rest).map_err(|reason| fail(&reason, HINT_QCOW2));
         }
         let path = match name.strip_prefix("file:") {
             Some(rest) => match rest.strip_prefix("//") {
@@ -120,6 +147,31 @@ fn tcp_uri(rest: &str) -> Result<StoreSpec, String> {
     nbd(host_and_port(authority)?, decode(export)?)
 }
 
+/// Images from the top down, and what the last of them stands on.
+fn qcow2_chain(rest: &str) -> Result<StoreSpec, String> {
+    let (mut paths, mut rest, mut bottom) = (Vec::new(), Some(rest), None);
+    while let Some(image) = rest.take() {
+        if paths.len() == CHAIN_MAX {
+            return Err(format!("it has more than {CHAIN_MAX} images on top of each other"));
+        }
+        let (path, below) = match image.split_once("?backing=") {
+            Some((path, below)) => (path, Some(below)),
+            None => (image, None),
+        };
+        if path.contains('?') {
+            return Err("only `?backing=` may follow the path; a question mark in it is written %3F".to_owned());
+        }
+        paths.push(absolute(&decode(path)?)?);
+        match below.map(|below| (below, below.strip_prefix("qcow2:"))) {
+            Some((_, Some(image))) => rest = Some(image),
+            Some((store, None)) => bottom = Some(store.parse::<StoreSpec>().map_err(|error| error.to_string())?),
+            None => {}
+        }
+    }
+    let on = |backing: Option<StoreSpec>, path| Some(StoreSpec::Qcow2 { path, backing: backing.map(Box::new) });
+    paths.into_iter().rev().fold(bottom, on).ok_or_else(|| "it is empty".to_owned())
+}
+
 fn qemu_name(rest: &str) -> Result<StoreSpec, String> {
     let (address, export) = match rest.split_once(":exportname=") {
         Some((address, export)) => (address, export),
@@ -142,10 +194,10 @@ fn nbd(address: NbdAddress, export: Vec<u8>) -> Result<StoreSpec, String> {
 
 fn absolute(path: &[u8]) -> Result<PathBuf, String> {
     if path.is_empty() {
-        return Err("the socket's path is empty".to_owned());
+        return Err("the path is empty".to_owned());
     }
     if path.contains(&0) {
-        return Err("the socket's path contains a zero byte".to_owned());
+        return Err("the path contains a zero byte".to_owned());
     }
     std::path::absolute(Path::new(OsStr::from_bytes(path))).map_err(|error| error.to_string())
 }
@@ -218,6 +270,10 @@ impl fmt::Display for StoreSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreSpec::File(path) => write!(f, "file:{}", path.display()),
+            StoreSpec::Qcow2 { path, backing } => {
+                write!(f, "qcow2:{}", encode(path.as_os_str().as_bytes()))?;
+                backing.as_ref().map_or(Ok(()), |backing| write!(f, "?backing={backing}"))
+            }
             StoreSpec::Nbd { address: NbdAddress::Unix(path), export } => {
                 let (export, socket) = (encode(export.as_bytes()), encode(path.as_os_str().as_bytes()));
                 write!(f, "nbd+unix:///{export}?socket={socket}")
@@ -254,6 +310,10 @@ mod tests {
             ("nbd:unix:/run/s.sock", "nbd+unix:///?socket=/run/s.sock"),
             ("nbd:unix:/run/s.sock:exportname=a b", "nbd+unix:///a%20b?socket=/run/s.sock"),
             ("nbd+unix:///e?socket=/run/a%3Fb", "nbd+unix:///e?socket=/run/a%3Fb"),
+            ("qcow2:/srv/a b.qcow2", "qcow2:/srv/a%20b.qcow2"),
+            ("qcow2:/a%3Fb?backing=/c?backing=d", "qcow2:/a%3Fb?backing=file:/c?backing=d"),
+            ("qcow2:/a?backing=qcow2:/b?backing=/c", "qcow2:/a?backing=qcow2:/b?backing=file:/c"),
+            ("qcow2:/a?backing=nbd+unix:///e?socket=/s", "qcow2:/a?backing=nbd+unix:///e?socket=/s"),
         ];
         for (name, printed) in table {
             let spec = parse(name);
@@ -296,9 +356,26 @@ mod tests {
             "nbd:x:y:z",
             "nbd://h/%ff",
             "nbd+unix:///x?socket=/a%00b",
+            "qcow2:",
+            "qcow2:/a?backing=",
+            "qcow2:/a?b",
+            "qcow2:/a?backing=qcow2:",
+            "qcow2:/a?backing=http://x",
+            "qcow2:/a%",
         ] {
             let error = name.parse::<StoreSpec>().unwrap_err().to_string();
             assert!(error.starts_with(&format!("`{name}` ")) && error.contains("; write "), "{error}");
         }
+    }
+
+    #[test]
+    fn a_chain_is_read_from_the_top_down_and_has_an_end() {
+        let spec = parse("qcow2:/a?backing=qcow2:/b?backing=/c");
+        let names: Vec<_> = spec.chain().map(ToString::to_string).collect();
+        assert_eq!(names[1..], ["qcow2:/b?backing=file:/c", "file:/c"]);
+        let long = |images: usize| vec!["qcow2:/a"; images].join("?backing=").parse::<StoreSpec>();
+        assert!(long(CHAIN_MAX).is_ok());
+        assert!(long(CHAIN_MAX + 1).is_err());
+        assert!(long(1_000_000).is_err());
     }
 }

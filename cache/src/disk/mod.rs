@@ -2,19 +2,23 @@
 //!
 //! - [`Storage`]: one store with its part of the cache; lives on one shard's thread (`storage.rs`)
 //! - [`Disk`]: what one export serves: a storage with its own counters
-//! - reads (`read.rs`), writes (`write.rs`), prefetch (`prefetch.rs`), the way to the SSD tier (`destage.rs`)
+//! - reads (`read.rs`), reads on a chain of images (`chain.rs`), writes (`write.rs`), prefetch (`prefetch.rs`), the way to the SSD tier (`destage.rs`)
 
+mod chain;
 mod destage;
 mod prefetch;
 mod read;
 mod storage;
 mod write;
 
+pub(crate) use chain::read_copy;
+pub use chain::spread;
 pub use read::ReadData;
 pub use storage::{Storage, local};
 
 use crate::access::{Access, AccessOp};
 use crate::counters::{DiskCounters, add};
+use crate::types::StorageId;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,11 +30,14 @@ pub struct Disk {
     counters: Arc<DiskCounters>,
     /// Names the disk in the accesses that the learner sees.
     id: u32,
+    /// The images that the disk stands on, if any.
+    chain: Option<Rc<chain::Chain>>,
 }
 
 impl Disk {
     pub fn new(storage: Rc<Storage>, id: u32, counters: Arc<DiskCounters>) -> Disk {
-        Disk { storage, counters, id }
+        let chain = chain::Chain::of(&storage);
+        Disk { storage, counters, id, chain }
     }
 
     pub fn storage(&self) -> &Rc<Storage> {
@@ -38,15 +45,19 @@ impl Disk {
     }
 
     fn note(&self, op: AccessOp, offset: u64, len: u64, waits: bool) {
-        self.note_at(self.storage.shared().now(), op, offset, len, waits);
+        self.note_at(self.storage.shared().now(), self.storage.id(), op, offset, len, waits);
     }
 
-    fn note_at(&self, at: Duration, op: AccessOp, offset: u64, len: u64, waits: bool) {
+    fn note_on(&self, storage: StorageId, op: AccessOp, offset: u64, len: u64, waits: bool) {
+        self.note_at(self.storage.shared().now(), storage, op, offset, len, waits);
+    }
+
+    fn note_at(&self, at: Duration, storage: StorageId, op: AccessOp, offset: u64, len: u64, waits: bool) {
         let shared = self.storage.shared();
         let access = Access {
             at,
             disk: self.id,
-            storage: self.storage.id(),
+            storage,
             op,
             offset,
             len: u32::try_from(len).unwrap_or(u32::MAX),

@@ -1,5 +1,6 @@
 //! Reads: RAM tier, else SSD tier, else store.
 
+use super::chain::each_zero;
 use super::storage::Running;
 use super::{Disk, Storage};
 use crate::access::AccessOp;
@@ -34,23 +35,46 @@ enum Held {
     Slots(Vec<Pinned>),
     /// Starts at the page that holds `offset`.
     Buffer(AlignedBuf),
+    Zeroes,
+    Parts(Vec<ReadData>),
 }
 
 impl ReadData {
     /// Passes the bytes on, piece by piece and in order: `(position, bytes)`. Must be called before the task next
     /// suspends.
     pub fn copy_to(&self, mut sink: impl FnMut(usize, &[u8])) {
+        self.pass(&mut sink);
+    }
+
+    fn pass(&self, sink: &mut dyn FnMut(usize, &[u8])) {
         match &self.held {
-            Held::Slots(slots) => copy_slots(self.offset, self.len, slots, &mut sink),
+            Held::Slots(slots) => copy_slots(self.offset, self.len, slots, sink),
             Held::Buffer(buffer) => {
                 let skip = (self.offset % PAGE_BYTES as u64) as usize;
                 sink(0, &buffer[skip..skip + self.len]);
             }
+            Held::Zeroes => each_zero(&mut 0, self.len, sink),
+            Held::Parts(parts) => {
+                let mut base = 0;
+                for part in parts {
+                    part.pass(&mut |at, bytes| sink(base + at, bytes));
+                    base += part.len;
+                }
+            }
         }
+    }
+
+    pub(super) fn zeroes(len: usize) -> ReadData {
+        ReadData { offset: 0, len, held: Held::Zeroes }
+    }
+
+    /// Several reads that follow each other.
+    pub(super) fn parts(parts: Vec<ReadData>) -> ReadData {
+        ReadData { offset: 0, len: parts.iter().map(|part| part.len).sum(), held: Held::Parts(parts) }
     }
 }
 
-fn copy_slots(offset: u64, len: usize, slots: &[Pinned], sink: &mut impl FnMut(usize, &[u8])) {
+fn copy_slots(offset: u64, len: usize, slots: &[Pinned], sink: &mut dyn FnMut(usize, &[u8])) {
     let mut at = 0;
     let mut within = (offset % BLOCK_BYTES as u64) as usize;
     for pinned in slots {
@@ -63,7 +87,7 @@ fn copy_slots(offset: u64, len: usize, slots: &[Pinned], sink: &mut impl FnMut(u
 
 /// Where a read had to go, worst first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Source {
+pub(super) enum Source {
     Ram,
     Ssd,
     Store,
@@ -73,6 +97,9 @@ impl Disk {
     /// The fast path: if all of `offset..offset + len` is in the RAM tier, passes the bytes to `sink` as
     /// `(position, bytes)` and returns true. Otherwise nothing has happened and [`Disk::read`] is the way.
     pub fn try_read(&self, offset: u64, len: usize, mut sink: impl FnMut(usize, &[u8])) -> bool {
+        if let Some(chain) = &self.chain {
+            return self.try_read_chain(chain, offset, len, sink);
+        }
         let range = PageRange::covering(offset, len as u64);
         let first = range.first / PAGES_PER_BLOCK;
         if len == 0 || range.end().div_ceil(PAGES_PER_BLOCK) - first > FAST_BLOCKS as u64 {
@@ -103,7 +130,7 @@ impl Disk {
         add(&self.counters.reads, 1);
         add(&self.counters.read_bytes, len as u64);
         add(&self.counters.served_ram, 1);
-        self.note_at(now, AccessOp::Read, offset, len as u64, false);
+        self.note_at(now, self.storage.id(), AccessOp::Read, offset, len as u64, false);
         if backlog {
             self.storage.start_destage();
         }
@@ -116,9 +143,14 @@ impl Disk {
     /// The store failed or has shrunk.
     pub async fn read(&self, offset: u64, len: usize) -> Result<ReadData, StoreError> {
         let _running = Running::new(&self.storage);
-        self.note(AccessOp::Read, offset, len as u64, true);
         let begun = Instant::now();
-        let result = self.storage.read(offset, len).await;
+        let result = match &self.chain {
+            Some(chain) => self.read_chain(chain, offset, len).await,
+            None => {
+                self.note(AccessOp::Read, offset, len as u64, true);
+                self.storage.read(offset, len).await
+            }
+        };
         add(&self.counters.reads, 1);
         add(&self.counters.read_bytes, len as u64);
         add(&self.counters.read_wait_us, begun.elapsed().as_micros() as u64);
@@ -156,7 +188,7 @@ struct Fill {
 }
 
 impl Storage {
-    async fn read(self: &Rc<Self>, offset: u64, len: usize) -> Result<(ReadData, Source), StoreError> {
+    pub(super) async fn read(self: &Rc<Self>, offset: u64, len: usize) -> Result<(ReadData, Source), StoreError> {
         let range = PageRange::covering(offset, len as u64);
         let mut source = Source::Ram;
         for _ in 0..ROUNDS {

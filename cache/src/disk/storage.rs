@@ -1,7 +1,7 @@
 //! A storage on its shard.
 
-use crate::backend::{Backend, StoreInfo};
-use crate::cache::Shared;
+use crate::backend::{Backend, LayerMap, StoreInfo};
+use crate::cache::{Shared, StorageHandle};
 use crate::counters::StorageCounters;
 use crate::engine::{OneshotReceiver, OneshotSender, Shard, oneshot};
 use crate::ssd::SsdStorage;
@@ -33,6 +33,9 @@ pub struct Storage {
     pub(super) counters: Arc<StorageCounters>,
     /// The SSD tier's file on this shard and this storage's number in it.
     pub(super) ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+    /// What the store holds itself, and what it stands on otherwise.
+    pub(super) map: Option<Arc<LayerMap>>,
+    pub(super) below: Option<StorageHandle>,
     waiters: RefCell<FxHashMap<u32, Vec<OneshotSender<()>>>>,
     pub(super) prefetches: Cell<u32>,
     pub(super) prefetch_retry: Cell<bool>,
@@ -49,11 +52,14 @@ impl Storage {
         backend: Rc<dyn Backend>,
         counters: Arc<StorageCounters>,
         ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+        below: Option<StorageHandle>,
     ) -> Rc<Storage> {
         let storage = Rc::new(Storage {
             id,
             shard,
             shared,
+            map: backend.map(),
+            below,
             backend,
             counters,
             ssd,

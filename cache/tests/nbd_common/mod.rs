@@ -24,7 +24,7 @@ where
 
 pub(crate) async fn open(shard: &Shard, spec: &str, options: &StoreOptions) -> Result<Rc<dyn Backend>, StoreError> {
     let spec: StoreSpec = spec.parse().unwrap();
-    prestage_cache::backend::open(shard, &spec, options).await
+    prestage_cache::backend::open(shard, &spec, None, options).await
 }
 
 pub(crate) async fn read(store: &Rc<dyn Backend>, offset: u64, len: usize) -> Result<Vec<u8>, StoreError> {
