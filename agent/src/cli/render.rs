@@ -196,6 +196,12 @@ pub(super) fn disk(disk: &Disk) -> String {
     let (state, counters) = (&disk.state, &disk.counters);
     let mut fields = Fields::default();
     fields.add("name", &disk.name).add("store", &disk.store).add("storage", &disk.storage);
+    for (i, image) in disk.images.iter().enumerate().skip(1) {
+        fields.add(if i == 1 { "on" } else { "" }, image);
+    }
+    if let Some(qemu) = &disk.through_qemu {
+        fields.add("through", qemu);
+    }
     fields.add("store state", store_state(state)).add("size", human_bytes(state.capacity_bytes));
     fields.add("mode", if disk.read_only { "read-only" } else { "read-write" });
     fields.add("socket", &disk.socket);

@@ -261,7 +261,9 @@ impl Config {
              later file replaces the entry.",
         );
         out.comment("name: 1 to 64 letters, digits, `.`, `_`, `-`");
-        out.comment("store: /path, nbd://host[:port]/export or nbd+unix:///export?socket=/path");
+        out.comment(
+            "store: /path, qcow2:/path[?backing=store], nbd://host[:port]/export or nbd+unix:///export?socket=/path",
+        );
         out.comment("read_only: default false");
         out.comment("socket: default <run_dir>/vm/<name>.sock");
         out.comment("vm: the machine that uses it, when there is only one; default none");

@@ -227,6 +227,10 @@ sections! {
         retry_for: Duration = Duration::from_secs(60), lasts(SECOND, HOUR * 24), restart;
         /// How long one request may take before its connection counts as dead; 1s to 1h.
         request_timeout: Duration = Duration::from_secs(30), lasts(SECOND, HOUR), restart;
+        /// Folder below which the backing files that qcow2 images name are opened. Unset: none; name the whole chain with ?backing=. Example: image_folder = "/var/lib/libvirt/images"
+        image_folder: Option<PathBuf> = None, any, reload;
+        /// Folder with the passphrases of encrypted images: NAME.key for the disk NAME. Unset: none. Example: key_folder = "/etc/prestage/keys"
+        key_folder: Option<PathBuf> = None, any, reload;
     }
 
     /// Sockets through which hypervisors reach their disks.

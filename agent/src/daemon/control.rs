@@ -4,6 +4,8 @@ use super::disks::{Definition, DiskError, Served};
 use super::{Daemon, Shared};
 use crate::learner::run::unix_ms;
 use crate::store::{DiskRow, StoreError};
+use prestage_cache::StorageHandle;
+use prestage_cache::disk::spread;
 use prestage_cache::policy::PrefetchRequest;
 use prestage_cache::types::PageRange;
 use prestage_integration::api::history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
@@ -134,17 +136,19 @@ impl Control for Handle {
 
     fn cache_drop(&self, request: DropRequest) -> Reply<'_, Dropped> {
         Box::pin(async move {
-            let storage = match &request.disk {
-                Some(name) => Some(served(&self.0, name)?.storage.clone()),
-                None => None,
-            };
             let ram = matches!(request.tier, DropTier::Ram | DropTier::All);
             let ssd = matches!(request.tier, DropTier::Ssd | DropTier::All);
-            let dropped = Dropped {
-                ram_bytes: if ram { self.0.cache.drop_ram(storage.as_ref()) } else { 0 },
-                ssd_bytes: if ssd { self.0.cache.drop_ssd(storage.as_ref()) } else { 0 },
+            let mut dropped = Dropped::default();
+            let mut drop_of = |storage: Option<&StorageHandle>| {
+                dropped.ram_bytes += if ram { self.0.cache.drop_ram(storage) } else { 0 };
+                dropped.ssd_bytes += if ssd { self.0.cache.drop_ssd(storage) } else { 0 };
+                self.0.learner.emptied(storage.map(StorageHandle::id));
             };
-            self.0.learner.emptied(storage.map(|storage| storage.id()));
+            match &request.disk {
+                // With what its images stand on, or it would not be cold.
+                Some(name) => served(&self.0, name)?.storage.chain().for_each(|storage| drop_of(Some(storage))),
+                None => drop_of(None),
+            }
             Ok(dropped)
         })
     }
@@ -264,7 +268,7 @@ async fn warm(daemon: &Shared, request: WarmRequest) -> Result<Warmed, ApiError>
     let storage = served(daemon, &request.disk)?.storage.clone();
     if let Some(id) = &request.profile {
         let profile = find_profile(daemon, id).await?;
-        if profile.storage != storage.identity() {
+        if storage.chain().all(|storage| profile.storage != storage.identity()) {
             return Err(ApiError::invalid(format!(
                 "profile {id} is of {}, disk `{}` is on {}",
                 profile.storage,
@@ -273,22 +277,33 @@ async fn warm(daemon: &Shared, request: WarmRequest) -> Result<Warmed, ApiError>
             )));
         }
     }
-    let requests = match &request.ranges {
-        None => daemon.learner.boot_set(storage.id()).await,
-        Some(ranges) => named(daemon, &request.disk, storage.info().size_bytes, ranges)?,
-    };
+    let mut sets = Vec::new();
+    match &request.ranges {
+        None => {
+            for storage in storage.chain() {
+                sets.push((storage.clone(), daemon.learner.boot_set(storage.id()).await));
+            }
+        }
+        Some(ranges) => {
+            let requests = named(daemon, &request.disk, storage.info().size_bytes, ranges)?;
+            let spread = blocking(move || spread(&storage, &requests)).await?;
+            sets = spread.map_err(|error| ApiError::new(ErrorCode::StoreFailed, error.to_string()))?;
+        }
+    }
     let cache = daemon.cache.clone();
     blocking(move || {
-        let bytes = |count| PageRange { first: 0, count }.bytes();
-        let asked = requests.iter().fold(0_u64, |sum, request| sum.saturating_add(request.range.bytes()));
-        let cached = bytes(requests.iter().map(|request| cache.cached_pages(&storage, request.range)).sum());
-        // Some of what is refused may be cached: it is not missed then.
-        let refused = bytes(cache.prefetch(&storage, &requests)).min(asked.saturating_sub(cached));
-        Warmed {
-            queued_bytes: asked.saturating_sub(cached.saturating_add(refused)),
-            already_cached_bytes: cached,
-            refused_bytes: refused,
+        let mut warmed = Warmed::default();
+        for (storage, requests) in sets {
+            let bytes = |count| PageRange { first: 0, count }.bytes();
+            let asked = requests.iter().fold(0_u64, |sum, request| sum.saturating_add(request.range.bytes()));
+            let cached = bytes(requests.iter().map(|request| cache.cached_pages(&storage, request.range)).sum());
+            // Some of what is refused may be cached: it is not missed then.
+            let refused = bytes(cache.prefetch(&storage, &requests)).min(asked.saturating_sub(cached));
+            warmed.queued_bytes += asked.saturating_sub(cached.saturating_add(refused));
+            warmed.already_cached_bytes += cached;
+            warmed.refused_bytes += refused;
         }
+        warmed
     })
     .await
 }

@@ -4,12 +4,13 @@
 //! storage network does.
 
 use super::Daemon;
+use super::qsd::{Qsd, QsdError};
 use crate::config::Config;
 use crate::learner::LearnerHandle;
 use crate::serve::DiskRunner;
 use nix::unistd::Group;
 use parking_lot::Mutex;
-use prestage_cache::backend::{NbdOptions, SpecError, StoreError, StoreOptions, StoreSpec};
+use prestage_cache::backend::{NbdOptions, SpecError, StoreError, StoreOptions, StoreSpec, follow};
 use prestage_cache::counters::DiskCounters;
 use prestage_cache::{Cache, Closing, OpenError, StorageHandle};
 use prestage_integration::api::types::DiskOrigin;
@@ -43,6 +44,8 @@ pub(super) struct Definition {
 pub(super) struct Served {
     pub(super) id: u32,
     pub(super) storage: StorageHandle,
+    /// Stands between, where an image needs QEMU.
+    pub(super) qemu: Option<Qsd>,
     pub(super) counters: Arc<DiskCounters>,
     pub(super) runner: Arc<DiskRunner>,
     pub(super) export: Mutex<Option<Export>>,
@@ -111,6 +114,8 @@ pub(super) enum DiskError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
+    Qemu(#[from] QsdError),
+    #[error(transparent)]
     Export(#[from] ExportError),
     #[error("group `{0}` of the disks' sockets does not exist; create it or change `export.socket_group`")]
     NoGroup(String),
@@ -126,7 +131,7 @@ impl From<DiskError> for ApiError {
             DiskError::Busy(_) => ErrorCode::InUse,
             DiskError::Export(ExportError::InUse { .. }) => ErrorCode::AlreadyExists,
             DiskError::Spec(_) | DiskError::Export(ExportError::PathTooLong { .. }) => ErrorCode::InvalidRequest,
-            DiskError::Open(_) => ErrorCode::StoreFailed,
+            DiskError::Open(_) | DiskError::Qemu(_) => ErrorCode::StoreFailed,
             DiskError::Export(_) | DiskError::NoGroup(_) => ErrorCode::NotPossible,
         };
         ApiError::new(code, error.to_string())
@@ -170,7 +175,8 @@ impl Disks {
 
     /// Names of the disks on a storage.
     pub(super) fn on_storage(&self, identity: &str) -> Vec<String> {
-        let of = |entry: &Entry| entry.state.as_ref().is_ok_and(|served| served.storage.identity() == identity);
+        let on = |served: &Arc<Served>| served.storage.chain().any(|storage| storage.identity() == identity);
+        let of = |entry: &Entry| entry.state.as_ref().is_ok_and(on);
         self.entries.lock().values().filter(|entry| of(entry)).map(|entry| entry.definition.name.clone()).collect()
     }
 
@@ -291,12 +297,20 @@ impl Disks {
     fn open(&self, host: &Host, definition: &Definition) -> Result<Arc<Served>, DiskError> {
         let options = export_options(&host.config)?;
         let spec: StoreSpec = definition.store.parse()?;
-        let storage = host.cache.open(&spec, store_options(&host.config, definition.read_only));
-        let storage = storage.map_err(|error| match error {
+        let spec = follow(&spec, host.config.store.image_folder.as_deref()).map_err(OpenError::from)?;
+        let wanted = store_options(&host.config, definition.read_only);
+        let (opened, qemu) = match host.cache.open(&spec, wanted.clone()) {
+            Err(OpenError::Store(StoreError::NeedsQemu { why, .. })) => {
+                let qemu = Qsd::start(&host.config, &definition.name, &spec, definition.read_only, why)?;
+                (host.cache.open(qemu.spec(), wanted), Some(qemu))
+            }
+            opened => (opened, None),
+        };
+        let storage = opened.map_err(|error| match error {
             OpenError::InUse { identity } => self.holder(identity),
             error => error.into(),
         })?;
-        match self.export(host, definition, &storage, &options) {
+        match self.export(host, definition, &storage, qemu, &options) {
             Ok(served) => Ok(served),
             Err(error) => {
                 host.cache.close(&storage, Closing { drain: Duration::ZERO, parted: false });
@@ -319,6 +333,7 @@ impl Disks {
         host: &Host,
         definition: &Definition,
         storage: &StorageHandle,
+        qemu: Option<Qsd>,
         options: &ExportOptions,
     ) -> Result<Arc<Served>, ExportError> {
         let Host { config, learner, .. } = host;
@@ -341,8 +356,12 @@ impl Disks {
             ..DiskConfig::new(info.size_bytes)
         };
         // Before the export: its first event must find the disk known.
-        learner.add_storage(storage.clone());
-        learner.add_disk(id, storage.id(), definition.vm.clone().unwrap_or_default());
+        storage.chain().for_each(|storage| learner.add_storage(storage.clone()));
+        learner.add_disk(
+            id,
+            storage.chain().map(StorageHandle::id).collect(),
+            definition.vm.clone().unwrap_or_default(),
+        );
         let export = Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options);
         if export.is_err() {
             learner.remove_disk(id);
@@ -352,6 +371,7 @@ impl Disks {
         Ok(Arc::new(Served {
             id,
             storage: storage.clone(),
+            qemu,
             counters,
             runner,
             export,
@@ -365,7 +385,7 @@ impl Disks {
     pub(super) fn refresh_sizes(&self, host: &Host, ask_servers: bool) {
         for entry in self.list() {
             let Ok(served) = &entry.state else { continue };
-            if !ask_servers && !served.storage.identity().starts_with("file:") {
+            if !ask_servers && !["file:", "qcow2:"].iter().any(|scheme| served.storage.identity().starts_with(scheme)) {
                 continue;
             }
             let name = &entry.definition.name;
@@ -416,8 +436,11 @@ impl Disks {
         }
         self.retired.lock().add(&super::report::counters(&host.cache, served));
         host.learner.remove_disk(served.id);
-        if host.cache.close(&served.storage, Closing { drain: DRAIN, parted }) {
-            host.learner.remove_storage_blocking(served.storage.id());
+        for closed in host.cache.close_chain(&served.storage, Closing { drain: DRAIN, parted }) {
+            host.learner.remove_storage_blocking(closed);
+        }
+        if let Some(qemu) = &served.qemu {
+            qemu.stop();
         }
     }
 

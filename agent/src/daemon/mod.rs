@@ -2,6 +2,7 @@
 //!
 //! - [`run`]: from the configuration to a running daemon and back (`run.rs`)
 //! - `disks.rs`: disks on offer: open, export, remove, retry
+//! - `qsd.rs`: images that only QEMU understands, through a supervised qemu-storage-daemon
 //! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `questions.rs`: how many questions about history are answered at a time
 //! - `models.rs`: models and thresholds
@@ -19,6 +20,7 @@ mod history;
 mod machines;
 mod models;
 mod programs;
+mod qsd;
 mod questions;
 mod report;
 mod rows;

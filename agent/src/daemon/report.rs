@@ -2,12 +2,13 @@
 
 use super::Daemon;
 use super::disks::{Entry, Served};
+use super::qsd::Qsd;
 use crate::learner::HeldProfile;
 use crate::store::ProfileRow;
-use prestage_cache::Cache;
 use prestage_cache::engine::EngineKind;
 use prestage_cache::ssd::{SsdState, SsdTier};
 use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
+use prestage_cache::{Cache, StorageHandle};
 use prestage_integration::api::Counters;
 use prestage_integration::api::types::{
     CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus,
@@ -17,12 +18,17 @@ use prestage_integration::api::types::{
 use prestage_predictor::Phase;
 use std::sync::atomic::Ordering;
 
-/// A disk's counters: what its guest did, and what its storage did for all disks on it.
+/// A disk's counters: what its guest did, and what its storages did for all disks on them.
 pub(super) fn counters(cache: &Cache, served: &Served) -> Counters {
+    let mut counters = guest_counters(served);
+    for storage in served.storage.chain() {
+        counters.add(&storage_counters(cache, storage));
+    }
+    counters
+}
+
+fn guest_counters(served: &Served) -> Counters {
     let guest = served.counters.snapshot();
-    let store = served.storage.stats();
-    let prefetch = cache.prefetch_counters(served.storage.id());
-    let page = PAGE_BYTES as u64;
     Counters {
         reads: guest.reads,
         read_bytes: guest.read_bytes,
@@ -35,6 +41,14 @@ pub(super) fn counters(cache: &Cache, served: &Served) -> Counters {
         flushes: guest.flushes,
         discards: guest.discards,
         read_wait_us: guest.read_wait_us,
+        ..Counters::default()
+    }
+}
+
+fn storage_counters(cache: &Cache, storage: &StorageHandle) -> Counters {
+    let (store, prefetch) = (storage.stats(), cache.prefetch_counters(storage.id()));
+    let page = PAGE_BYTES as u64;
+    Counters {
         store_reads: store.store_reads,
         store_read_bytes: store.store_read_bytes,
         store_writes: store.store_writes,
@@ -47,7 +61,7 @@ pub(super) fn counters(cache: &Cache, served: &Served) -> Counters {
         prefetch_cancelled_bytes: prefetch.cancelled * page,
         ssd_read_bytes: store.ssd_read_bytes,
         ssd_write_bytes: store.ssd_write_bytes,
-        accesses_dropped: 0,
+        ..Counters::default()
     }
 }
 
@@ -61,7 +75,8 @@ fn disk_state(entry: &Entry) -> DiskState {
     match &entry.state {
         Ok(served) => {
             let size = Some(served.size_trouble.lock().clone()).filter(|trouble| !trouble.is_empty());
-            let trouble = served.storage.trouble().or(size);
+            let qemu = served.qemu.as_ref().and_then(Qsd::trouble);
+            let trouble = qemu.or_else(|| served.storage.chain().find_map(StorageHandle::trouble)).or(size);
             DiskState {
                 connected: entry.is_connected(),
                 queues: served.runner.rings(),
@@ -83,6 +98,12 @@ fn disk_state(entry: &Entry) -> DiskState {
     }
 }
 
+/// What the images of a disk stand on, from the top down; empty where there is but one store.
+fn images(served: &Served) -> Vec<String> {
+    let names: Vec<_> = served.storage.chain().map(|storage| storage.identity().to_owned()).collect();
+    if names.len() > 1 { names } else { Vec::new() }
+}
+
 impl Daemon {
     pub(super) fn disk_report(&self, entry: &Entry) -> Disk {
         let served = entry.state.as_ref().ok();
@@ -95,6 +116,8 @@ impl Daemon {
             socket: entry.definition.socket.display().to_string(),
             vm: entry.definition.vm.as_ref().map(|vm| self.machine_names.lock().get(vm).unwrap_or(vm).clone()),
             target: entry.definition.target.clone(),
+            images: served.map(|served| images(served)).unwrap_or_default(),
+            through_qemu: served.and_then(|served| served.qemu.as_ref()).map(Qsd::describe),
             state: disk_state(entry),
             counters: served.map(|served| counters(&self.cache, served)).unwrap_or_default(),
         }
@@ -276,8 +299,9 @@ impl Daemon {
         let mut unused = 0;
         let mut seen = std::collections::BTreeSet::new();
         let usage = self.cache.usage();
-        for served in entries.iter().filter_map(|entry| entry.state.as_ref().ok()) {
-            let id = served.storage.id();
+        let served = entries.iter().filter_map(|entry| entry.state.as_ref().ok());
+        for storage in served.flat_map(|served| served.storage.chain()) {
+            let id = storage.id();
             if !seen.insert(id) {
                 continue;
             }
@@ -285,8 +309,8 @@ impl Daemon {
             unused += prefetch.issued.saturating_sub(prefetch.used + prefetch.evicted_unused);
             let used = usage.iter().find(|(storage, _)| *storage == id).map_or(0, |(_, slots)| *slots);
             storages.push(StorageUse {
-                storage: served.storage.identity().to_owned(),
-                disks: self.disks.on_storage(served.storage.identity()),
+                storage: storage.identity().to_owned(),
+                disks: self.disks.on_storage(storage.identity()),
                 used_bytes: used * block,
             });
         }

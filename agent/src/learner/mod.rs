@@ -94,7 +94,8 @@ enum Message {
     RemoveStorage(StorageId, oneshot::Sender<()>),
     AddDisk {
         disk: u32,
-        storage: StorageId,
+        /// From the top down, where images stand on each other.
+        storages: Vec<StorageId>,
         vm: String,
     },
     RemoveDisk {
@@ -173,8 +174,9 @@ impl LearnerHandle {
         self.send(Message::RemoveStorage(storage, reply));
         let _ = done.blocking_recv();
     }
-    pub fn add_disk(&self, disk: u32, storage: StorageId, vm: String) {
-        self.send(Message::AddDisk { disk, storage, vm });
+    /// `storages`: what the disk is on, from the top down where images stand on each other.
+    pub fn add_disk(&self, disk: u32, storages: Vec<StorageId>, vm: String) {
+        self.send(Message::AddDisk { disk, storages, vm });
     }
     pub fn remove_disk(&self, disk: u32) {
         self.send(Message::RemoveDisk { disk });

@@ -41,8 +41,8 @@ pub(super) struct Learner {
     thresholds: Thresholds,
     counters: Arc<LearnerCounters>,
     models: HashMap<StorageId, Model>,
-    /// Storage of each disk.
-    disks: HashMap<u32, StorageId>,
+    /// Storages of each disk, from the top down.
+    disks: HashMap<u32, Vec<StorageId>>,
     history: HistoryBuffer,
     taps: Taps,
     /// Accesses that never came here, as last seen.
@@ -156,8 +156,9 @@ impl Learner {
         if !self.settings.history {
             return;
         }
-        for (disk, storage) in &self.disks {
-            let phase = self.models.get(storage).and_then(|model| model.predictor.running_phase(u64::from(*disk)));
+        for (disk, storages) in &self.disks {
+            let top = storages.first().and_then(|storage| self.models.get(storage));
+            let phase = top.and_then(|model| model.predictor.running_phase(u64::from(*disk)));
             let phase = phase.map(|(phase, since_us)| (phase, Duration::from_micros(since_us)));
             self.history.phase(*disk, phase, now, &self.store);
         }
@@ -246,26 +247,30 @@ impl Learner {
                 }
                 let _ = reply.send(());
             }
-            Message::AddDisk { disk, storage, vm } => {
-                if let Some(model) = self.models.get(&storage) {
+            Message::AddDisk { disk, storages, vm } => {
+                if let Some(model) = storages.first().and_then(|storage| self.models.get(storage)) {
                     self.history.name(disk, model.handle.identity(), &vm);
                 }
-                self.disks.insert(disk, storage);
+                self.disks.insert(disk, storages);
             }
             Message::RemoveDisk { disk } => {
                 // What the guest did last belongs to it.
                 while self.observe() == BATCH {}
                 self.taps.end(disk);
                 self.history.remove(disk, self.cache.now(), &self.store);
-                if let Some(model) = self.disks.remove(&disk).and_then(|id| self.models.get_mut(&id)) {
-                    model.remove_disk(disk);
+                for id in self.disks.remove(&disk).unwrap_or_default() {
+                    if let Some(model) = self.models.get_mut(&id) {
+                        model.remove_disk(disk);
+                    }
                 }
             }
             Message::Event { disk, event, at } => {
                 // What the guest did before comes before.
                 while self.observe() == BATCH {}
-                if let Some(model) = self.disks.get(&disk).and_then(|id| self.models.get_mut(id)) {
-                    model.event(disk, event, at);
+                for id in self.disks.get(&disk).into_iter().flatten() {
+                    if let Some(model) = self.models.get_mut(id) {
+                        model.event(disk, event, at);
+                    }
                 }
             }
             Message::Save(reply) => {

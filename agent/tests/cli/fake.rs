@@ -72,6 +72,7 @@ fn disk(name: &str) -> Disk {
         target: Some("vda".into()),
         state,
         counters: counters(),
+        ..Disk::default()
     }
 }
 

@@ -197,6 +197,13 @@ pub struct Disk {
     pub vm: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// Storages of images that stand on each other, from the top down: what is below is shared with other disks. Empty
+    /// where there is but one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<String>,
+    /// Served through a qemu-storage-daemon, with its process and the reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub through_qemu: Option<String>,
     pub state: DiskState,
     pub counters: Counters,
 }
@@ -229,7 +236,7 @@ pub struct DiskList {
 pub struct DiskAdd {
     /// 1–64 letters, digits, `.`, `_`, `-`; starts with a letter or digit.
     pub name: String,
-    /// `/path`, `nbd://host[:port]/export` or `nbd+unix:///export?socket=/path`.
+    /// `/path`, `qcow2:/path[?backing=store]`, `nbd://host[:port]/export` or `nbd+unix:///export?socket=/path`.
     pub store: String,
     #[serde(default)]
     pub read_only: bool,
