@@ -113,9 +113,11 @@ fn refusals_name_the_disk_and_the_way_out() {
         (WEB, "vdz", "there is no disk `vdz`; this VM's disks: vda, vdb, sda"),
         (WEB, "sda", "is a cdrom"),
         (DB, "sda", "is on the scsi bus"),
-        (DB, "vdb", "--format=qcow2 --socket=/run/vdb.nbd /var/lib/libvirt/images/db.qcow2"),
         (DB, "vdc", "read over rbd: only NBD"),
     ];
+    let vmdk = DB.replace("type='qcow2'", "type='vmdk'");
+    let error = attach(&vmdk, "vdb", &shared()).unwrap_err().to_string();
+    assert!(error.contains("--format=vmdk --socket=/run/vdb.nbd /var/lib/libvirt/images/db.qcow2"), "{error}");
     for (xml, target, text) in cases {
         let error = attach(xml, target, &shared()).unwrap_err().to_string();
         assert!(error.contains(text), "{error}");
@@ -125,6 +127,34 @@ fn refusals_name_the_disk_and_the_way_out() {
     let error = error.to_string();
     assert!(error.contains("<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"), "{error}");
     assert!(error.contains("--enable-shared-memory"), "{error}");
+}
+
+#[test]
+fn a_qcow2_disk_is_its_image_with_what_the_definition_names_below() {
+    let plan = attach(DB, "vdb", &shared()).unwrap();
+    assert_eq!(plan.store.to_string(), "qcow2:/var/lib/libvirt/images/db.qcow2");
+    assert!(plan.new_xml.contains("<driver name='qemu' type='raw'"), "the guest sees a raw disk");
+    let below = |inner: &str| {
+        let driver = "<driver name='qemu' type='qcow2'/><source file='/a b.qcow2'/>";
+        let xml = one_disk("type='file' device='disk'", &format!("{driver}{inner}"));
+        attach(&xml, "vda", &AttachOptions::default()).map(|plan| plan.store.to_string())
+    };
+    let raw =
+        "<backingStore type='block'><format type='raw'/><source dev='/dev/vg/base'/><backingStore/></backingStore>";
+    let image = |inner: &str| {
+        format!("<backingStore type='file'><format type='qcow2'/><source file='/b'/>{inner}</backingStore>")
+    };
+    assert_eq!(below("").unwrap(), "qcow2:/a%20b.qcow2");
+    assert_eq!(below("<backingStore/>").unwrap(), "qcow2:/a%20b.qcow2");
+    assert_eq!(below(&image(raw)).unwrap(), "qcow2:/a%20b.qcow2?backing=qcow2:/b?backing=/dev/vg/base");
+    let nbd = "<backingStore type='network'><format type='raw'/><source protocol='nbd' name='x'><host name='h'/></source>\
+               <backingStore/></backingStore>";
+    assert_eq!(below(nbd).unwrap(), "qcow2:/a%20b.qcow2?backing=nbd://h/x");
+    let refused = |inner: &str| assert!(matches!(below(inner), Err(PlanError::Source { .. })), "{inner}");
+    refused("<backingStore type='file'><format type='vmdk'/><source file='/b'/></backingStore>");
+    refused("<backingStore type='file'><format type='raw'/></backingStore>");
+    refused("<backingStore type='file'><format type='raw'/><source file='relative'/></backingStore>");
+    refused(&(0..17).fold(String::new(), |inner, _| image(&inner)));
 }
 
 /// A domain with one virtio disk, in which `disk` replaces the inner text and `attributes` the attributes.

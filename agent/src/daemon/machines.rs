@@ -4,6 +4,7 @@ use super::Shared;
 use super::control::{Opening, add_disk, remove_disk};
 use super::disks::{DiskError, Entry};
 use crate::memory::name_programs;
+use prestage_cache::backend::{StoreSpec, follow};
 use prestage_integration::api::types::{
     AttachRequest, Attached, Detached, DiskOrigin, TakesEffect, Vm, VmDisk, VmList, validate_name,
 };
@@ -130,6 +131,12 @@ pub(super) async fn attach(
     // The plan says what to serve, and finds what stands against it before anything is opened.
     let plan = hypervisor.preview(vm, target, &socket, &options).await.map_err(|error| api_error(&error))?;
     definition.store = plan.store.to_string();
+    let (store, folder) = (definition.store.clone(), daemon.config.lock().store.image_folder.clone());
+    // Now, where somebody is told: a running machine's disk is opened only when it stops.
+    super::control::blocking(move || store.parse::<StoreSpec>().map(|spec| follow(&spec, folder.as_deref())))
+        .await?
+        .map_err(|error| ApiError::invalid(error.to_string()))?
+        .map_err(|error| ApiError::new(ErrorCode::StoreFailed, error.to_string()))?;
     definition.read_only = plan.read_only;
     definition.serial = plan.serial.clone();
     definition.vm = Some(machine.id.uuid.to_string());

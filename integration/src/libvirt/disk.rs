@@ -110,12 +110,13 @@ impl<'a, 'i> Disk<'a, 'i> {
         if has("encryption") || child(source, "encryption").is_some() {
             return Err(PlanError::Encrypted { target: target() });
         }
-        if self.format() != "raw" {
+        if !matches!((self.format(), self.kind()), ("raw", _) | ("qcow2", "file" | "block" | "volume")) {
             let image = self.source_text().unwrap_or_default();
             return Err(PlanError::NotRaw { target: target(), format: self.format().to_owned(), image });
         }
         // An empty <backingStore/> only says that the chain ends.
-        if child(self.node, "backingStore").is_some_and(|b| b.children().any(|n| n.is_element())) {
+        let stands_on = child(self.node, "backingStore").is_some_and(|b| b.children().any(|n| n.is_element()));
+        if stands_on && self.format() == "raw" {
             return Err(PlanError::BackingStore { target: target() });
         }
         if let Some(part) = ["slices", "dataStore"].into_iter().find(|name| child(source, name).is_some()) {
@@ -136,8 +137,19 @@ impl<'a, 'i> Disk<'a, 'i> {
         }
     }
 
-    /// What backs the disk.
+    /// What backs the disk, with the images below it where the definition names them.
     pub(super) fn store(&self, volumes: &VolumeLookup<'_>) -> Result<StoreSource, PlanError> {
+        let backing = StoreSource::backing_of(self.node)
+            .map_err(|reason| PlanError::Source { target: self.target.to_owned(), reason })?;
+        let unfit = || PlanError::NotRaw {
+            target: self.target.to_owned(),
+            format: self.format().to_owned(),
+            image: self.source_text().unwrap_or_default(),
+        };
+        self.source(volumes)?.in_format(self.format(), backing).ok_or_else(unfit)
+    }
+
+    fn source(&self, volumes: &VolumeLookup<'_>) -> Result<StoreSource, PlanError> {
         let target = || self.target.to_owned();
         let source = child(self.node, "source").ok_or_else(|| PlanError::NoSource { target: target() })?;
         let kind = self.kind();

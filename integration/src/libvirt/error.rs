@@ -27,14 +27,14 @@ pub enum PlanError {
     )]
     NotVirtio { target: String, bus: String },
     #[error(
-        "disk `{target}` has the format {format}: only raw is read directly. Serve the image as raw over NBD, for instance \
+        "disk `{target}` has the format {format}: raw disks and qcow2 images in files are read directly. Serve the image as raw over NBD, for instance \
          `qemu-nbd --persistent --shared=8 --format={format} --socket=/run/{target}.nbd {image}`, \
          point the domain's disk at that socket (<disk type='network'>, protocol nbd), then attach"
     )]
     NotRaw { target: String, format: String, image: String },
     #[error(
-        "disk `{target}` has a backing chain: the cache would see the top image only. Flatten it (`virsh blockpull`), or \
-         serve the chain as raw over NBD with qemu-nbd and point the disk at that"
+        "disk `{target}` is raw and has a backing store, which a raw disk can't have: take <backingStore> out, or name the \
+         disk's format in <driver type=…>"
     )]
     BackingStore { target: String },
     #[error(

@@ -1,4 +1,4 @@
-//! What backs a disk: a raw file, a block device, or an NBD export.
+//! What backs a disk: a raw file, a block device, an NBD export, or a qcow2 image on one of these.
 //!
 //! libvirt spells an NBD export as `<source protocol='nbd' name=…><host …/></source>`; everything else here uses the URI of
 //! the NBD URI specification (NetworkBlockDevice/nbd, `doc/uri.md`): `nbd://host:port/export`,
@@ -16,12 +16,21 @@ use super::xml::{child, escape_attribute};
 /// The port of NBD, left out of URIs.
 const NBD_PORT: u16 = 10_809;
 
-/// What a disk is stored on. `Display` gives the path or the NBD URI.
+/// Images on top of each other that a definition may name.
+const CHAIN_MAX: usize = 16;
+
+/// What a disk is stored on. `Display` gives the path, the NBD URI, or `qcow2:/path[?backing=store]` with what of the path
+/// could be mistaken percent-encoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreSource {
     File(PathBuf),
     Block(PathBuf),
     Nbd(NbdUri),
+    /// An image, and what the definition says it stands on. `None`: it says nothing, the image does.
+    Qcow2 {
+        image: PathBuf,
+        backing: Option<Box<StoreSource>>,
+    },
 }
 
 impl fmt::Display for StoreSource {
@@ -29,6 +38,10 @@ impl fmt::Display for StoreSource {
         match self {
             Self::File(path) | Self::Block(path) => write!(f, "{}", path.display()),
             Self::Nbd(uri) => write!(f, "{uri}"),
+            Self::Qcow2 { image, backing } => {
+                write!(f, "qcow2:{}", percent_encode(&image.to_string_lossy()))?;
+                backing.as_ref().map_or(Ok(()), |backing| write!(f, "?backing={backing}"))
+            }
         }
     }
 }
@@ -63,6 +76,14 @@ pub enum StoreSourceError {
     Port { port: String },
     #[error("the NBD transport `{transport}` is not supported: use tcp or unix")]
     Transport { transport: String },
+    #[error(
+        "a backing store of type {kind} and format {format} is not supported: raw and qcow2 files and devices, and raw NBD exports are"
+    )]
+    Backing { kind: String, format: String },
+    #[error("the backing store names no source")]
+    NoBackingSource,
+    #[error("more than 16 images stand on each other")]
+    Deep,
 }
 
 impl fmt::Display for NbdUri {
@@ -181,6 +202,48 @@ impl StoreSource {
             "block" => Some(Self::Block(Path::new(path).to_owned())),
             _ => None,
         }
+    }
+
+    /// An image in `format` on this file or device; `None` where that is not possible.
+    pub(super) fn in_format(self, format: &str, backing: Option<Self>) -> Option<Self> {
+        match (format, self) {
+            ("raw", store) if backing.is_none() => Some(store),
+            ("qcow2", Self::File(image) | Self::Block(image)) => {
+                Some(Self::Qcow2 { image, backing: backing.map(Box::new) })
+            }
+            _ => None,
+        }
+    }
+
+    /// What the `<backingStore>` of a disk or of another one names; `None` if it names nothing. An empty one only says that
+    /// the chain ends.
+    pub(super) fn backing_of(node: Node<'_, '_>) -> Result<Option<Self>, StoreSourceError> {
+        let mut stores = Vec::new();
+        let mut next = child(node, "backingStore");
+        while let Some(element) = next.filter(|element| element.children().any(|n| n.is_element())) {
+            if stores.len() == CHAIN_MAX {
+                return Err(StoreSourceError::Deep);
+            }
+            let kind = element.attribute("type").unwrap_or("file");
+            let format = super::xml::child_attribute(element, "format", "type").unwrap_or("raw");
+            let source = child(element, "source").ok_or(StoreSourceError::NoBackingSource)?;
+            let path = |attribute: &str| source.attribute(attribute).filter(|path| path.starts_with('/'));
+            let store = match kind {
+                "file" => Self::path(kind, path("file").ok_or(StoreSourceError::NoBackingSource)?),
+                "block" => Self::path(kind, path("dev").ok_or(StoreSourceError::NoBackingSource)?),
+                "network" if source.attribute("protocol") == Some("nbd") => {
+                    Some(Self::Nbd(NbdUri::from_source(source)?))
+                }
+                _ => None,
+            };
+            let unfit = || StoreSourceError::Backing { kind: kind.to_owned(), format: format.to_owned() };
+            stores.push((store.ok_or_else(unfit)?, kind.to_owned(), format.to_owned()));
+            next = child(element, "backingStore");
+        }
+        stores.into_iter().rev().try_fold(None, |below, (store, kind, format)| {
+            let made = store.in_format(&format, below);
+            made.map(Some).ok_or(StoreSourceError::Backing { kind, format })
+        })
     }
 
     /// From the `<source>` child of a disk element, where it is a file, a device or a plain NBD export.
