@@ -24,6 +24,8 @@ use crate::store::Store;
 pub enum GuestDisk {
     /// The store itself, through QEMU's own drivers, without the host's page cache.
     Straight(Store),
+    /// An image in qcow2 format, through QEMU's own drivers until it is attached.
+    Qcow2(PathBuf),
     /// A vhost-user-blk export at this socket.
     VhostUser(PathBuf),
 }
@@ -82,6 +84,11 @@ fn disk_xml(disk: &GuestDisk) -> String {
              <host name='{}' port='{port}'/></source>{target}</disk>",
             escape(export),
             escape(host)
+        ),
+        GuestDisk::Qcow2(path) => format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' discard='unmap'/>\
+             <source file='{}'/>{target}</disk>",
+            escape(&path.display().to_string())
         ),
         GuestDisk::VhostUser(socket) => format!(
             "<disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/><source type='unix' path='{}'>\
