@@ -21,8 +21,7 @@ use std::path::{Path, PathBuf};
 /// `Unsupported` for a name that is not to be followed, a format that is not known, or a chain without end.
 pub fn follow(spec: &StoreSpec, folder: Option<&Path>) -> Result<StoreSpec, StoreError> {
     let mut chain: Vec<StoreSpec> = spec.chain().cloned().collect();
-    loop {
-        let Some(StoreSpec::Qcow2 { path, .. }) = chain.last() else { break };
+    while let Some(StoreSpec::Qcow2 { path, .. }) = chain.last() {
         let Some(below) = below(path, folder)? else { break };
         if chain.len() > CHAIN_MAX {
             let store = spec.to_string();
