@@ -54,15 +54,8 @@ impl Disk {
 
     fn note_at(&self, at: Duration, storage: StorageId, op: AccessOp, offset: u64, len: u64, waits: bool) {
         let shared = self.storage.shared();
-        let access = Access {
-            at,
-            disk: self.id,
-            storage,
-            op,
-            offset,
-            len: u32::try_from(len).unwrap_or(u32::MAX),
-            waits,
-        };
+        let access =
+            Access { at, disk: self.id, storage, op, offset, len: u32::try_from(len).unwrap_or(u32::MAX), waits };
         shared.accesses().push(access, waits);
     }
 
