@@ -8,10 +8,12 @@
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
+//! - `check.rs`: files that the configuration names
 //! - `webhooks.rs`: who is told
 //! - `templates.rs`: templates saved, clones started
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
+mod check;
 mod control;
 mod demand;
 mod disks;
@@ -26,14 +28,15 @@ mod run;
 mod templates;
 mod webhooks;
 
+pub use check::check;
 pub use run::{Options, RunError, SetLog, run};
-pub use webhooks::check;
 
 use crate::config::Config;
 use crate::demand::run::Demand;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::MemoryHandle;
 use crate::models::ModelsHandle;
+use crate::nbd::NbdServer;
 use crate::notify::Couriers;
 use crate::store::Store;
 use disks::Disks;
@@ -65,6 +68,10 @@ struct Daemon {
     memory: Option<MemoryHandle>,
     /// Machines whose memory is to be looked for anew, until somebody listens.
     memory_moves: Mutex<Option<UnboundedReceiver<Uuid>>>,
+    /// NBD over TCP.
+    nbd: Option<Arc<NbdServer>>,
+    /// Why it is off although it is configured.
+    nbd_trouble: Option<String>,
     couriers: Mutex<Option<Couriers>>,
     untold: Mutex<webhooks::Untold>,
     started: Instant,

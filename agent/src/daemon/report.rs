@@ -3,6 +3,7 @@
 use super::Daemon;
 use super::disks::{Entry, Served};
 use crate::learner::HeldProfile;
+use crate::nbd::NbdExport;
 use crate::store::ProfileRow;
 use prestage_cache::Cache;
 use prestage_cache::engine::EngineKind;
@@ -10,9 +11,9 @@ use prestage_cache::ssd::{SsdState, SsdTier};
 use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
 use prestage_integration::api::Counters;
 use prestage_integration::api::types::{
-    CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus,
-    LibvirtStatus, MemoryStatus, Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName,
-    Trouble,
+    CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskNbd, DiskStat, DiskState, EngineStatus, Health,
+    LearnerStatus, LibvirtStatus, MemoryStatus, NbdClient, Profile, ProfilePhase, Status, StorageUse, StoreState,
+    StoreStatus, Tier, TierName, Trouble,
 };
 use prestage_predictor::Phase;
 use std::sync::atomic::Ordering;
@@ -95,8 +96,25 @@ impl Daemon {
             socket: entry.definition.socket.display().to_string(),
             vm: entry.definition.vm.as_ref().map(|vm| self.machine_names.lock().get(vm).unwrap_or(vm).clone()),
             target: entry.definition.target.clone(),
+            nbd: served.and_then(|served| Some(self.nbd_report(served.nbd.as_ref()?))),
             state: disk_state(entry),
             counters: served.map(|served| counters(&self.cache, served)).unwrap_or_default(),
+        }
+    }
+
+    fn nbd_report(&self, export: &NbdExport) -> DiskNbd {
+        let clients = export.clients().into_iter().map(|client| NbdClient {
+            peer: client.peer,
+            since_unix_ms: client.since_unix_ms,
+            requests: client.requests,
+            in_flight: client.in_flight,
+        });
+        let socket = export.path().display().to_string();
+        DiskNbd {
+            uri: format!("nbd+unix:///{}?socket={socket}", export.name()),
+            socket,
+            tcp: self.nbd.as_ref().map(|server| format!("nbds://{}/{}", server.address(), export.name())),
+            clients: clients.collect(),
         }
     }
 
@@ -135,6 +153,9 @@ impl Daemon {
         }
         if let Some(reason) = self.ssd_reason() {
             trouble("ssd tier", &reason);
+        }
+        if let Some(reason) = &self.nbd_trouble {
+            trouble("nbd", reason);
         }
         let libvirt = self.libvirt_report(&config.libvirt.uri);
         if let (Health::Degraded, Some(error)) = (libvirt.health, &libvirt.error) {

@@ -60,7 +60,7 @@ pub(super) async fn tell(daemon: &Shared) {
 ///
 /// # Errors
 /// What is wrong, a line an endpoint.
-pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
+pub(super) fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
     let (mut unseen, mut wrong) = (Vec::new(), Vec::new());
     for webhook in &config.webhooks {
         let secret = &webhook.secret_file;
