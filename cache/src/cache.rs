@@ -10,10 +10,11 @@ use crate::backend::{StoreError, StoreInfo, StoreOptions, StoreSpec};
 use crate::counters::{StorageCounters, StorageStats};
 use crate::disk::{Storage, local};
 use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
+use crate::keeper::{Keeper, Unsettled};
 use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
 };
-use crate::ssd::{SsdStats, SsdStorage, SsdTier};
+use crate::ssd::{SsdStats, SsdStorage, SsdTier, StoreClock};
 use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
@@ -27,6 +28,9 @@ use thiserror::Error;
 
 /// Accesses that may wait for the learner: a quarter of a second at 256k requests a second.
 const ACCESS_QUEUE: usize = 1 << 16;
+
+/// How long a checkpoint of the SSD tier waits for stores to flush.
+const SETTLE: Duration = Duration::from_secs(10);
 
 /// Settings of the cache.
 #[derive(Clone, Debug)]
@@ -124,7 +128,9 @@ pub struct Cache(Arc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     shards: Vec<ShardHandle>,
-    registry: Mutex<Registry>,
+    registry: Arc<Mutex<Registry>>,
+    /// Keeps the SSD tier fit to survive a crash.
+    keeper: Mutex<Option<Keeper>>,
     /// A storage has been opened or closed.
     settled: Condvar,
 }
@@ -169,7 +175,15 @@ impl Cache {
                 }
             });
         }
-        let inner = Inner { shared, shards, registry: Mutex::default(), settled: Condvar::new() };
+        let registry = Arc::new(Mutex::new(Registry::default()));
+        let keeper = match shared.ssd() {
+            Some(tier) => {
+                let open = Arc::clone(&registry);
+                Some(Keeper::start(tier.clone(), move |unflushed| settle(&open, unflushed))?)
+            }
+            None => None,
+        };
+        let inner = Inner { shared, shards, registry, keeper: Mutex::new(keeper), settled: Condvar::new() };
         Ok(Cache(Arc::new(inner)))
     }
 
@@ -267,10 +281,11 @@ impl Cache {
 
     /// Ends everything: the SSD tier is made ready for a later start, the shards stop. Storages must be closed.
     pub fn shutdown(&self) {
+        drop(self.0.keeper.lock().take());
         if let Some(tier) = self.0.shared.ssd()
             && let Err(error) = tier.close()
         {
-            tracing::error!(%error, "SSD tier not closed cleanly; it will start empty");
+            tracing::error!(%error, "SSD tier not closed cleanly; the next start has what its last checkpoint vouches for");
         }
         for shard in &self.0.shards {
             shard.shutdown();
@@ -421,6 +436,39 @@ fn identity(spec: &StoreSpec) -> String {
     }
 }
 
+/// Asks stores to make durable what was written to them. What comes back waits and names those that did not in time: a store
+/// that hangs holds up nobody else's checkpoints for longer.
+fn settle(registry: &Mutex<Registry>, unflushed: &[SsdStorage]) -> Unsettled {
+    let open: Vec<_> = {
+        let registry = registry.lock();
+        let handles = registry.by_identity.values().flatten().map(|opened| &opened.handle);
+        let asked = handles.filter_map(|handle| Some((handle.0.ssd?, handle.id(), handle.shard().clone())));
+        asked.filter(|(ssd, ..)| unflushed.contains(ssd)).collect()
+    };
+    let calls: Vec<_> = open
+        .into_iter()
+        .map(|(ssd, id, shard)| {
+            let call = shard.call(move |_| async move {
+                match local(id) {
+                    Some(storage) => storage.settle().await,
+                    None => false,
+                }
+            });
+            (ssd, call)
+        })
+        .collect();
+    let unflushed = unflushed.to_vec();
+    Box::new(move || {
+        let deadline = Instant::now() + SETTLE;
+        let settled = calls.into_iter().filter_map(|(ssd, mut call)| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            matches!(call.wait_timeout(left), Ok(Some(true))).then_some(ssd)
+        });
+        let settled: Vec<_> = settled.collect();
+        unflushed.into_iter().filter(|ssd| !settled.contains(ssd)).collect()
+    })
+}
+
 /// Opens the store on its shard.
 async fn start(
     shard: Shard,
@@ -434,12 +482,19 @@ async fn start(
     let backend = crate::backend::open(&shard, &spec, &options).await?;
     let info = backend.info();
     shared.core().add_storage(id, PageRange::covering(0, info.size_bytes).count);
-    let ssd = shared.ssd().and_then(|tier| match open_ssd(tier, &identity, &info) {
-        Ok(opened) => Some(opened),
-        Err(error) => {
-            tracing::warn!(store = identity, %error, "this store goes without the SSD tier");
-            None
-        }
+    // What a run that crashed has written to the store must be as durable there as what the tier is about to have of it.
+    let flushed = match shared.ssd() {
+        Some(tier) if tier.is_recovered() && !info.read_only => backend.flush().await,
+        _ => Ok(()),
+    };
+    let ssd = shared.ssd().and_then(|tier| {
+        let opened = match flushed {
+            Ok(()) => open_ssd(tier, &identity, &info),
+            Err(error) => Err(error.into()),
+        };
+        opened
+            .inspect_err(|error| tracing::warn!(store = identity, %error, "this store goes without the SSD tier"))
+            .ok()
     });
     let number = ssd.as_ref().map(|(_, storage)| *storage);
     Storage::start(shard, shared, id, backend, counters, ssd);
@@ -451,7 +506,10 @@ fn open_ssd(
     identity: &str,
     info: &StoreInfo,
 ) -> Result<(Rc<OwnedFd>, SsdStorage), Box<dyn std::error::Error>> {
-    let storage = tier.storage(identity, info.version_stamp.map(ssd_stamp))?;
+    let stamp = info.version_stamp;
+    // Times of another host's clock say nothing of ours.
+    let clock = if stamp.is_some_and(|stamp| stamp.local_clock) { StoreClock::Ours } else { StoreClock::Another };
+    let storage = tier.storage_by(identity, stamp.map(ssd_stamp), clock)?;
     let fd: OwnedFd = tier.data_fd().as_fd().try_clone_to_owned()?;
     Ok((Rc::new(fd), storage))
 }

@@ -10,6 +10,8 @@ use nix::sys::signal::{Signal, kill};
 
 use super::Host;
 
+mod crash;
+
 const LIMIT: Duration = Duration::from_secs(60);
 const BUFFER: usize = 1 << 20;
 

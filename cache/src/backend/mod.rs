@@ -31,6 +31,8 @@ pub struct Stamp {
     pub ctime_ns: i128,
     pub inode: u64,
     pub device: u64,
+    /// The times are of this host's clock, as they are on a file system of its own.
+    pub local_clock: bool,
 }
 
 /// What is known about a store.

@@ -124,13 +124,38 @@ impl Storage {
         }
         if let (Some((_, ssd)), Some(tier)) = (&self.ssd, self.shared.ssd()) {
             if parted && self.backend.info().version_stamp.is_none() {
-                tier.drop_storage(*ssd);
+                // On record before others may write.
+                let (tier, ssd) = (tier.clone(), *ssd);
+                if let Err(error) = self.shard.blocking(move || tier.forget(ssd)).await {
+                    tracing::error!(%error, "what the SSD tier has of a store that is given away could not be dropped");
+                }
+            }
+            // A loss of power after this must not take from the store what the tier has.
+            if self.backend.flush().await.is_ok() {
+                tier.note_flushed(*ssd);
             }
             tier.release_storage(*ssd, self.stamp_now().await);
         }
         self.backend.close().await;
         self.shared.core().remove_storage(self.id);
         LOCAL.with_borrow_mut(|map| map.remove(&self.id));
+    }
+
+    /// Makes durable on the store what was written, for a checkpoint of the SSD tier, and tells the tier the store's
+    /// version if nothing was written meanwhile.
+    pub(crate) async fn settle(&self) -> bool {
+        let Some(((_, ssd), tier)) = self.ssd.as_ref().zip(self.shared.ssd()) else { return true };
+        if self.closing() {
+            return false;
+        }
+        let quiet = tier.quiet_since(*ssd);
+        if self.backend.flush().await.is_err() {
+            return false;
+        }
+        if let Some(quiet) = quiet {
+            tier.settle_stamp(*ssd, quiet, self.stamp_now().await);
+        }
+        true
     }
 
     /// The store's version as it is now: our own writes have changed it since it was opened.
