@@ -3,7 +3,8 @@
 # make bench-callgrind  instructions and time that the predictor takes an access
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
 # make properties    the property tests with other seeds and PROPTEST_CASES cases each (500); make test has one seed
-# make torture    a hundred random balloon schedules on a full guest, in which no program may be killed; half an hour
+# make torture    a hundred random balloon schedules on a full guest, in which no program may be killed; a hundred kills of
+#                 prestaged under full load, of a client in the test's own process and of a guest; most of an hour
 #
 # They install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
 #   STORE=PATH|NBD-URI   make run: slow storage of your own in place of nbdkit with 5 ms a read
@@ -82,3 +83,4 @@ properties: setup
 torture: image
 	cargo build --locked --workspace --bins
 	PRESTAGE_SCHEDULES=100 cargo test --locked --workspace --test demand -- --nocapture a_guest_filled
+	PRESTAGE_ROUNDS=100 cargo test --locked --workspace --test crash_load --test crash_guest -- --nocapture

@@ -187,7 +187,7 @@ impl Bench {
 /// description.
 fn open_store(options: &Options, scratch: &Scratch, image: &Image) -> Result<(Store, Option<Nbd>, String)> {
     let Some(text) = &options.store else {
-        let delay = NbdOptions { read_delay: Duration::from_millis(options.read_delay_ms), keep_writes: false };
+        let delay = NbdOptions { read_delay: Duration::from_millis(options.read_delay_ms), ..NbdOptions::default() };
         let nbd = Nbd::start(scratch, "store", &image.disk, &delay)?;
         return Ok((nbd.store(), Some(nbd), format!("nbdkit, {} ms a read", options.read_delay_ms)));
     };

@@ -275,6 +275,14 @@ impl Cache {
         for shard in &self.0.shards {
             shard.shutdown();
         }
+        // Only shards write to the tier, and read and fill slots. A successor that could not open the tier would serve writes
+        // that the tier does not know of.
+        if let Some(tier) = self.0.shared.ssd() {
+            tier.unlock();
+        }
+        if let Err(error) = self.0.shared.arena().vacate() {
+            tracing::warn!(%error, "the RAM tier's memory is not given back before the process ends");
+        }
     }
 
     /// Hands pages to load ahead of demand to a storage's queue. Returns the pages refused because it is full.

@@ -91,9 +91,7 @@ impl Prestaged {
         if self.process.is_some() {
             bail!("prestaged runs already");
         }
-        let mut command = Command::new(&self.daemon);
-        command.arg("--config").arg(&self.config);
-        let process = Process::start("prestaged", &command, &self.log, Duration::from_secs(20))?;
+        let process = Process::start("prestaged", &self.command(&[]), &self.log, Duration::from_secs(20))?;
         let ready = wait_until("prestaged's start", Duration::from_secs(60), || {
             process.check_alive()?;
             Ok(self.socket.exists() && self.ctl(&["status"]).is_ok())
@@ -101,6 +99,65 @@ impl Prestaged {
         ready.with_context(|| self.last_words())?;
         self.process = Some(process);
         Ok(())
+    }
+
+    fn command(&self, more: &[&str]) -> Command {
+        let mut command = Command::new(&self.daemon);
+        command.arg("--config").arg(&self.config).args(more);
+        command
+    }
+
+    /// Starts another daemon beside the running one, with more words on its command line.
+    pub fn start_beside(&self, more: &[&str]) -> Result<Process> {
+        Process::start("prestaged", &self.command(more), &self.log, Duration::from_secs(20))
+    }
+
+    /// Has a new daemon take over from the running one, which must end well.
+    pub fn hand_over(&mut self) -> Result<()> {
+        let next = self.start_beside(&["--take-over"])?;
+        self.succeeded_by(next)
+    }
+
+    /// Has the daemon start its successor itself, by SIGUSR2.
+    pub fn hand_over_by_signal(&mut self) -> Result<()> {
+        // the successor loses its parent and becomes a child of ours
+        nix::sys::prctl::set_child_subreaper(true).context("subreaper")?;
+        let old = self.process.as_ref().context("prestaged does not run")?;
+        old.signal(Signal::SIGUSR2)?;
+        self.succeeded_by_stranger()
+    }
+
+    /// Waits for the end of the running daemon and goes on with the one that took over from it, which nobody here started.
+    pub fn succeeded_by_stranger(&mut self) -> Result<()> {
+        let old = self.process.take().context("prestaged does not run")?;
+        self.wait_succeeded(&old)?;
+        let config = self.config.display().to_string();
+        let next = pid_of(|words| words.contains(&"--take-over") && words.contains(&config.as_str()))?;
+        self.process = Some(Process::adopt("prestaged", next, Duration::from_secs(20)));
+        self.ctl(&["status"]).map(drop)
+    }
+
+    /// The daemon has ended by itself, and well.
+    pub fn ended(&mut self) -> Result<()> {
+        let old = self.process.take().context("prestaged does not run")?;
+        self.wait_succeeded(&old)
+    }
+
+    fn succeeded_by(&mut self, next: Process) -> Result<()> {
+        let old = self.process.take().context("prestaged does not run")?;
+        let ended = self.wait_succeeded(&old);
+        next.check_alive().with_context(|| self.last_words())?;
+        self.process = Some(next);
+        ended?;
+        self.ctl(&["status"]).map(drop)
+    }
+
+    fn wait_succeeded(&self, old: &Process) -> Result<()> {
+        match old.wait(Duration::from_secs(120)) {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => bail!("prestaged ended with {status} on a hand-over\n{}", self.last_words()),
+            None => bail!("prestaged still runs two minutes after a hand-over began\n{}", self.last_words()),
+        }
     }
 
     /// Ends the daemon by SIGTERM; fails unless it ends cleanly.
@@ -164,11 +221,31 @@ impl Prestaged {
         self.process.as_ref().map(Process::pid)
     }
 
+    /// The log of all daemons here.
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// The end of the daemon's log.
     #[must_use]
     pub fn last_words(&self) -> String {
         format!("last in prestaged's log:\n{}", tail(&self.log, 20))
     }
+}
+
+/// The process whose command line `which` takes.
+fn pid_of(which: impl Fn(&[&str]) -> bool) -> Result<i32> {
+    for entry in std::fs::read_dir("/proc").context("cannot read /proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // one that has just ended has none
+        let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).into_owned();
+        if which(&words.split('\0').collect::<Vec<_>>()) {
+            return Ok(pid);
+        }
+    }
+    bail!("no such process runs")
 }
 
 /// The counters of `prestagectl cache stat` that tests and benchmarks use; `integration/src/api/counters.rs` says what they

@@ -16,7 +16,9 @@
 //! - [`swap`]: a swap area of our own
 //! - [`pages`]: memory of another process: what of it is in RAM, pushing it out, bringing it in
 //! - [`toucher`]: a guest whose program touches memory in the order it is told
+//! - [`verifier`]: a guest whose program keeps its disk busy and checks every answer
 //! - [`template`]: a guest to save as a template, and its clones
+//! - [`vhost`]: a front-end in our own process that keeps a disk busy and checks every answer
 //! - [`daemon`]: `prestaged` and `prestagectl`
 //! - [`rig`]: all of these together, as a test uses them
 
@@ -38,3 +40,5 @@ pub mod store;
 pub mod swap;
 pub mod template;
 pub mod toucher;
+pub mod verifier;
+pub mod vhost;

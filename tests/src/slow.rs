@@ -66,7 +66,12 @@ impl Image {
         run(Command::new("sync").arg("--file-system").arg(&folder))?;
         drop(mounted);
         // nothing is written to it: it needs no overlay
-        let nbd = Nbd::start(scratch, "slow", &file, &NbdOptions { read_delay: delay, keep_writes: true })?;
+        let nbd = Nbd::start(
+            scratch,
+            "slow",
+            &file,
+            &NbdOptions { read_delay: delay, keep_writes: true, ..NbdOptions::default() },
+        )?;
         let (point, log) = (scratch.join("slow.raw"), scratch.join("nbdfuse.log"));
         std::fs::File::create_new(&point)?;
         let mut command = Command::new("nbdfuse");

@@ -78,6 +78,8 @@ impl Store {
 pub struct NbdOptions {
     /// Added to each read.
     pub read_delay: Duration,
+    /// Added to each write.
+    pub write_delay: Duration,
     /// Writes go to the file; else to a temporary overlay that nobody else sees.
     pub keep_writes: bool,
 }
@@ -85,7 +87,7 @@ pub struct NbdOptions {
 impl Default for NbdOptions {
     /// 5 ms a read, as of a disk array or an object store's cache in the same building; the file is never written.
     fn default() -> Self {
-        Self { read_delay: Duration::from_millis(5), keep_writes: false }
+        Self { read_delay: Duration::from_millis(5), write_delay: Duration::ZERO, keep_writes: false }
     }
 }
 
@@ -155,13 +157,21 @@ impl Nbd {
         let mut command = Command::new("nbdkit");
         command.args(["--foreground", "--threads", Self::THREADS]);
         command.arg("--unix").arg(&socket).arg("--pidfile").arg(&pid_file);
-        command.args(["--filter=log", "--filter=delay"]);
+        command.arg("--filter=log");
+        // Its sleep does not survive a client that dies with requests under way (nbdkit 1.32).
+        let delays = !options.read_delay.is_zero() || !options.write_delay.is_zero();
+        if delays {
+            command.arg("--filter=delay");
+        }
         if !options.keep_writes {
             command.arg("--filter=cow");
         }
         command.arg("file").arg(disk);
         command.arg(format!("logfile={}", requests.display()));
-        command.arg(format!("rdelay={}ms", options.read_delay.as_millis()));
+        if delays {
+            command.arg(format!("rdelay={}ms", options.read_delay.as_millis()));
+            command.arg(format!("wdelay={}ms", options.write_delay.as_millis()));
+        }
         // cow keeps its overlay there
         command.env("TMPDIR", scratch.path());
         let process = Process::start("nbdkit", &command, &log, Duration::from_secs(5))?;

@@ -86,8 +86,8 @@ pub struct TemplateRig {
     _alone: Flock<File>,
 }
 
-/// One file of a `newc` archive (cpio(5)).
-fn archive(name: &str, contents: &[u8]) -> Vec<u8> {
+/// Programs as a `newc` archive (cpio(5)).
+pub(crate) fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut entry = |name: &str, mode: usize, contents: &[u8]| {
         bytes.extend(b"070701");
@@ -100,7 +100,9 @@ fn archive(name: &str, contents: &[u8]) -> Vec<u8> {
         bytes.extend(contents);
         bytes.resize(bytes.len().next_multiple_of(4), 0);
     };
-    entry(name, 0o100_755, contents);
+    for (name, contents) in files {
+        entry(name, 0o100_755, contents);
+    }
     entry("TRAILER!!!", 0, &[]);
     bytes
 }
@@ -115,7 +117,7 @@ impl TemplateRig {
         let mut bytes = std::fs::read(&image.initrd_demand)
             .with_context(|| format!("cannot read {}", image.initrd_demand.display()))?;
         bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes.extend(archive("init", INIT.as_bytes()));
+        bytes.extend(archive(&[("init", INIT.as_bytes())]));
         std::fs::write(&initrd, bytes).with_context(|| format!("cannot write {}", initrd.display()))?;
         Ok(Self { libvirt, folder, image, accelerator, initrd, scratch, _alone: alone })
     }

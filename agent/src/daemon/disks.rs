@@ -14,11 +14,13 @@ use prestage_cache::counters::DiskCounters;
 use prestage_cache::{Cache, Closing, OpenError, StorageHandle};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{ApiError, Counters, ErrorCode};
-use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, SERIAL_MAX_BYTES};
-use std::collections::{BTreeMap, BTreeSet};
+use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, ExportState, SERIAL_MAX_BYTES};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 /// How long blocks on their way to the SSD tier may hold up the removal of a disk.
@@ -142,6 +144,8 @@ pub(super) struct Disks {
     next_id: AtomicU32,
     /// Counters of disks that are gone.
     retired: Mutex<Counters>,
+    /// Exports of a predecessor, by disk, with their socket: to be gone on with.
+    inherited: Mutex<HashMap<String, (PathBuf, ExportState<OwnedFd>)>>,
 }
 
 impl Disks {
@@ -151,6 +155,7 @@ impl Disks {
             busy: Mutex::default(),
             next_id: AtomicU32::new(0),
             retired: Mutex::default(),
+            inherited: Mutex::default(),
         }
     }
 
@@ -277,7 +282,7 @@ impl Disks {
             }
             (Ok(served), None) => {
                 drop(entries);
-                self.end(host, &served, true);
+                self.end(host, &served, Closing { drain: DRAIN, parted: true });
                 None
             }
             (Err(error), Some(entry)) => {
@@ -343,7 +348,10 @@ impl Disks {
         // Before the export: its first event must find the disk known.
         learner.add_storage(storage.clone());
         learner.add_disk(id, storage.id(), definition.vm.clone().unwrap_or_default());
-        let export = Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options);
+        let export = match self.inherited(definition) {
+            Some(state) => Export::adopt(&definition.socket, disk, Arc::clone(&runner) as _, state),
+            None => Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options),
+        };
         if export.is_err() {
             learner.remove_disk(id);
         }
@@ -403,22 +411,62 @@ impl Disks {
     pub(super) fn remove(&self, host: &Host, name: &str, parted: bool) -> Option<Definition> {
         let entry = self.entries.lock().remove(name)?;
         if let Ok(served) = &entry.state {
-            self.end(host, served, parted);
+            self.end(host, served, Closing { drain: DRAIN, parted });
         }
         tracing::info!(disk = name, "disk no longer served");
         Some(entry.definition)
     }
 
-    fn end(&self, host: &Host, served: &Served, parted: bool) {
+    fn end(&self, host: &Host, served: &Served, closing: Closing) {
         let export = served.export.lock().take();
         if let Some(export) = export {
             export.stop();
         }
+        self.close(host, served, closing);
+    }
+
+    /// Closes the storage of a disk whose export has ended.
+    fn close(&self, host: &Host, served: &Served, closing: Closing) {
         self.retired.lock().add(&super::report::counters(&host.cache, served));
         host.learner.remove_disk(served.id);
-        if host.cache.close(&served.storage, Closing { drain: DRAIN, parted }) {
+        if host.cache.close(&served.storage, closing) {
             host.learner.remove_storage_blocking(served.storage.id());
         }
+    }
+
+    /// Takes note of what a predecessor has left.
+    pub(super) fn inherit(&self, exports: HashMap<String, (PathBuf, ExportState<OwnedFd>)>) {
+        *self.inherited.lock() = exports;
+    }
+
+    /// Lets go of what was inherited for disks that are not on the list (any more): their hypervisors see them end.
+    pub(super) fn disinherit_strangers(&self) {
+        let entries = self.entries.lock();
+        self.inherited.lock().retain(|name, _| entries.contains_key(name));
+    }
+
+    fn inherited(&self, definition: &Definition) -> Option<ExportState<OwnedFd>> {
+        let (socket, state) = self.inherited.lock().remove(&definition.name)?;
+        (socket == definition.socket).then_some(state)
+    }
+
+    /// Ends all disks side by side, leaving their sockets and connections to a successor.
+    pub(super) fn release_all(daemon: &Arc<Daemon>, drain: Duration) -> Releasing {
+        let entries = std::mem::take(&mut *daemon.disks.entries.lock());
+        let (done, ended) = std::sync::mpsc::channel();
+        let mut waiting = BTreeSet::new();
+        for (name, entry) in entries {
+            let Ok(served) = entry.state else { continue };
+            waiting.insert(name.clone());
+            let (daemon, done) = (Arc::clone(daemon), done.clone());
+            std::thread::spawn(move || {
+                let export = served.export.lock().take();
+                let released = export.map(Export::release);
+                daemon.disks.close(&daemon.host(), &served, Closing { drain, parted: false });
+                let _ = done.send((name, entry.definition.socket, released));
+            });
+        }
+        Releasing { ended, waiting, released: Vec::new() }
     }
 
     /// Ends all disks side by side, waiting until `deadline`. What has not ended by then is left as a crash would leave it:
@@ -435,6 +483,35 @@ impl Disks {
         }
         let waited = || ended.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok();
         names.len() - (0..names.len()).take_while(|_| waited()).count()
+    }
+}
+
+/// An export that has been released: its disk and its socket.
+pub(super) type ReleasedDisk = (String, PathBuf, ExportState<OwnedFd>);
+
+/// Disks on their way to a successor.
+pub(super) struct Releasing {
+    ended: Receiver<(String, PathBuf, Option<std::io::Result<ExportState<OwnedFd>>>)>,
+    waiting: BTreeSet<String>,
+    pub(super) released: Vec<ReleasedDisk>,
+}
+
+impl Releasing {
+    /// Waits until all have ended, at most for `limit`. Names those that have not.
+    pub(super) fn wait(&mut self, limit: Duration) -> Vec<String> {
+        let until = Instant::now() + limit;
+        // Ends by itself when nobody is left who could send.
+        while let Ok((name, socket, state)) = self.ended.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            self.waiting.remove(&name);
+            match state {
+                Some(Ok(state)) => self.released.push((name, socket, state)),
+                Some(Err(error)) => {
+                    tracing::error!(disk = name, %error, "connection not handed over; its hypervisor connects again");
+                }
+                None => {}
+            }
+        }
+        self.waiting.iter().cloned().collect()
     }
 }
 

@@ -4,6 +4,8 @@
 //! - `disks.rs`: disks on offer: open, export, remove, retry
 //! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `questions.rs`: how many questions about history are answered at a time
+//! - `end.rs`: the way down
+//! - `handover.rs`: a new prestaged takes over from the one that runs
 //! - `models.rs`: models and thresholds
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
 //! - `report.rs`: state as the API words it
@@ -15,6 +17,8 @@
 mod control;
 mod demand;
 mod disks;
+mod end;
+mod handover;
 mod history;
 mod machines;
 mod models;

@@ -235,6 +235,15 @@ impl Device {
     }
 }
 
+impl Device {
+    /// Lets another process open it while it is still open here.
+    pub(super) fn unlock(&self) {
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(path = %self.path.display(), %error, "SSD tier not unlocked before the process ends");
+        }
+    }
+}
+
 impl Drop for Device {
     /// A child that was forked and has not got to its exec shares the lock: closing alone would leave it locked so
     /// long.

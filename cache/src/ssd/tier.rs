@@ -239,6 +239,13 @@ impl SsdTier {
         self.shared.close()
     }
 
+    /// Lets another process open a tier that was closed, before this one ends. Nothing of ours may write to it any more.
+    pub fn unlock(&self) {
+        if self.shared.closed.load(Ordering::Acquire) {
+            self.shared.device.unlock();
+        }
+    }
+
     pub fn stats(&self) -> SsdStats {
         self.shared.stats()
     }
