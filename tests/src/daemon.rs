@@ -121,6 +121,14 @@ impl Prestaged {
             None => Command::new(&self.daemon),
         };
         command.arg("--config").arg(&self.config);
+        // What tests serve, and where they keep templates: scratch folders and the cache.
+        let folders = format!("[\"{}\", \"{}\"]", std::env::temp_dir().display(), paths::cache()?.display());
+        let text = std::fs::read_to_string(&self.config)?;
+        for (section, key) in [("store", "allowed"), ("daemon", "template_dirs")] {
+            if !text.contains(&format!("{key} = ")) {
+                command.arg("--set").arg(format!("{section}.{key}={folders}"));
+            }
+        }
         let process = Process::start("prestaged", &command, &self.log, Duration::from_secs(20))?;
         let ready = wait_until("prestaged's start", Duration::from_secs(60), || {
             process.check_alive()?;

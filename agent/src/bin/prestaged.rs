@@ -3,8 +3,10 @@
 use clap::Parser;
 use prestage_agent::config::{Config, DEFAULT_PATH};
 use prestage_agent::daemon::{self, Options};
+use prestage_agent::privilege;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt, reload};
@@ -22,6 +24,29 @@ struct Arguments {
     /// Checks the configuration, secrets of webhooks included, and ends
     #[arg(long)]
     check: bool,
+    /// Serves as the broker of the prestaged that starts it
+    #[arg(long, hide = true)]
+    broker: bool,
+    /// Confines itself as the daemon does, tries what is forbidden, and ends with 10 where it is
+    #[arg(long, hide = true, value_name = "ACT", num_args = 1.., allow_hyphen_values = true)]
+    self_test: Option<Vec<String>>,
+}
+
+/// Exit code of an act that was refused.
+const REFUSED: u8 = 10;
+
+/// Shows whether the confinement holds; see `prestage_integration::privilege::probe`.
+fn self_test(act: &[String]) -> ExitCode {
+    match prestage_integration::privilege::probe::attempt(act) {
+        Ok(()) => {
+            println!("{}: done", act.join(" "));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("{}: {error}", act.join(" "));
+            ExitCode::from(REFUSED)
+        }
+    }
 }
 
 /// What the configuration names beside itself: secrets and certificates, as whoever runs this may read them.
@@ -40,7 +65,11 @@ fn check(arguments: &Arguments, config: &Config) -> ExitCode {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    // The broker is asked by this name, and reads the same wherever it is started.
+    if let Ok(path) = std::path::absolute(&arguments.config) {
+        arguments.config = path;
+    }
     let config = match Config::load(&arguments.config, &arguments.overrides) {
         Ok(config) => config,
         Err(error) => {
@@ -65,12 +94,30 @@ fn main() -> ExitCode {
             let _ = handle.reload(filter);
         }
     });
-    if let Err(error) = prestage_integration::memory::helper::leave_to_helper() {
-        tracing::warn!(%error, "prestaged keeps a privilege that only prestage-memory needs");
+    if arguments.broker {
+        return match privilege::serve_broker(arguments.config, arguments.overrides) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("prestaged's broker: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    // First of all: what is not given up while there is one thread each thread would have to give up.
+    let sandbox = match privilege::enter(&arguments.config, &arguments.overrides, &config) {
+        Ok(sandbox) => Arc::new(sandbox),
+        Err(error) => {
+            eprintln!("prestaged: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Some(act) = &arguments.self_test {
+        sandbox.seal();
+        return self_test(act);
     }
     // The control plane is light; the data path has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let options = Options { config: arguments.config, overrides: arguments.overrides };
+    let options = Options { config: arguments.config, overrides: arguments.overrides, sandbox };
     let result = match runtime {
         Ok(runtime) => {
             let result = runtime.block_on(daemon::run(options, config, set_log));

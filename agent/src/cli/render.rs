@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
     Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, PassedOver,
-    Profile, ProfileList, Saved, Status, StoreState, TakesEffect, TierName, Vm, VmList, VmPages, Warmed,
+    Profile, ProfileList, Sandbox, Saved, Status, StoreState, TakesEffect, TierName, Vm, VmList, VmPages, Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -53,6 +53,7 @@ pub(super) fn status(status: &Status) -> String {
     fields.add("prestaged", format!("{} on {}, pid {}", status.version, status.host, status.pid));
     fields.add("up", human_duration(Duration::from_millis(status.uptime_ms)));
     fields.add("health", health(status.health));
+    fields.add("sandbox", sandbox(&status.sandbox));
     fields.add("engine", format!("{}, {}", status.engine.mode, count(status.engine.shards.into(), "shard", "shards")));
     fields.add("cache", cache_use(&status.cache)).add("hits", hits(&status.cache));
     let disks = &status.disks;
@@ -119,6 +120,18 @@ pub(super) fn status(status: &Status) -> String {
         }
     }
     text
+}
+
+/// What holds, and what does not and why.
+fn sandbox(sandbox: &Sandbox) -> String {
+    if sandbox.mode == "off" {
+        return "OFF: whoever takes over prestaged has its rights".to_owned();
+    }
+    let (holds, lacks): (Vec<_>, Vec<_>) = sandbox.layers.iter().partition(|layer| layer.holds);
+    let mut told = vec![holds.iter().map(|layer| layer.name.as_str()).collect::<Vec<_>>().join(", ")];
+    told.extend(lacks.iter().map(|layer| format!("NOT {}: {}", layer.name, layer.detail)));
+    // A daemon that is older does not say.
+    dash(Some(told.join("; ")).as_deref().filter(|_| !sandbox.layers.is_empty()))
 }
 
 /// How full the tiers are.

@@ -26,6 +26,7 @@ mod run;
 mod templates;
 mod webhooks;
 
+pub(crate) use run::helper;
 pub use run::{Options, RunError, SetLog, run};
 
 use crate::config::Config;
@@ -34,6 +35,7 @@ use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::MemoryHandle;
 use crate::models::ModelsHandle;
 use crate::notify::Couriers;
+use crate::privilege::Sandbox;
 use crate::store::Store;
 use disks::Disks;
 use parking_lot::Mutex;
@@ -49,6 +51,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 /// What the parts of the daemon share.
 struct Daemon {
     config: Mutex<Config>,
+    /// What was given up at the start.
+    sandbox: Arc<Sandbox>,
     cache: Cache,
     store: Store,
     learner: LearnerHandle,

@@ -14,6 +14,7 @@ use crate::demand::run::Demand;
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::{MemoryHandle, MemorySettings};
+use crate::privilege::Sandbox;
 use crate::store::rescue::{Rescued, open_or_rescue};
 use crate::store::{Store, StoreError};
 use nix::fcntl::{Flock, FlockArg};
@@ -52,6 +53,8 @@ pub struct Options {
     pub config: PathBuf,
     /// `section.key=value`, stronger than the files.
     pub overrides: Vec<String>,
+    /// What was given up before.
+    pub sandbox: Arc<Sandbox>,
 }
 
 /// Sets the log filter of the running process.
@@ -76,6 +79,8 @@ pub enum RunError {
     HostMemory(std::io::Error),
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
+    #[error("the broker has ended, and with it all that needs privilege; prestaged stops, to be started anew")]
+    BrokerLost,
     #[error("cannot start: {0}")]
     Io(#[from] std::io::Error),
 }
@@ -110,7 +115,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     })?;
     let _state = lock_state(&config.daemon.state_dir)?;
     // The database may be locked, and waited for.
-    let (daemon, threads) = tokio::task::block_in_place(|| start(config))?;
+    let (daemon, threads) = tokio::task::block_in_place(|| start(config, Arc::clone(&options.sandbox)))?;
     if let Err(error) = expect_disks(&daemon).await {
         tracing::error!(%error, "disks not restored");
     }
@@ -164,10 +169,15 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         "prestaged ready"
     );
     let _ = sd_notify::notify(&[NotifyState::Ready]);
+    let mut ended = Ok(());
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            () = options.sandbox.lost.notified() => {
+                ended = Err(RunError::BrokerLost);
+                break;
+            }
             _ = hangup.recv() => reload(&daemon, &options, &set_log).await,
         }
     }
@@ -193,7 +203,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if down.is_err() {
         tracing::error!("shutdown did not complete; the SSD tier will start empty");
     }
-    Ok(())
+    ended
 }
 
 /// Threads that end with the daemon.
@@ -272,7 +282,7 @@ fn budget(config: &Config) -> BudgetConfig {
     }
 }
 
-fn start(config: Config) -> Result<(Shared, Threads), RunError> {
+fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), RunError> {
     let Rescued { store, trouble: store_trouble, stand_in } =
         open_or_rescue(&config.store_path(), &config.daemon.run_dir.join("stand-in.db"))?;
     if let Some(trouble) = &store_trouble {
@@ -298,6 +308,8 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         policy: CoreConfig { budget: budget(&config), ..CoreConfig::with_slots(0) },
     };
     let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
+    // Rings are there, and no more will be.
+    sandbox.seal();
     let (models, models_thread) = models::start(&store, &config)?;
     let (learner, learner_thread) =
         LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config, stand_in))?;
@@ -336,6 +348,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     };
     let daemon = Daemon {
         config: Mutex::new(config),
+        sandbox,
         cache,
         store,
         learner,
@@ -362,7 +375,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
 }
 
 /// The program `prestage-memory`.
-pub(super) fn helper(config: &Config) -> PathBuf {
+pub(crate) fn helper(config: &Config) -> PathBuf {
     let beside = || Some(std::env::current_exe().ok()?.parent()?.join("prestage-memory"));
     config.memory.helper.clone().or_else(beside).unwrap_or_else(|| "prestage-memory".into())
 }

@@ -9,6 +9,7 @@
 
 use super::op::RawOp;
 use crate::arena::Arena;
+use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use std::collections::VecDeque;
@@ -21,6 +22,46 @@ use std::{fmt, io};
 const IGNORED: u64 = u64::MAX;
 /// The kernel takes at most this much as one registered buffer. A multiple of the block, so no block straddles two.
 const REGISTERED_MAX_BYTES: usize = 1 << 30;
+
+/// What a ring of ours may be asked for, with some room for what engines do. What a ring does no seccomp filter sees, so nothing is
+/// in it that opens files or makes sockets.
+const OPERATIONS: [u8; 31] = [
+    opcode::Nop::CODE,
+    opcode::Read::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::SyncFileRange::CODE,
+    opcode::Fallocate::CODE,
+    opcode::Fadvise::CODE,
+    opcode::Recv::CODE,
+    opcode::RecvMsg::CODE,
+    opcode::Send::CODE,
+    opcode::SendMsg::CODE,
+    opcode::SendZc::CODE,
+    opcode::SendMsgZc::CODE,
+    opcode::Accept::CODE,
+    opcode::Connect::CODE,
+    opcode::Shutdown::CODE,
+    opcode::Close::CODE,
+    opcode::PollAdd::CODE,
+    opcode::PollRemove::CODE,
+    opcode::Timeout::CODE,
+    opcode::TimeoutRemove::CODE,
+    opcode::LinkTimeout::CODE,
+    opcode::AsyncCancel::CODE,
+    opcode::ProvideBuffers::CODE,
+    opcode::RemoveBuffers::CODE,
+    opcode::Splice::CODE,
+    opcode::MsgRingData::CODE,
+];
+/// `IORING_REGISTER_…` of <linux/io_uring.h>: buffers, files and workers, and switching the ring on.
+const REGISTRATIONS: [u8; 16] = [0, 1, 2, 3, 6, 12, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24];
+/// `IOSQE_…`: none of them lets a request do more.
+const FLAGS: u8 = u8::MAX;
 
 /// The end, or with `more` one event, of the operation that was submitted with this `user_data`.
 #[derive(Clone, Copy)]
@@ -51,10 +92,12 @@ impl Ring {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
+            .setup_r_disabled()
             .build(entries);
         let ring = match modern {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_clamp().setup_cqsize(entries.saturating_mul(4)).build(entries)?
+                let mut older = IoUring::builder();
+                older.setup_clamp().setup_cqsize(entries.saturating_mul(4)).setup_r_disabled().build(entries)?
             }
             other => other?,
         };
@@ -86,6 +129,7 @@ impl Ring {
                 format!("io_uring operation {code} is not allowed here"),
             ));
         }
+        restrict(&ring)?;
         let mut ring = Ring { ring, backlog: VecDeque::new(), registered: None };
         ring.submit(-1, RawOp::Nop, 0);
         let mut done = Vec::new();
@@ -269,6 +313,19 @@ impl Ring {
             }
         }
     }
+}
+
+/// Takes everything from the ring that the engine does not do, and switches it on: for good (io_uring_register(2),
+/// `IORING_REGISTER_RESTRICTIONS`, Linux 5.10).
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    // An older kernel does not know the newest operations, and takes no restriction that names them.
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    let operations = OPERATIONS.into_iter().filter(|code| probe.is_supported(*code)).map(Restriction::sqe_op);
+    let mut all: Vec<_> = operations.chain(REGISTRATIONS.map(Restriction::register_op)).collect();
+    all.push(Restriction::sqe_flags_allowed(FLAGS));
+    ring.submitter().register_restrictions(&mut all)?;
+    ring.submitter().register_enable_rings()
 }
 
 impl fmt::Debug for Ring {
