@@ -2,6 +2,8 @@
 //! it ends. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 daemon not reachable.
 #![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 
+#[path = "daemon_front/mod.rs"]
+mod front;
 #[path = "daemon_guest/mod.rs"]
 mod guest;
 #[path = "daemon_host/mod.rs"]

@@ -2,65 +2,21 @@
 //! supervised qemu-storage-daemon. The guest is a vhost-user-blk front-end; `qemu-img` and `qemu-io` make and judge.
 #![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 
+#[path = "daemon_front/mod.rs"]
+mod front;
 #[path = "daemon_host/mod.rs"]
 mod host;
 
-use std::mem::MaybeUninit;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use blkio::{Blkio, Blkioq, Completion, ReqFlags};
+use front::{Guest, LIMIT};
 use host::Host;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const LIMIT: Duration = Duration::from_secs(60);
-const BUFFER: usize = 1 << 20;
 const MIB: u64 = 1 << 20;
-
-struct Guest {
-    queue: Blkioq,
-    buffer: usize,
-    _device: Blkio,
-}
-
-impl Guest {
-    fn start(host: &Host, disk: &str) -> Guest {
-        let mut device = Blkio::new("virtio-blk-vhost-user").unwrap();
-        device.set_str("path", host.path(&format!("run/vm/{disk}.sock")).to_str().unwrap()).unwrap();
-        device.connect().unwrap();
-        let queue = device.start().unwrap().queues.remove(0);
-        let memory = device.alloc_mem_region(BUFFER).unwrap();
-        device.map_mem_region(&memory).unwrap();
-        Guest { queue, buffer: memory.addr, _device: device }
-    }
-
-    fn wait(&mut self) {
-        let mut done: [MaybeUninit<Completion>; 1] = [const { MaybeUninit::uninit() }];
-        let mut timeout = LIMIT;
-        assert_eq!(self.queue.do_io(&mut done, 1, Some(&mut timeout), None).unwrap(), 1);
-        // SAFETY: do_io has filled in the first.
-        assert_eq!(unsafe { done[0].assume_init_ref() }.ret, 0);
-    }
-
-    /// The bytes at an offset.
-    fn read(&mut self, offset: u64, len: usize) -> &[u8] {
-        assert!(len <= BUFFER);
-        self.queue.read(offset, self.buffer as *mut u8, len, 0, ReqFlags::empty());
-        self.wait();
-        // SAFETY: the region is that large, lives as long as the device, and nothing is under way on it.
-        unsafe { std::slice::from_raw_parts(self.buffer as *const u8, len) }
-    }
-
-    fn write(&mut self, offset: u64, len: usize, byte: u8) {
-        assert!(len <= BUFFER);
-        // SAFETY: as in `read`, and this is the only access.
-        unsafe { std::ptr::write_bytes(self.buffer as *mut u8, byte, len) };
-        self.queue.write(offset, self.buffer as *const u8, len, 0, ReqFlags::empty());
-        self.wait();
-    }
-}
 
 fn run(program: &str, words: &[&str]) -> String {
     let output = Command::new(program).args(words).output().unwrap();

@@ -2,6 +2,18 @@
 
 use crate::record::{Boot, BootName, Phase, Run, ratio};
 
+/// The middle one, or the mean of both middle ones.
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        length if length % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
+}
+
 const HEAD: [&str; 13] = [
     "boot",
     "ready s",

@@ -1,53 +1,13 @@
 //! What the daemon tells of a guest's requests: recordings, history, explanations. The guest is a vhost-user-blk front-end.
 
 use std::io::Read;
-use std::mem::MaybeUninit;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use blkio::{Blkio, Blkioq, Completion, ReqFlags};
 use nix::sys::signal::{Signal, kill};
 
 use super::Host;
-
-const LIMIT: Duration = Duration::from_secs(60);
-const BUFFER: usize = 1 << 20;
-
-struct Guest {
-    queue: Blkioq,
-    buffer: usize,
-    _device: Blkio,
-}
-
-impl Guest {
-    fn start(host: &Host, disk: &str) -> Guest {
-        let mut device = Blkio::new("virtio-blk-vhost-user").unwrap();
-        device.set_str("path", host.path(&format!("run/vm/{disk}.sock")).to_str().unwrap()).unwrap();
-        device.connect().unwrap();
-        let queue = device.start().unwrap().queues.remove(0);
-        let memory = device.alloc_mem_region(BUFFER).unwrap();
-        device.map_mem_region(&memory).unwrap();
-        Guest { queue, buffer: memory.addr, _device: device }
-    }
-
-    fn wait(&mut self) {
-        let mut done: [MaybeUninit<Completion>; 1] = [const { MaybeUninit::uninit() }];
-        let mut timeout = LIMIT;
-        assert_eq!(self.queue.do_io(&mut done, 1, Some(&mut timeout), None).unwrap(), 1);
-        // SAFETY: do_io has filled in the first.
-        assert_eq!(unsafe { done[0].assume_init_ref() }.ret, 0);
-    }
-
-    fn read(&mut self, offset: u64, len: usize) {
-        self.queue.read(offset, self.buffer as *mut u8, len, 0, ReqFlags::empty());
-        self.wait();
-    }
-
-    fn write(&mut self, offset: u64, len: usize) {
-        self.queue.write(offset, self.buffer as *const u8, len, 0, ReqFlags::empty());
-        self.wait();
-    }
-}
+use super::front::{Guest, LIMIT};
 
 /// A recording that has begun: its first line is in the pipe.
 fn record(host: &Host, words: &[&str]) -> (Child, std::process::ChildStdout) {
@@ -87,7 +47,7 @@ fn a_recording_is_exact_and_several_run_at_once() {
     let (second, second_out) = record(&host, &[]);
     let mut guest = Guest::start(&host, "d");
     guest.read(512, 1024);
-    guest.write(8192, 4096);
+    guest.write(8192, 4096, 1);
     guest.read(1 << 20, 65536);
     guest.read(0, 512);
     guest.read(4096, 512);
@@ -123,7 +83,7 @@ fn an_interrupted_recording_is_a_whole_file() {
         std::thread::sleep(Duration::from_millis(10));
     }
     let mut guest = Guest::start(&host, "d");
-    (0..100).for_each(|i| guest.read(i * 8192, 4096));
+    (0..100).for_each(|i| _ = guest.read(i * 8192, 4096));
     // A second recording sees what comes later: the first has what came before.
     let (later, later_out) = record(&host, &["--requests", "1"]);
     guest.read(0, 512);
@@ -148,7 +108,7 @@ fn an_interrupted_recording_is_a_whole_file() {
 fn a_page_is_explained_from_its_proposal_to_its_use() {
     let mut host = disk("[prefetch]\nthreshold = 0.3\n");
     let mut guest = Guest::start(&host, "d");
-    (0..64).for_each(|i| guest.read(i * 16384, 16384));
+    (0..64).for_each(|i| _ = guest.read(i * 16384, 16384));
     let wait_for = |words: &[&str], expect: &str| {
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -181,7 +141,7 @@ fn a_page_is_explained_from_its_proposal_to_its_use() {
 fn what_is_below_the_threshold_is_explained_as_such() {
     let mut host = disk("[prefetch]\nthreshold = 0.99\n");
     let mut guest = Guest::start(&host, "d");
-    (0..16).for_each(|i| guest.read(i * 16384, 16384));
+    (0..16).for_each(|i| _ = guest.read(i * 16384, 16384));
     let deadline = Instant::now() + LIMIT;
     loop {
         let text = host.does(&["explain", "d", &(16 * 16384).to_string()]);
@@ -200,7 +160,7 @@ fn what_is_below_the_threshold_is_explained_as_such() {
 fn the_history_of_a_disk_outlives_the_daemon() {
     let mut host = disk("");
     let mut guest = Guest::start(&host, "d");
-    (0..50).for_each(|i| guest.read(i * 8192 + 512, 512));
+    (0..50).for_each(|i| _ = guest.read(i * 8192 + 512, 512));
     drop(guest);
     host.stop();
     let config = std::fs::read_to_string(host.path("prestaged.toml")).unwrap();
@@ -235,7 +195,7 @@ fn what_the_ssd_holds_is_listed_and_counts_as_cached() {
     ));
     assert!(host.does(&["status"]).contains("\nhits:       no reads yet\n"));
     let mut guest = Guest::start(&host, "d");
-    (0..16).for_each(|i| guest.read(i << 16, 1 << 16));
+    (0..16).for_each(|i| _ = guest.read(i << 16, 1 << 16));
     let deadline = Instant::now() + LIMIT;
     let line = format!("ssd   1.0 MiB  d      file:{store}\n");
     loop {

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::servers::Who;
 use super::verdict::Claim;
 use crate::host::Host;
+use crate::table::median;
 
 /// One round of a case with a server.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -61,18 +62,6 @@ pub(super) struct Report {
     pub(super) missing: Vec<Missing>,
     pub(super) figures: Vec<Figure>,
     pub(super) claims: Vec<Claim>,
-}
-
-/// The middle one, or the mean of both middle ones.
-pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[middle],
-        _ => f64::midpoint(values[middle - 1], values[middle]),
-    }
 }
 
 impl Row {

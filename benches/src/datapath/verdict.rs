@@ -55,7 +55,7 @@ fn row<'a>(rows: &'a [Row], case: &str, who: Who) -> Option<&'a Row> {
 fn at_least(rows: &[Row], case: &'static str, ours: Who, other: Who, ratio: f64) -> Option<Check> {
     let (ours, other) = (row(rows, case, ours)?, row(rows, case, other)?);
     let ratios = ours.rounds.iter().zip(&other.rounds).map(|(a, b)| a.iops / b.iops);
-    let seen = super::report::median(ratios);
+    let seen = crate::table::median(ratios);
     Some((seen >= ratio, format!("{case}: {seen:.2} times the requests a second of {}, {ratio} wanted", other.server)))
 }
 

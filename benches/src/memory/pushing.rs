@@ -17,8 +17,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::GUEST;
-use super::report::median;
 use crate::progress::Progress;
+use crate::table::median;
 
 const MEMORY_MIB: u64 = 512;
 const FILLED_MIB: u64 = 384;

@@ -1,5 +1,6 @@
 //! Medians of the rounds, as a table and as JSON.
 
+use crate::table::median;
 use prestage_tests::accelerator::Accelerator;
 use serde::Serialize;
 
@@ -61,18 +62,6 @@ impl Row {
 
     fn seconds(&self) -> impl Iterator<Item = f64> {
         self.samples.iter().map(|sample| sample.seconds)
-    }
-}
-
-/// The middle one, or the mean of both middle ones.
-pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[middle],
-        _ => f64::midpoint(values[middle - 1], values[middle]),
     }
 }
 

@@ -36,10 +36,10 @@ use prestage_tests::slow::{Image, SlowDisk};
 use prestage_tests::template::{TemplateGuest, TemplateRig};
 use serde::Serialize;
 
-use super::report::median;
 use crate::host::Host;
 use crate::progress::Progress;
 use crate::record::write_json;
+use crate::table::median;
 
 const LIMIT: Duration = Duration::from_secs(300);
 /// Readers of a replay at a time.

@@ -21,7 +21,7 @@ use prestage_tests::swap::Swap;
 use prestage_tests::toucher::build;
 use serde::Serialize;
 
-use super::report::median;
+use crate::table::median;
 
 const MIB: u64 = 64;
 const PAGES: u64 = MIB << 8;

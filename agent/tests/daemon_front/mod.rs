@@ -1,0 +1,55 @@
+//! A guest as the daemon sees it: a vhost-user-blk front-end with one request under way.
+
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use blkio::{Blkio, Blkioq, Completion, ReqFlags};
+
+use super::host::Host;
+
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+const BUFFER: usize = 1 << 20;
+
+pub(crate) struct Guest {
+    queue: Blkioq,
+    buffer: usize,
+    _device: Blkio,
+}
+
+impl Guest {
+    /// On the disk's socket.
+    pub(crate) fn start(host: &Host, disk: &str) -> Guest {
+        let mut device = Blkio::new("virtio-blk-vhost-user").unwrap();
+        device.set_str("path", host.path(&format!("run/vm/{disk}.sock")).to_str().unwrap()).unwrap();
+        device.connect().unwrap();
+        let queue = device.start().unwrap().queues.remove(0);
+        let memory = device.alloc_mem_region(BUFFER).unwrap();
+        device.map_mem_region(&memory).unwrap();
+        Guest { queue, buffer: memory.addr, _device: device }
+    }
+
+    fn wait(&mut self) {
+        let mut done: [MaybeUninit<Completion>; 1] = [const { MaybeUninit::uninit() }];
+        let mut timeout = LIMIT;
+        assert_eq!(self.queue.do_io(&mut done, 1, Some(&mut timeout), None).unwrap(), 1);
+        // SAFETY: do_io has filled in the first.
+        assert_eq!(unsafe { done[0].assume_init_ref() }.ret, 0);
+    }
+
+    /// The bytes at an offset.
+    pub(crate) fn read(&mut self, offset: u64, len: usize) -> &[u8] {
+        assert!(len <= BUFFER);
+        self.queue.read(offset, self.buffer as *mut u8, len, 0, ReqFlags::empty());
+        self.wait();
+        // SAFETY: the region is that large, lives as long as the device, and nothing is under way on it.
+        unsafe { std::slice::from_raw_parts(self.buffer as *const u8, len) }
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, len: usize, byte: u8) {
+        assert!(len <= BUFFER);
+        // SAFETY: as in `read`, and this is the only access.
+        unsafe { std::ptr::write_bytes(self.buffer as *mut u8, byte, len) };
+        self.queue.write(offset, self.buffer as *const u8, len, 0, ReqFlags::empty());
+        self.wait();
+    }
+}
