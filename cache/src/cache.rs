@@ -8,7 +8,7 @@ use crate::access::AccessQueue;
 use crate::arena::{Arena, HugePages};
 use crate::backend::{Below, LayerMap, StoreError, StoreInfo, StoreOptions, StoreSpec};
 use crate::counters::{StorageCounters, StorageStats};
-use crate::disk::{Storage, local, read_copy};
+use crate::disk::{Storage, extents_of, local, read_copy};
 use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
 use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
@@ -513,6 +513,7 @@ fn stands_on(handle: StorageHandle, spec: &StoreSpec) -> Below {
         StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. } => Some(path.clone()),
         StoreSpec::Nbd { .. } => None,
     };
+    let of = handle.clone();
     Below {
         name: handle.identity().to_owned(),
         path,
@@ -520,6 +521,10 @@ fn stands_on(handle: StorageHandle, spec: &StoreSpec) -> Below {
         read: Box::new(move |offset, len| {
             let handle = handle.clone();
             Box::pin(async move { read_copy(&handle, offset, len).await })
+        }),
+        extents: Box::new(move |offset, len, most| {
+            let handle = of.clone();
+            Box::pin(async move { extents_of(&handle, offset, len, most).await })
         }),
     }
 }

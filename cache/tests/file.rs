@@ -315,21 +315,49 @@ fn one_file_has_one_identity_by_whatever_name() {
 }
 
 #[test]
-fn ranges_that_are_not_whole_sectors_within_the_store_are_refused() {
+fn ranges_beyond_the_store_are_refused() {
     let folder = folder();
     let path = name(&disk(folder.path(), "d", 8192));
     on(EngineMode::Auto, move |shard| async move {
         let store = open(&shard, &path, &StoreOptions::default()).await.unwrap();
         let mut random = Random(3);
-        for (offset, len) in [(1, 512), (0, 511), (8192, 512), (u64::MAX - 511, 512), (4096, 8192)] {
+        for (offset, len) in [(8192, 512), (8191, 2), (u64::MAX - 511, 512), (4096, 8192)] {
             let data = random.bytes(len);
             assert!(matches!(write(&store, offset, &data, false).await, Err(StoreError::OutOfRange { .. })));
             assert!(matches!(read(&store, offset, len).await, Err(StoreError::OutOfRange { .. })));
             assert!(matches!(store.discard(offset, len as u64).await, Err(StoreError::OutOfRange { .. })));
             let zeroed = store.write_zeroes(offset, len as u64, true).await;
             assert!(matches!(zeroed, Err(StoreError::OutOfRange { .. })));
+            assert!(matches!(store.extents(offset, len as u64, 9).await, Err(StoreError::OutOfRange { .. })));
         }
         assert!(matches!(store.discard(512, u64::MAX - 511).await, Err(StoreError::OutOfRange { .. })));
         assert!(read(&store, 0, 8192).await.unwrap().iter().all(|b| *b == 0));
+    });
+}
+
+#[test]
+fn a_file_says_where_its_data_is() {
+    let folder = folder();
+    let path = disk(folder.path(), "d", 4 << 20);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[7; 65536], 1 << 20).unwrap();
+    file.write_all_at(&[7; 65536], 3 << 20).unwrap();
+    let path = name(&path);
+    on(EngineMode::Auto, move |shard| async move {
+        let store = open(&shard, &path, &StoreOptions::default()).await.unwrap();
+        let found = store.extents(0, 4 << 20, 100).await.unwrap();
+        let spans: Vec<_> = found.iter().map(|extent| (extent.len_bytes, extent.hole)).collect();
+        let (mib, piece) = (1 << 20, 65536);
+        assert_eq!(
+            spans,
+            [(mib, true), (piece, false), (2 * mib - piece, true), (piece, false), (mib - piece, true)],
+            "the file system keeps holes of 64 KiB"
+        );
+        assert!(found.iter().all(|extent| extent.hole == extent.zero));
+        // From the middle, only so many, and not beyond what was asked for.
+        let some = store.extents(mib + 512, mib, 1).await.unwrap();
+        assert_eq!(some, [prestage_cache::backend::Extent::data(piece - 512)]);
+        let some = store.extents(mib + 512, 512, 9).await.unwrap();
+        assert_eq!(some, [prestage_cache::backend::Extent::data(512)]);
     });
 }

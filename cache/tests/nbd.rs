@@ -4,7 +4,7 @@
 mod nbd_common;
 
 use nbd_common::{MODES, Random, compare_with_model, hammer, on, open, read, write};
-use prestage_cache::backend::{Backend, NbdOptions, StoreError, StoreOptions};
+use prestage_cache::backend::{Backend, Extent, NbdOptions, StoreError, StoreOptions};
 use prestage_cache::engine::{AlignedBuf, EngineMode, IoBuf, Shard};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -200,6 +200,39 @@ fn an_export_of_whole_sectors_reads_as_whole_pages() {
         assert!(got[1024..].iter().all(|b| *b == 0));
         assert!(matches!(read(&store, 16384, 512).await, Err(StoreError::OutOfRange { .. })));
     });
+}
+
+#[test]
+fn a_servers_holes_are_known() {
+    const MIB: u64 = 1 << 20;
+    let folder = folder();
+    let path = folder.path().join("disk");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(8 * MIB).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; MIB as usize], 2 * MIB).unwrap();
+    let image = path.to_str().unwrap();
+    let all = [Extent { len_bytes: 2 * MIB, hole: true, zero: true }, Extent::data(MIB)];
+    let tail = Extent { len_bytes: 5 * MIB, hole: true, zero: true };
+    for start in [
+        |folder: &Path, image: &str| Server::nbdkit(folder, &["file", image]),
+        |folder: &Path, image: &str| Server::qemu_nbd(folder, &["--format=raw", image]),
+    ] {
+        let server = start(folder.path(), image);
+        let uri = server.uri();
+        on(EngineMode::Auto, move |shard| async move {
+            let store = open(&shard, &uri, &StoreOptions::default()).await.unwrap();
+            assert_eq!(store.extents(0, 8 * MIB, 9).await.unwrap(), [&all[..], &[tail]].concat());
+            assert_eq!(store.extents(0, 8 * MIB, 2).await.unwrap(), all);
+            assert_eq!(store.extents(2 * MIB + 1, MIB, 1).await.unwrap(), [Extent::data(MIB - 1)]);
+            assert_eq!(store.extents(2 * MIB + 1, 3, 9).await.unwrap(), [Extent::data(3)]);
+        });
+    }
+    // One that does not tell.
+    for args in [["--no-sr", "file", image], ["--filter=noextents", "file", image]] {
+        with_nbdkit(EngineMode::Auto, &args, |_, store| async move {
+            assert_eq!(store.extents(0, 8 * MIB, 9).await.unwrap(), [Extent::data(8 * MIB)]);
+        });
+    }
 }
 
 #[test]

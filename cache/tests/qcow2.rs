@@ -145,7 +145,7 @@ async fn read(disk: &Disk, offset: u64, len: usize) -> Vec<u8> {
     out
 }
 
-/// Random requests, one after the other, each checked. Returns what the disk shows at the end.
+/// Random requests, one after the other, each checked; from time to time all that the disk says of its holes. Returns what the disk shows at the end.
 async fn exercise(disk: Disk, mut model: Vec<u8>, seed: u64, steps: u64) -> Vec<u8> {
     let mut random = Random(seed * 2 + 1);
     let sectors = model.len() as u64 / SECTOR as u64;
@@ -153,14 +153,22 @@ async fn exercise(disk: Disk, mut model: Vec<u8>, seed: u64, steps: u64) -> Vec<
         let long = [8, 64, 700][random.below(3) as usize];
         let count = 1 + random.below(long.min(sectors));
         let first = random.below(sectors - count + 1);
-        let (offset, len) = (first * SECTOR as u64, count as usize * SECTOR);
+        let (mut offset, mut len) = (first * SECTOR as u64, count as usize * SECTOR);
+        if random.below(4) == 0 {
+            // NBD's clients may ask for any bytes.
+            let skip = random.below(len as u64);
+            (offset, len) = (offset + skip, 1 + random.below(len as u64 - skip) as usize);
+        }
         let range = offset as usize..offset as usize + len;
         match random.below(12) {
             0..=3 => {
                 let mut data = AlignedBuf::new(len);
                 data.iter_mut().enumerate().for_each(|(i, byte)| *byte = (step as usize + i / 100) as u8);
                 model[range].copy_from_slice(&data);
-                disk.write(offset, data).await.unwrap();
+                match step % 3 {
+                    0 => disk.write_durable(offset, data).await.unwrap(),
+                    _ => disk.write(offset, data).await.unwrap(),
+                }
             }
             4 => {
                 disk.write_zeroes(offset, len as u64, step % 2 == 0).await.unwrap();
@@ -175,6 +183,20 @@ async fn exercise(disk: Disk, mut model: Vec<u8>, seed: u64, steps: u64) -> Vec<
                 model[range].copy_from_slice(&found);
             }
             6 => disk.flush().await.unwrap(),
+            7 => {
+                let most = 1 + random.below(9) as usize;
+                let found = disk.extents(offset, len as u64, most).await.unwrap();
+                assert!(!found.is_empty() && found.len() <= most, "step {step}: {found:?}");
+                let mut at = range.start;
+                for extent in found {
+                    let end = at + extent.len_bytes as usize;
+                    assert!(extent.len_bytes > 0 && end <= range.end, "step {step}: {extent:?} at {at}");
+                    assert_eq!(extent.hole, extent.zero, "step {step}");
+                    let zero = model[at..end].iter().all(|byte| *byte == 0);
+                    assert!(zero || !extent.zero, "step {step}: {extent:?} at {at} holds data");
+                    at = end;
+                }
+            }
             _ => {
                 let found = read(&disk, offset, len).await;
                 let wrong = found.iter().zip(&model[range]).position(|(found, want)| found != want);
@@ -255,6 +277,93 @@ fn a_chain_is_a_disk() {
             seed += 1;
         }
     }
+}
+
+/// All that a disk says of its holes, neighbours of one kind as one: `(offset, bytes, hole)`.
+async fn map(disk: &Disk, size: u64, step: u64, most: usize) -> Vec<(u64, u64, bool)> {
+    let (mut runs, mut at): (Vec<(u64, u64, bool)>, u64) = (Vec::new(), 0);
+    while at < size {
+        for extent in disk.extents(at, step.min(size - at), most).await.unwrap() {
+            match runs.last_mut() {
+                Some((_, len, hole)) if *hole == extent.hole => *len += extent.len_bytes,
+                _ => runs.push((at, extent.len_bytes, extent.hole)),
+            }
+            at += extent.len_bytes;
+        }
+    }
+    runs
+}
+
+/// The same as QEMU's NBD server has it: what is neither data in some image nor below one is a hole that reads as zeroes.
+fn map_by_qemu(image: &Image) -> Vec<(u64, u64, bool)> {
+    let (ok, text) = run("qemu-img", &["map", "--output=json", "-f", image.format, image.path.to_str().unwrap()]);
+    assert!(ok, "{text}");
+    let mut runs: Vec<(u64, u64, bool)> = Vec::new();
+    let number = |line: &str, key: &str| -> u64 {
+        let rest = &line[line.find(key).unwrap() + key.len()..];
+        rest[..rest.find([',', '}']).unwrap()].trim().parse().unwrap()
+    };
+    for line in text.lines() {
+        let (start, len) = (number(line, "\"start\":"), number(line, "\"length\":"));
+        let hole = line.contains("\"data\": false");
+        match runs.last_mut() {
+            Some((_, so_far, kind)) if *kind == hole => *so_far += len,
+            _ => runs.push((start, len, hole)),
+        }
+    }
+    runs
+}
+
+#[test]
+fn holes_of_a_chain_are_those_that_qemu_sees() {
+    let Some(folder) = folder() else { return };
+    let cache = cache(2 << 20, 2);
+    let path = folder.path().join("base.img");
+    std::fs::File::create(&path).unwrap().set_len(6 * MIB as u64).unwrap();
+    let base = Image { spec: path.display().to_string(), path, format: "raw", shows: vec![0; 6 * MIB] };
+    let base = base.written(&[(MIB, 200_000 / 4096 * 4096, 1), (5 * MIB, MIB, 2)]);
+    for (i, options) in ["cluster_size=65536", "cluster_size=4096", "cluster_size=512"].into_iter().enumerate() {
+        let middle = base.overlay(&format!("middle{i}.qcow2"), 8 * MIB, &[options]);
+        let middle = middle.written(&[(0, 65536, 3), (2 * MIB, 3 * 65536, 4), (7 * MIB, 65536, 0)]);
+        let top = middle.overlay(&format!("top{i}.qcow2"), 8 * MIB, &[]).written(&[(3 * MIB, 65536, 5)]);
+        // A hole on top of data, and data that is nothing but zeroes.
+        let (ok, text) = run("qemu-io", &["-c", "write -q -z 5M 512k", top.path.to_str().unwrap()]);
+        assert!(ok, "{text}");
+        let (image, expected) = (top.spec.clone(), map_by_qemu(&top));
+        let storage = open(&cache, &image, false).unwrap();
+        let id = storage.id();
+        let maps = storage.shard().call(move |_| async move {
+            let disk = Disk::new(local(id).unwrap(), 0, Arc::new(DiskCounters::default()));
+            let size = 8 * MIB as u64;
+            [map(&disk, size, size, 1000).await, map(&disk, size, size, 1).await, map(&disk, size, 70_001, 3).await]
+        });
+        for found in maps.wait().unwrap() {
+            assert_eq!(found, expected, "{options}");
+        }
+        assert!(cache.close(&storage, closing()));
+    }
+}
+
+#[test]
+fn pages_of_a_chain_are_dealt_out_to_the_images_that_have_them() {
+    let Some(folder) = folder() else { return };
+    let cache = cache(2 << 20, 2);
+    let base = Image::raw(folder.path(), "base.img", 4 * MIB, 3);
+    let top = base.overlay("top.qcow2", 5 * MIB, &[]).written(&[(MIB, 65536, 5)]);
+    let storage = open(&cache, &top.spec, false).unwrap();
+    let (id, below) = (storage.id(), storage.below().unwrap().id());
+    let dealt = storage.shard().call(move |_| async move {
+        let disk = Disk::new(local(id).unwrap(), 0, Arc::new(DiskCounters::default()));
+        let dealt = disk.spread(1, 5 * MIB as u64 - 1).await.unwrap();
+        dealt.into_iter().map(|(of, range)| (of.map(|of| of.id()), range.first, range.count)).collect::<Vec<_>>()
+    });
+    // 256 pages to the MiB; nobody has the last one.
+    assert_eq!(
+        dealt.wait().unwrap(),
+        [(Some(below), 0, 256), (None, 256, 16), (Some(below), 272, 1024 - 272)],
+        "the top has one cluster, the base the rest up to its end"
+    );
+    assert!(cache.close(&storage, closing()));
 }
 
 #[test]

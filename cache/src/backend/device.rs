@@ -4,7 +4,7 @@
 //! - [`Opened`] and [`open`]: descriptors, size, alignment, lock
 //! - [`measure`]: size and stamp again
 //! - [`size_now`]: a regular file's size, at once
-//! - [`discard`] by `BLKDISCARD`
+//! - [`discard`] by `BLKDISCARD`; [`extents`] by `SEEK_DATA` and `SEEK_HOLE`
 //!
 //! Leaf module: `statx` and `ioctl` are called here.
 //!
@@ -14,8 +14,10 @@
 //! is served here, and an image that a QEMU writes to is refused here.
 
 use super::error::StoreError;
-use super::{SECTOR_BYTES, Stamp, StoreOptions};
+use super::{Extent, SECTOR_BYTES, Stamp, StoreOptions};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::unistd::{Whence, lseek};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -252,4 +254,38 @@ pub(super) fn discard(fd: &OwnedFd, offset: u64, len: u64) -> io::Result<()> {
     // SAFETY: the descriptor is open and the argument is the pair of numbers that this request reads.
     unsafe { ioctl::blk_discard(fd.as_raw_fd(), &[offset, len]) }?;
     Ok(())
+}
+
+/// Where a regular file holds data (lseek(2), `SEEK_DATA` and `SEEK_HOLE`): up to `most` extents from `offset` on. A file
+/// system without holes says that all is data. The file's position, which this moves, is used by nobody.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn extents(fd: &OwnedFd, offset: u64, len: u64, most: usize) -> io::Result<Vec<Extent>> {
+    let end = offset.saturating_add(len);
+    let seek = |at: u64, whence| match lseek(fd, i64::try_from(at).unwrap_or(i64::MAX), whence) {
+        Ok(found) => Ok(u64::try_from(found).unwrap_or(end).min(end)),
+        // Nothing of the kind up to the end of the file.
+        Err(Errno::ENXIO) => Ok(end),
+        Err(errno) => Err(errno),
+    };
+    let (mut found, mut at) = (Vec::new(), offset);
+    while at < end && found.len() < most {
+        let data = match seek(at, Whence::SeekData) {
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                found.push(Extent::data(end - at));
+                break;
+            }
+            other => other?,
+        };
+        let (until, hole) = if data > at { (data, true) } else { (seek(at, Whence::SeekHole)?, false) };
+        if until <= at {
+            // The file changes under our hands; what is not known to be a hole is data.
+            found.push(Extent::data(end - at));
+            break;
+        }
+        found.push(Extent { len_bytes: until - at, hole, zero: hole });
+        at = until;
+    }
+    Ok(found)
 }

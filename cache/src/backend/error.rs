@@ -26,7 +26,7 @@ pub enum StoreError {
     Shrunk { store: String, was_bytes: u64, now_bytes: u64 },
     #[error("{store} is read-only")]
     ReadOnly { store: String },
-    #[error("{len} bytes at {offset} are not whole sectors within the store of {size_bytes} bytes")]
+    #[error("{len} bytes at {offset} do not lie within the store of {size_bytes} bytes")]
     OutOfRange { offset: u64, len: u64, size_bytes: u64 },
     #[error("{store} has no space left")]
     NoSpace { store: String },

@@ -15,8 +15,8 @@
 use super::device::{self, Content, Opened};
 use super::error::StoreError;
 use super::gate::{Drain, Gate, UnderWay};
-use super::{Backend, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
-use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Shard, bufs};
+use super::{Backend, Extent, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
+use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Semaphore, Shard, bufs};
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
@@ -28,6 +28,9 @@ use std::rc::Rc;
 const ZEROES_BYTES: usize = 1 << 20;
 /// The kernel moves at most 2 GiB − 4 KiB at a time; a round number below.
 const MAX_IO_BYTES: u32 = 1 << 30;
+
+/// Threads that look for holes at a time.
+const SEEKERS: usize = 2;
 
 /// A raw file or block device.
 #[derive(Debug)]
@@ -53,6 +56,8 @@ struct Inner {
     lost_writes: Cell<bool>,
     gate: Rc<Gate>,
     drain: Rc<Drain>,
+    /// Who may look for holes: each takes a thread.
+    seekers: Rc<Semaphore>,
 }
 
 #[derive(Clone, Debug)]
@@ -107,6 +112,7 @@ impl FileBackend {
             lost_writes: Cell::new(false),
             gate: Rc::default(),
             drain: Rc::default(),
+            seekers: Semaphore::new(SEEKERS),
         };
         Ok(FileBackend { inner: Rc::new(inner) })
     }
@@ -383,6 +389,18 @@ impl Inner {
         Ok(())
     }
 
+    async fn extents(&self, offset: u64, len: u64, most: usize) -> Result<Vec<Extent>, StoreError> {
+        let (files, _under_way) = self.begin(Access::Read, offset, len)?;
+        // A block device does not say what it has discarded.
+        if self.is_block || len == 0 {
+            return Ok(vec![Extent::data(len)]);
+        }
+        let _permit = self.seekers.acquire().await;
+        let fd = files.buffered.try_clone().map_err(|error| self.failed("look for holes", &error))?;
+        let found = self.shard.blocking(move || device::extents(&fd, offset, len, most)).await;
+        found.and_then(|found| found).map_err(|error| self.failed("look for holes", &error))
+    }
+
     async fn measure(&self) -> Result<super::Stamp, StoreError> {
         let files = self.files.borrow().clone();
         let store = self.identity.clone();
@@ -450,6 +468,11 @@ impl Backend for FileBackend {
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> LocalBoxFuture<Result<(), StoreError>> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move { inner.write_zeroes(offset, len, may_unmap).await })
+    }
+
+    fn extents(&self, offset: u64, len: u64, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, StoreError>> {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(async move { inner.extents(offset, len, most).await })
     }
 
     fn refresh_size(&self) -> LocalBoxFuture<Result<u64, StoreError>> {

@@ -4,6 +4,7 @@
 //! - [`Below`]: what an image stands on; [`LayerMap`]: what of the disk it holds itself
 //! - [`StoreInfo`], [`Stamp`]: what is known about one
 //! - [`StoreSpec`]: its name, as operators write it; [`StoreOptions`], [`NbdOptions`]: how to open it
+//! - [`Extent`]: which parts of a store hold data
 //! - [`StoreError`]: what can go wrong
 //! - [`open`]: the way in; [`follow`]: the images below one that names them
 //!
@@ -64,12 +65,31 @@ pub struct StoreInfo {
     pub version_stamp: Option<Stamp>,
 }
 
+/// Part of a store and whether it holds data there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// Not 0.
+    pub len_bytes: u64,
+    /// The store keeps no space for it.
+    pub hole: bool,
+    /// It reads as zeroes.
+    pub zero: bool,
+}
+
+impl Extent {
+    /// What is said of a range of which nothing is known.
+    pub fn data(len_bytes: u64) -> Extent {
+        Extent { len_bytes, hole: false, zero: false }
+    }
+}
+
 /// Gives the buffers back with the outcome.
 pub type Transfer = LocalBoxFuture<(Result<(), StoreError>, Vec<IoBuf>)>;
 
 /// A store. Requests may overlap in time and complete in any order; callers that need an order wait in between.
 ///
-/// Offsets and lengths are in bytes and multiples of 512. Dropping the future of a write does not undo it: it may happen
+/// Offsets and lengths are in bytes. Any will do: what is not in whole units of the store is widened to them, and a write
+/// that needs this runs alone. Dropping the future of a write does not undo it: it may happen
 /// or not, and it may happen after requests that are made later. So whoever writes waits for the end, whatever it is.
 pub trait Backend: fmt::Debug {
     fn info(&self) -> StoreInfo;
@@ -107,6 +127,16 @@ pub trait Backend: fmt::Debug {
     /// [`StoreError`].
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> LocalBoxFuture<Result<(), StoreError>>;
 
+    /// What the store knows of where it holds data, from `offset` on: up to `most` extents that cover the range or its
+    /// beginning, at least one, unless `len` is 0. A store that knows nothing calls everything data.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn extents(&self, offset: u64, len: u64, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, StoreError>> {
+        let _ = (offset, most);
+        Box::pin(std::future::ready(Ok(vec![Extent::data(len)])))
+    }
+
     /// Asks for the size again (a volume may have been grown) and returns it. Requests are held to the new size.
     ///
     /// # Errors
@@ -133,6 +163,9 @@ pub trait Backend: fmt::Debug {
 /// Reads `len` bytes at an offset.
 pub type ReadBelow = Box<dyn Fn(u64, usize) -> LocalBoxFuture<Result<AlignedBuf, StoreError>>>;
 
+/// What [`Backend::extents`] says of a range: offset, length, how many extents at most.
+pub type ExtentsBelow = Box<dyn Fn(u64, u64, usize) -> LocalBoxFuture<Result<Vec<Extent>, StoreError>>>;
+
 /// What an image stands on: only read, and through the cache, where those share it who stand on the same.
 pub struct Below {
     pub name: String,
@@ -140,6 +173,7 @@ pub struct Below {
     pub path: Option<PathBuf>,
     pub size_bytes: u64,
     pub read: ReadBelow,
+    pub extents: ExtentsBelow,
 }
 
 impl fmt::Debug for Below {
@@ -186,17 +220,15 @@ pub async fn open(
     }
 }
 
-/// What is wrong with a range, if anything: it must be a multiple of 512 and lie within the store.
+/// What is wrong with a range, if anything: it must lie within the store.
 fn check_range(offset: u64, len: u64, limit: u64) -> Result<(), StoreError> {
-    let end = offset.checked_add(len);
-    let aligned = offset.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
-    if aligned && end.is_some_and(|end| end <= limit) {
+    if offset.checked_add(len).is_some_and(|end| end <= limit) {
         return Ok(());
     }
     Err(StoreError::OutOfRange { offset, len, size_bytes: limit })
 }
 
-/// The unit of every disk interface; requests and sizes are multiples of it.
+/// The unit of every disk interface; sizes are multiples of it.
 const SECTOR_BYTES: u64 = 512;
 /// Reads may run to the end of the store's last page.
 const PAGE: u64 = crate::types::PAGE_BYTES as u64;

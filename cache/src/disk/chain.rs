@@ -1,7 +1,7 @@
 //! A disk on images that stand on each other: each read goes to the storage of the image that holds the content.
 //!
 //! - [`Chain`]: the images of a disk, the writable one on top
-//! - [`spread`]: pages of the disk by the storage that has them
+//! - [`spread`], [`Disk::spread`]: pages of the disk by the storage that has them
 //!
 //! The storage of an image shows the whole disk as of that image, whatever is below. So it would be right to ask the top for
 //! everything; but then every machine on one base would have a copy of the base in the cache. What an image does not hold is
@@ -11,10 +11,11 @@
 //! decompressed, and clusters smaller than a page need no care.
 
 use super::read::{ReadData, Source};
+use super::storage::Running;
 use super::{Disk, Storage, local};
 use crate::access::AccessOp;
 use crate::arena::Pinned;
-use crate::backend::{LayerMap, Owner, StoreError};
+use crate::backend::{Extent, LayerMap, Owner, StoreError};
 use crate::cache::StorageHandle;
 use crate::counters::add;
 use crate::policy::PrefetchRequest;
@@ -214,6 +215,16 @@ pub(crate) async fn read_copy(
     Ok(out)
 }
 
+/// Asks a storage on any shard where its store holds data.
+pub(crate) async fn extents_of(
+    handle: &StorageHandle,
+    offset: u64,
+    len: u64,
+    most: usize,
+) -> Result<Vec<Extent>, StoreError> {
+    on_home(handle, move |storage| async move { storage.backend.extents(offset, len, most).await }).await
+}
+
 /// Deals requests for pages of a disk out to the storages that have them; zeroes need none. Blocks until unknown parts have
 /// been looked up: not for shard threads.
 ///
@@ -380,6 +391,21 @@ impl Disk {
             1 => Ok((data.remove(0), source)),
             _ => Ok((ReadData::parts(data), source)),
         }
+    }
+
+    /// Which pages of which storage have `offset..offset + len`; without a handle, of the disk's own. Zeroes need none.
+    ///
+    /// # Errors
+    /// An image's tables cannot be read.
+    pub async fn spread(&self, offset: u64, len: u64) -> Result<Vec<(Option<StorageHandle>, PageRange)>, StoreError> {
+        let _running = Running::new(&self.storage);
+        let Some(chain) = &self.chain else { return Ok(vec![(None, PageRange::covering(offset, len))]) };
+        let parts = self.deal_all(chain, offset, len).await?;
+        let pages = parts.iter().filter_map(|part| match part.target {
+            Target::Layer(at) => Some((chain.layers[at].handle.clone(), PageRange::covering(part.offset, part.len))),
+            Target::Zero => None,
+        });
+        Ok(pages.collect())
     }
 
     async fn deal_all(&self, chain: &Chain, offset: u64, len: u64) -> Result<Vec<Part>, StoreError> {

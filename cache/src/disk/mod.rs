@@ -11,8 +11,8 @@ mod read;
 mod storage;
 mod write;
 
-pub(crate) use chain::read_copy;
 pub use chain::spread;
+pub(crate) use chain::{extents_of, read_copy};
 pub use read::ReadData;
 pub use storage::{Storage, local};
 

@@ -3,7 +3,7 @@
 use super::storage::Running;
 use super::{Disk, Storage};
 use crate::access::AccessOp;
-use crate::backend::StoreError;
+use crate::backend::{Extent, StoreError};
 use crate::counters::add;
 use crate::engine::{AlignedBuf, IoBuf};
 use crate::policy::{WriteEnd, WriteId};
@@ -17,10 +17,22 @@ impl Disk {
     /// # Errors
     /// The store failed; what it holds of the range is unknown, and the cache has forgotten it.
     pub async fn write(&self, offset: u64, data: AlignedBuf) -> Result<(), StoreError> {
+        self.write_with(offset, data, false).await
+    }
+
+    /// [`Disk::write`] that is on stable storage when it succeeds.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn write_durable(&self, offset: u64, data: AlignedBuf) -> Result<(), StoreError> {
+        self.write_with(offset, data, true).await
+    }
+
+    async fn write_with(&self, offset: u64, data: AlignedBuf, fua: bool) -> Result<(), StoreError> {
         let _running = Running::new(&self.storage);
         let len = data.len() as u64;
         self.note(AccessOp::Write, offset, len, false);
-        let result = self.storage.write(offset, data).await;
+        let result = self.storage.write(offset, data, fua).await;
         self.count_write(len, result.is_ok());
         result
     }
@@ -60,6 +72,15 @@ impl Disk {
         let result = self.storage.changing(offset, len, change).await;
         self.count_write(len, result.is_ok());
         result
+    }
+
+    /// What the store knows of where it holds data; see [`crate::backend::Backend::extents`].
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn extents(&self, offset: u64, len: u64, most: usize) -> Result<Vec<Extent>, StoreError> {
+        let _running = Running::new(&self.storage);
+        self.storage.backend.extents(offset, len, most).await
     }
 }
 
@@ -108,12 +129,12 @@ impl Drop for Write<'_> {
 }
 
 impl Storage {
-    async fn write(self: &Rc<Self>, offset: u64, data: AlignedBuf) -> Result<(), StoreError> {
+    async fn write(self: &Rc<Self>, offset: u64, data: AlignedBuf, fua: bool) -> Result<(), StoreError> {
         let len = data.len() as u64;
         let write = Write::begin(self, offset, len);
         add(&self.counters.store_writes, 1);
         add(&self.counters.store_write_bytes, len);
-        let (result, bufs) = self.backend.write(offset, vec![IoBuf::Heap(data)], false).await;
+        let (result, bufs) = self.backend.write(offset, vec![IoBuf::Heap(data)], fua).await;
         self.counters.health.note(&result);
         match (result, bufs.first()) {
             (Ok(()), Some(data)) => {

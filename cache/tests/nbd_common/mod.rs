@@ -56,8 +56,12 @@ impl Random {
     pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len).map(|_| self.next() as u8).collect()
     }
-    /// A run of sectors within `size` bytes, of at most `max` bytes.
+    /// A run of at most `max` bytes within `size` bytes: mostly of sectors, sometimes from any byte to any byte.
     pub(crate) fn range(&mut self, size: u64, max: u64) -> (u64, u64) {
+        if self.below(4) == 0 {
+            let first = self.below(size);
+            return (first, 1 + self.below((size - first).min(max)));
+        }
         let sectors = size / 512;
         let first = self.below(sectors);
         let count = 1 + self.below((sectors - first).min(max / 512));

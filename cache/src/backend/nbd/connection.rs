@@ -163,7 +163,13 @@ impl Connection {
     }
 
     /// Sends requests: headers and payloads together, except where only part of the buffers is to be sent.
-    async fn send_all(&self, taken: Vec<Request>) -> Result<(), StoreError> {
+    async fn send_all(&self, mut taken: Vec<Request>) -> Result<(), StoreError> {
+        if self.export.allocation.is_none() {
+            // This server does not tell, though one of before did: an answer without extents.
+            for request in taken.extract_if(.., |request| request.command == Command::BlockStatus) {
+                request.finish(Ok(()));
+            }
+        }
         // All are in flight before the first byte is out: an answer, or the end, may come at any time.
         let pieces: Vec<Piece> = taken.into_iter().map(|request| self.enter(request)).collect();
         let mut together = Vec::new();
@@ -351,6 +357,19 @@ impl Connection {
                     false => self.data(stage, cookie, range).await,
                 }
             }
+            ChunkKind::BlockStatus => {
+                if command != Command::BlockStatus {
+                    return Err(self.protocol("a block status that was not asked for"));
+                }
+                // At most 8 MiB. The requests of one connection are answered one at a time.
+                let (result, list) = stage.receive(vec![IoBuf::Bytes(vec![0; len])], 0..len).await;
+                result.map_err(lost)?;
+                if let Some(entry) = self.in_flight.borrow_mut().get_mut(&cookie) {
+                    entry.request.bufs = list;
+                    entry.sent_at = Instant::now();
+                }
+                Ok(())
+            }
             ChunkKind::Error | ChunkKind::ErrorOffset => {
                 // At most a little more than 4 KiB, which the stage holds.
                 stage.fill(len).await.map_err(lost)?;
@@ -421,6 +440,7 @@ impl Connection {
             Command::Flush => "flush",
             Command::Trim => "discard",
             Command::WriteZeroes => "write zeroes",
+            Command::BlockStatus => "look for holes",
             Command::Disconnect => "disconnect",
         };
         let result = match (error, wire::errno(error)) {

@@ -1,4 +1,4 @@
-//! Connecting and negotiating: fixed newstyle, structured replies, `NBD_OPT_GO` with block sizes.
+//! Connecting and negotiating: fixed newstyle, structured replies, `base:allocation`, `NBD_OPT_GO` with block sizes.
 //!
 //! - [`connect`]: a socket in transmission phase, and what it exports
 
@@ -130,13 +130,38 @@ impl Negotiation {
             return Err(self.refusal(kind, &data));
         }
         let structured = kind == wire::REP_ACK;
-        self.go(structured, no_zeroes != 0).await
+        let allocation = if structured { self.allocation().await? } else { None };
+        let info = self.go(structured, no_zeroes != 0).await?;
+        Ok(ExportInfo { allocation, ..info })
     }
 
     async fn reply(&self, option: u32) -> Result<(u32, Vec<u8>), StoreError> {
         let head = self.receive(wire::OPTION_REPLY_BYTES).await?;
         let head = wire::option_reply(&head, option).map_err(|what| self.protocol(what))?;
         Ok((head.kind, self.receive(head.len as usize).await?))
+    }
+
+    /// Asks to be told what is allocated. A server that does not do so says no, whatever the words.
+    async fn allocation(&self) -> Result<Option<u32>, StoreError> {
+        let data = wire::context_data(&self.target.export, wire::ALLOCATION);
+        self.send(wire::option(wire::OPT_SET_META_CONTEXT, &data)).await?;
+        let mut context = None;
+        for _ in 0..REPLIES_MAX {
+            let (kind, data) = self.reply(wire::OPT_SET_META_CONTEXT).await?;
+            match kind {
+                wire::REP_META_CONTEXT => {
+                    let mut cursor = Cursor(&data);
+                    let number = cursor.u32();
+                    if cursor.0 == wire::ALLOCATION.as_bytes() {
+                        context = number;
+                    }
+                }
+                wire::REP_ACK => return Ok(context),
+                kind if kind & wire::REP_ERROR_BIT != 0 => return Ok(None),
+                kind => return Err(self.protocol(format!("a reply of type {kind} to the choice of a context"))),
+            }
+        }
+        Err(self.protocol("endless replies to the choice of a context"))
     }
 
     async fn go(&self, structured: bool, no_zeroes: bool) -> Result<ExportInfo, StoreError> {
@@ -216,6 +241,6 @@ impl Negotiation {
         if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(min)) || i64::try_from(size_bytes).is_err() {
             return Err(StoreError::BadSize { store: self.target.store.clone(), size_bytes });
         }
-        Ok(ExportInfo { size_bytes, flags, structured, min_block_bytes: min, max_payload_bytes: max })
+        Ok(ExportInfo { size_bytes, flags, structured, allocation: None, min_block_bytes: min, max_payload_bytes: max })
     }
 }

@@ -3,7 +3,7 @@
 //! - [`NbdOptions`]: connections and patience
 //! - [`NbdBackend`]: the store; splits, widens and retries requests
 //!
-//! Inside: `wire` (the protocol's bytes), `handshake` (negotiation), `queue` (requests waiting for a connection),
+//! Inside: `wire` (the protocol's bytes), `extents` (what is allocated), `handshake` (negotiation), `queue` (requests waiting for a connection),
 //! `connection` (sending, receiving and matching replies).
 //!
 //! Source: `doc/proto.md` and `doc/uri.md` of the NBD project. Several connections are used where the server advertises
@@ -11,6 +11,7 @@
 //! made again with growing pauses and its requests are sent again; after [`NbdOptions::retry_for`] they fail.
 
 mod connection;
+mod extents;
 mod handshake;
 mod queue;
 mod wire;
@@ -18,7 +19,7 @@ mod wire;
 use super::error::StoreError;
 use super::gate::{Drain, Gate, UnderWay};
 use super::spec::NbdAddress;
-use super::{Backend, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
+use super::{Backend, Extent, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
 use crate::engine::{AlignedBuf, IoBuf, JoinHandle, LocalBoxFuture, Shard, bufs};
 use handshake::Target;
 use queue::{Client, Outcome};
@@ -439,6 +440,11 @@ impl Backend for NbdBackend {
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> LocalBoxFuture<Result<(), StoreError>> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move { inner.write_zeroes(offset, len, may_unmap).await })
+    }
+
+    fn extents(&self, offset: u64, len: u64, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, StoreError>> {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(async move { inner.extents(offset, len, most).await })
     }
 
     fn refresh_size(&self) -> LocalBoxFuture<Result<u64, StoreError>> {

@@ -32,9 +32,11 @@ pub(super) const FLAG_NO_ZEROES: u16 = 2;
 pub(super) const OPT_EXPORT_NAME: u32 = 1;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
+pub(super) const OPT_SET_META_CONTEXT: u32 = 10;
 
 pub(super) const REP_ACK: u32 = 1;
 pub(super) const REP_INFO: u32 = 3;
+pub(super) const REP_META_CONTEXT: u32 = 4;
 pub(super) const REP_ERROR_BIT: u32 = 1 << 31;
 pub(super) const REP_ERR_UNSUP: u32 = REP_ERROR_BIT | 1;
 pub(super) const REP_ERR_POLICY: u32 = REP_ERROR_BIT | 2;
@@ -61,6 +63,14 @@ pub(super) const EXPORT_MULTI_CONN: u16 = 1 << 8;
 
 pub(super) const CMD_FUA: u16 = 1;
 pub(super) const CMD_NO_HOLE: u16 = 2;
+pub(super) const CMD_REQ_ONE: u16 = 8;
+
+/// The context in which a server says what is allocated, and its flags.
+pub(super) const ALLOCATION: &str = "base:allocation";
+pub(super) const STATE_HOLE: u32 = 1;
+pub(super) const STATE_ZERO: u32 = 2;
+/// Extents in one reply: no server is to send more.
+const EXTENTS_MAX: u32 = 1 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u16)]
@@ -71,6 +81,7 @@ pub(super) enum Command {
     Flush = 3,
     Trim = 4,
     WriteZeroes = 6,
+    BlockStatus = 7,
 }
 
 pub(super) fn request(command: Command, flags: u16, cookie: u64, offset: u64, len: u32) -> [u8; REQUEST_BYTES] {
@@ -100,6 +111,17 @@ pub(super) fn go_data(export: &str) -> Vec<u8> {
     out.extend_from_slice(export.as_bytes());
     out.extend_from_slice(&1u16.to_be_bytes());
     out.extend_from_slice(&INFO_BLOCK_SIZE.to_be_bytes());
+    out
+}
+
+/// The data of `NBD_OPT_SET_META_CONTEXT`: the export's name and one query.
+pub(super) fn context_data(export: &str, query: &str) -> Vec<u8> {
+    let mut out = Vec::with_capacity(12 + export.len() + query.len());
+    out.extend_from_slice(&(export.len() as u32).to_be_bytes());
+    out.extend_from_slice(export.as_bytes());
+    out.extend_from_slice(&1u32.to_be_bytes());
+    out.extend_from_slice(&(query.len() as u32).to_be_bytes());
+    out.extend_from_slice(query.as_bytes());
     out
 }
 
@@ -158,6 +180,8 @@ pub(super) struct ExportInfo {
     pub(super) size_bytes: u64,
     pub(super) flags: u16,
     pub(super) structured: bool,
+    /// The number under which the server tells what is allocated, if it does.
+    pub(super) allocation: Option<u32>,
     /// Powers of two, 512 ≤ min ≤ 65536.
     pub(super) min_block_bytes: u32,
     /// A multiple of the minimum.
@@ -182,6 +206,7 @@ pub(super) enum ChunkKind {
     None,
     OffsetData,
     OffsetHole,
+    BlockStatus,
     Error,
     ErrorOffset,
 }
@@ -216,6 +241,7 @@ pub(super) fn reply_header(bytes: &[u8]) -> Result<ReplyHeader, String> {
         // At least one byte after the offset.
         1 if len > 8 => ChunkKind::OffsetData,
         2 if len == 12 => ChunkKind::OffsetHole,
+        5 if len >= 12 && (len - 4).is_multiple_of(8) && len / 8 <= EXTENTS_MAX => ChunkKind::BlockStatus,
         0x8001 if (6..=6 + MESSAGE_MAX_BYTES).contains(&len) => ChunkKind::Error,
         0x8002 if (14..=14 + MESSAGE_MAX_BYTES).contains(&len) => ChunkKind::ErrorOffset,
         // Unknown errors carry error and message first, like the known ones.
@@ -349,7 +375,8 @@ mod tests {
             if let Ok(ReplyHeader::Chunk { len, kind, .. }) = reply_header(&bytes)
                 && kind != ChunkKind::OffsetData
             {
-                prop_assert!(len <= 64 + MESSAGE_MAX_BYTES);
+                let most = if kind == ChunkKind::BlockStatus { 4 + 8 * EXTENTS_MAX } else { 64 + MESSAGE_MAX_BYTES };
+                prop_assert!(len <= most);
             }
             let _ = option_reply(&bytes, 7);
             let _ = chunk_error(&bytes);

@@ -68,6 +68,8 @@ struct Done {
     offset: u64,
     /// What the range holds then; `None`: a discard, after which anything old or zero may be there.
     data: Option<Vec<u8>>,
+    /// Promised to be durable when it was answered.
+    fua: bool,
 }
 
 /// What a run leaves behind.
@@ -80,7 +82,7 @@ struct Run {
 }
 
 async fn request(backend: &Qcow2Backend, kind: u64, offset: u64, len: u64, fill: u8) -> Done {
-    let begun = begin();
+    let (begun, fua) = (begin(), kind == 3);
     let data = match kind {
         0 => {
             backend.discard(offset, len).await.unwrap();
@@ -93,12 +95,12 @@ async fn request(backend: &Qcow2Backend, kind: u64, offset: u64, len: u64, fill:
         _ => {
             let mut data = AlignedBuf::new(len as usize);
             data.fill(fill);
-            let (result, bufs) = backend.write(offset, vec![data.into()], false).await;
+            let (result, bufs) = backend.write(offset, vec![data.into()], fua).await;
             result.unwrap();
             Some(bufs[0].as_slice().to_vec())
         }
     };
-    Done { begun, answered: begin(), offset, data }
+    Done { begun, answered: begin(), offset, data, fua }
 }
 
 async fn guest(shard: Shard, path: PathBuf, seed: u64, below: Option<super::Below>) -> Run {
@@ -155,14 +157,15 @@ fn leave(path: &Path, events: &[Event], cut: usize, power: bool, random: &mut Ra
     }
 }
 
-/// Sectors that are known, and what they hold: by requests that were answered by `upto`, unless others touched them later.
+/// Sectors that are known, and what they hold: by requests that were answered by `upto`, or by `cut` where FUA was asked for,
+/// unless others touched them later.
 fn expected(run: &Run, base: &[u8], cut: usize, upto: usize) -> Vec<Option<[u8; SECTOR]>> {
     let mut sectors: Vec<Option<[u8; SECTOR]>> =
         base.chunks(SECTOR).map(|sector| Some(sector.try_into().unwrap())).collect();
     for done in run.requests.iter().filter(|done| done.begun < cut) {
         let first = done.offset as usize / SECTOR;
         match &done.data {
-            Some(data) if done.answered <= upto => {
+            Some(data) if done.answered <= if done.fua { cut } else { upto } => {
                 for (i, sector) in data.chunks(SECTOR).enumerate() {
                     sectors[first + i] = Some(sector.try_into().unwrap());
                 }
@@ -243,6 +246,7 @@ fn cut_runs(create: &[&str], with_base: bool, seeds: std::ops::Range<u64>) {
                     let part = AlignedBuf::copy_of(&content[offset as usize..offset as usize + len]);
                     Box::pin(async move { Ok(part) })
                 }),
+                extents: Box::new(|_, len, _| Box::pin(async move { Ok(vec![super::Extent::data(len)]) })),
             };
             guest(shard, at, seed, with_base.then_some(below)).await
         });

@@ -12,6 +12,7 @@
 //! | `order` | what must be durable before what |
 //! | `counts` | new tables are counted before they are pointed to |
 //! | `read` | where content is; reading it |
+//! | `extents` | which parts hold data |
 //! | `write` | writes, allocation, zeroes, discards |
 //! | `commit` | tables are written before a guest is answered; who may be at a cluster at a time |
 //!
@@ -29,6 +30,7 @@ mod container;
 mod counts;
 #[cfg(test)]
 mod crash;
+mod extents;
 mod follow;
 mod header;
 mod order;
@@ -41,7 +43,7 @@ pub use header::Need;
 use super::file::FileBackend;
 use super::gate::{Drain, Gate, UnderWay};
 use super::layer::LayerMap;
-use super::{Backend, Below, StoreError, StoreInfo, StoreOptions, Transfer};
+use super::{Backend, Below, Extent, StoreError, StoreInfo, StoreOptions, Transfer};
 use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Semaphore, Shard};
 use commit::{Commits, Ranges};
 use container::{Container, Tables};
@@ -324,6 +326,17 @@ impl Backend for Qcow2Backend {
         Box::pin(async move {
             let task = Rc::clone(&inner);
             inner.run(async move { task.write_zeroes(offset, len, may_unmap).await }).await
+        })
+    }
+
+    fn extents(&self, offset: u64, len: u64, most: usize) -> LocalBoxFuture<Result<Vec<Extent>, StoreError>> {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(async move {
+            let looking = AssertUnwindSafe(inner.extents(offset, len, most)).catch_unwind().await;
+            looking.unwrap_or_else(|_| {
+                inner.broken.set(true);
+                Err(inner.damaged("its tables make no sense; see `qemu-img check`"))
+            })
         })
     }
 
