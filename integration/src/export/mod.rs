@@ -1,5 +1,5 @@
 //! Disks for guests over vhost-user-blk: the front-end (QEMU, cloud-hypervisor, libblkio) shares the guest's memory and
-//! its virtqueues over a unix socket, and requests never pass through it.
+//! its virtqueues over a unix socket, and requests never pass through it. For everybody else there is [`nbd`].
 //!
 //! - [`Export`] (`server`): a listening socket and its thread. Speaks the protocol, runs no requests.
 //! - [`QueueRunner`]: runs them. Given each started ring as a [`Queue`], on whatever event loop.
@@ -17,6 +17,7 @@ mod events;
 mod handler;
 mod inflight;
 mod memory;
+pub mod nbd;
 mod queue;
 mod request;
 mod ring;
@@ -32,6 +33,7 @@ pub use queue::{Queue, QueueError, QueueStartError, QueueStopped};
 pub use request::{ByteRange, REQUEST_MAX_BYTES, Request, RequestKind, Status};
 pub use ring::RingAddressError;
 pub use server::{Export, ExportError, ExportOptions};
+pub use socket::{SocketFile, listen_at};
 
 /// Runs started rings. The calls come from the export's own thread, one at a time.
 pub trait QueueRunner: Send + Sync {

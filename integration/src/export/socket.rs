@@ -25,7 +25,7 @@ pub(super) const HEADER_BYTES: usize = 12;
 
 /// A bound socket file; removed on drop if it is still ours.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
@@ -39,8 +39,12 @@ impl Drop for SocketFile {
     }
 }
 
-/// Listens at a path. Nobody can connect before mode and owner are as asked: the socket listens last.
-pub(super) fn listen_at(path: &Path, options: &ExportOptions) -> Result<(UnixListener, SocketFile), ExportError> {
+/// Listens at a path, without blocking. Nobody can connect before mode and owner are as asked: the socket listens last. A
+/// socket file left behind by a dead server is replaced.
+///
+/// # Errors
+/// The path is too long, taken, or cannot be bound.
+pub fn listen_at(path: &Path, options: &ExportOptions) -> Result<(UnixListener, SocketFile), ExportError> {
     let len = path.as_os_str().as_bytes().len();
     if len > PATH_MAX_BYTES {
         return Err(ExportError::PathTooLong { path: path.into(), len, max: PATH_MAX_BYTES });
