@@ -1,6 +1,6 @@
 //! The host agent `prestaged` and its admin CLI `prestagectl`.
 //!
-//! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`learner`]: predictors and history
+//! - [`daemon`]: everything put together; [`serve`]: rings of a disk on its shard; [`nbd`]: its NBD clients; [`learner`]: predictors and history
 //! - `memory`: guests' swapped pages, learned and brought in before they are touched
 //! - [`models`]: neural models, trained and compared in the background
 //! - `demand`: what machines use and will use, measured, forecast and acted on; [`planner`]: who is to have what; [`simulate`]: the same on a recorded month
@@ -20,6 +20,7 @@ pub mod forecast;
 pub mod learner;
 mod memory;
 pub mod models;
+pub mod nbd;
 pub mod notify;
 pub mod planner;
 pub mod schedule;

@@ -155,6 +155,9 @@ pub struct DiskAddArgs {
     // Not `--socket`, which is the daemon's own and global.
     #[arg(long = "export-socket", value_name = "PATH")]
     pub export_socket: Option<PathBuf>,
+    /// Also over NBD, on <run_dir>/nbd/NAME.sock
+    #[arg(long)]
+    pub nbd: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -188,11 +188,13 @@ async fn disk(command: DiskCommand, client: &Client, json: bool, out: &mut impl 
                 },
                 read_only: args.read_only,
                 socket: args.export_socket.as_deref().map(absolute).transpose()?,
+                nbd: args.nbd,
             };
             let disk: Disk = client.post("/v1/disks", &request).await?;
             answer(out, json, &disk, |disk| {
                 let (name, store, socket) = (&disk.name, table::printable(&disk.store), table::printable(&disk.socket));
-                format!("disk {name} serves {store} on {socket}\n")
+                let nbd = disk.nbd.as_ref().map(|nbd| format!(", and over NBD as {}", table::printable(&nbd.uri)));
+                format!("disk {name} serves {store} on {socket}{}\n", nbd.unwrap_or_default())
             })
         }
         DiskCommand::List => answer(out, json, &client.get::<DiskList>("/v1/disks").await?, render::disks),

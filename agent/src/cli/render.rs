@@ -214,6 +214,20 @@ pub(super) fn disk(disk: &Disk) -> String {
             "no".to_owned()
         },
     );
+    if let Some(nbd) = &disk.nbd {
+        fields.add("NBD", &nbd.uri);
+        if let Some(uri) = &nbd.tcp {
+            fields.add("NBD over TLS", uri);
+        }
+        let now = now_unix_ms();
+        for client in &nbd.clients {
+            let what = format!("{}, {} requests, {} under way", client.peer, client.requests, client.in_flight);
+            fields.add("NBD client", format!("{what}, connected {}", ago(client.since_unix_ms, now)));
+        }
+        if nbd.clients.is_empty() {
+            fields.add("NBD client", "none");
+        }
+    }
     let mut text = fields.render();
     text.push('\n');
     text.push_str(&counted(counters));

@@ -26,7 +26,7 @@ use prestage_integration::api::types::validate_name;
 use reader::{Entry, Problems, Section, Table, Value, closest, merge, parse, parse_override};
 use settings::SECTIONS;
 pub use settings::{
-    Api, Cache, Daemon, Demand, ExportSettings, Learner, Libvirt, Memory, Model, Prefetch, Sections, StoreSettings,
+    Api, Cache, Daemon, Demand, ExportSettings, Learner, Libvirt, Memory, Model, Nbd, Prefetch, Sections, StoreSettings,
 };
 pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
 pub use webhook::Webhook;
@@ -43,6 +43,8 @@ pub struct StaticDisk {
     pub read_only: bool,
     /// Socket of the export; default `<run_dir>/vm/<name>.sock`.
     pub socket: Option<PathBuf>,
+    /// Also over NBD.
+    pub nbd: bool,
     /// Name of the machine that uses it, when there is only one: its starts are then learned as boots.
     pub vm: Option<String>,
 }
@@ -55,6 +57,9 @@ impl fmt::Display for StaticDisk {
         }
         if let Some(socket) = &self.socket {
             write!(f, ", socket {}", socket.display())?;
+        }
+        if self.nbd {
+            f.write_str(", NBD")?;
         }
         match &self.vm {
             Some(vm) => write!(f, ", machine {vm}"),
@@ -71,6 +76,7 @@ pub struct Config {
     pub prefetch: Prefetch,
     pub store: StoreSettings,
     pub export: ExportSettings,
+    pub nbd: Nbd,
     pub libvirt: Libvirt,
     pub demand: Demand,
     pub memory: Memory,
@@ -178,6 +184,7 @@ impl Config {
         let mut problems = Problems::default();
         let disks = read_disks(&mut document, &mut problems);
         let webhooks = webhook::read(&mut document, &mut problems);
+        nbd_needs_tls(&document, &mut problems);
         let sections = Sections::read(|name, problems| Section::take(&mut document, name, problems), &mut problems);
         for (name, entry) in document {
             let known: Vec<&str> = SECTIONS.iter().copied().chain(["disk", "webhook"]).collect();
@@ -193,7 +200,7 @@ impl Config {
             problems.0.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
             return Err(ConfigError { problems: problems.0 });
         }
-        let Sections { daemon, cache, prefetch, store, export, libvirt, demand, memory, learner, model, api } =
+        let Sections { daemon, cache, prefetch, store, export, nbd, libvirt, demand, memory, learner, model, api } =
             sections;
         Ok(Self {
             daemon,
@@ -201,6 +208,7 @@ impl Config {
             prefetch,
             store,
             export,
+            nbd,
             libvirt,
             demand,
             memory,
@@ -222,6 +230,12 @@ impl Config {
     #[must_use]
     pub fn disk_socket(&self, name: &str) -> PathBuf {
         self.daemon.run_dir.join("vm").join(format!("{name}.sock"))
+    }
+
+    /// Path of a disk's NBD socket.
+    #[must_use]
+    pub fn nbd_socket(&self, name: &str) -> PathBuf {
+        self.daemon.run_dir.join("nbd").join(format!("{name}.sock"))
     }
 
     /// Path of the database.
@@ -266,6 +280,9 @@ impl Config {
         );
         out.comment("read_only: default false");
         out.comment("socket: default <run_dir>/vm/<name>.sock");
+        out.comment(
+            "nbd: also over NBD, on <run_dir>/nbd/<name>.sock, and over TCP where [nbd] says so; default false",
+        );
         out.comment("vm: the machine that uses it, when there is only one; default none");
         out.comment("");
         out.comment("[[disk]]");
@@ -306,6 +323,7 @@ impl Config {
             prefetch,
             store,
             export,
+            nbd,
             libvirt,
             demand,
             memory,
@@ -315,7 +333,7 @@ impl Config {
             disks: _,
             webhooks: _,
         } = self.clone();
-        Sections { daemon, cache, prefetch, store, export, libvirt, demand, memory, learner, model, api }
+        Sections { daemon, cache, prefetch, store, export, nbd, libvirt, demand, memory, learner, model, api }
     }
 }
 
@@ -397,6 +415,18 @@ fn store_spec(text: &String) -> Result<(), String> {
     }
 }
 
+/// Whoever can reach a TCP port must prove who it is.
+fn nbd_needs_tls(document: &Table, problems: &mut Problems) {
+    let Some(Entry { value: Value::Table(nbd), .. }) = document.get("nbd") else { return };
+    let Some(Entry { place, .. }) = nbd.get("listen") else { return };
+    let missing: Vec<&str> =
+        ["tls_cert", "tls_key", "tls_client_ca"].into_iter().filter(|key| !nbd.contains_key(*key)).collect();
+    if !missing.is_empty() {
+        let message = format!("TCP is for clients with certificates only: set nbd.{} as well", missing.join(", nbd."));
+        problems.add(place, "nbd.listen", message);
+    }
+}
+
 fn read_disks(document: &mut Table, problems: &mut Problems) -> Vec<StaticDisk> {
     let entries = match document.remove("disk") {
         None => return Vec::new(),
@@ -418,11 +448,12 @@ fn read_disks(document: &mut Table, problems: &mut Problems) -> Vec<StaticDisk> 
         let store = section.optional("store", store_spec, problems);
         let read_only = section.get("read_only", false, |_| Ok(()), problems);
         let socket = section.get("socket", None, |_| Ok(()), problems);
+        let nbd = section.get("nbd", false, |_| Ok(()), problems);
         let vm = section.get("vm", None, |_| Ok(()), problems);
         section.finish(problems, |_| None);
         match (name, store) {
             (Some(name), Some(store)) => {
-                let disk = StaticDisk { name, store, read_only, socket, vm };
+                let disk = StaticDisk { name, store, read_only, socket, nbd, vm };
                 match disks.iter_mut().find(|(other, _)| other.name == disk.name) {
                     None => disks.push((disk, place)),
                     Some((_, first)) if first.file == place.file => problems.add(

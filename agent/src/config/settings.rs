@@ -1,6 +1,7 @@
 //! Every setting, declared once: type, default, check, what it takes to change it, and its description. From this list come the types,
 //! the reader, the commented reference file and the comparison on reload.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -243,6 +244,20 @@ sections! {
         max_queues: u32 = 8, between(1, 64), restart;
         /// Requests a queue holds: a power of two, 16 to 1024.
         queue_size: u32 = 256, power_of_two, restart;
+    }
+
+    /// Disks over NBD, for those that say `nbd = true`. Each has a unix socket in `run_dir`/nbd; TCP is for all of them, and with TLS only.
+    nbd: Nbd {
+        /// Address and port for TCP. Unset: unix sockets only. Needs the three files below. Example: listen = "192.0.2.1:10809"
+        listen: Option<SocketAddr> = None, any, restart;
+        /// The server's certificate and those that lead to its authority, in PEM. Example: tls_cert = "/etc/prestage/nbd.crt"
+        tls_cert: Option<PathBuf> = None, any, restart;
+        /// Its private key, in PEM. Example: tls_key = "/etc/prestage/nbd.key"
+        tls_key: Option<PathBuf> = None, any, restart;
+        /// Certificates of the authorities that vouch for clients, in PEM: who has a certificate of theirs has all these disks. Example: tls_client_ca = "/etc/prestage/nbd-clients.crt"
+        tls_client_ca: Option<PathBuf> = None, any, restart;
+        /// Connections to one disk at a time, 1 to 256. Each takes up to 36MiB while it is busy.
+        max_clients: u32 = 16, between(1, 256), restart;
     }
 
     /// The connection to libvirt.

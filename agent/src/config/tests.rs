@@ -101,6 +101,18 @@ fn values_arrive_in_their_units() {
 }
 
 #[test]
+fn nbd_over_tcp_needs_certificates() {
+    let error = read("[nbd]\nmax_clients = 4\nlisten = \"127.0.0.1:10809\"\ntls_key = \"/k\"\n").unwrap_err();
+    let wanted = "TCP is for clients with certificates only: set nbd.tls_cert, nbd.tls_client_ca as well";
+    assert_eq!(error, format!("{FILE}:3: `nbd.listen`: {wanted}"));
+    assert!(read("[nbd]\nlisten = \"localhost\"\n").unwrap_err().contains("an address and a port"));
+    let files = "tls_cert = \"/c\"\ntls_key = \"/k\"\ntls_client_ca = \"/a\"\n";
+    let config = read(&format!("[nbd]\nlisten = \"[::1]:10809\"\n{files}")).unwrap();
+    assert_eq!(config.nbd.listen, Some("[::1]:10809".parse().unwrap()));
+    assert!(read(&format!("[nbd]\n{files}")).is_ok(), "without TCP they are not needed, and do no harm");
+}
+
+#[test]
 fn bad_disks_are_refused_with_their_line() {
     let error = read("[[disk]]\nname = \"../x\"\nstore = \"/x\"\n").unwrap_err();
     assert!(error.starts_with(&format!("{FILE}:2: `disk.name`: `../x` is not a disk name")), "{error}");

@@ -1,5 +1,6 @@
 //! Types of single settings: how each is read from TOML, checked and written back.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -85,6 +86,20 @@ impl Setting for PathBuf {
 
     fn show(&self) -> Option<String> {
         quoted(&self.to_string_lossy())
+    }
+}
+
+impl Setting for SocketAddr {
+    fn read(value: &Value) -> Result<Self, String> {
+        let expected = "expected an address and a port such as \"192.0.2.1:10809\" or \"[::]:10809\"";
+        match value {
+            Value::String(text) => text.parse().map_err(|_| format!("`{text}` is not that; {expected}")),
+            _ => Err(expected.to_owned()),
+        }
+    }
+
+    fn show(&self) -> Option<String> {
+        quoted(&self.to_string())
     }
 }
 

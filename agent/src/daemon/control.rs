@@ -1,6 +1,6 @@
 //! The API's questions and orders.
 
-use super::disks::{Definition, DiskError, Served};
+use super::disks::{Definition, DiskError, Served, TAG_ASKED};
 use super::{Daemon, Shared};
 use crate::learner::run::unix_ms;
 use crate::store::{DiskRow, StoreError};
@@ -15,9 +15,6 @@ use prestage_integration::api::types::{
 };
 use prestage_integration::api::{ApiError, Control, ErrorCode, Reply, Rows};
 use std::sync::Arc;
-
-/// Marks prefetches that an operator asked for: no expert is to be praised or blamed for them.
-const TAG_OPERATOR: u8 = u8::MAX;
 
 /// The daemon behind the API.
 pub(super) struct Handle(pub(super) Shared);
@@ -58,6 +55,7 @@ impl Control for Handle {
         Box::pin(async move {
             let mut definition = self.0.define(&request.name, &request.store, DiskOrigin::Api);
             definition.read_only = request.read_only;
+            definition.nbd = request.nbd;
             if let Some(socket) = request.socket {
                 definition.socket = socket.into();
             }
@@ -88,6 +86,12 @@ impl Control for Handle {
                 return in_use(format!(
                     "a hypervisor is connected to disk `{name}`; stop the machine first, or remove it with --force and \
                      let the guest wait for its disk"
+                ));
+            }
+            if entry.is_used() && !force {
+                return in_use(format!(
+                    "NBD clients are connected to disk `{name}`, see `prestagectl disk show {name}`; end them first, or \
+                     remove it with --force"
                 ));
             }
             remove_disk(&self.0, &name).await
@@ -229,6 +233,7 @@ pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: O
         target: definition.target.clone(),
         serial: definition.serial.clone(),
         added_unix_ms: unix_ms(),
+        nbd: definition.nbd,
     };
     let (shared, name) = (daemon.clone(), definition.name.clone());
     blocking(move || -> Result<(), DiskError> {
@@ -319,7 +324,7 @@ fn named(daemon: &Daemon, disk: &str, size: u64, ranges: &[ByteRange]) -> Result
             )));
         }
         let pages = PageRange::covering(range.offset_bytes, range.length_bytes);
-        Ok(PrefetchRequest { range: pages, due, probability: 1.0, tag: TAG_OPERATOR })
+        Ok(PrefetchRequest { range: pages, due, probability: 1.0, tag: TAG_ASKED })
     };
     ranges.iter().map(request).collect()
 }

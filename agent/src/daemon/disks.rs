@@ -7,6 +7,7 @@ use super::Daemon;
 use super::qsd::{Qsd, QsdError};
 use crate::config::Config;
 use crate::learner::LearnerHandle;
+use crate::nbd::{NbdDisk, NbdExport, NbdServer};
 use crate::serve::DiskRunner;
 use nix::unistd::Group;
 use parking_lot::Mutex;
@@ -22,6 +23,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// Marks prefetches that an operator or a client asked for: no expert is to be praised or blamed for them.
+pub(super) const TAG_ASKED: u8 = u8::MAX;
 /// How long blocks on their way to the SSD tier may hold up the removal of a disk.
 const DRAIN: Duration = Duration::from_secs(20);
 
@@ -37,6 +40,8 @@ pub(super) struct Definition {
     pub(super) vm: Option<String>,
     pub(super) target: Option<String>,
     pub(super) serial: Option<String>,
+    /// Also over NBD.
+    pub(super) nbd: bool,
 }
 
 /// A disk that is served.
@@ -49,6 +54,7 @@ pub(super) struct Served {
     pub(super) counters: Arc<DiskCounters>,
     pub(super) runner: Arc<DiskRunner>,
     pub(super) export: Mutex<Option<Export>>,
+    pub(super) nbd: Option<Arc<NbdExport>>,
     /// What the guest was told.
     capacity_bytes: AtomicU64,
     /// Why the store's size could not be had when it was last asked for; empty if it could.
@@ -75,6 +81,12 @@ impl Entry {
         self.state.as_ref().is_ok_and(connected)
     }
 
+    /// Somebody is connected, in whatever way.
+    pub(super) fn is_used(&self) -> bool {
+        let clients = |served: &Arc<Served>| served.nbd.as_ref().is_some_and(|nbd| !nbd.clients().is_empty());
+        self.is_connected() || self.state.as_ref().is_ok_and(clients)
+    }
+
     /// Keeps why the disk is not served; whether that is news.
     fn tell(&mut self, reason: &str) -> bool {
         match &mut self.state {
@@ -93,6 +105,8 @@ pub(super) struct Host {
     pub(super) config: Config,
     pub(super) cache: Cache,
     pub(super) learner: LearnerHandle,
+    /// NBD over TCP.
+    pub(super) nbd: Option<Arc<NbdServer>>,
 }
 
 /// Why a disk could not be offered.
@@ -362,11 +376,29 @@ impl Disks {
             storage.chain().map(StorageHandle::id).collect(),
             definition.vm.clone().unwrap_or_default(),
         );
-        let export = Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options);
-        if export.is_err() {
-            learner.remove_disk(id);
+        let read_only = disk.read_only;
+        let started = Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options);
+        let started = started.and_then(|export| {
+            if !definition.nbd {
+                return Ok((export, None));
+            }
+            let disk = NbdDisk {
+                name: definition.name.clone(),
+                id,
+                storage: storage.clone(),
+                counters: Arc::clone(&counters),
+                read_only,
+                cache: host.cache.clone(),
+                tag: TAG_ASKED,
+                max_clients: config.nbd.max_clients,
+            };
+            NbdExport::start(disk, &config.nbd_socket(&definition.name), options).map(|nbd| (export, Some(nbd)))
+        });
+        let (export, nbd) = started.inspect_err(|_| learner.remove_disk(id))?;
+        if let (Some(server), Some(nbd)) = (&host.nbd, &nbd) {
+            server.add(nbd);
         }
-        let export = Mutex::new(Some(export?));
+        let export = Mutex::new(Some(export));
         let capacity_bytes = AtomicU64::new(info.size_bytes);
         Ok(Arc::new(Served {
             id,
@@ -375,6 +407,7 @@ impl Disks {
             counters,
             runner,
             export,
+            nbd,
             capacity_bytes,
             size_trouble: Mutex::default(),
         }))
@@ -431,6 +464,12 @@ impl Disks {
 
     fn end(&self, host: &Host, served: &Served, parted: bool) {
         let export = served.export.lock().take();
+        if let Some(nbd) = &served.nbd {
+            if let Some(server) = &host.nbd {
+                server.remove(nbd.name());
+            }
+            nbd.stop();
+        }
         if let Some(export) = export {
             export.stop();
         }
@@ -477,7 +516,12 @@ impl Drop for Reserved<'_> {
 impl Daemon {
     /// What opening and closing disks needs, with the configuration of this moment.
     pub(super) fn host(&self) -> Host {
-        Host { config: self.config.lock().clone(), cache: self.cache.clone(), learner: self.learner.clone() }
+        Host {
+            config: self.config.lock().clone(),
+            cache: self.cache.clone(),
+            learner: self.learner.clone(),
+            nbd: self.nbd.clone(),
+        }
     }
 
     /// A definition with the defaults of this host.
@@ -491,6 +535,7 @@ impl Daemon {
             vm: None,
             target: None,
             serial: None,
+            nbd: false,
         }
     }
 }

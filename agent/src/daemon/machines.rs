@@ -296,6 +296,7 @@ pub(super) async fn follow_config(daemon: &Shared) -> Result<(), ApiError> {
             let mut definition = daemon.define(&disk.name, &disk.store, DiskOrigin::Config);
             definition.read_only = disk.read_only;
             definition.vm = disk.vm;
+            definition.nbd = disk.nbd;
             if let Some(socket) = disk.socket {
                 definition.socket = socket;
             }
@@ -308,11 +309,11 @@ pub(super) async fn follow_config(daemon: &Shared) -> Result<(), ApiError> {
             continue;
         }
         let name = &entry.definition.name;
-        if entry.is_connected() {
+        if entry.is_used() {
             if daemon.disks.defer(name) {
                 tracing::warn!(
                     disk = name,
-                    "changed in the configuration while in use: it changes when its machine stops"
+                    "changed in the configuration while in use: it changes when its machine stops, or its NBD clients go"
                 );
             }
             continue;

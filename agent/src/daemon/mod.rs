@@ -9,10 +9,12 @@
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
+//! - `check.rs`: files that the configuration names
 //! - `webhooks.rs`: who is told
 //! - `templates.rs`: templates saved, clones started
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
+mod check;
 mod control;
 mod demand;
 mod disks;
@@ -28,6 +30,7 @@ mod run;
 mod templates;
 mod webhooks;
 
+pub use check::check;
 pub use run::{Options, RunError, SetLog, run};
 
 use crate::config::Config;
@@ -35,6 +38,7 @@ use crate::demand::run::Demand;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::MemoryHandle;
 use crate::models::ModelsHandle;
+use crate::nbd::NbdServer;
 use crate::notify::Couriers;
 use crate::store::Store;
 use disks::Disks;
@@ -66,6 +70,10 @@ struct Daemon {
     memory: Option<MemoryHandle>,
     /// Machines whose memory is to be looked for anew, until somebody listens.
     memory_moves: Mutex<Option<UnboundedReceiver<Uuid>>>,
+    /// NBD over TCP.
+    nbd: Option<Arc<NbdServer>>,
+    /// Why it is off although it is configured.
+    nbd_trouble: Option<String>,
     couriers: Mutex<Option<Couriers>>,
     untold: Mutex<webhooks::Untold>,
     started: Instant,
@@ -83,25 +91,6 @@ struct Daemon {
 }
 
 type Shared = Arc<Daemon>;
-
-/// Whether what a configuration names beside itself can be used: secrets and certificates, the helper program. Returns what could not be looked at.
-///
-/// # Errors
-/// What is wrong, a line each.
-pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
-    let (mut unseen, mut wrong) = (Vec::new(), Vec::new());
-    webhooks::check(config, &mut unseen, &mut wrong);
-    let helper = run::helper(config);
-    // A bare name is looked for in the PATH of the service, which is another.
-    let there = helper.components().count() < 2 || nix::unistd::access(&helper, nix::unistd::AccessFlags::X_OK).is_ok();
-    if config.memory.enabled && !there {
-        wrong.push(format!(
-            "memory.helper: {} is no program that can be run; install it there, name another, or set memory.enabled = false",
-            helper.display()
-        ));
-    }
-    if wrong.is_empty() { Ok(unseen) } else { Err(wrong) }
-}
 
 /// Most bytes of history in a stand-in for the database, which lies in memory as a rule.
 const STAND_IN_BYTES: u64 = 16 << 20;

@@ -4,6 +4,7 @@ use super::Daemon;
 use super::disks::{Entry, Served};
 use super::qsd::Qsd;
 use crate::learner::HeldProfile;
+use crate::nbd::NbdExport;
 use crate::store::ProfileRow;
 use prestage_cache::engine::EngineKind;
 use prestage_cache::ssd::{SsdState, SsdTier};
@@ -11,9 +12,9 @@ use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
 use prestage_cache::{Cache, StorageHandle};
 use prestage_integration::api::Counters;
 use prestage_integration::api::types::{
-    CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskStat, DiskState, EngineStatus, Health, LearnerStatus,
-    LibvirtStatus, MemoryStatus, Profile, ProfilePhase, Status, StorageUse, StoreState, StoreStatus, Tier, TierName,
-    Trouble,
+    CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskNbd, DiskStat, DiskState, EngineStatus, Health,
+    LearnerStatus, LibvirtStatus, MemoryStatus, NbdClient, Profile, ProfilePhase, Status, StorageUse, StoreState,
+    StoreStatus, Tier, TierName, Trouble,
 };
 use prestage_predictor::Phase;
 use std::sync::atomic::Ordering;
@@ -118,8 +119,25 @@ impl Daemon {
             target: entry.definition.target.clone(),
             images: served.map(|served| images(served)).unwrap_or_default(),
             through_qemu: served.and_then(|served| served.qemu.as_ref()).map(Qsd::describe),
+            nbd: served.and_then(|served| Some(self.nbd_report(served.nbd.as_ref()?))),
             state: disk_state(entry),
             counters: served.map(|served| counters(&self.cache, served)).unwrap_or_default(),
+        }
+    }
+
+    fn nbd_report(&self, export: &NbdExport) -> DiskNbd {
+        let clients = export.clients().into_iter().map(|client| NbdClient {
+            peer: client.peer,
+            since_unix_ms: client.since_unix_ms,
+            requests: client.requests,
+            in_flight: client.in_flight,
+        });
+        let socket = export.path().display().to_string();
+        DiskNbd {
+            uri: format!("nbd+unix:///{}?socket={socket}", export.name()),
+            socket,
+            tcp: self.nbd.as_ref().map(|server| format!("nbds://{}/{}", server.address(), export.name())),
+            clients: clients.collect(),
         }
     }
 
@@ -158,6 +176,9 @@ impl Daemon {
         }
         if let Some(reason) = self.ssd_reason() {
             trouble("ssd tier", &reason);
+        }
+        if let Some(reason) = &self.nbd_trouble {
+            trouble("nbd", reason);
         }
         let libvirt = self.libvirt_report(&config.libvirt.uri);
         if let (Health::Degraded, Some(error)) = (libvirt.health, &libvirt.error) {

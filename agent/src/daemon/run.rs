@@ -14,6 +14,7 @@ use crate::demand::run::Demand;
 use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::{MemoryHandle, MemorySettings};
+use crate::nbd::NbdServer;
 use crate::store::rescue::{Rescued, open_or_rescue};
 use crate::store::{Store, StoreError};
 use nix::fcntl::{Flock, FlockArg};
@@ -103,6 +104,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     // QEMU, another user, must reach its socket through these.
     make_folder(&config.daemon.run_dir, 0o755)?;
     make_folder(&config.daemon.run_dir.join("vm"), 0o755)?;
+    make_folder(&config.daemon.run_dir.join("nbd"), 0o755)?;
     let listener = api::bind(&SocketOptions {
         path: config.api_socket(),
         mode: config.api.mode.0,
@@ -206,6 +208,9 @@ struct Threads {
 fn shut_down(daemon: &Shared, threads: Threads) {
     daemon.models.stop();
     add_outcomes(daemon);
+    if let Some(nbd) = &daemon.nbd {
+        nbd.stop();
+    }
     let left = Disks::remove_all(daemon, Instant::now() + DISKS_CLOSE);
     if left > 0 {
         tracing::warn!(
@@ -272,6 +277,31 @@ fn budget(config: &Config) -> BudgetConfig {
     }
 }
 
+fn engine(config: &Config) -> EngineMode {
+    match config.cache.engine {
+        Engine::Auto => EngineMode::Auto,
+        Engine::IoUring => EngineMode::IoUring,
+        Engine::ThreadPool => EngineMode::ThreadPool,
+    }
+}
+
+/// Offers disks over TCP. That it cannot is no reason to leave machines without their disks.
+fn start_nbd(config: &Config) -> (Option<Arc<NbdServer>>, Option<String>) {
+    let nbd = &config.nbd;
+    let (Some(listen), Some(certificate), Some(key), Some(authority)) =
+        (nbd.listen, &nbd.tls_cert, &nbd.tls_key, &nbd.tls_client_ca)
+    else {
+        return (None, None);
+    };
+    match NbdServer::start(listen, certificate, key, authority, engine(config)) {
+        Ok(server) => (Some(Arc::new(server)), None),
+        Err(error) => {
+            tracing::error!("{error}");
+            (None, Some(error.to_string()))
+        }
+    }
+}
+
 fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     let Rescued { store, trouble: store_trouble, stand_in } =
         open_or_rescue(&config.store_path(), &config.daemon.run_dir.join("stand-in.db"))?;
@@ -289,15 +319,12 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
             HugePages::Require => arena::HugePages::Require,
         },
         shards: config.shard_count(cpus) as usize,
-        engine: match config.cache.engine {
-            Engine::Auto => EngineMode::Auto,
-            Engine::IoUring => EngineMode::IoUring,
-            Engine::ThreadPool => EngineMode::ThreadPool,
-        },
+        engine: engine(&config),
         // The slots follow from `ram_bytes`.
         policy: CoreConfig { budget: budget(&config), ..CoreConfig::with_slots(0) },
     };
     let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
+    let (nbd, nbd_trouble) = start_nbd(&config);
     let (models, models_thread) = models::start(&store, &config)?;
     let (learner, learner_thread) =
         LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config, stand_in))?;
@@ -348,6 +375,8 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         demand_trouble,
         memory,
         memory_moves: Mutex::new(moves),
+        nbd,
+        nbd_trouble,
         couriers: Mutex::default(),
         untold: Mutex::default(),
         started: Instant::now(),
@@ -433,6 +462,7 @@ async fn expect_disks(daemon: &Shared) -> Result<(), api::ApiError> {
             vm: row.vm,
             target: row.target,
             serial: row.serial,
+            nbd: row.nbd,
         };
         if let Err(error) = daemon.disks.expect(definition) {
             tracing::error!(%error, "disk not served");

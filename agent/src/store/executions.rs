@@ -301,7 +301,7 @@ mod tests {
         drop(store);
         // Back to version 6, with a course as it was kept then.
         let raw = Connection::open(&path).unwrap();
-        raw.execute_batch("DROP TABLE programs; DROP TABLE executions; ALTER TABLE decisions DROP COLUMN took_ms")
+        raw.execute_batch("DROP TABLE programs; DROP TABLE executions; ALTER TABLE decisions DROP COLUMN took_ms; ALTER TABLE disks DROP COLUMN nbd")
             .unwrap();
         raw.execute_batch(TABLES_6).unwrap();
         raw.execute("INSERT INTO kept VALUES ('course:a' || char(30) || 'b', x'0001ff'), ('event:1', x'00')", [])

@@ -43,7 +43,12 @@ pub struct DiskRow {
     /// Serial that the machine's definition asked for; `None`: the disk's name.
     pub serial: Option<String>,
     pub added_unix_ms: u64,
+    /// Also over NBD.
+    pub nbd: bool,
 }
+
+/// Disks over NBD.
+pub(super) const NBD_COLUMN: &str = "ALTER TABLE disks ADD COLUMN nbd INTEGER NOT NULL DEFAULT 0;";
 
 /// SQLite's integers are signed; nothing counted here gets near the end of them.
 pub(super) fn int(value: u64) -> i64 {
@@ -164,10 +169,10 @@ impl Store {
     /// Remembers a disk. Errors: `AlreadyExists`.
     pub fn add_disk(&self, disk: DiskRow) -> Pending {
         self.inner.writer.submit(0, false, move |connection| {
-            let sql = "INSERT INTO disks (name, store, read_only, socket, vm, target, serial, added_unix_ms)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+            let sql = "INSERT INTO disks (name, store, read_only, socket, vm, target, serial, added_unix_ms, nbd)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT DO NOTHING";
-            let DiskRow { name, store, read_only, socket, vm, target, serial, added_unix_ms } = &disk;
+            let DiskRow { name, store, read_only, socket, vm, target, serial, added_unix_ms, nbd } = &disk;
             match connection.prepare(sql)?.execute(params![
                 name,
                 store,
@@ -176,7 +181,8 @@ impl Store {
                 vm,
                 target,
                 serial,
-                int(*added_unix_ms)
+                int(*added_unix_ms),
+                nbd
             ])? {
                 0 => Err(StoreError::AlreadyExists { what: "disk", name: name.clone() }.into()),
                 _ => Ok(()),
@@ -202,7 +208,7 @@ impl Store {
 }
 
 fn disks(connection: &Connection) -> rusqlite::Result<Vec<DiskRow>> {
-    let sql = "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms FROM disks ORDER BY name";
+    let sql = "SELECT name, store, read_only, socket, vm, target, serial, added_unix_ms, nbd FROM disks ORDER BY name";
     let row = |row: &Row<'_>| {
         Ok(DiskRow {
             name: row.get(0)?,
@@ -213,6 +219,7 @@ fn disks(connection: &Connection) -> rusqlite::Result<Vec<DiskRow>> {
             target: row.get(5)?,
             serial: row.get(6)?,
             added_unix_ms: unsigned(row, 7)?,
+            nbd: row.get(8)?,
         })
     };
     readable("disks", connection.prepare(sql)?.query_map([], row)?)

@@ -21,6 +21,7 @@ const MIGRATIONS: &[&str] = &[
     super::demand::TABLES,
     super::executions::TABLES_6,
     super::executions::TABLES,
+    super::records::NBD_COLUMN,
 ];
 
 /// Version this program writes.

@@ -147,7 +147,10 @@ accesses dropped:   0
         "disk web1-vda is no longer served; its data stays where it is\n",
     );
     let asked = daemon.control.asked.lock().clone();
-    assert_eq!(asked[0], "add DiskAdd { name: \"db1\", store: \"/srv/db1.raw\", read_only: true, socket: None }");
+    assert_eq!(
+        asked[0],
+        "add DiskAdd { name: \"db1\", store: \"/srv/db1.raw\", read_only: true, socket: None, nbd: false }"
+    );
     assert_eq!(asked[2..], ["remove web1-vda false", "remove web1-vda true"]);
 }
 

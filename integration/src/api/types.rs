@@ -4,7 +4,7 @@
 //! Sizes are bytes (`_bytes`), times are microseconds or milliseconds by suffix, points in time are Unix milliseconds (`_unix_ms`).
 //!
 //! - status: [`Status`], [`Problem`](super::Problem) is in `error.rs`
-//! - disks: [`Disk`], [`DiskList`], [`DiskAdd`]
+//! - disks: [`Disk`], [`DiskList`], [`DiskAdd`]; over NBD: [`DiskNbd`] in `types/nbd.rs`
 //! - machines: [`Vm`], [`VmDisk`], [`VmList`], [`AttachRequest`], [`Attached`], [`Detached`]
 //! - cache: [`CacheTiers`], [`CacheStat`], [`WarmRequest`], [`Warmed`], [`DropRequest`], [`Dropped`]
 //! - profiles: [`Profile`], [`ProfileList`], [`Saved`]
@@ -13,6 +13,7 @@
 //! - [`Counters`] are in `counters.rs`
 
 mod explained;
+mod nbd;
 mod pages;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ use super::templates::CloneProgress;
 
 pub use super::counters::Counters;
 pub use explained::{Attempt, BudgetUse, Explained, Fate, Governor, Place, Touch, Vote};
+pub use nbd::{DiskNbd, NbdClient};
 pub use pages::{MemoryStatus, PagesSet, PassedOver, VmPages};
 
 /// Whether a part works as it should.
@@ -197,6 +199,9 @@ pub struct Disk {
     pub vm: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
+    /// Its NBD export, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd: Option<DiskNbd>,
     /// Storages of images that stand on each other, from the top down: what is below is shared with other disks. Empty
     /// where there is but one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -243,6 +248,9 @@ pub struct DiskAdd {
     /// Socket of the export; default `<run_dir>/vm/<name>.sock`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
+    /// Also over NBD.
+    #[serde(default)]
+    pub nbd: bool,
 }
 
 impl DiskAdd {
