@@ -65,6 +65,8 @@ counters! {
         ssd_writes,
         ssd_write_bytes,
         ssd_write_errors,
+        /// Writes that waited until the SSD tier had their region marked.
+        ssd_marks,
         /// Reads that waited for a prefetch still under way.
         late_reads,
         /// Reads that went past the cache because no slot was free.

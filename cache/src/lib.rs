@@ -4,7 +4,7 @@
 //! - [`disk`]: storages and disks on their shard: reads, writes, prefetch
 //! - [`policy`]: what is cached where, what leaves, what is prefetched (sans-I/O)
 //! - [`arena`]: the RAM tier's memory
-//! - [`ssd`]: the SSD tier's format and index
+//! - [`ssd`]: the SSD tier's format and index; `keeper`: the threads that keep it fit to survive a crash
 //! - [`backend`]: the stores: raw files, block devices, NBD exports
 //! - [`engine`]: event loops over io_uring, with owned buffers
 //! - [`access`]: what guests did, for the learner; [`counters`]: how it went
@@ -17,6 +17,7 @@ mod cache;
 pub mod counters;
 pub mod disk;
 pub mod engine;
+mod keeper;
 pub mod policy;
 pub mod ssd;
 pub mod types;

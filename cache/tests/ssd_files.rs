@@ -3,7 +3,7 @@
 
 mod ssd_common;
 
-use prestage_cache::ssd::{Clock, Found, Outcome, SsdError, SsdOptions, SsdState, SsdTier};
+use prestage_cache::ssd::{Clock, Found, Outcome, SsdError, SsdOptions, SsdState, SsdTier, Step, run_without};
 use prestage_cache::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
 use proptest::prelude::*;
 use ssd_common::*;
@@ -26,8 +26,8 @@ fn a_clean_restart_keeps_exactly_the_valid_pages() {
     insert(&tier, a, 1 << 40, PageMask(0b1001));
     insert(&tier, b, 0, PageMask::ALL);
     insert(&tier, b, 7, PageMask(0b10));
-    tier.invalidate(a, 3, 2);
-    tier.invalidate(b, 7 * 16, 16);
+    overwrite(&tier, a, 3, 2);
+    overwrite(&tier, b, 7 * 16, 16);
     insert(&tier, a, 9, PageMask(1));
     insert(&tier, a, 9, PageMask(0b11));
     let cut = tier.begin_insert(a, BlockIndex(5), PageMask::ALL).unwrap();
@@ -51,20 +51,227 @@ fn a_clean_restart_keeps_exactly_the_valid_pages() {
 }
 
 #[test]
-fn after_an_unclean_stop_the_tier_is_empty() {
+fn after_a_crash_the_tier_has_what_its_last_checkpoint_vouches_for() {
     let place = Place::filled();
     let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
-    assert_eq!(report.kept_slots, 10);
+    assert_eq!((report.found, report.kept_slots), (Found::Clean, 10));
+    drop(tier);
+    // Nothing was written: all of it is true.
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots), (Found::Recovered, 10));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    insert(&tier, s, 3000, PageMask::ALL);
+    insert(&tier, s, 3001, PageMask::ALL);
+    checkpoint(&tier);
+    insert(&tier, s, 3002, PageMask::ALL);
     drop(tier);
     let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
-    assert_eq!((report.found, report.kept_slots), (Found::Unclean, 0));
+    assert_eq!((report.found, report.kept_slots, report.dropped_slots()), (Found::Recovered, 12, 0));
     let s = tier.storage("file:/a", stamp(1)).unwrap();
-    assert!((0..10).all(|block| tier.lookup(s, BlockIndex(block)).is_empty()));
-    insert(&tier, s, 3, PageMask::ALL);
-    tier.close().unwrap();
+    assert_eq!((read(&tier, s, 3001), read(&tier, s, 3002)), (PageMask::ALL, PageMask::NONE));
+    // A write takes its region of 64 MiB along, and nothing else.
+    overwrite(&tier, s, 3001 * 16, 1);
+    assert_eq!(tier.stats().marked_regions, 1);
     drop(tier);
-    let (_, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
-    assert_eq!((report.found, report.kept_slots), (Found::Clean, 1));
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.kept_slots, report.marked_slots, report.dropped_slots()), (10, 2, 2));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    (0..10).for_each(|block| assert_eq!(read(&tier, s, block), PageMask(1 << block | 0x8000)));
+    assert_eq!((read(&tier, s, 3000), read(&tier, s, 3001)), (PageMask::NONE, PageMask::NONE));
+    // Until a checkpoint has the store flushed and the records rewritten.
+    overwrite(&tier, s, 3001 * 16, 1);
+    insert(&tier, s, 3000, PageMask::ALL);
+    assert_eq!((checkpoint(&tier), tier.stats().marked_regions), (1, 0));
+    drop(tier);
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.kept_slots, report.dropped_slots()), (11, 0));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    assert_eq!((read(&tier, s, 3000), read(&tier, s, 3001)), (PageMask::ALL, PageMask::NONE));
+}
+
+#[test]
+fn a_write_goes_on_without_a_slab_that_takes_no_marks_and_a_crash_then_finds_nothing() {
+    let place = Place::new();
+    let options = || SsdOptions { veto: Some(place.dir.path().join("veto")), ..sparse() };
+    let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(80), options()).unwrap();
+    let s = tier.storage("file:/a", None).unwrap();
+    (0..10).for_each(|block| insert(&tier, s, block, PageMask::ALL));
+    checkpoint(&tier);
+    let write = tier.begin_write(s, 0, 1);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    assert!(write.must_wait() && write.poll_ready(&mut context).is_pending());
+    tier.distrust("it hangs");
+    while write.poll_ready(&mut context).is_pending() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    write.end();
+    assert!(tier.lookup(s, BlockIndex(5)).is_empty(), "bypassed");
+    assert!(matches!(tier.stats().state, SsdState::Degraded { .. }));
+    let write = tier.begin_write(s, 5000, 1);
+    assert!(write.poll_ready(&mut context).is_ready(), "and nobody waits for it any more");
+    write.end();
+    drop(tier);
+    let (tier, report) = SsdTier::open_with(&place.path, slab_bytes(80), options()).unwrap();
+    assert_eq!((report.found, report.kept_slots), (Found::Vetoed, 0));
+    drop(tier);
+    // Its successor is another slab, against which nothing stands.
+    let (_, report) = SsdTier::open_with(&place.path, slab_bytes(80), options()).unwrap();
+    assert_eq!(report.found, Found::Recovered);
+}
+
+#[test]
+fn a_slab_that_was_given_up_comes_back_empty_when_its_device_does() {
+    let place = Place::new();
+    let veto = place.dir.path().join("veto");
+    let seconds = Arc::new(AtomicU64::new(0));
+    let now = seconds.clone();
+    let clock: Clock = Arc::new(move || Duration::from_secs(now.load(Ordering::Relaxed)));
+    let options = || SsdOptions { veto: Some(veto.clone()), clock: clock.clone(), ..sparse() };
+    let (tier, _) = SsdTier::open_with(&place.path, slab_bytes(80), options()).unwrap();
+    let s = tier.storage("file:/a", None).unwrap();
+    (0..10).for_each(|block| insert(&tier, s, block, PageMask::ALL));
+    checkpoint(&tier);
+    tier.distrust("it hangs");
+    while !veto.exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    tier.begin_write(s, 16 * 3, 1).end();
+    assert!(!tier.try_again(), "not yet");
+    seconds.store(10, Ordering::Relaxed);
+    while !tier.try_again() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!veto.exists());
+    assert_eq!((tier.stats().state, tier.stats().used_slots), (SsdState::Ok, 0));
+    insert(&tier, s, 3, PageMask::ALL);
+    insert(&tier, s, 4000, PageMask::ALL);
+    // The write of before is marked still: nobody has flushed its store.
+    let mut checkpoint = tier.begin_checkpoint().unwrap();
+    checkpoint.unflushed().into_iter().for_each(|s| checkpoint.not_flushed(s));
+    while checkpoint.step().unwrap() == Step::More {}
+    drop(checkpoint);
+    drop(tier);
+    let (tier, report) = SsdTier::open_with(&place.path, slab_bytes(80), options()).unwrap();
+    assert_eq!((report.found, report.kept_slots, report.marked_slots), (Found::Recovered, 1, 1));
+    let s = tier.storage("file:/a", None).unwrap();
+    assert_eq!(read(&tier, s, 4000), PageMask::ALL);
+}
+
+#[test]
+fn after_a_crash_our_own_writes_are_told_from_others() {
+    let place = Place::new();
+    let own = place.dir.path().join("own");
+    let options = || SsdOptions { own_writes: Some(own.clone()), ..sparse() };
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as i64;
+    let at = |ns: i64| stamp(ns).map(|stamp| prestage_cache::ssd::Stamp { ctime_ns: ns, ..stamp });
+    let open = || SsdTier::open_with(&place.path, slab_bytes(80), options()).unwrap().0;
+    let tier = open();
+    let s = tier.storage("file:/a", at(now())).unwrap();
+    (0..10).for_each(|block| insert(&tier, s, block, PageMask::ALL));
+    checkpoint(&tier);
+    overwrite(&tier, s, 5000 * 16, 1);
+    let written = now();
+    overwrite(&tier, s, 5000 * 16, 1);
+    drop(tier);
+    let tier = open();
+    let s = tier.storage("file:/a", at(written)).unwrap();
+    assert_eq!(read(&tier, s, 0), PageMask::ALL, "the change was ours");
+    checkpoint(&tier);
+    drop(tier);
+    let tier = open();
+    let s = tier.storage("file:/a", at(written)).unwrap();
+    assert_eq!(read(&tier, s, 0), PageMask::ALL);
+    overwrite(&tier, s, 5000 * 16, 1);
+    drop(tier);
+    let tier = open();
+    let s = tier.storage("file:/a", at(now())).unwrap();
+    assert_eq!((read(&tier, s, 0), tier.stats().dropped_changed_store), (PageMask::NONE, 10), "somebody came after us");
+    // And what was dropped does not come back with the stamp that is on record now.
+    let seen = at(now());
+    let b = tier.storage("file:/b", None).unwrap();
+    insert(&tier, b, 0, PageMask::ALL);
+    tier.set_stamp(s, seen);
+    drop(tier);
+    let tier = open();
+    let s = tier.storage("file:/a", seen).unwrap();
+    assert_eq!(read(&tier, s, 0), PageMask::NONE);
+}
+
+/// What a run without this slab writes to an NBD store or a block device shows nowhere.
+#[test]
+fn what_a_slab_has_of_stores_that_show_no_changes_counts_only_if_the_last_run_had_it() {
+    let place = Place::new();
+    let other = Place::new();
+    let lineage = place.dir.path().join("last");
+    let open = |place: &Place| {
+        let options = SsdOptions { lineage: Some(lineage.clone()), ..sparse() };
+        SsdTier::open_with(&place.path, slab_bytes(80), options).unwrap()
+    };
+    let fill = |tier: &SsdTier| {
+        for (name, stamp) in [("nbd://host/export", None), ("file:/a", stamp(1))] {
+            let s = tier.storage(name, stamp).unwrap();
+            (0..4)
+                .filter(|block| read(tier, s, *block).is_empty())
+                .for_each(|block| insert(tier, s, block, PageMask::ALL));
+        }
+        checkpoint(tier);
+    };
+    let expect = |tier: &SsdTier, nbd: PageMask| {
+        let n = tier.storage("nbd://host/export", None).unwrap();
+        let f = tier.storage("file:/a", stamp(1)).unwrap();
+        (0..4).for_each(|block| assert_eq!((read(tier, n, block), read(tier, f, block)), (nbd, PageMask::ALL)));
+    };
+    fill(&open(&place).0);
+    for clean in [true, false] {
+        // With this one all the time, after a clean end and after a crash.
+        let (tier, report) = open(&place);
+        assert_eq!((report.kept_slots, report.dropped_slots()), (8, 0));
+        expect(&tier, PageMask::ALL);
+        if clean {
+            tier.close().unwrap();
+        }
+        drop(tier);
+    }
+    let before = place.dir.path().join("before");
+    let missed: [&dyn Fn(); 3] = [&|| run_without(&lineage).unwrap(), &|| drop(open(&other)), &|| {
+        std::fs::copy(&place.path, &before).unwrap();
+        let (tier, _) = open(&place);
+        tier.close().unwrap();
+        drop(tier);
+        std::fs::copy(&before, &place.path).unwrap();
+    }];
+    for (i, miss) in missed.iter().enumerate() {
+        for clean in [true, false] {
+            let (tier, _) = open(&place);
+            fill(&tier);
+            if clean {
+                tier.close().unwrap();
+            }
+            drop(tier);
+            miss();
+            let (tier, report) = open(&place);
+            assert_eq!((report.kept_slots, report.unvouched_slots), (4, 4), "case {i}, clean: {clean}");
+            drop(tier);
+            // Cut off before its first checkpoint: what was dropped stays so.
+            let (tier, report) = open(&place);
+            assert_eq!((report.kept_slots, report.unvouched_slots), (4, 0), "case {i}, clean: {clean}");
+            expect(&tier, PageMask::NONE);
+        }
+    }
+}
+
+#[test]
+fn a_store_that_is_given_away_is_forgotten_for_good() {
+    let place = Place::filled();
+    let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    tier.forget(s);
+    tier.release_storage(s, stamp(1));
+    drop(tier);
+    let (tier, report) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
+    assert_eq!((report.found, report.kept_slots), (Found::Recovered, 0));
+    let s = tier.storage("file:/a", stamp(1)).unwrap();
+    assert_eq!(read(&tier, s, 0), PageMask::NONE);
 }
 
 #[test]
@@ -266,11 +473,11 @@ fn a_write_after_closing_is_not_forgotten() {
     let (tier, _) = SsdTier::open(&place.path, slab_bytes(80)).unwrap();
     let s = tier.storage("file:/a", stamp(1)).unwrap();
     tier.close().unwrap();
-    tier.invalidate(s, 100 * 16, 16);
+    overwrite(&tier, s, 100 * 16, 16);
     let clean = place.dir.path().join("clean");
     std::fs::copy(&place.path, &clean).unwrap();
     assert_eq!(SsdTier::open(&clean, slab_bytes(80)).unwrap().1.kept_slots, 10, "nothing of it was here");
-    tier.invalidate(s, 0, 1);
+    overwrite(&tier, s, 0, 1);
     let crashed = place.dir.path().join("crashed");
     std::fs::copy(&place.path, &crashed).unwrap();
     assert_eq!(SsdTier::open(&crashed, slab_bytes(80)).unwrap().1.found, Found::Unclean);
@@ -302,7 +509,7 @@ fn a_failing_device_is_bypassed_for_a_while_but_invalidation_goes_on() {
     assert!(tier.lookup(s, BlockIndex(7)).is_empty());
     assert!(tier.begin_read(s, BlockIndex(7)).is_none());
     assert!(tier.begin_insert(s, BlockIndex(70), PageMask::ALL).is_none());
-    tier.invalidate(s, 7 * 16, 1);
+    overwrite(&tier, s, 7 * 16, 1);
 
     seconds.store(5, Ordering::Relaxed);
     assert_eq!(tier.lookup(s, BlockIndex(7)), PageMask::ALL.minus(PageMask(1)));
@@ -332,7 +539,7 @@ fn a_discard_of_any_length_takes_exactly_its_pages() {
     for (first, pages) in [(5, 16 * 2500), (7, 0), (16 * 10 + 3, 4), (16 * 2100 + 3, 1 << 40), (16 * 300 + 1, u64::MAX)]
     {
         fill(a, 0..4900);
-        tier.invalidate(a, first, pages);
+        overwrite(&tier, a, first, pages);
         for block in 0..4900u64 {
             let gone = (0..16).filter(|p| (first..first.saturating_add(pages)).contains(&(block * 16 + p)));
             let gone = gone.fold(PageMask::NONE, |mask, p| mask | PageMask::run(p, 1));
@@ -366,7 +573,7 @@ fn threads_with_a_storage_each_never_see_wrong_data() {
                     let version = thread as u32 * 1_000_000 + versions[block as usize];
                     match (random >> 50) % 4 {
                         0 => {
-                            tier.invalidate(s, block * 16, 16);
+                            overwrite(&tier, s, block * 16, 16);
                             assert!(tier.lookup(s, BlockIndex(block)).is_empty());
                             versions[block as usize] += 1;
                         }

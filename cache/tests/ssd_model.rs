@@ -5,7 +5,9 @@
 //! hands out must always be the current version.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
 
-use prestage_cache::ssd::{Clock, Found, Outcome, SlotRead, SlotWrite, SsdOptions, SsdStorage, SsdTier, Stamp};
+use prestage_cache::ssd::{
+    Clock, Found, Outcome, SlotRead, SlotWrite, SsdOptions, SsdStorage, SsdTier, Stamp, Step as Progress,
+};
 use prestage_cache::types::{BlockIndex, PageMask};
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -34,6 +36,7 @@ enum Step {
     DropStorage { storage: usize },
     DropAll,
     Reopen { slots: u64 },
+    Checkpoint { flushed: bool },
     Crash,
 }
 
@@ -59,7 +62,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => storage().prop_map(|storage| Step::DropStorage { storage }),
         1 => Just(Step::DropAll),
         2 => (3..10u64).prop_map(|slots| Step::Reopen { slots }),
-        1 => Just(Step::Crash),
+        4 => any::<bool>().prop_map(|flushed| Step::Checkpoint { flushed }),
+        2 => Just(Step::Crash),
     ];
     prop::collection::vec(step, 1..120)
 }
@@ -101,6 +105,7 @@ struct World {
     retired: Vec<u32>,
     writing: Vec<Writing>,
     reading: Vec<Reading>,
+    overtaken: u64,
 }
 
 fn slab_bytes(slots: u64) -> u64 {
@@ -149,6 +154,7 @@ impl World {
             retired: Vec::new(),
             writing: Vec::new(),
             reading: Vec::new(),
+            overtaken: 0,
         }
     }
 
@@ -265,7 +271,9 @@ impl World {
     }
 
     fn write(&mut self, storage: usize, page: u64, pages: u64) {
-        self.tier.invalidate(self.handles[storage], page, pages);
+        let write = self.tier.begin_write(self.handles[storage], page, pages);
+        while self.tier.write_intents() {}
+        write.end();
         self.version += 1;
         for p in page..page.saturating_add(pages).min(BLOCKS * PAGES) {
             let (key, at) = ((storage, p / PAGES), p % PAGES);
@@ -300,6 +308,18 @@ impl World {
         self.lose_storage(storage);
     }
 
+    fn checkpoint(&self, flushed: bool) {
+        let Some(mut checkpoint) = self.tier.begin_checkpoint() else { return };
+        if !flushed {
+            checkpoint.unflushed().into_iter().for_each(|s| checkpoint.not_flushed(s));
+        }
+        while checkpoint.step().unwrap() == Progress::More {}
+        drop(checkpoint);
+        if flushed {
+            (0..STORAGES).for_each(|s| self.tier.set_stamp(self.handles[s], Some(self.stamps[s])));
+        }
+    }
+
     /// Closes (or not) and opens again.
     fn reopen(&mut self, slots: u64, clean: bool) {
         self.writing.clear();
@@ -307,7 +327,10 @@ impl World {
         self.leaving.clear();
         self.retired.clear();
         if clean {
-            (0..STORAGES).for_each(|s| self.tier.set_stamp(self.handles[s], Some(self.stamps[s])));
+            for s in 0..STORAGES {
+                self.tier.note_flushed(self.handles[s]);
+                self.tier.set_stamp(self.handles[s], Some(self.stamps[s]));
+            }
             self.tier.close().unwrap();
             assert!((0..STORAGES).all(|s| self.tier.lookup(self.handles[s], BlockIndex(0)).is_empty()));
             assert!(self.tier.begin_insert(self.handles[0], BlockIndex(0), PageMask::ALL).is_none());
@@ -316,12 +339,29 @@ impl World {
         let spare = self._dir.path().join("spare");
         self.tier = open(&spare, 1).0;
         let (tier, found) = open(&self.path, slots);
-        assert_eq!(found, if clean { Found::Clean } else { Found::Unclean });
+        assert_eq!(found, if clean { Found::Clean } else { Found::Recovered });
         self.tier = tier;
         self.handles = (0..STORAGES).map(|s| self.tier.storage(&name(s), Some(self.stamps[s])).unwrap()).collect();
         self.live.iter_mut().for_each(|(_, l)| l.readers = 0);
-        self.live.retain(|_, l| clean && u64::from(l.slot) < slots);
         self.slots = slots;
+        if clean {
+            self.live.retain(|_, l| u64::from(l.slot) < slots);
+            return;
+        }
+        // What is on record is not what was there last; `check` sees that it is true.
+        self.live.clear();
+        for key in (0..STORAGES).flat_map(|s| (0..BLOCKS).map(move |b| (s, b))) {
+            let Some(read) = self.tier.begin_read(self.handles[key.0], BlockIndex(key.1)) else { continue };
+            let held = self.slab.get(&read.slot()).copied().unwrap_or_default();
+            let (slot, mask) = (read.slot(), read.mask());
+            if sum(&held, read.written_mask()) == read.checksum() {
+                self.live.insert(key, Live { slot, mask, readers: 0 });
+            } else {
+                assert_eq!(self.tier.end_read(read, Outcome::BadChecksum), PageMask::NONE);
+                self.overtaken += 1;
+            }
+        }
+        assert_eq!(self.tier.stats().dropped_overtaken, std::mem::take(&mut self.overtaken));
     }
 
     fn check(&self) {
@@ -363,6 +403,7 @@ impl World {
                 (0..STORAGES).for_each(|s| self.lose_storage(s));
             }
             Step::Reopen { slots } => self.reopen(slots, true),
+            Step::Checkpoint { flushed } => self.checkpoint(flushed),
             Step::Crash => self.reopen(self.slots, false),
         }
     }

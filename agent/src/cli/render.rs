@@ -4,7 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
     Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, PassedOver,
-    Profile, ProfileList, Saved, Status, StoreState, TakesEffect, TierName, Vm, VmList, VmPages, Warmed,
+    Profile, ProfileList, Recovery, Saved, SlabFound, Status, StoreState, TakesEffect, TierName, Vm, VmList, VmPages,
+    Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -55,6 +56,9 @@ pub(super) fn status(status: &Status) -> String {
     fields.add("health", health(status.health));
     fields.add("engine", format!("{}, {}", status.engine.mode, count(status.engine.shards.into(), "shard", "shards")));
     fields.add("cache", cache_use(&status.cache)).add("hits", hits(&status.cache));
+    if let Some(text) = status.cache.ssd_recovery.as_ref().and_then(recovery) {
+        fields.add("recovered", text);
+    }
     let disks = &status.disks;
     fields.add("disks", format!("{} in all, {} connected, {} degraded", disks.total, disks.connected, disks.degraded));
     let libvirt = &status.libvirt;
@@ -129,6 +133,30 @@ fn cache_use(cache: &CacheUse) -> String {
         capacity => format!("SSD {}", of(cache.ssd_used_bytes, capacity)),
     };
     format!("RAM {}, {ssd}", of(cache.ram_used_bytes, cache.ram_capacity_bytes))
+}
+
+/// What the SSD tier kept over the daemon's start and why it dropped the rest; nothing of a new one.
+fn recovery(recovery: &Recovery) -> Option<String> {
+    let how = match recovery.found {
+        SlabFound::Created => return None,
+        SlabFound::Clean => "after a clean stop",
+        SlabFound::Recovered => "after a crash",
+        SlabFound::Unclean => "after a crash of a version that keeps no records",
+        SlabFound::Vetoed => "after its device had failed",
+        SlabFound::Damaged => "from a damaged file",
+    };
+    let dropped = [
+        (recovery.dropped_written, "being written to"),
+        (recovery.dropped_changed_store, "changed while the daemon was down"),
+        (recovery.dropped_unvouched, "of stores that a run without the SSD may have changed"),
+        (recovery.dropped_overtaken, "overtaken"),
+        (recovery.dropped_damaged, "damaged"),
+        (recovery.bad_checksums, "rotten"),
+    ];
+    let dropped: Vec<_> =
+        dropped.iter().filter(|(blocks, _)| *blocks > 0).map(|(blocks, why)| format!("{blocks} {why}")).collect();
+    let dropped = if dropped.is_empty() { String::new() } else { format!("; dropped: {}", dropped.join(", ")) };
+    Some(format!("{} on the SSD {how}{dropped}", count(recovery.kept_blocks, "block", "blocks")))
 }
 
 /// What they are good for.
@@ -442,6 +470,9 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
     let mut states = Fields::default();
     for tier in &tiers.tiers {
         states.add(name(tier.tier), with_detail(tier.health, tier.detail.as_deref()));
+        if let Some(text) = tier.recovery.as_ref().and_then(recovery) {
+            states.add("ssd kept", text);
+        }
         table.row([
             name(tier.tier).to_owned(),
             human_bytes(tier.capacity_bytes),

@@ -316,7 +316,8 @@ impl Disks {
         let (opened, qemu) = match host.cache.open(&spec, wanted.clone()) {
             Err(OpenError::Store(StoreError::NeedsQemu { why, .. })) => {
                 let qemu = Qsd::start(&host.config, &definition.name, &spec, definition.read_only, why)?;
-                (host.cache.open(qemu.spec(), wanted), Some(qemu))
+                let nbd = NbdOptions { files: qemu.files().to_vec(), ..wanted.nbd.clone() };
+                (host.cache.open(qemu.spec(), StoreOptions { nbd, ..wanted }), Some(qemu))
             }
             opened => (opened, None),
         };

@@ -51,6 +51,7 @@ pub(super) enum QsdError {
 #[derive(Debug)]
 pub(super) struct Qsd {
     spec: StoreSpec,
+    files: Vec<PathBuf>,
     why: String,
     shared: Arc<Shared>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
@@ -114,11 +115,17 @@ impl Qsd {
         };
         let supervisor = supervisor.map_err(|error| failed(error.to_string()))?;
         let spec = StoreSpec::Nbd { address: NbdAddress::Unix(socket.clone()), export: EXPORT.to_owned() };
-        let qsd = Qsd { spec, why: why.clone(), shared, supervisor: Mutex::new(Some(supervisor)) };
+        let files = chain.chain().filter_map(path_of).map(Path::to_owned).collect();
+        let qsd = Qsd { spec, files, why: why.clone(), shared, supervisor: Mutex::new(Some(supervisor)) };
         match qsd.wait_for(&socket) {
             Ok(()) => Ok(qsd),
             Err(reason) => Err(failed(reason)),
         }
+    }
+
+    /// The files that it shows, by whose times a change while nobody watched is seen.
+    pub(super) fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// Where it offers the image.

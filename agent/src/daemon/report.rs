@@ -7,14 +7,14 @@ use crate::learner::HeldProfile;
 use crate::nbd::NbdExport;
 use crate::store::ProfileRow;
 use prestage_cache::engine::EngineKind;
-use prestage_cache::ssd::{SsdState, SsdTier};
+use prestage_cache::ssd::{Found, SsdState, SsdStats, SsdTier};
 use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
 use prestage_cache::{Cache, StorageHandle};
 use prestage_integration::api::Counters;
 use prestage_integration::api::types::{
     CacheStat, CacheTiers, CacheUse, Disk, DiskCounts, DiskNbd, DiskStat, DiskState, EngineStatus, Health,
-    LearnerStatus, LibvirtStatus, MemoryStatus, NbdClient, Profile, ProfilePhase, Status, StorageUse, StoreState,
-    StoreStatus, Tier, TierName, Trouble,
+    LearnerStatus, LibvirtStatus, MemoryStatus, NbdClient, Profile, ProfilePhase, Recovery, SlabFound, Status,
+    StorageUse, StoreState, StoreStatus, Tier, TierName, Trouble,
 };
 use prestage_predictor::Phase;
 use std::sync::atomic::Ordering;
@@ -69,6 +69,28 @@ fn storage_counters(cache: &Cache, storage: &StorageHandle) -> Counters {
 /// Of the host; empty if it has none.
 pub(super) fn host_name() -> String {
     nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn recovery(stats: &SsdStats) -> Recovery {
+    let opened = &stats.opened;
+    Recovery {
+        found: match opened.found {
+            Found::Created => SlabFound::Created,
+            Found::Clean => SlabFound::Clean,
+            Found::Recovered => SlabFound::Recovered,
+            Found::Unclean => SlabFound::Unclean,
+            Found::Vetoed => SlabFound::Vetoed,
+            Found::Damaged => SlabFound::Damaged,
+        },
+        kept_blocks: opened.kept_slots,
+        dropped_written: opened.marked_slots,
+        dropped_changed_store: stats.dropped_changed_store,
+        dropped_overtaken: stats.dropped_overtaken,
+        dropped_unvouched: opened.unvouched_slots,
+        dropped_damaged: opened.dropped_slots() - opened.marked_slots - opened.unvouched_slots,
+        bad_checksums: stats.bad_checksums,
+        marked_regions: stats.marked_regions,
+    }
 }
 
 fn disk_state(entry: &Entry) -> DiskState {
@@ -277,6 +299,7 @@ impl Daemon {
             served_ram: stat.served_ram,
             served_ssd: stat.served_ssd,
             served_store: stat.served_store,
+            ssd_recovery: self.cache.ssd_stats().as_ref().map(recovery),
         }
     }
 
@@ -349,6 +372,7 @@ impl Daemon {
             hits: stat.served_ram,
             insertions: occupancy.insertions,
             evictions: occupancy.evictions,
+            recovery: None,
             storages,
         };
         let reason = self.ssd_reason();
@@ -366,6 +390,7 @@ impl Daemon {
                 hits: stat.served_ssd,
                 insertions: stats.inserts,
                 evictions: stats.evictions,
+                recovery: Some(recovery(&stats)),
                 storages: self.on_ssd(),
             },
             None => Tier {

@@ -21,7 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
 use prestage_cache::policy::{BudgetConfig, CoreConfig};
-use prestage_cache::ssd::{Found, SsdTier};
+use prestage_cache::ssd::{self, Found, SsdOptions, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
@@ -193,7 +193,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     }
     let down = tokio::task::spawn_blocking(move || shut_down(&daemon, threads)).await;
     if down.is_err() {
-        tracing::error!("shutdown did not complete; the SSD tier will start empty");
+        tracing::error!("shutdown did not complete; the SSD tier will start with what its last checkpoint vouches for");
     }
     Ok(())
 }
@@ -417,6 +417,20 @@ fn start_memory(
 /// Opens the SSD tier. Without it guests are served all the same, only slower: a sick cache disk is no reason to leave
 /// machines without their disks.
 fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
+    let lineage = config.daemon.state_dir.join("ssd.last");
+    let (tier, trouble) = try_ssd(config, &lineage);
+    if tier.is_none()
+        && let Err(error) = ssd::run_without(&lineage)
+    {
+        tracing::error!(
+            path = %lineage.display(), %error,
+            "it could not be noted that prestaged runs without an SSD tier; delete the tier's file before it is used again"
+        );
+    }
+    (tier, trouble)
+}
+
+fn try_ssd(config: &Config, lineage: &Path) -> (Option<SsdTier>, Option<String>) {
     let Some(path) = &config.cache.ssd_path else { return (None, None) };
     if let Some(folder) = path.parent()
         && let Err(error) = make_folder(folder, 0o750)
@@ -424,14 +438,39 @@ fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
         tracing::error!(%error, "no SSD tier");
         return (None, Some(error.to_string()));
     }
-    match SsdTier::open(path, config.cache.ssd_size.0) {
+    let options = SsdOptions {
+        // In memory: it outlives a killed daemon, and that is what it is for.
+        own_writes: Some(config.daemon.run_dir.join("ssd.own")),
+        veto: Some(config.daemon.state_dir.join("ssd.veto")),
+        lineage: Some(lineage.to_owned()),
+        ..SsdOptions::default()
+    };
+    match SsdTier::open_with(path, config.cache.ssd_size.0, options) {
         Ok((tier, report)) => {
-            let (path, kept_bytes) = (path.display(), report.kept_pages * 4096);
+            let (path, kept_bytes, dropped) = (path.display(), report.kept_pages * 4096, report.dropped_slots());
             match report.found {
                 Found::Created => tracing::info!(%path, slots = report.slots, "SSD tier made"),
                 Found::Clean => tracing::info!(%path, slots = report.slots, kept_bytes, "SSD tier kept"),
-                Found::Unclean => tracing::warn!(%path, "SSD tier starts empty: prestaged was not stopped cleanly"),
+                Found::Recovered => tracing::warn!(
+                    %path, kept_bytes, kept_blocks = report.kept_slots, dropped, written = report.marked_slots,
+                    damaged = dropped - report.marked_slots - report.unvouched_slots,
+                    "SSD tier recovered: prestaged was not stopped cleanly; blocks in regions that were being written to are dropped"
+                ),
+                Found::Unclean => tracing::warn!(
+                    %path,
+                    "SSD tier starts empty: a prestaged that keeps no records while it runs was not stopped cleanly"
+                ),
+                Found::Vetoed => tracing::warn!(
+                    %path, "SSD tier starts empty: its device had failed before prestaged was cut off"
+                ),
                 Found::Damaged => tracing::warn!(%path, "SSD tier starts empty: its file is damaged"),
+            }
+            if report.unvouched_slots > 0 {
+                tracing::warn!(
+                    %path, dropped = report.unvouched_slots,
+                    "SSD tier: prestaged ran without it, or with another, since it was last in use; what it has of NBD stores and \
+                     block devices is dropped"
+                );
             }
             tracing::debug!(?report, "SSD tier opened");
             (Some(tier), None)

@@ -171,6 +171,14 @@ impl Control for Fake {
                 served_ram: 650,
                 served_ssd: 100,
                 served_store: 250,
+                ssd_recovery: Some(Recovery {
+                    found: SlabFound::Recovered,
+                    kept_blocks: 49_152,
+                    dropped_written: 1024,
+                    dropped_unvouched: 0,
+                    dropped_overtaken: 3,
+                    ..Recovery::default()
+                }),
             },
             disks: DiskCounts { total: 2, connected: 1, degraded: 1 },
             libvirt: LibvirtStatus {

@@ -68,6 +68,7 @@ health:     DEGRADED
 engine:     io_uring, 1 shard
 cache:      RAM 1.0 GiB of 2.0 GiB, SSD 3.0 GiB of 16 GiB
 hits:       75.0 % of 1000 reads (65.0 % RAM, 10.0 % SSD)
+recovered:  49152 blocks on the SSD after a crash; dropped: 1024 being written to, 3 overtaken
 disks:      2 in all, 1 connected, 1 degraded
 libvirt:    qemu:///system, NOT CONNECTED: libvirtd does not answer; see `systemctl status libvirtd`
 learner:    ok, 12345 accesses since start, 0 dropped, 1 profile, 2.0 MiB

@@ -1,4 +1,5 @@
 //! A guest as the daemon sees it: a vhost-user-blk front-end with one request under way.
+#![allow(dead_code, reason = "no test program asks for all of it")]
 
 use std::mem::MaybeUninit;
 use std::time::Duration;
@@ -19,8 +20,18 @@ pub(crate) struct Guest {
 impl Guest {
     /// On the disk's socket.
     pub(crate) fn start(host: &Host, disk: &str) -> Guest {
+        Guest::connect(host, disk, false)
+    }
+
+    /// On the socket of a disk that may not be written to: blkio refuses such a one unless it is told.
+    pub(crate) fn reading(host: &Host, disk: &str) -> Guest {
+        Guest::connect(host, disk, true)
+    }
+
+    fn connect(host: &Host, disk: &str, read_only: bool) -> Guest {
         let mut device = Blkio::new("virtio-blk-vhost-user").unwrap();
         device.set_str("path", host.path(&format!("run/vm/{disk}.sock")).to_str().unwrap()).unwrap();
+        device.set_bool("read-only", read_only).unwrap();
         device.connect().unwrap();
         let queue = device.start().unwrap().queues.remove(0);
         let memory = device.alloc_mem_region(BUFFER).unwrap();
@@ -46,10 +57,14 @@ impl Guest {
     }
 
     pub(crate) fn write(&mut self, offset: u64, len: usize, byte: u8) {
-        assert!(len <= BUFFER);
+        self.write_all(offset, &vec![byte; len]);
+    }
+
+    pub(crate) fn write_all(&mut self, offset: u64, bytes: &[u8]) {
+        assert!(bytes.len() <= BUFFER);
         // SAFETY: as in `read`, and this is the only access.
-        unsafe { std::ptr::write_bytes(self.buffer as *mut u8, byte, len) };
-        self.queue.write(offset, self.buffer as *const u8, len, 0, ReqFlags::empty());
+        unsafe { std::slice::from_raw_parts_mut(self.buffer as *mut u8, bytes.len()) }.copy_from_slice(bytes);
+        self.queue.write(offset, self.buffer as *const u8, bytes.len(), 0, ReqFlags::empty());
         self.wait();
     }
 }

@@ -9,6 +9,8 @@ use nix::sys::signal::{Signal, kill};
 use super::Host;
 use super::front::{Guest, LIMIT};
 
+mod crash;
+
 /// A recording that has begun: its first line is in the pipe.
 fn record(host: &Host, words: &[&str]) -> (Child, std::process::ChildStdout) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_prestagectl"));

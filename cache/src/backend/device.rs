@@ -124,7 +124,17 @@ pub(super) fn measure(store: &str, content: Content, mut file: &File) -> Result<
         inode: meta.ino(),
         // A device node can be made anew on another file system: the device it stands for is what counts.
         device: if meta.file_type().is_block_device() { meta.rdev() } else { meta.dev() },
+        local_clock: nix::sys::statfs::fstatfs(file).is_ok_and(|found| is_local(found.filesystem_type())),
     })
+}
+
+/// Whether a file system stamps its files with this host's clock. Of one that isn't listed nobody knows.
+fn is_local(kind: nix::sys::statfs::FsType) -> bool {
+    use nix::sys::statfs as fs;
+    // XFS and ZFS: XFS_SUPER_MAGIC of <linux/magic.h>, and ZFS_SUPER_MAGIC of OpenZFS.
+    const OTHERS: [i64; 2] = [0x5846_5342, 0x2fc1_2fc1];
+    let listed = [fs::EXT4_SUPER_MAGIC, fs::BTRFS_SUPER_MAGIC, fs::TMPFS_MAGIC, fs::OVERLAYFS_SUPER_MAGIC];
+    listed.contains(&kind) || OTHERS.contains(&kind.0)
 }
 
 /// A regular file's size in bytes as the kernel knows it. Does not block: a file system on a network is not asked

@@ -303,10 +303,15 @@ impl Inner {
     }
 
     async fn flush(&self) -> Result<(), StoreError> {
-        let (files, _under_way) = self.begin(Access::Read, 0, 0)?;
         if self.read_only {
+            let _under_way = self.begin(Access::Read, 0, 0)?;
             return Ok(());
         }
+        self.harden().await
+    }
+
+    async fn harden(&self) -> Result<(), StoreError> {
+        let (files, _under_way) = self.begin(Access::Read, 0, 0)?;
         if self.lost_writes.get() {
             return Err(StoreError::Io { store: self.identity.clone(), what: "flush", errno: libc::EIO });
         }
@@ -458,6 +463,11 @@ impl Backend for FileBackend {
     fn flush(&self) -> LocalBoxFuture<Result<(), StoreError>> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move { inner.flush().await })
+    }
+
+    fn harden(&self) -> LocalBoxFuture<Result<(), StoreError>> {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(async move { inner.harden().await })
     }
 
     fn discard(&self, offset: u64, len: u64) -> LocalBoxFuture<Result<(), StoreError>> {

@@ -32,13 +32,31 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 /// Identifies the state of a file between two runs: unchanged means that what was cached from it is still true.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Stamp {
     pub size_bytes: u64,
     pub mtime_ns: i128,
     pub ctime_ns: i128,
     pub inode: u64,
     pub device: u64,
+    /// The times are of this host's clock, as they are on a file system of its own.
+    pub local_clock: bool,
+}
+
+impl Stamp {
+    /// One number for the states of several files, in order: the same only if all of them are the same.
+    pub(crate) fn mixed_into(self, others: u64) -> u64 {
+        let Stamp { size_bytes, mtime_ns, ctime_ns, inode, device, local_clock: _ } = self;
+        // Nanoseconds since 1970 fit until 2554.
+        let words = [size_bytes, mtime_ns as u64, ctime_ns as u64, inode, device];
+        words.into_iter().fold(others, |mixed, word| {
+            // Murmur3's 64-bit finalizer (A. Appleby, public domain).
+            let mut x = mixed.rotate_left(23) ^ word ^ 0x9e37_79b9_7f4a_7c15;
+            x = (x ^ (x >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+            x = (x ^ (x >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+            x ^ (x >> 33)
+        })
+    }
 }
 
 /// What is known about a store.
@@ -61,7 +79,7 @@ pub struct StoreInfo {
     pub can_discard: bool,
     /// Whether zeroes can be written without sending them. [`Backend::write_zeroes`] works in any case.
     pub can_write_zeroes: bool,
-    /// `None` where the store has nothing to compare (NBD, block devices).
+    /// `None` where the store has nothing to compare (NBD but for [`NbdOptions::files`], block devices).
     pub version_stamp: Option<Stamp>,
 }
 
@@ -113,6 +131,15 @@ pub trait Backend: fmt::Debug {
     /// # Errors
     /// [`StoreError`]; nothing is known about the durability of earlier writes then.
     fn flush(&self) -> LocalBoxFuture<Result<(), StoreError>>;
+
+    /// Puts everything that anybody has written onto stable storage: other processes too, and also where this one may only
+    /// read. A store of another host that may only be read is that host's to keep.
+    ///
+    /// # Errors
+    /// As of [`Backend::flush`].
+    fn harden(&self) -> LocalBoxFuture<Result<(), StoreError>> {
+        self.flush()
+    }
 
     /// Tells the store that the range's content is no longer needed. A hint: without support it does nothing. Reads
     /// of the range are unspecified afterwards.

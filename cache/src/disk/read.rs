@@ -13,11 +13,13 @@ use crate::ssd::Outcome as SlotOutcome;
 use crate::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PAGES_PER_BLOCK, PageMask, PageRange};
 use futures_util::future::join_all;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Rounds of plan, fill and wait before a read goes past the cache: each round fails only if writes keep overtaking
 /// its fills or the tier is too small for what is under way.
 const ROUNDS: usize = 4;
+/// An SSD that takes longer than this is worse than most stores: it is bypassed for a while.
+const SSD_PATIENCE: Duration = Duration::from_millis(500);
 /// Blocks that the fast path takes in one go; larger reads are rare and take the other path.
 const FAST_BLOCKS: usize = 9;
 const _: () = assert!(FAST_BLOCKS <= crate::policy::HIT_BLOCKS);
@@ -402,8 +404,14 @@ impl Storage {
         let (fd, storage) = self.ssd.as_ref()?;
         let tier = self.shared.ssd()?;
         let read = tier.begin_read(*storage, block)?;
-        let (result, bufs) = self.shard.read_exact_at(fd, vec![IoBuf::heap(BLOCK_BYTES)], read.offset()).await;
+        let io = self.shard.read_exact_at(fd, vec![IoBuf::heap(BLOCK_BYTES)], read.offset());
         add(&self.counters.ssd_reads, 1);
+        let Ok((result, bufs)) = self.shard.timeout(SSD_PATIENCE, io).await else {
+            // The buffer stays with the operation until the device gives it back.
+            add(&self.counters.ssd_read_errors, 1);
+            tier.note_outage("a read took longer than half a second");
+            return None;
+        };
         add(&self.counters.ssd_read_bytes, BLOCK_BYTES as u64);
         let (buffer, outcome) = match (result, bufs.into_iter().next()) {
             (Ok(BLOCK_BYTES), Some(IoBuf::Heap(buffer))) => {

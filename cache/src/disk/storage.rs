@@ -1,6 +1,6 @@
 //! A storage on its shard.
 
-use crate::backend::{Backend, LayerMap, StoreInfo};
+use crate::backend::{Backend, LayerMap, StoreError, StoreInfo};
 use crate::cache::{Shared, StorageHandle};
 use crate::counters::StorageCounters;
 use crate::engine::{OneshotReceiver, OneshotSender, Shard, oneshot};
@@ -33,6 +33,8 @@ pub struct Storage {
     pub(super) counters: Arc<StorageCounters>,
     /// The SSD tier's file on this shard and this storage's number in it.
     pub(super) ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+    /// The versions of what it stands on.
+    seal: u64,
     /// What the store holds itself, and what it stands on otherwise.
     pub(super) map: Option<Arc<LayerMap>>,
     pub(super) below: Option<StorageHandle>,
@@ -59,6 +61,7 @@ impl Storage {
             shard,
             shared,
             map: backend.map(),
+            seal: crate::cache::seal(below.as_ref()),
             below,
             backend,
             counters,
@@ -113,7 +116,7 @@ impl Storage {
     ///
     /// # Errors
     /// The store cannot be asked, or has shrunk.
-    pub async fn refresh_size(&self) -> Result<u64, crate::backend::StoreError> {
+    pub async fn refresh_size(&self) -> Result<u64, StoreError> {
         let size = self.backend.refresh_size().await?;
         self.shared.core().add_storage(self.id, self.pages());
         Ok(size)
@@ -130,7 +133,15 @@ impl Storage {
         }
         if let (Some((_, ssd)), Some(tier)) = (&self.ssd, self.shared.ssd()) {
             if parted && self.backend.info().version_stamp.is_none() {
-                tier.drop_storage(*ssd);
+                // On record before others may write.
+                let (tier, ssd) = (tier.clone(), *ssd);
+                if let Err(error) = self.shard.blocking(move || tier.forget(ssd)).await {
+                    tracing::error!(%error, "what the SSD tier has of a store that is given away could not be dropped");
+                }
+            }
+            // A loss of power after this must not take from the store what the tier has.
+            if self.flush_store().await.is_ok() {
+                tier.note_flushed(*ssd);
             }
             tier.release_storage(*ssd, self.stamp_now().await);
         }
@@ -139,10 +150,39 @@ impl Storage {
         LOCAL.with_borrow_mut(|map| map.remove(&self.id));
     }
 
+    /// Flushes the store. An image may write its tables then: our own doing, as far as the SSD tier is concerned.
+    pub(super) async fn flush_store(&self) -> Result<(), StoreError> {
+        let tier = self.ssd.as_ref().zip(self.shared.ssd());
+        let writes = self.map.is_some() && !self.backend.info().read_only;
+        let flushing = tier.filter(|_| writes).map(|((_, ssd), tier)| tier.begin_flush(*ssd));
+        let result = self.backend.flush().await;
+        if let Some(flushing) = flushing {
+            flushing.end();
+        }
+        result
+    }
+
+    /// Makes durable on the store what was written, for a checkpoint of the SSD tier, and tells the tier the store's
+    /// version if nothing was written meanwhile.
+    pub(crate) async fn settle(&self) -> bool {
+        let Some(((_, ssd), tier)) = self.ssd.as_ref().zip(self.shared.ssd()) else { return true };
+        if self.closing() {
+            return false;
+        }
+        let quiet = tier.quiet_since(*ssd);
+        if self.flush_store().await.is_err() {
+            return false;
+        }
+        if let Some(quiet) = quiet {
+            tier.settle_stamp(*ssd, quiet, self.stamp_now().await);
+        }
+        true
+    }
+
     /// The store's version as it is now: our own writes have changed it since it was opened.
     async fn stamp_now(&self) -> Option<crate::ssd::Stamp> {
         let _ = self.backend.refresh_size().await;
-        self.backend.info().version_stamp.map(crate::cache::ssd_stamp)
+        self.backend.info().version_stamp.map(|stamp| crate::cache::ssd_stamp(stamp, self.seal))
     }
 }
 

@@ -5,10 +5,21 @@ use super::{Disk, Storage};
 use crate::access::AccessOp;
 use crate::backend::{Extent, StoreError};
 use crate::counters::add;
-use crate::engine::{AlignedBuf, IoBuf};
+use crate::engine::{AlignedBuf, IoBuf, Shard};
 use crate::policy::{WriteEnd, WriteId};
+use crate::ssd::GuestWrite;
 use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageRange};
+use std::future::poll_fn;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+/// A healthy SSD marks a region in a fraction of a millisecond, a busy one in some tens. One that takes longer than this is
+/// given up: a guest must not wait for a cache.
+const MARK_WAIT: Duration = Duration::from_secs(1);
+/// How long to wait until it is on record elsewhere that the SSD tier must not be believed.
+const VETO_WAIT: Duration = Duration::from_secs(1);
 
 impl Disk {
     /// Writes `data` at `offset`. The bytes are the caller's copy: a guest that changes its buffer meanwhile changes
@@ -44,7 +55,7 @@ impl Disk {
     pub async fn flush(&self) -> Result<(), StoreError> {
         let _running = Running::new(&self.storage);
         add(&self.counters.flushes, 1);
-        let result = self.storage.backend.flush().await;
+        let result = self.storage.flush_store().await;
         self.storage.counters.health.note(&result);
         result
     }
@@ -57,8 +68,7 @@ impl Disk {
         let _running = Running::new(&self.storage);
         self.note(AccessOp::Discard, offset, len, false);
         add(&self.counters.discards, 1);
-        let change = self.storage.backend.discard(offset, len);
-        self.storage.changing(offset, len, change).await
+        self.storage.changing(offset, len, || self.storage.backend.discard(offset, len)).await
     }
 
     /// Zeroes the range, with `may_unmap` perhaps by unmapping it.
@@ -68,7 +78,7 @@ impl Disk {
     pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<(), StoreError> {
         let _running = Running::new(&self.storage);
         self.note(AccessOp::Discard, offset, len, false);
-        let change = self.storage.backend.write_zeroes(offset, len, may_unmap);
+        let change = || self.storage.backend.write_zeroes(offset, len, may_unmap);
         let result = self.storage.changing(offset, len, change).await;
         self.count_write(len, result.is_ok());
         result
@@ -88,16 +98,41 @@ impl Disk {
 struct Write<'a> {
     storage: &'a Storage,
     id: Option<WriteId>,
+    /// With the SSD tier. Left behind if the task is dropped: then nobody knows whether the store still takes the write.
+    ssd: Option<GuestWrite>,
 }
 
 impl Write<'_> {
     fn begin(storage: &Storage, offset: u64, len: u64) -> Write<'_> {
         let id = storage.shared.core().begin_write(storage.id, offset, len);
-        if let (Some((_, ssd)), Some(tier)) = (&storage.ssd, storage.shared.ssd()) {
+        let ssd = storage.ssd.as_ref().zip(storage.shared.ssd()).map(|((_, ssd), tier)| {
             let range = PageRange::covering(offset, len);
-            tier.invalidate(*ssd, range.first, range.count);
+            tier.begin_write(*ssd, range.first, range.count)
+        });
+        Write { storage, id, ssd }
+    }
+
+    /// Waits until the store may be written to: a crash must not bring back what the SSD tier had of the range.
+    async fn permitted(&mut self) {
+        let Some(write) = &mut self.ssd else { return };
+        if write.must_wait() {
+            add(&self.storage.counters.ssd_marks, 1);
+            let shard = &self.storage.shard;
+            if !ready_within(shard, write, MARK_WAIT).await
+                && let Some(tier) = self.storage.shared.ssd()
+            {
+                tier.distrust("marking what guests write to took longer than a second");
+                ready_within(shard, write, VETO_WAIT).await;
+            }
         }
-        Write { storage, id }
+        write.submit();
+    }
+
+    /// The store has answered.
+    fn answered(&mut self) {
+        if let Some(write) = self.ssd.take() {
+            write.end();
+        }
     }
 
     /// The store has `data` at `offset`: the RAM tier follows.
@@ -119,6 +154,16 @@ impl Write<'_> {
     }
 }
 
+/// Whether a write may go on before `limit` is over.
+async fn ready_within(shard: &Shard, write: &GuestWrite, limit: Duration) -> bool {
+    let mut patience = pin!(shard.sleep(limit));
+    poll_fn(|context| match write.poll_ready(context) {
+        Poll::Ready(()) => Poll::Ready(true),
+        Poll::Pending => patience.as_mut().poll(context).map(|()| false),
+    })
+    .await
+}
+
 impl Drop for Write<'_> {
     fn drop(&mut self) {
         if let Some(id) = self.id.take() {
@@ -131,10 +176,12 @@ impl Drop for Write<'_> {
 impl Storage {
     async fn write(self: &Rc<Self>, offset: u64, data: AlignedBuf, fua: bool) -> Result<(), StoreError> {
         let len = data.len() as u64;
-        let write = Write::begin(self, offset, len);
+        let mut write = Write::begin(self, offset, len);
+        write.permitted().await;
         add(&self.counters.store_writes, 1);
         add(&self.counters.store_write_bytes, len);
         let (result, bufs) = self.backend.write(offset, vec![IoBuf::Heap(data)], fua).await;
+        write.answered();
         self.counters.health.note(&result);
         match (result, bufs.first()) {
             (Ok(()), Some(data)) => {
@@ -149,14 +196,15 @@ impl Storage {
     }
 
     /// Runs something that changes the store's content in a way that the cache does not follow byte by byte.
-    async fn changing(
-        &self,
-        offset: u64,
-        len: u64,
-        change: impl Future<Output = Result<(), StoreError>>,
-    ) -> Result<(), StoreError> {
-        let _write = Write::begin(self, offset, len);
+    async fn changing<F>(&self, offset: u64, len: u64, change: impl FnOnce() -> F) -> Result<(), StoreError>
+    where
+        F: Future<Output = Result<(), StoreError>>,
+    {
+        let mut write = Write::begin(self, offset, len);
+        write.permitted().await;
         add(&self.counters.store_writes, 1);
-        change.await.inspect_err(|_| add(&self.counters.store_write_errors, 1))
+        let result = change().await;
+        write.answered();
+        result.inspect_err(|_| add(&self.counters.store_write_errors, 1))
     }
 }

@@ -45,7 +45,6 @@ pub(super) enum Op {
     Sync,
 }
 
-#[derive(Debug)]
 pub(super) struct Device {
     pub(super) file: File,
     pub(super) path: PathBuf,
@@ -57,6 +56,15 @@ pub(super) struct Device {
     pub(super) log: parking_lot::Mutex<Vec<Op>>,
     #[cfg(test)]
     pub(super) fail_writes: std::sync::atomic::AtomicBool,
+    /// Takes the place of the file.
+    #[cfg(test)]
+    sim: Option<std::sync::Arc<dyn super::tests::Simulated>>,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 impl Device {
@@ -83,6 +91,8 @@ impl Device {
             log: parking_lot::Mutex::default(),
             #[cfg(test)]
             fail_writes: false.into(),
+            #[cfg(test)]
+            sim: None,
         };
         device.lock()?;
         // Whoever created it may have given up and removed it between our opening and our locking it.
@@ -91,6 +101,21 @@ impl Device {
             return Err(SsdError::InUse { path: path.to_owned(), by: "it was removed just now" });
         }
         Ok(device)
+    }
+
+    /// A device of the tests' making.
+    #[cfg(test)]
+    pub(super) fn simulated(sim: std::sync::Arc<dyn super::tests::Simulated>) -> Device {
+        Device {
+            file: tempfile::tempfile().unwrap(),
+            path: "/simulated".into(),
+            is_block_device: false,
+            is_direct: false,
+            created: false,
+            log: parking_lot::Mutex::default(),
+            fail_writes: false.into(),
+            sim: Some(sim),
+        }
     }
 
     fn lock(&self) -> Result<(), SsdError> {
@@ -128,18 +153,30 @@ impl Device {
     }
 
     pub(super) fn len(&self) -> Result<u64, SsdError> {
+        #[cfg(test)]
+        if let Some(sim) = &self.sim {
+            return Ok(sim.len());
+        }
         let mut file = &self.file;
         file.seek(SeekFrom::End(0)).map_err(|e| self.error("find the size of", e))
     }
 
     /// Whether a regular file has any data at all. A file system that cannot tell has.
     pub(super) fn has_data(&self) -> bool {
+        #[cfg(test)]
+        if self.sim.is_some() {
+            return true;
+        }
         let end = nix::unistd::lseek(&self.file, 0, nix::unistd::Whence::SeekData);
         self.is_block_device || end != Err(Errno::ENXIO)
     }
 
     /// Makes a regular file `bytes` long, with its blocks allocated if `preallocate`. Returns whether they are.
     pub(super) fn set_len(&self, bytes: u64, preallocate: bool) -> Result<bool, SsdError> {
+        #[cfg(test)]
+        if let Some(sim) = &self.sim {
+            return sim.set_len(bytes).map(|()| false).map_err(|e| self.error("set the size of", e));
+        }
         let found = self.file.metadata().map_err(|e| self.error("examine", e))?;
         let preallocated = preallocate && found.len() < bytes && self.allocate(&found, bytes)?;
         // Also the short cut for the fallback: extends sparsely, or cuts off.
@@ -187,6 +224,10 @@ impl Device {
 
     /// Reads whole sectors. What lies beyond the end is zero; returns how many bytes do not.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(sim) = &self.sim {
+            return sim.read(offset, buf);
+        }
         let mut done = 0;
         while done < buf.len() {
             match self.file.read_at(&mut buf[done..], offset + done as u64) {
@@ -223,6 +264,9 @@ impl Device {
             if self.fail_writes.load(std::sync::atomic::Ordering::Relaxed) {
                 return Err(Errno::EIO.into());
             }
+            if let Some(sim) = &self.sim {
+                return sim.write(offset, bytes);
+            }
             self.log.lock().push(Op::Write(offset, bytes.to_vec()));
         }
         self.file.write_all_at(bytes, offset)
@@ -230,7 +274,12 @@ impl Device {
 
     pub(super) fn sync(&self) -> io::Result<()> {
         #[cfg(test)]
-        self.log.lock().push(Op::Sync);
+        {
+            if let Some(sim) = &self.sim {
+                return sim.sync();
+            }
+            self.log.lock().push(Op::Sync);
+        }
         self.file.sync_data()
     }
 }

@@ -7,7 +7,7 @@
 //! 64 KiB          4 KiB       superblock, copy B
 //! 68 KiB          60 KiB      zero
 //! 128 KiB         2 MiB       storage table: 4096 entries of 512 bytes
-//! 2 MiB+128 KiB   1 MiB       write-intent bitmap: reserved, zero in version 1 (see below)
+//! 2 MiB+128 KiB   1 MiB       write-intent bitmap: 2048 chunks of 512 bytes
 //! 3 MiB+128 KiB   896 KiB     zero
 //! 4 MiB           …           groups
 //!
@@ -19,9 +19,9 @@
 //! the slab let it grow and shrink in place: slot `n` lies at the same offset whatever the slab's size.
 //!
 //! All integers are little-endian. Reserved bytes are zero. Every structure has a CRC-32C (Castagnoli, RFC 3720 B.4)
-//! over all its bytes with the CRC field as zero; those of table entries and slot records are seeded with the slab's
-//! random identity and their own position, so that leftovers of an earlier slab and misdirected writes are not taken
-//! for records.
+//! over all its bytes with the CRC field as zero; those of table entries, slot records and bitmap chunks are seeded with
+//! the slab's random identity and their own position, so that leftovers of an earlier slab and misdirected writes are not
+//! taken for records.
 //!
 //! ```text
 //! superblock (4096)                    table entry (512)               slot record (64)
@@ -34,35 +34,50 @@
 //!  52 u32  page bytes                   24 i64 store: mtime in ns       16 u64 block
 //!  56 u32  record bytes                 32 i64 store: ctime in ns       24 u64 sequence
 //!  60 u32  slots a group                40 u64 store: inode             32 u64 checkpoint
-//!  64 u64  slots                        48 u64 store: device            40 [24] reserved
-//!  72 u64  used end                     56 u64 reserved
+//!  64 u64  slots                        48 u64 store: device            40 u64 the entry's epoch
+//!  72 u64  used end                     56 u64 epoch                    48 [16] reserved
 //!  80 u64  table offset                 64 [448] identity, UTF-8
 //!  88 u64  write-intent offset
-//!  96 u64  groups offset
-//! 104 u32  table end
-//! 108 u32  1: clean
-//! 112 u64  hand of the clock
+//!  96 u64  groups offset                                                bitmap chunk (512)
+//! 104 u32  table end                                                      0 u32 CRC
+//! 108 u32  flags: 1 clean, 2 kept                                         4 [12] reserved
+//! 112 u64  hand of the clock                                             16 [496] 3968 bits
 //! 120 u64  next sequence
 //! 128 u64  checkpoint
 //! ```
 //! An all-zero table entry or slot record is a free one. Records at or beyond `used end` and entries at or beyond
-//! `table end` are never read.
+//! `table end` are never read. A chunk of the bitmap that is damaged, or all zero, has all of its bits set.
 //!
-//! **Order of writes.** Opening: superblock A with the clean flag off, sync, B the same, sync; only then is the slab
-//! used. Closing: records and table of a new checkpoint (its number is the generation of the superblock that will
-//! name it), sync (this also flushes the data slots), superblock A with the clean flag on, sync, B the same, sync.
-//! The valid copy with the higher generation counts. Whatever a crash cuts off, either the newest superblock says
-//! clean, and then every record and all data it names were synced before, or it says dirty and everything is dropped.
+//! **Three states.** *Clean*: closed; records and table are complete. *Kept* (flag 2): in use by a program that keeps
+//! records and bitmap as below; recovery takes what they vouch for. *Neither*: in use by a program that does not; all it
+//! holds is dropped. Programs before flag 2 take a kept slab for one of the last kind, and leave such a one behind.
+//!
+//! **What a record promises.** Its data is what the store held, unless the data's CRC says that the slot was used for
+//! something else since, or the block's region (64 MiB of a storage) has its bit set. Hence:
+//!
+//! 1. Before a guest's write goes to a store, the region's bit is on the disk ([`super::intents`]).
+//! 2. A bit is cleared by a checkpoint alone ([`super::checkpoint`]): no write to the region was under way when it began,
+//!    none has come since, what was written before is durable *on the store* (else the store's loss of power would take
+//!    back what the cache has), and every record that changed before has been rewritten and synced.
+//! 3. A record belongs to an entry by index *and epoch*, a random number: an entry that is given to another storage, or
+//!    whose storage changed behind our back, gets a new one, and no record of the old one counts any more. Regions are
+//!    hashed from the identity and not from the index, so that a storage that moves to another index has the same bits.
+//!
+//! So any mixture of old and new records is true, in whatever order and however torn they reach the disk, and two
+//! records of one block are both true. Records may be older than the data (the CRC tells) or newer; nothing orders
+//! them but the sync before bits are cleared. What is not on record is lost, at the price of reading it again.
+//!
+//! **Order of writes.** Opening: table and bitmap are made valid, sync, superblock A as *kept*, sync, B the same, sync;
+//! only then is the slab used. `used end` and `table end` are raised after all records and entries below them have been
+//! written and synced. Closing: records and table of a new checkpoint (its number is the generation of the superblock that
+//! will name it), sync (this also flushes the data slots), superblock A with the clean flag on, sync, B the same, sync.
+//! The valid copy with the higher generation counts. Recovery itself writes a superblock that says the same as before;
+//! slots that it drops are rewritten by the next checkpoint, which is also the first that may clear a bit.
 //! A record whose checkpoint is below the superblock's is one that a device promised to write and did not: its slot
 //! is dropped.
 //!
-//! **Room for crash safety, same version.** A program of version 1 that finds a dirty slab drops it, so a later one
-//! may keep records and the bitmap up to date while the slab is dirty: (1) `used end` is raised before a slot beyond
-//! it is used; (2) a slot's data is written and synced, then its record with `sequence` from a counter (of two
-//! records of one block the higher counts) and the current `checkpoint`; (3) before the first guest write to a 64 MiB
-//! region of a store, bit `crc32c(storage index u16, region u64) mod 2^23` of the bitmap is set and synced; bits are
-//! cleared by a checkpoint. Recovery then drops the slots whose region's bit is set, and the data's CRC finds slots
-//! that were being overwritten.
+//! **A slab that is given up** (its device failed an intent, an older program had it) goes on under a new random identity,
+//! for which no record counts.
 
 use super::Stamp;
 use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageMask};
@@ -78,6 +93,14 @@ pub(super) const TABLE_ENTRIES: usize = 4096;
 pub(super) const ENTRY_BYTES: usize = 512;
 pub(super) const IDENTITY_BYTES: usize = 448;
 pub(super) const INTENT_OFFSET: u64 = TABLE_OFFSET + (TABLE_ENTRIES * ENTRY_BYTES) as u64;
+pub(super) const CHUNK_BYTES: usize = 512;
+const CHUNK_HEADER_BYTES: usize = 16;
+/// Bits of a chunk, in words of 64.
+pub(super) const CHUNK_WORDS: usize = (CHUNK_BYTES - CHUNK_HEADER_BYTES) / 8;
+pub(super) const INTENT_CHUNKS: usize = 2048;
+pub(super) const CHUNKS_A_SECTOR: usize = SECTOR_BYTES / CHUNK_BYTES;
+/// Pages of a region: 64 MiB. Smaller ones would cost more syncs, larger ones more blocks after a crash.
+pub(super) const REGION_PAGES: u64 = (64 << 20) / PAGE_BYTES as u64;
 pub(super) const GROUPS_OFFSET: u64 = 4 << 20;
 pub(super) const GROUP_SLOTS: u32 = 4096;
 pub(super) const RECORD_BYTES: usize = 64;
@@ -123,6 +146,8 @@ pub(super) struct Superblock {
     pub(super) used_end: u64,
     pub(super) table_end: u32,
     pub(super) clean: bool,
+    /// Records and bitmap are kept up to date while the slab is in use.
+    pub(super) kept: bool,
     pub(super) hand: u64,
     pub(super) next_sequence: u64,
     pub(super) checkpoint: u64,
@@ -194,7 +219,7 @@ impl Superblock {
         put(&mut to, 88, INTENT_OFFSET.to_le_bytes());
         put(&mut to, 96, GROUPS_OFFSET.to_le_bytes());
         put(&mut to, 104, self.table_end.to_le_bytes());
-        put(&mut to, 108, u32::from(self.clean).to_le_bytes());
+        put(&mut to, 108, (u32::from(self.clean) | u32::from(self.kept) << 1).to_le_bytes());
         put(&mut to, 112, self.hand.to_le_bytes());
         put(&mut to, 120, self.next_sequence.to_le_bytes());
         put(&mut to, 128, self.checkpoint.to_le_bytes());
@@ -209,7 +234,8 @@ impl Superblock {
             return Copy::Blank;
         }
         if sector.len() < SECTOR_BYTES {
-            return Copy::Foreign;
+            // The first write to a new slab, cut off.
+            return if sector.starts_with(&MAGIC) { Copy::Damaged } else { Copy::Foreign };
         }
         let sector = &sector[..SECTOR_BYTES];
         let bits_off: u32 = sector.iter().zip(MAGIC).map(|(a, b)| (a ^ b).count_ones()).sum();
@@ -250,6 +276,7 @@ impl Superblock {
             used_end: get_u64(sector, 72),
             table_end: get_u32(sector, 104),
             clean: get_u32(sector, 108) & 1 == 1,
+            kept: get_u32(sector, 108) & 2 == 2,
             hand: get_u64(sector, 112),
             next_sequence: get_u64(sector, 120),
             checkpoint: get_u64(sector, 128),
@@ -276,6 +303,8 @@ pub(super) enum Found<T> {
 pub(super) struct TableEntry {
     pub(super) identity: String,
     pub(super) stamp: Option<Stamp>,
+    /// Records of another one are not this storage's.
+    pub(super) epoch: u64,
 }
 
 impl TableEntry {
@@ -292,6 +321,7 @@ impl TableEntry {
         put(to, 32, stamp.ctime_ns.to_le_bytes());
         put(to, 40, stamp.inode.to_le_bytes());
         put(to, 48, stamp.device.to_le_bytes());
+        put(to, 56, self.epoch.to_le_bytes());
         to[64..64 + len].copy_from_slice(&identity[..len]);
         let crc = crc_without(seed(slab_id, b'T', u64::from(index)), &to[..ENTRY_BYTES], 0);
         put(to, 0, crc.to_le_bytes());
@@ -318,7 +348,7 @@ impl TableEntry {
             inode: get_u64(from, 40),
             device: get_u64(from, 48),
         });
-        Found::Valid(TableEntry { identity: identity.to_owned(), stamp })
+        Found::Valid(TableEntry { identity: identity.to_owned(), stamp, epoch: get_u64(from, 56) })
     }
 }
 
@@ -332,6 +362,7 @@ pub(super) struct SlotRecord {
     pub(super) checksum: u32,
     pub(super) sequence: u64,
     pub(super) checkpoint: u64,
+    pub(super) epoch: u64,
 }
 
 impl SlotRecord {
@@ -345,6 +376,7 @@ impl SlotRecord {
         put(to, 16, self.block.to_le_bytes());
         put(to, 24, self.sequence.to_le_bytes());
         put(to, 32, self.checkpoint.to_le_bytes());
+        put(to, 40, self.epoch.to_le_bytes());
         let crc = crc_without(seed(slab_id, b'S', u64::from(slot)), &to[..RECORD_BYTES], 0);
         put(to, 0, crc.to_le_bytes());
     }
@@ -367,10 +399,40 @@ impl SlotRecord {
             block: get_u64(from, 16),
             sequence: get_u64(from, 24),
             checkpoint: get_u64(from, 32),
+            epoch: get_u64(from, 40),
         };
         let sane = !found.valid.is_empty() && found.written.contains(found.valid) && found.block <= MAX_BLOCK;
         if sane { Found::Valid(found) } else { Found::Damaged }
     }
+}
+
+/// Bits of one chunk of the write-intent bitmap.
+pub(super) type ChunkBits = [u64; CHUNK_WORDS];
+
+/// `to`: 512 zero bytes.
+pub(super) fn encode_chunk(slab_id: &SlabId, chunk: usize, bits: &[u64], to: &mut [u8]) {
+    for (i, word) in bits.iter().take(CHUNK_WORDS).enumerate() {
+        put(to, CHUNK_HEADER_BYTES + i * 8, word.to_le_bytes());
+    }
+    let crc = crc_without(seed(slab_id, b'I', chunk as u64), &to[..CHUNK_BYTES], 0);
+    put(to, 0, crc.to_le_bytes());
+}
+
+/// `from`: 512 bytes. `None`: damaged, or never written.
+pub(super) fn decode_chunk(slab_id: &SlabId, chunk: usize, from: &[u8]) -> Option<ChunkBits> {
+    let from = &from[..CHUNK_BYTES];
+    if crc_without(seed(slab_id, b'I', chunk as u64), from, 0) != get_u32(from, 0) {
+        return None;
+    }
+    let mut bits = [0; CHUNK_WORDS];
+    bits.iter_mut().enumerate().for_each(|(i, word)| *word = get_u64(from, CHUNK_HEADER_BYTES + i * 8));
+    Some(bits)
+}
+
+/// Where the regions of a storage begin in the bitmap: region `r` has the bit that lies `r` further on, round the end.
+/// Neighbours share a chunk, so that a guest that writes much sets many bits with one write.
+pub(super) fn first_region_bit(identity: &str) -> u64 {
+    u64::from(crc32c::crc32c(identity.as_bytes()))
 }
 
 /// CRC-32C of a slot's data: of (storage index, block, mask), so that the right bytes in the wrong slot do not pass,

@@ -88,6 +88,20 @@ impl Health {
             self.failures_in_a_row = 0;
             self.phase = Phase::Degraded { reason: what.to_owned(), since, retry_at: now.saturating_add(back_off) };
         }
+        self.log_due(now)
+    }
+
+    /// The device must not be used, however few its failures were.
+    pub(super) fn give_up(&mut self, now: Duration, what: &str) -> Option<u64> {
+        // An outage that goes on takes the next back-off, as in `note_failure`.
+        self.failures_in_a_row = FAILURES_IN_A_ROW;
+        if matches!(self.phase, Phase::Degraded { .. }) {
+            return self.log_due(now);
+        }
+        self.note_failure(now, what)
+    }
+
+    fn log_due(&mut self, now: Duration) -> Option<u64> {
         self.unlogged += 1;
         if self.last_log.is_some_and(|last| now.saturating_sub(last) < LOG_EVERY) {
             return None;

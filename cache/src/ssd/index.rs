@@ -9,14 +9,16 @@
 //! - A block has at most one live slot and at most one pending one. A slot's data never changes while it is live: a new
 //!   copy goes to a pending slot, and the live one leaves when the pending one has been written.
 
-use super::format::{MAX_BLOCK, SlotRecord};
-use super::slots::{ABORTED, FAILED, NO_SLOT, REFERENCED, Slot, SlotState, Slots};
+use super::format::{MAX_BLOCK, RECORD_BYTES, SECTOR_BYTES, SlotRecord};
+use super::slots::{ABORTED, FAILED, NO_SLOT, RECOVERED, REFERENCED, Slot, SlotState, Slots};
 use super::storages::Storages;
 use crate::types::{BlockIndex, PageMask};
 use hashbrown::HashTable;
 use std::hash::{BuildHasher, RandomState};
 
 const PARTS: usize = 256;
+/// Records are written by whole sectors.
+pub(super) const RECORDS_A_SECTOR: u32 = (SECTOR_BYTES / RECORD_BYTES) as u32;
 /// So many slots the hand looks at before it takes a slot that was read since it passed: bounds the time under the
 /// lock.
 const LONGEST_SWEEP: u32 = 1024;
@@ -68,6 +70,8 @@ pub(super) struct Index {
     free: u32,
     hand: u32,
     seed: u64,
+    /// Sectors of 64 records that differ from what is on the disk, a bit each.
+    changed: Vec<u64>,
     pub(super) storages: Storages,
     pub(super) counters: Counters,
 }
@@ -106,6 +110,7 @@ impl Index {
             free: NO_SLOT,
             hand: 0,
             seed: RandomState::new().hash_one(0u64),
+            changed: Vec::new(),
             storages: Storages::default(),
             counters: Counters::default(),
         }
@@ -126,7 +131,10 @@ impl Index {
 
     pub(super) fn bytes(&self) -> u64 {
         let tables: usize = self.parts.iter().chain([&self.pending]).map(HashTable::allocation_size).sum();
-        self.slots.bytes() + self.storages.bytes() + (tables + PARTS * size_of::<HashTable<u32>>()) as u64
+        self.slots.bytes()
+            + self.changed.capacity() as u64 * 8
+            + self.storages.bytes()
+            + (tables + PARTS * size_of::<HashTable<u32>>()) as u64
     }
 
     fn live(&self, key: Key) -> Option<u32> {
@@ -160,6 +168,16 @@ impl Index {
             written: slot.written,
             checksum: slot.checksum,
         })
+    }
+
+    /// Whether what a slot holds is known from a record that a crash may have made older than its data.
+    pub(super) fn is_unproven(&self, ticket: &ReadTicket) -> bool {
+        self.slots.get(ticket.slot).has(RECOVERED)
+    }
+
+    /// It was read, and is what was written.
+    pub(super) fn prove(&mut self, ticket: &ReadTicket) {
+        self.slots.get_mut(ticket.slot).flags &= !RECOVERED;
     }
 
     /// Ends a read. `bad`: the slot must not be read again; `failed`: nor its place be written again. Returns the pages
@@ -248,6 +266,7 @@ impl Index {
         self.counters.used_slots += 1;
         self.counters.inserts += 1;
         self.add_live(number);
+        self.touch(number);
         true
     }
 
@@ -279,6 +298,7 @@ impl Index {
                 } else {
                     slot.valid = slot.valid.minus(hit);
                     self.counters.valid_pages -= hit.count();
+                    self.touch(number);
                 }
             }
             SlotState::Free | SlotState::Leaving | SlotState::Retired => {}
@@ -325,6 +345,7 @@ impl Index {
         slot.state = SlotState::Leaving;
         let readers = slot.readers;
         self.storages.count_slots(key.storage(), -1);
+        self.touch(number);
         let hash = mix(self.seed, key);
         remove(&mut self.parts[part_of(hash)], hash, number);
         if readers == 0 {
@@ -377,8 +398,50 @@ impl Index {
         referenced
     }
 
-    /// Restores the next slot in order from disk. `false`: its block is in an earlier slot already, and now in neither.
-    pub(super) fn restore(&mut self, record: Option<&SlotRecord>) -> bool {
+    /// The record of a slot is not what the disk has.
+    pub(super) fn touch(&mut self, number: u32) {
+        self.touch_sector(number / RECORDS_A_SECTOR);
+    }
+
+    pub(super) fn touch_sector(&mut self, sector: u32) {
+        let word = sector as usize / 64;
+        if self.changed.len() <= word {
+            self.changed.resize(word + 1, 0);
+        }
+        self.changed[word] |= 1 << (sector % 64);
+    }
+
+    pub(super) fn touch_all(&mut self) {
+        (0..self.slots.len().div_ceil(RECORDS_A_SECTOR)).for_each(|sector| self.touch_sector(sector));
+    }
+
+    /// The first changed sector of records at or after `from`.
+    pub(super) fn next_changed(&self, from: u32) -> Option<u32> {
+        let mut word = from as usize / 64;
+        let mut bits = self.changed.get(word)? & (u64::MAX << (from % 64));
+        while bits == 0 {
+            word += 1;
+            bits = *self.changed.get(word)?;
+        }
+        Some(word as u32 * 64 + bits.trailing_zeros())
+    }
+
+    /// Takes a sector of records: what is to be written, all zero where nothing is live. It counts as written.
+    pub(super) fn take_sector(&mut self, sector: u32, checkpoint: u64, mut encode: impl FnMut(u32, &SlotRecord)) {
+        if let Some(word) = self.changed.get_mut(sector as usize / 64) {
+            *word &= !(1 << (sector % 64));
+        }
+        let first = sector.saturating_mul(RECORDS_A_SECTOR);
+        for number in first..first.saturating_add(RECORDS_A_SECTOR).min(self.slots.len()) {
+            if let Some(record) = self.record(number, checkpoint, checkpoint) {
+                encode(number, &record);
+            }
+        }
+    }
+
+    /// Restores the next slot in order from disk. `false`: its block is in an earlier slot already; with `recovering` it
+    /// stays there, since any two records of one block are true after a crash, else it is now in neither.
+    pub(super) fn restore(&mut self, record: Option<&SlotRecord>, recovering: bool) -> bool {
         let Some(number) = self.slots.push(Slot::free()) else {
             return false;
         };
@@ -387,6 +450,10 @@ impl Index {
             self.release(number);
             return true;
         };
+        if recovering && self.live(key).is_some() {
+            self.release(number);
+            return false;
+        }
         if let Some(other) = self.live(key) {
             // Only one of them can be right, and nothing says which.
             self.drop_live(other);
@@ -400,7 +467,7 @@ impl Index {
         slot.written = record.written;
         slot.valid = record.valid;
         slot.state = SlotState::Live;
-        slot.flags = if record.referenced { REFERENCED } else { 0 };
+        slot.flags = if record.referenced { REFERENCED } else { 0 } | if recovering { RECOVERED } else { 0 };
         self.counters.used_slots += 1;
         self.counters.valid_pages += record.valid.count();
         self.storages.count_slots(record.storage, 1);
@@ -430,6 +497,7 @@ impl Index {
             checksum: slot.checksum,
             sequence,
             checkpoint,
+            epoch: self.storages.epoch(Key(slot.key).storage()),
         })
     }
 }

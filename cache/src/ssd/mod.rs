@@ -2,20 +2,28 @@
 //!
 //! - [`SsdTier`] (`tier`): the tier as the engine uses it; one mutex, short critical sections
 //! - [`SlotRead`], [`SlotWrite`] (`guard`): reads and writes of slots under way
+//! - [`GuestWrite`] (`writes`): a guest's write, and what it has to wait for
 //! - [`SsdError`] (`error`)
 //! - `format`: layout on disk, order of writes, what a crash leaves
 //! - `index`, `slots`, `storages`: which block is where, and what is replaced; sans-I/O
+//! - `intents`: which regions are written to, in memory and on disk; sans-I/O
+//! - `checkpoint`: what changed goes to the slab while it is in use
+//! - `own`, `veto`, `lineage`: what is known of an earlier run outside of the slab
 //! - `health`: when a failing device is bypassed, and when it is tried again; sans-I/O
-//! - `open`, `device`, `foreign`: opening, closing, and refusing to overwrite what is not ours; blocking I/O
+//! - `open`, `device`, `foreign`: opening, recovering, closing, and refusing to overwrite what is not ours; blocking I/O
 //!
-//! The tier does the I/O of its metadata, when it is opened and closed, and nothing else: slots are read and written
-//! by the engine, through [`SsdTier::data_fd`], between `begin_…` and `end_read` or `finish_insert`. It survives a
-//! clean stop; after any other it starts empty.
+//! The tier does the I/O of its metadata: slots are read and written by the engine, through [`SsdTier::data_fd`], between
+//! `begin_…` and `end_read` or `finish_insert`. Somebody must lend it threads for [`SsdTier::write_intents`] and
+//! [`SsdTier::begin_checkpoint`] ([`crate::Cache`] does).
 //!
 //! It holds copies only, and promises never to serve one that is older than the store: a guest's write or discard calls
-//! [`SsdTier::invalidate`] before it goes to the store; what was read from a store before a write must not be inserted
-//! after it (the policy core knows the order); a store that changed while nobody watched is known by its [`Stamp`].
+//! [`SsdTier::begin_write`] and waits for it before it goes to the store; what was read from a store before a write must
+//! not be inserted after it (the policy core knows the order); a store that changed while nobody watched is known by its
+//! [`Stamp`]. After a crash or a loss of power the same holds for what is found on the disk, see `format`. What nobody
+//! could tell, and so is not promised: that a store was changed by others while we served it, or with its old times, or
+//! (a store without a [`Stamp`]: NBD, block devices) at all; that a device keeps what it said it had synced.
 
+mod checkpoint;
 mod device;
 mod error;
 mod foreign;
@@ -23,18 +31,27 @@ mod format;
 mod guard;
 mod health;
 mod index;
+mod intents;
+mod lineage;
 mod open;
+mod own;
 mod slots;
 mod storages;
 #[cfg(test)]
 mod tests;
 mod tier;
+mod veto;
+mod writes;
 
+pub use checkpoint::{Checkpoint, Step};
 pub use error::SsdError;
 pub use guard::{SlotRead, SlotWrite};
+pub use lineage::run_without;
 pub use tier::SsdTier;
+pub use writes::{GuestWrite, StoreFlush};
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -49,6 +66,15 @@ pub struct Stamp {
     pub ctime_ns: i64,
     pub inode: u64,
     pub device: u64,
+}
+
+/// Whose clock a store's times are of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StoreClock {
+    /// This host's: a change that is later than our last write isn't ours.
+    Ours,
+    /// A server's, or nobody knows.
+    Another,
 }
 
 /// A storage registered with the tier, see [`SsdTier::storage`].
@@ -72,19 +98,31 @@ pub struct SsdOptions {
     pub direct: bool,
     /// Used for the back-off of a failing device and to space its log lines.
     pub clock: Clock,
+    /// File in memory that outlives the process (below `/run`): tells our writes to a store from those of others after a
+    /// crash. Without it a store that was written to loses what the tier has of it.
+    pub own_writes: Option<PathBuf>,
+    /// File on another device that says so when the slab must not be believed, see [`SsdTier::distrust`].
+    pub veto: Option<PathBuf>,
+    /// File that says which slab the last run had. If it was not this one, what this one has of stores without a [`Stamp`]
+    /// is dropped. A run without a tier says so by [`run_without`]. `None`: whoever opens the slab vouches for that.
+    pub lineage: Option<PathBuf>,
 }
 
 impl Default for SsdOptions {
     fn default() -> Self {
         let start = Instant::now();
-        SsdOptions { preallocate: true, direct: true, clock: Arc::new(move || start.elapsed()) }
+        let clock = Arc::new(move || start.elapsed());
+        SsdOptions { preallocate: true, direct: true, clock, own_writes: None, veto: None, lineage: None }
     }
 }
 
 impl fmt::Debug for SsdOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SsdOptions { preallocate, direct, clock: _ } = self;
-        f.debug_struct("SsdOptions").field("preallocate", preallocate).field("direct", direct).finish_non_exhaustive()
+        let SsdOptions { preallocate, direct, clock: _, own_writes, veto, lineage } = self;
+        let mut f = f.debug_struct("SsdOptions");
+        f.field("preallocate", preallocate).field("direct", direct).field("own_writes", own_writes).field("veto", veto);
+        f.field("lineage", lineage);
+        f.finish_non_exhaustive()
     }
 }
 
@@ -95,8 +133,12 @@ pub enum Found {
     Created,
     /// A slab that was closed: what it held is kept, up to what the other fields of the report count.
     Clean,
-    /// A slab that was not closed: all it held was dropped.
+    /// A slab that was not closed, whose records and bitmap were kept: what they vouch for is kept.
+    Recovered,
+    /// A slab that was not closed, by a program that keeps no records while it runs: all it held was dropped.
     Unclean,
+    /// A slab whose device failed when it mattered: all it held was dropped.
+    Vetoed,
     /// A slab with both superblocks damaged: a new one was made in its place.
     Damaged,
 }
@@ -110,6 +152,16 @@ pub struct OpenReport {
     pub kept_pages: u64,
     /// Slot records and storage table entries that were damaged, or named a storage whose entry was; dropped.
     pub damaged_records: u64,
+    /// After a crash: slots in regions that were being written to, dropped.
+    pub marked_slots: u64,
+    /// After a crash: slots whose storage's entry is not the one they were written for, dropped.
+    pub orphaned_slots: u64,
+    /// Slots of stores that show no changes, dropped because the last run did not have this slab.
+    pub unvouched_slots: u64,
+    /// After a crash: second copies of a block, dropped.
+    pub duplicate_slots: u64,
+    /// After a crash: parts of the bitmap that were damaged; all of their regions count as written to.
+    pub damaged_chunks: u64,
     /// Slots, in use or not, that lay beyond the end of a slab that was cut short or configured smaller; dropped.
     pub slots_beyond_end: u64,
     /// The slab had this many slots before. Slots that fit the new size were kept.
@@ -119,6 +171,38 @@ pub struct OpenReport {
     pub direct: bool,
     /// This opening made the file longer and allocated all of its blocks.
     pub preallocated: bool,
+}
+
+impl OpenReport {
+    fn new(device: &device::Device, slots: u64) -> OpenReport {
+        OpenReport {
+            found: Found::Created,
+            slots,
+            kept_slots: 0,
+            kept_pages: 0,
+            damaged_records: 0,
+            marked_slots: 0,
+            orphaned_slots: 0,
+            unvouched_slots: 0,
+            duplicate_slots: 0,
+            damaged_chunks: 0,
+            slots_beyond_end: 0,
+            resized_from_slots: None,
+            block_device: device.is_block_device,
+            direct: device.is_direct,
+            preallocated: false,
+        }
+    }
+
+    /// Slots that were on record and are not kept.
+    pub fn dropped_slots(&self) -> u64 {
+        self.damaged_records
+            + self.marked_slots
+            + self.orphaned_slots
+            + self.unvouched_slots
+            + self.duplicate_slots
+            + self.slots_beyond_end
+    }
 }
 
 /// How a read of a slot ended.
@@ -165,10 +249,17 @@ pub struct SsdStats {
     pub aborted_inserts: u64,
     pub evictions: u64,
     pub bad_checksums: u64,
+    /// Slots of an earlier run that a crash kept it from recording as overwritten; found by their checksum.
+    pub dropped_overtaken: u64,
     pub io_errors: u64,
     /// Slots dropped because their store had changed while nobody watched.
     pub dropped_changed_store: u64,
     /// Memory of the index.
     pub index_bytes: u64,
+    /// Regions of 64 MiB that would be dropped if the power failed now.
+    pub marked_regions: u64,
+    pub checkpoints: u64,
+    /// What opening found.
+    pub opened: OpenReport,
     pub state: SsdState,
 }

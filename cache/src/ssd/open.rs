@@ -1,12 +1,16 @@
-//! Opening and closing: from the slab to the index and back. Blocking I/O.
+//! Opening, recovering and closing: from the slab to the index and back. Blocking I/O.
 
 use super::device::{AlignedBuf, Device};
 use super::foreign;
 use super::format::{
-    self, Copy, ENTRY_BYTES, GROUP_SLOTS, RECORD_BYTES, SECTOR_BYTES, SlotRecord, Superblock, TABLE_OFFSET, TableEntry,
+    self, Copy, ENTRY_BYTES, GROUP_SLOTS, RECORD_BYTES, SECTOR_BYTES, SlabId, SlotRecord, Superblock, TABLE_OFFSET,
+    TableEntry,
 };
 use super::index::Index;
+use super::intents::{self, Intents};
+use super::storages::Origin;
 use super::{Found, OpenReport, SsdError};
+use crate::types::{PAGES_PER_BLOCK, PageRange};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 
@@ -20,60 +24,121 @@ enum Existing {
     Slab(Superblock),
 }
 
-/// An opened slab, marked dirty on disk.
+/// What the superblock says of records and bitmap, see [`super::format`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Mark {
+    Clean,
+    Kept,
+    Dropped,
+}
+
+/// What is known of a slab from outside of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Standing {
+    /// The last run had it.
+    Ours,
+    /// It may have missed a run: what it has of stores that show no changes is dropped.
+    Stranger,
+    /// It must not be believed.
+    Vetoed,
+}
+
+/// An opened slab, marked as in use on disk.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) index: Index,
+    pub(super) intents: Intents,
     pub(super) superblock: Superblock,
     pub(super) report: OpenReport,
 }
 
-/// Opens what is on the device, or makes a slab there. `size_bytes` 0: the whole block device.
-pub(super) fn open(device: &Device, size_bytes: u64, preallocate: bool) -> Result<Opened, SsdError> {
+/// Opens what is on the device, or makes a slab there. `size_bytes` 0: the whole block device. `standing` is asked about a
+/// slab that is there.
+pub(super) fn open(
+    device: &Device,
+    size_bytes: u64,
+    preallocate: bool,
+    standing: impl FnOnce(&Superblock) -> Standing,
+) -> Result<Opened, SsdError> {
     let len = device.len()?;
     let existing = existing(device, len)?;
     let slots = wanted_slots(device, size_bytes, len)?;
 
-    let mut report = OpenReport {
-        found: Found::Created,
-        slots: u64::from(slots),
-        kept_slots: 0,
-        kept_pages: 0,
-        damaged_records: 0,
-        slots_beyond_end: 0,
-        resized_from_slots: None,
-        block_device: device.is_block_device,
-        direct: device.is_direct,
-        preallocated: false,
-    };
+    let mut report = OpenReport::new(device, u64::from(slots));
     let mut index = Index::new(slots);
+    let mut intents = Intents::new();
     let mut superblock = match existing {
-        Existing::Blank => new_superblock(slots),
+        Existing::Blank => new_superblock(slots, 0),
         Existing::Damaged => {
             report.found = Found::Damaged;
-            new_superblock(slots)
+            new_superblock(slots, 0)
         }
-        Existing::Slab(found) => {
+        Existing::Slab(mut found) => {
             report.resized_from_slots = Some(found.slots).filter(|n| *n != u64::from(slots));
-            report.found = if found.clean { Found::Clean } else { Found::Unclean };
-            if found.clean {
-                load(device, len, &found, &mut index, &mut report);
+            let standing = standing(&found);
+            report.found = match (standing, found.clean, found.kept) {
+                (Standing::Vetoed, ..) => Found::Vetoed,
+                (_, true, _) => Found::Clean,
+                (_, false, true) => Found::Recovered,
+                (_, false, false) => Found::Unclean,
+            };
+            match report.found {
+                Found::Clean | Found::Recovered => {
+                    if report.found == Found::Recovered {
+                        load_intents(device, &found, &mut intents, &mut report);
+                    }
+                    let newest = load(device, len, &found, standing, &mut index, &intents, &mut report)?;
+                    found.generation = found.generation.max(newest);
+                    found.used_end = found.used_end.min(u64::from(slots));
+                    found
+                }
+                // Under another identity no record of the old one counts any more.
+                _ => new_superblock(slots, found.generation),
             }
-            found
         }
     };
     report.kept_slots = index.counters.used_slots;
     report.kept_pages = index.counters.valid_pages;
 
-    let slab_bytes = format::slab_bytes(u64::from(slots));
-    if !device.is_block_device && len != slab_bytes {
-        report.preallocated = device.set_len(slab_bytes, preallocate)?;
-    }
     superblock.slots = u64::from(slots);
-    superblock.used_end = 0;
-    superblock.table_end = 0;
-    mark(device, &mut superblock, false).map_err(|e| device.error("write the superblock of", e))?;
-    Ok(Opened { index, superblock, report })
+    if report.found == Found::Created {
+        // First of all, and before the file is made longer: a crash must leave nothing that the next start takes for
+        // somebody else's data.
+        mark(device, &mut superblock, Mark::Dropped).map_err(|e| device.error("write the superblock of", e))?;
+    }
+    let slab_bytes = format::slab_bytes(u64::from(slots));
+    if !device.is_block_device && device.len()? != slab_bytes {
+        let made = device.set_len(slab_bytes, preallocate);
+        if made.is_err() && report.found == Found::Created {
+            let _ = device.set_len(len, false);
+        }
+        report.preallocated = made?;
+    }
+    if report.found != Found::Recovered {
+        let failed = |e| device.error("write the bitmap of", e);
+        write_bitmap(device, &superblock.slab_id, &mut intents).map_err(failed)?;
+    }
+    mark(device, &mut superblock, Mark::Kept).map_err(|e| device.error("write the superblock of", e))?;
+    Ok(Opened { index, intents, superblock, report })
+}
+
+/// Writes the whole bitmap and syncs.
+pub(super) fn write_bitmap(device: &Device, slab_id: &SlabId, intents: &mut Intents) -> io::Result<()> {
+    let (batch, bytes) = intents.whole(slab_id);
+    let mut buf = AlignedBuf::zeroed(bytes.len());
+    buf.get_mut().copy_from_slice(&bytes);
+    device.write(format::INTENT_OFFSET, buf.get())?;
+    device.sync()?;
+    intents.finish_batch(&batch);
+    Ok(())
+}
+
+fn load_intents(device: &Device, found: &Superblock, intents: &mut Intents, report: &mut OpenReport) {
+    let mut buf = AlignedBuf::zeroed(intents::SECTORS * SECTOR_BYTES);
+    device.read_what_can_be(format::INTENT_OFFSET, buf.get_mut());
+    for (sector, bytes) in buf.get().chunks(SECTOR_BYTES).enumerate() {
+        report.damaged_chunks += intents.restore(&found.slab_id, sector, bytes);
+    }
 }
 
 fn wanted_slots(device: &Device, size_bytes: u64, len: u64) -> Result<u32, SsdError> {
@@ -129,19 +194,21 @@ fn existing(device: &Device, len: u64) -> Result<Existing, SsdError> {
     Ok(Existing::Blank)
 }
 
-fn new_superblock(slots: u32) -> Superblock {
+/// A superblock of a slab that nothing is known of; `generation` is that of the one before it.
+pub(super) fn new_superblock(slots: u32, generation: u64) -> Superblock {
     // `RandomState` takes its keys from the kernel's random numbers; good enough to tell two slabs apart.
     let random = || RandomState::new().hash_one(std::process::id()).to_le_bytes();
     let mut slab_id = [0; 16];
     slab_id[..8].copy_from_slice(&random());
     slab_id[8..].copy_from_slice(&random());
     Superblock {
-        generation: 0,
+        generation,
         slab_id,
         slots: u64::from(slots),
         used_end: 0,
         table_end: 0,
         clean: false,
+        kept: false,
         hand: 0,
         next_sequence: 1,
         checkpoint: 0,
@@ -149,9 +216,10 @@ fn new_superblock(slots: u32) -> Superblock {
 }
 
 /// Writes both copies of the superblock with the next generation, each on disk before the next is touched.
-pub(super) fn mark(device: &Device, superblock: &mut Superblock, clean: bool) -> io::Result<()> {
+pub(super) fn mark(device: &Device, superblock: &mut Superblock, mark: Mark) -> io::Result<()> {
     superblock.generation += 1;
-    superblock.clean = clean;
+    superblock.clean = mark == Mark::Clean;
+    superblock.kept = mark == Mark::Kept;
     let mut buf = AlignedBuf::zeroed(SECTOR_BYTES);
     buf.get_mut().copy_from_slice(&superblock.encode());
     for offset in format::SUPER_OFFSETS {
@@ -161,21 +229,41 @@ pub(super) fn mark(device: &Device, superblock: &mut Superblock, clean: bool) ->
     Ok(())
 }
 
-/// Fills the index from a clean slab.
-fn load(device: &Device, len: u64, found: &Superblock, index: &mut Index, report: &mut OpenReport) {
+/// Fills the index from a slab that was closed, or kept and not closed. Returns the highest checkpoint that a record names.
+fn load(
+    device: &Device,
+    len: u64,
+    found: &Superblock,
+    standing: Standing,
+    index: &mut Index,
+    intents: &Intents,
+    report: &mut OpenReport,
+) -> Result<u64, SsdError> {
+    let recovering = !found.clean;
+    let mut newest = 0;
     let table_bytes = (found.table_end as usize * ENTRY_BYTES).next_multiple_of(SECTOR_BYTES);
     let mut buf = AlignedBuf::zeroed(table_bytes);
     device.read_what_can_be(TABLE_OFFSET, buf.get_mut());
-    let mut has_entry = vec![false; found.table_end as usize];
-    for (i, bytes) in buf.get().chunks(ENTRY_BYTES).take(found.table_end as usize).enumerate() {
+    let mut epochs = vec![None; found.table_end as usize];
+    let mut unvouched = vec![None; found.table_end as usize];
+    for (i, bytes) in buf.get_mut().chunks_mut(ENTRY_BYTES).take(found.table_end as usize).enumerate() {
         match TableEntry::decode(&found.slab_id, i as u16, bytes) {
+            format::Found::Valid(entry) if entry.stamp.is_none() && standing == Standing::Stranger => {
+                unvouched[i] = Some(entry.epoch);
+                bytes.fill(0);
+            }
             format::Found::Valid(entry) if !index.storages.knows(&entry.identity) => {
-                index.storages.put(i as u16, entry);
-                has_entry[i] = true;
+                epochs[i] = Some(entry.epoch);
+                index.storages.put(i as u16, entry, if recovering { Origin::Recovered } else { Origin::Closed });
             }
             format::Found::Free => {}
             format::Found::Valid(_) | format::Found::Damaged => report.damaged_records += 1,
         }
+    }
+    // On the disk before the next run takes this one for the last that there was.
+    if unvouched.iter().any(Option::is_some) {
+        let written = device.write(TABLE_OFFSET, buf.get()).and_then(|()| device.sync());
+        written.map_err(|e| device.error("write the storage table of", e))?;
     }
     // A slab cut short, or configured smaller than it was: what lies beyond the end is lost.
     let end = found.used_end.min(format::slots_in(len)).min(u64::from(index.limit()));
@@ -189,29 +277,57 @@ fn load(device: &Device, len: u64, found: &Superblock, index: &mut Index, report
         let area = &mut buf.get_mut()[..bytes];
         device.read_what_can_be(format::group_meta_offset(first / GROUP_SLOTS), area);
         for (i, bytes) in area.chunks(RECORD_BYTES).take(count as usize).enumerate() {
-            let record = match SlotRecord::decode(&found.slab_id, first + i as u32, bytes) {
+            let number = first + i as u32;
+            let record = match SlotRecord::decode(&found.slab_id, number, bytes) {
                 format::Found::Free => {
-                    index.restore(None);
+                    index.restore(None, recovering);
                     continue;
                 }
                 format::Found::Valid(record) => Some(record),
                 format::Found::Damaged => None,
             };
-            let record = record.filter(|r| {
-                let current = r.checkpoint >= found.checkpoint && r.checkpoint <= found.generation;
-                current && has_entry.get(usize::from(r.storage)).copied().unwrap_or(false)
-            });
-            if !index.restore(record.as_ref()) || record.is_none() {
+            let record =
+                record.filter(|r| r.checkpoint >= found.checkpoint && (recovering || r.checkpoint <= found.generation));
+            newest = newest.max(record.as_ref().map_or(0, |r| r.checkpoint));
+            let Some(record) = record else {
                 report.damaged_records += 1;
+                index.restore(None, recovering);
+                index.touch(number);
+                continue;
+            };
+            let is_owned = epochs.get(usize::from(record.storage)).copied().flatten() == Some(record.epoch);
+            let pages = PageRange { first: record.block * PAGES_PER_BLOCK, count: 1 };
+            if unvouched.get(usize::from(record.storage)).copied().flatten() == Some(record.epoch) {
+                report.unvouched_slots += 1;
+            } else if !is_owned {
+                // After a crash its entry is older or newer than the record; a clean slab has them all.
+                match recovering {
+                    true => report.orphaned_slots += 1,
+                    false => report.damaged_records += 1,
+                }
+            } else if recovering && intents.is_wanted(index.storages.regions(record.storage, pages)) {
+                report.marked_slots += 1;
+            } else if index.restore(Some(&record), recovering) {
+                continue;
+            } else {
+                index.touch(number);
+                match recovering {
+                    true => report.duplicate_slots += 1,
+                    false => report.damaged_records += 1,
+                }
+                continue;
             }
+            index.restore(None, recovering);
+            index.touch(number);
         }
         first += count;
     }
     index.restore_hand(found.hand);
+    Ok(newest)
 }
 
 /// Writes the index to the slab and marks it clean last.
-pub(super) fn checkpoint(device: &Device, superblock: &mut Superblock, index: &Index) -> Result<(), SsdError> {
+pub(super) fn close(device: &Device, superblock: &mut Superblock, index: &Index) -> Result<(), SsdError> {
     // A number of its own for each try, so that records of one that failed half-way are not taken for this one's.
     superblock.generation += 1;
     // Named by the superblock `mark` is about to write.
@@ -249,5 +365,5 @@ pub(super) fn checkpoint(device: &Device, superblock: &mut Superblock, index: &I
     superblock.hand = u64::from(index.hand());
     superblock.next_sequence = superblock.next_sequence.wrapping_add(1);
     superblock.checkpoint = checkpoint;
-    mark(device, superblock, true).map_err(|e| device.error("write the superblock of", e))
+    mark(device, superblock, Mark::Clean).map_err(|e| device.error("write the superblock of", e))
 }

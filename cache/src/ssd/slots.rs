@@ -28,6 +28,8 @@ pub(super) const REFERENCED: u8 = 1;
 pub(super) const ABORTED: u8 = 2;
 /// Failed an I/O: retire it once it is free.
 pub(super) const FAILED: u8 = 4;
+/// Known from a crash, and not read since: its data may have been overwritten after its record was written.
+pub(super) const RECOVERED: u8 = 8;
 
 #[derive(Debug)]
 pub(super) struct Slot {

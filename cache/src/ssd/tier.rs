@@ -7,18 +7,25 @@ use super::device::Device;
 use super::format::{MAX_BLOCK, Superblock};
 use super::health::{Health, Phase};
 use super::index::{Index, Key, ReadTicket};
-use super::open;
+use super::intents::Intents;
+use super::lineage;
+use super::open::{self, Mark, Opened, Standing};
+use super::own::OwnWrites;
 use super::storages::Registration;
+use super::veto;
 use super::{
-    Clock, OpenReport, Outcome, SlotRead, SlotWrite, SsdError, SsdOptions, SsdState, SsdStats, SsdStorage, Stamp,
+    Clock, Found, OpenReport, Outcome, SlotRead, SlotWrite, SsdError, SsdOptions, SsdState, SsdStats, SsdStorage,
+    Stamp, StoreClock,
 };
 use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::Waker;
+use std::time::Duration;
 
 /// Slots or blocks handled before the mutex is given up for others: some tens of microseconds.
 const CHUNK: u32 = 2048;
@@ -26,26 +33,53 @@ const CHUNK: u32 = 2048;
 /// The SSD tier. Clones share it.
 #[derive(Clone, Debug)]
 pub struct SsdTier {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 pub(super) struct Shared {
-    device: Device,
-    clock: Clock,
+    pub(super) device: Device,
+    pub(super) clock: Clock,
     /// As in `State`; spares lookups the wait for a checkpoint to be written.
     closed: AtomicBool,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
+    /// Something is to be written that guests' writes wait for.
+    pub(super) work: Condvar,
+    /// Held by whoever writes records, table and superblock. Taken before `intents_io`, and that before `state`.
+    pub(super) keeping: Mutex<()>,
+    /// Held by whoever writes the bitmap.
+    pub(super) intents_io: Mutex<()>,
+    pub(super) own: OwnWrites,
+    pub(super) veto: Option<PathBuf>,
+    lineage: Option<PathBuf>,
+    pub(super) report: OpenReport,
+    pub(super) me: Weak<Shared>,
 }
 
-struct State {
-    index: Index,
-    health: Health,
-    superblock: Superblock,
-    closed: bool,
+pub(super) struct State {
+    pub(super) index: Index,
+    pub(super) intents: Intents,
+    pub(super) health: Health,
+    pub(super) superblock: Superblock,
+    pub(super) trust: Trust,
+    /// Guests' writes that wait for their intents.
+    pub(super) waiting: Vec<Waker>,
+    pub(super) closed: bool,
     on_disk: OnDisk,
     bad_checksums: u64,
-    io_errors: u64,
+    pub(super) io_errors: u64,
     dropped_changed_store: u64,
+    dropped_overtaken: u64,
+    pub(super) checkpoints: u64,
+}
+
+/// Whether the slab may be believed after a crash.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Trust {
+    Ok,
+    /// No; that is being written down elsewhere.
+    Vetoing,
+    /// No, and that is on record as far as it could be.
+    Vetoed,
 }
 
 /// What the slab says of itself on disk.
@@ -76,19 +110,64 @@ impl SsdTier {
     /// [`SsdTier::open`] with options.
     pub fn open_with(path: &Path, size_bytes: u64, options: SsdOptions) -> Result<(SsdTier, OpenReport), SsdError> {
         let device = Device::open(path, options.direct)?;
-        let opened = open::open(&device, size_bytes, options.preallocate).inspect_err(|_| device.discard())?;
+        SsdTier::start(device, size_bytes, options)
+    }
+
+    fn start(device: Device, size_bytes: u64, options: SsdOptions) -> Result<(SsdTier, OpenReport), SsdError> {
+        let standing = |found: &Superblock| match (&options.veto, &options.lineage) {
+            (Some(veto), _) if veto::stands_against(veto, &found.slab_id) => Standing::Vetoed,
+            (_, Some(lineage)) if !lineage::had(lineage, found) => Standing::Stranger,
+            _ => Standing::Ours,
+        };
+        let opened =
+            open::open(&device, size_bytes, options.preallocate, standing).inspect_err(|_| device.discard())?;
+        if opened.report.found == Found::Vetoed
+            && let Some(Err(error)) = options.veto.as_ref().map(|path| veto::lift(path))
+        {
+            tracing::debug!(%error, "SSD tier: its veto stays; it is against a slab that is no more");
+        }
+        let own = own_writes(&options, &opened);
+        let (tier, report) = SsdTier::made_of(device, opened, own, options);
+        tier.shared.note_lineage();
+        Ok((tier, report))
+    }
+
+    pub(super) fn made_of(
+        device: Device,
+        opened: Opened,
+        own: OwnWrites,
+        options: SsdOptions,
+    ) -> (SsdTier, OpenReport) {
         let state = State {
             index: opened.index,
+            intents: opened.intents,
             health: Health::new(),
             superblock: opened.superblock,
+            trust: Trust::Ok,
+            waiting: Vec::new(),
             closed: false,
             on_disk: OnDisk::Dirty,
             bad_checksums: 0,
             io_errors: 0,
             dropped_changed_store: 0,
+            dropped_overtaken: 0,
+            checkpoints: 0,
         };
-        let shared = Shared { device, clock: options.clock, closed: AtomicBool::new(false), state: Mutex::new(state) };
-        Ok((SsdTier { shared: Arc::new(shared) }, opened.report))
+        let shared = Arc::new_cyclic(|me| Shared {
+            device,
+            clock: options.clock,
+            closed: AtomicBool::new(false),
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            keeping: Mutex::default(),
+            intents_io: Mutex::default(),
+            own,
+            veto: options.veto,
+            lineage: options.lineage,
+            report: opened.report.clone(),
+            me: me.clone(),
+        });
+        (SsdTier { shared }, opened.report)
     }
 
     /// Where slots are read and written, at [`SlotRead::offset`] and [`SlotWrite::offset`]. If the report said
@@ -102,12 +181,19 @@ impl SsdTier {
     /// twice counts as unchanged: of a store that has no stamp, whoever cannot vouch for it calls
     /// [`SsdTier::drop_storage`].
     pub fn storage(&self, identity: &str, stamp: Option<Stamp>) -> Result<SsdStorage, SsdError> {
+        self.storage_by(identity, stamp, StoreClock::Ours)
+    }
+
+    /// [`SsdTier::storage`] of a store whose stamp is of this or another clock.
+    pub fn storage_by(&self, identity: &str, stamp: Option<Stamp>, clock: StoreClock) -> Result<SsdStorage, SsdError> {
         loop {
             let mut state = self.shared.state.lock();
             if state.closed {
                 return Err(SsdError::Closed);
             }
-            let (s, registration) = state.index.storages.register(identity, stamp)?;
+            let own = &self.shared.own;
+            let ours = |index, epoch, was| clock == StoreClock::Ours && own.explains(index, epoch, was, stamp);
+            let (s, registration) = state.index.storages.register(identity, stamp, ours)?;
             match registration {
                 Registration::Known => {}
                 Registration::New if state.index.storages.slots(s.index) == 0 => {}
@@ -115,12 +201,29 @@ impl SsdTier {
                 Registration::New => {
                     state.index.sweep(0, u32::MAX, |key| all_if(key.storage() == s.index));
                 }
-                Registration::Changed if state.index.storages.slots(s.index) == 0 => {}
+                Registration::Changed if state.index.storages.slots(s.index) == 0 => {
+                    state.index.storages.renew_epoch(s.index);
+                }
                 Registration::Changed => {
                     drop(state);
                     let dropped = self.shared.sweep(|key| all_if(key.storage() == s.index));
                     let mut state = self.shared.state.lock();
                     state.dropped_changed_store += dropped;
+                    if self.is_recovered() && !own.knows() {
+                        tracing::warn!(
+                            store = identity,
+                            dropped,
+                            "SSD tier: nobody can tell who changed the store last; what was cached of it is dropped"
+                        );
+                    } else {
+                        tracing::warn!(
+                            store = identity,
+                            dropped,
+                            "SSD tier: the store was changed while nobody watched; what was cached of it is dropped"
+                        );
+                    }
+                    // With the new stamp on the disk, records from before must not count.
+                    state.index.storages.renew_epoch(s.index);
                     state.index.storages.set_stamp(s, stamp);
                     continue;
                 }
@@ -205,15 +308,14 @@ impl SsdTier {
         write.shared.finish_insert(write.slot, checksum, ok)
     }
 
-    /// A guest writes or discards pages: when this returns nothing of them is served any more, and no insert begun
-    /// before it that has any of them will become visible.
-    pub fn invalidate(&self, s: SsdStorage, first_page: u64, pages: u64) {
-        self.shared.invalidate(s, PageRange { first: first_page, count: pages });
-    }
-
     /// An I/O error on the slab that is no slot's.
     pub fn note_io_error(&self, what: &str) {
         self.shared.note_failure(what, |state| state.io_errors += 1);
+    }
+
+    /// The device answers so late that it is not to be used for a while.
+    pub fn note_outage(&self, what: &str) {
+        self.shared.note_outage(what);
     }
 
     /// Drops what the tier holds of a storage. Goes through the whole index (0.3 s for each million slots dropped):
@@ -244,7 +346,20 @@ impl SsdTier {
     }
 }
 
-fn all_if(condition: bool) -> PageMask {
+/// What is known of an earlier run's writes.
+fn own_writes(options: &SsdOptions, opened: &Opened) -> OwnWrites {
+    let Some(path) = &options.own_writes else { return OwnWrites::none() };
+    OwnWrites::open(path, &opened.superblock.slab_id).unwrap_or_else(|error| {
+        let path = path.display();
+        tracing::warn!(
+            %path, %error,
+            "SSD tier: after a crash stores that were written to will lose what it has of them"
+        );
+        OwnWrites::none()
+    })
+}
+
+pub(super) fn all_if(condition: bool) -> PageMask {
     if condition { PageMask::ALL } else { PageMask::NONE }
 }
 
@@ -255,15 +370,32 @@ impl Shared {
             return None;
         }
         let mut state = self.state.lock();
-        let usable = !state.closed && state.index.storages.is_current(s) && state.health.usable(|| (self.clock)());
+        let usable = !state.closed
+            && state.trust == Trust::Ok
+            && state.index.storages.is_current(s)
+            && state.health.usable(|| (self.clock)());
         usable.then_some(state)
     }
 
-    fn note_failure(&self, what: &str, count: impl FnOnce(&mut State)) {
+    pub(super) fn note_failure(&self, what: &str, count: impl FnOnce(&mut State)) {
+        self.note(what, |state, now| {
+            count(state);
+            state.health.note_failure(now, what)
+        });
+    }
+
+    /// The device is not to be used for a while, after a single failure.
+    pub(super) fn note_outage(&self, what: &str) {
+        self.note(what, |state, now| {
+            state.io_errors += 1;
+            state.health.give_up(now, what)
+        });
+    }
+
+    fn note(&self, what: &str, change: impl FnOnce(&mut State, Duration) -> Option<u64>) {
         let now = (self.clock)();
         let mut state = self.state.lock();
-        count(&mut state);
-        let due = state.health.note_failure(now, what);
+        let due = change(&mut state, now);
         let degraded = matches!(state.health.phase(), Phase::Degraded { .. });
         drop(state);
         if let Some(failures) = due {
@@ -277,7 +409,15 @@ impl Shared {
             Outcome::Good => {
                 let mut state = self.state.lock();
                 state.health.note_good();
+                state.index.prove(ticket);
                 return state.index.end_read(ticket, false, false) & ticket.valid;
+            }
+            Outcome::BadChecksum if self.state.lock().index.is_unproven(ticket) => {
+                // No fault of the device's: its record was older than its data when the crash came.
+                let mut state = self.state.lock();
+                state.dropped_overtaken += 1;
+                state.index.end_read(ticket, true, false);
+                return PageMask::NONE;
             }
             Outcome::BadChecksum => "slot did not match its checksum",
             Outcome::IoError => "reading a slot failed",
@@ -313,7 +453,7 @@ impl Shared {
         false
     }
 
-    fn invalidate(&self, s: SsdStorage, range: PageRange) {
+    pub(super) fn invalidate(&self, s: SsdStorage, range: PageRange) {
         if range.count == 0 {
             return;
         }
@@ -351,7 +491,7 @@ impl Shared {
     }
 
     /// Invalidates what `which` names for each key. Returns how many slots went.
-    fn sweep(&self, which: impl Fn(Key) -> PageMask) -> u64 {
+    pub(super) fn sweep(&self, which: impl Fn(Key) -> PageMask) -> u64 {
         let (mut at, mut dropped) = (Some(0), 0);
         while let Some(from) = at {
             let (next, count) = self.change(|state| state.index.sweep(from, CHUNK, &which));
@@ -370,7 +510,7 @@ impl Shared {
         if state.on_disk != OnDisk::Dirty && state.index.counters.valid_pages != before {
             let State { superblock, on_disk, .. } = &mut *state;
             let path = self.device.path.display();
-            match open::mark(&self.device, superblock, false) {
+            match open::mark(&self.device, superblock, Mark::Dropped) {
                 Ok(()) => {
                     *on_disk = OnDisk::Dirty;
                     tracing::warn!(%path, "SSD tier: a write came after it was closed; it will start empty the next time");
@@ -386,16 +526,43 @@ impl Shared {
 
     fn close(&self) -> Result<(), SsdError> {
         self.closed.store(true, Ordering::Release);
+        let _alone = self.keeping.lock();
+        let _writing = self.intents_io.lock();
         let mut state = self.state.lock();
         if state.on_disk == OnDisk::Clean {
             return Ok(());
         }
         state.closed = true;
+        state.wake();
         state.on_disk = OnDisk::Unknown;
+        self.drop_unflushed(&mut state);
+        let distrusted = state.trust != Trust::Ok;
+        if distrusted {
+            // All of it is written anew: under another identity the veto does not hold against it.
+            state.superblock.slab_id = open::new_superblock(0, 0).slab_id;
+        }
         let State { superblock, index, .. } = &mut *state;
-        open::checkpoint(&self.device, superblock, index)?;
+        open::close(&self.device, superblock, index)?;
         state.on_disk = OnDisk::Clean;
+        drop(state);
+        // A copy of the slab that was made while it was in use is not it any more.
+        self.note_lineage();
+        if distrusted && let Some(Err(error)) = self.veto.as_ref().map(|path| veto::lift(path)) {
+            tracing::debug!(%error, "SSD tier: its veto stays; it is against a slab that is no more");
+        }
         Ok(())
+    }
+
+    /// From here on this slab is the last that was in use. Failing costs what it has of stores that show no changes.
+    pub(super) fn note_lineage(&self) {
+        let Some(path) = &self.lineage else { return };
+        let superblock = self.state.lock().superblock.clone();
+        if let Err(error) = lineage::note(path, &superblock) {
+            tracing::warn!(
+                path = %path.display(), %error,
+                "SSD tier: after the next start NBD stores and block devices will lose what it has of them"
+            );
+        }
     }
 
     fn stats(&self) -> SsdStats {
@@ -412,9 +579,13 @@ impl Shared {
             aborted_inserts: counters.aborted_inserts,
             evictions: counters.evictions,
             bad_checksums: state.bad_checksums,
+            dropped_overtaken: state.dropped_overtaken,
             io_errors: state.io_errors,
             dropped_changed_store: state.dropped_changed_store,
-            index_bytes: state.index.bytes(),
+            index_bytes: state.index.bytes() + state.intents.bytes(),
+            marked_regions: state.intents.marked(),
+            checkpoints: state.checkpoints,
+            opened: self.report.clone(),
             state: match state.health.phase() {
                 _ if state.closed => SsdState::Closed,
                 Phase::Ok => SsdState::Ok,

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use prestage_cache::ssd::{Outcome, SsdOptions, SsdStorage, SsdTier, Stamp};
+use prestage_cache::ssd::{Outcome, SsdOptions, SsdStorage, SsdTier, Stamp, Step};
 use prestage_cache::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -63,6 +63,25 @@ pub(crate) fn insert(tier: &SsdTier, s: SsdStorage, block: u64, mask: PageMask) 
     }
     let checksum = write.checksum(buf.get());
     assert!(tier.finish_insert(write, checksum, true));
+}
+
+/// A guest's write, from begin to end, and a flush of its store.
+pub(crate) fn overwrite(tier: &SsdTier, s: SsdStorage, first_page: u64, pages: u64) {
+    let mut write = tier.begin_write(s, first_page, pages);
+    while tier.write_intents() {}
+    write.submit();
+    write.end();
+    tier.note_flushed(s);
+}
+
+/// A checkpoint with stores that flush at once. Returns how many regions it cleared.
+pub(crate) fn checkpoint(tier: &SsdTier) -> u64 {
+    let Some(mut checkpoint) = tier.begin_checkpoint() else { return 0 };
+    loop {
+        if let Step::Done { cleared } = checkpoint.step().unwrap() {
+            return cleared;
+        }
+    }
 }
 
 /// Reads a block, verifies it and returns the pages served.

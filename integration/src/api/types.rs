@@ -99,6 +99,49 @@ pub struct CacheUse {
     pub served_ram: u64,
     pub served_ssd: u64,
     pub served_store: u64,
+    /// What the SSD tier had from before the daemon started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssd_recovery: Option<Recovery>,
+}
+
+/// What the SSD tier kept over the start of the daemon, and what of it was dropped and why. In blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Recovery {
+    pub found: SlabFound,
+    pub kept_blocks: u64,
+    /// In regions (64 MiB) that were being written to when the daemon was cut off.
+    pub dropped_written: u64,
+    /// Of stores that were changed while the daemon was down.
+    pub dropped_changed_store: u64,
+    /// Of NBD stores and block devices, because the daemon's last run did not have this tier.
+    pub dropped_unvouched: u64,
+    /// Overwritten by others before the daemon was cut off; told by their checksum when they are read.
+    pub dropped_overtaken: u64,
+    /// Records that were damaged or named nobody, second copies, and what lay beyond the end of a slab cut short.
+    pub dropped_damaged: u64,
+    /// Data that did not match its checksum although the device had said that it was written.
+    pub bad_checksums: u64,
+    /// Regions whose blocks would be dropped if the power failed now.
+    pub marked_regions: u64,
+}
+
+/// How the SSD tier's file was found at the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SlabFound {
+    /// There was none.
+    #[default]
+    Created,
+    /// Closed by a clean stop.
+    Clean,
+    /// Cut off by a crash or a loss of power.
+    Recovered,
+    /// Left by a program that keeps no records while it runs: dropped.
+    Unclean,
+    /// Its device had failed when it mattered: dropped.
+    Vetoed,
+    /// Both superblocks damaged: dropped.
+    Damaged,
 }
 
 /// How many disks there are and how they fare.
@@ -417,6 +460,9 @@ pub struct Tier {
     pub hits: u64,
     pub insertions: u64,
     pub evictions: u64,
+    /// Of the SSD tier: what it had from before the daemon started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Recovery>,
     /// What is cached, by storage, largest first.
     #[serde(default)]
     pub storages: Vec<StorageUse>,

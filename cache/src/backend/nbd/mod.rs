@@ -12,6 +12,7 @@
 
 mod connection;
 mod extents;
+mod files;
 mod handshake;
 mod queue;
 mod wire;
@@ -19,12 +20,13 @@ mod wire;
 use super::error::StoreError;
 use super::gate::{Drain, Gate, UnderWay};
 use super::spec::NbdAddress;
-use super::{Backend, Extent, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
+use super::{Backend, Extent, PAGE, Stamp, StoreInfo, StoreOptions, Transfer, check_range};
 use crate::engine::{AlignedBuf, IoBuf, JoinHandle, LocalBoxFuture, Shard, bufs};
 use handshake::Target;
 use queue::{Client, Outcome};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::Poll;
@@ -42,6 +44,8 @@ pub struct NbdOptions {
     pub request_timeout: Duration,
     /// Largest request sent in one piece. Servers accept 32 MiB unless they say otherwise.
     pub max_request_bytes: u32,
+    /// What the server serves, if that is files of this host: a change of theirs is one of the store's. Empty: nobody knows.
+    pub files: Vec<PathBuf>,
 }
 
 impl Default for NbdOptions {
@@ -51,6 +55,7 @@ impl Default for NbdOptions {
             retry_for: Duration::from_secs(60),
             request_timeout: Duration::from_secs(30),
             max_request_bytes: 32 << 20,
+            files: Vec::new(),
         }
     }
 }
@@ -83,6 +88,8 @@ struct Inner {
     min_block: u64,
     gate: Rc<Gate>,
     drain: Rc<Drain>,
+    /// Of the server's files.
+    stamp: Cell<Option<Stamp>>,
 }
 
 impl NbdBackend {
@@ -113,7 +120,9 @@ impl NbdBackend {
             min_block: u64::from(info.min_block_bytes),
             gate: Rc::default(),
             drain: Rc::default(),
+            stamp: Cell::default(),
         };
+        inner.look_at_files().await?;
         Ok(NbdBackend { inner: Rc::new(inner), tasks: Rc::new(RefCell::new(tasks)) })
     }
 }
@@ -378,8 +387,19 @@ impl Inner {
     }
 
     /// NBD tells the size only in the negotiation, so the first connection finishes its requests and negotiates anew.
+    async fn look_at_files(&self) -> Result<(), StoreError> {
+        let files = self.client.options.files.clone();
+        if files.is_empty() {
+            return Ok(());
+        }
+        let looked = self.client.shard.blocking(move || files::stamp(&files)).await.flatten();
+        self.stamp.set(looked.map_err(|error| StoreError::from_io(&self.store(), "stat the files of", &error))?);
+        Ok(())
+    }
+
     async fn refresh_size(&self) -> Result<u64, StoreError> {
         let _under_way = self.begin(false, 0, 0)?;
+        self.look_at_files().await?;
         let client = Rc::clone(&self.client);
         client.renew.set(true);
         client.work.notify_all();
@@ -413,7 +433,7 @@ impl Backend for NbdBackend {
             can_fua: export.has(wire::EXPORT_FUA),
             can_discard: !self.inner.read_only && export.has(wire::EXPORT_TRIM),
             can_write_zeroes: !self.inner.read_only && export.has(wire::EXPORT_WRITE_ZEROES),
-            version_stamp: None,
+            version_stamp: self.inner.stamp.get(),
         }
     }
 

@@ -313,6 +313,11 @@ impl Backend for Qcow2Backend {
         })
     }
 
+    fn harden(&self) -> LocalBoxFuture<Result<(), StoreError>> {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(async move { inner.container.file().harden().await })
+    }
+
     fn discard(&self, offset: u64, len: u64) -> LocalBoxFuture<Result<(), StoreError>> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move {

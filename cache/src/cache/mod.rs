@@ -1,24 +1,34 @@
 //! The cache as a whole: shards, tiers and the storages that share them.
 //!
 //! - [`Cache`]: made once; opens storages, takes prefetches, answers questions; any thread
-//! - [`StorageHandle`]: an open storage, from any thread
 //! - [`Shared`]: what storages on their shards share
+//! - [`StorageHandle`] (`handle`): an open storage, from any thread
+//! - `opening`: a store and its part of the SSD tier, on its shard
+//! - `registry`: which stores are open
+
+mod handle;
+mod opening;
+mod registry;
+
+pub use handle::StorageHandle;
+pub(crate) use opening::{seal, ssd_stamp};
 
 use crate::access::AccessQueue;
 use crate::arena::{Arena, HugePages};
-use crate::backend::{Below, LayerMap, StoreError, StoreInfo, StoreOptions, StoreSpec};
-use crate::counters::{StorageCounters, StorageStats};
-use crate::disk::{Storage, extents_of, local, read_copy};
-use crate::engine::{EngineKind, EngineMode, Shard, ShardConfig, ShardGone, ShardHandle};
+use crate::backend::{StoreError, StoreOptions, StoreSpec};
+use crate::counters::StorageCounters;
+use crate::disk::local;
+use crate::engine::{EngineKind, EngineMode, ShardConfig, ShardGone, ShardHandle};
+use crate::keeper::Keeper;
 use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
 };
-use crate::ssd::{SsdStats, SsdStorage, SsdTier};
+use crate::ssd::{SsdStats, SsdTier};
 use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId};
+use handle::HandleInner;
+use opening::{Started, Starting, identity, start};
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use rustc_hash::FxHashMap;
-use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
+use registry::{Opened, Registry, settle};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -106,19 +116,6 @@ impl fmt::Debug for Shared {
     }
 }
 
-struct Opened {
-    handle: StorageHandle,
-    read_only: bool,
-    users: usize,
-}
-
-#[derive(Default)]
-struct Registry {
-    /// `None`: being opened or closed at this moment.
-    by_identity: FxHashMap<String, Option<Opened>>,
-    ids: FxHashMap<String, StorageId>,
-}
-
 /// RAM and SSD tiers, the shards that serve them, and the storages in front of which they stand.
 #[derive(Clone)]
 pub struct Cache(Arc<Inner>);
@@ -126,7 +123,9 @@ pub struct Cache(Arc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     shards: Vec<ShardHandle>,
-    registry: Mutex<Registry>,
+    registry: Arc<Mutex<Registry>>,
+    /// Keeps the SSD tier fit to survive a crash.
+    keeper: Mutex<Option<Keeper>>,
     /// A storage has been opened or closed.
     settled: Condvar,
 }
@@ -171,7 +170,15 @@ impl Cache {
                 }
             });
         }
-        let inner = Inner { shared, shards, registry: Mutex::default(), settled: Condvar::new() };
+        let registry = Arc::new(Mutex::new(Registry::default()));
+        let keeper = match shared.ssd() {
+            Some(tier) => {
+                let open = Arc::clone(&registry);
+                Some(Keeper::start(tier.clone(), move |unflushed| settle(&open, unflushed))?)
+            }
+            None => None,
+        };
+        let inner = Inner { shared, shards, registry, keeper: Mutex::new(keeper), settled: Condvar::new() };
         Ok(Cache(Arc::new(inner)))
     }
 
@@ -312,10 +319,11 @@ impl Cache {
 
     /// Ends everything: the SSD tier is made ready for a later start, the shards stop. Storages must be closed.
     pub fn shutdown(&self) {
+        drop(self.0.keeper.lock().take());
         if let Some(tier) = self.0.shared.ssd()
             && let Err(error) = tier.close()
         {
-            tracing::error!(%error, "SSD tier not closed cleanly; it will start empty");
+            tracing::error!(%error, "SSD tier not closed cleanly; the next start has what its last checkpoint vouches for");
         }
         for shard in &self.0.shards {
             shard.shutdown();
@@ -453,183 +461,5 @@ impl Cache {
 impl fmt::Debug for Cache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cache").field("shards", &self.0.shards.len()).finish_non_exhaustive()
-    }
-}
-
-/// What names a store before it is opened: symbolic links to one file are one store.
-fn identity(spec: &StoreSpec) -> String {
-    match spec {
-        StoreSpec::File(path) => {
-            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-            format!("file:{}", path.display())
-        }
-        StoreSpec::Nbd { .. } => spec.to_string(),
-        StoreSpec::Qcow2 { path, .. } => {
-            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-            format!("qcow2:{}", path.display())
-        }
-    }
-}
-
-/// What it takes to open a store on its shard.
-struct Starting {
-    id: StorageId,
-    shared: Arc<Shared>,
-    spec: StoreSpec,
-    options: StoreOptions,
-    counters: Arc<StorageCounters>,
-    identity: String,
-    below: Option<StorageHandle>,
-}
-
-struct Started {
-    info: StoreInfo,
-    ssd: Option<SsdStorage>,
-    map: Option<Arc<LayerMap>>,
-}
-
-/// Opens the store on its shard.
-async fn start(shard: Shard, starting: Starting) -> Result<Started, StoreError> {
-    let Starting { id, shared, spec, options, counters, identity, below } = starting;
-    let stands_on = below.clone().zip(spec.below()).map(|(handle, spec)| stands_on(handle, spec));
-    let backend = crate::backend::open(&shard, &spec, stands_on, &options).await?;
-    let (info, map) = (backend.info(), backend.map());
-    shared.core().add_storage(id, PageRange::covering(0, info.size_bytes).count);
-    let ssd = shared.ssd().and_then(|tier| match open_ssd(tier, &identity, &info) {
-        Ok(opened) => Some(opened),
-        Err(error) => {
-            tracing::warn!(store = identity, %error, "this store goes without the SSD tier");
-            None
-        }
-    });
-    let number = ssd.as_ref().map(|(_, storage)| *storage);
-    Storage::start(shard, shared, id, backend, counters, ssd, below);
-    Ok(Started { info, ssd: number, map })
-}
-
-/// A storage as what an image stands on.
-fn stands_on(handle: StorageHandle, spec: &StoreSpec) -> Below {
-    let path = match spec {
-        StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. } => Some(path.clone()),
-        StoreSpec::Nbd { .. } => None,
-    };
-    let of = handle.clone();
-    Below {
-        name: handle.identity().to_owned(),
-        path,
-        size_bytes: handle.info().size_bytes,
-        read: Box::new(move |offset, len| {
-            let handle = handle.clone();
-            Box::pin(async move { read_copy(&handle, offset, len).await })
-        }),
-        extents: Box::new(move |offset, len, most| {
-            let handle = of.clone();
-            Box::pin(async move { extents_of(&handle, offset, len, most).await })
-        }),
-    }
-}
-
-fn open_ssd(
-    tier: &SsdTier,
-    identity: &str,
-    info: &StoreInfo,
-) -> Result<(Rc<OwnedFd>, SsdStorage), Box<dyn std::error::Error>> {
-    let storage = tier.storage(identity, info.version_stamp.map(ssd_stamp))?;
-    let fd: OwnedFd = tier.data_fd().as_fd().try_clone_to_owned()?;
-    Ok((Rc::new(fd), storage))
-}
-
-pub(crate) fn ssd_stamp(stamp: crate::backend::Stamp) -> crate::ssd::Stamp {
-    crate::ssd::Stamp {
-        size_bytes: stamp.size_bytes,
-        // Nanoseconds since 1970 fit until 2262.
-        mtime_ns: stamp.mtime_ns as i64,
-        ctime_ns: stamp.ctime_ns as i64,
-        inode: stamp.inode,
-        device: stamp.device,
-    }
-}
-
-struct HandleInner {
-    id: StorageId,
-    identity: String,
-    info: Mutex<StoreInfo>,
-    pages: std::sync::atomic::AtomicU64,
-    shard: ShardHandle,
-    counters: Arc<StorageCounters>,
-    ssd: Option<SsdStorage>,
-    below: Option<StorageHandle>,
-    map: Option<Arc<LayerMap>>,
-    pump: AtomicBool,
-}
-
-/// An open storage, from any thread.
-#[derive(Clone)]
-pub struct StorageHandle(Arc<HandleInner>);
-
-impl StorageHandle {
-    pub fn id(&self) -> StorageId {
-        self.0.id
-    }
-    /// Names the store over restarts and across disks.
-    pub fn identity(&self) -> &str {
-        &self.0.identity
-    }
-    /// The storage that this one stands on, of an image.
-    pub fn below(&self) -> Option<&StorageHandle> {
-        self.0.below.as_ref()
-    }
-    /// This storage and those below it.
-    pub fn chain(&self) -> impl Iterator<Item = &StorageHandle> {
-        std::iter::successors(Some(self), |handle| handle.below())
-    }
-    /// What an image holds itself.
-    pub fn map(&self) -> Option<&Arc<LayerMap>> {
-        self.0.map.as_ref()
-    }
-    /// What the store said when it was opened or last asked.
-    pub fn info(&self) -> StoreInfo {
-        self.0.info.lock().clone()
-    }
-    pub fn pages(&self) -> u64 {
-        self.0.pages.load(Ordering::Relaxed)
-    }
-    pub fn stats(&self) -> StorageStats {
-        self.0.counters.snapshot()
-    }
-    /// Why the store's last request failed; `None` if it did not.
-    pub fn trouble(&self) -> Option<String> {
-        self.0.counters.health.trouble()
-    }
-    /// The thread that does all I/O of this storage.
-    pub fn shard(&self) -> &ShardHandle {
-        &self.0.shard
-    }
-
-    /// Asks the store for its size anew. Blocks: not for shard threads.
-    ///
-    /// # Errors
-    /// The store cannot be asked or has shrunk.
-    pub fn refresh_size(&self) -> Result<u64, OpenError> {
-        let id = self.0.id;
-        let asked = self.0.shard.call(move |_| async move {
-            match local(id) {
-                Some(storage) => storage.refresh_size().await.map(|size| (size, storage.info())),
-                None => Err(StoreError::Closed { store: "the store".into() }),
-            }
-        });
-        let (size, info) = asked.wait()??;
-        self.0.pages.store(PageRange::covering(0, size).count, Ordering::Relaxed);
-        *self.0.info.lock() = info;
-        Ok(size)
-    }
-}
-
-impl fmt::Debug for StorageHandle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StorageHandle")
-            .field("id", &self.0.id)
-            .field("identity", &self.0.identity)
-            .finish_non_exhaustive()
     }
 }

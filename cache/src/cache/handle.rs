@@ -1,0 +1,97 @@
+//! An open storage, from any thread.
+
+use super::OpenError;
+use crate::backend::{LayerMap, StoreError, StoreInfo};
+use crate::counters::{StorageCounters, StorageStats};
+use crate::disk::local;
+use crate::engine::ShardHandle;
+use crate::ssd::SsdStorage;
+use crate::types::{PageRange, StorageId};
+use parking_lot::Mutex;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+pub(super) struct HandleInner {
+    pub(super) id: StorageId,
+    pub(super) identity: String,
+    pub(super) info: Mutex<StoreInfo>,
+    pub(super) pages: AtomicU64,
+    pub(super) shard: ShardHandle,
+    pub(super) counters: Arc<StorageCounters>,
+    pub(super) ssd: Option<SsdStorage>,
+    pub(super) below: Option<StorageHandle>,
+    pub(super) map: Option<Arc<LayerMap>>,
+    pub(super) pump: AtomicBool,
+}
+
+/// An open storage. Clones are the same one.
+#[derive(Clone)]
+pub struct StorageHandle(pub(super) Arc<HandleInner>);
+
+impl StorageHandle {
+    pub fn id(&self) -> StorageId {
+        self.0.id
+    }
+    /// Names the store over restarts and across disks.
+    pub fn identity(&self) -> &str {
+        &self.0.identity
+    }
+    /// The storage that this one stands on, of an image.
+    pub fn below(&self) -> Option<&StorageHandle> {
+        self.0.below.as_ref()
+    }
+    /// This storage and those below it.
+    pub fn chain(&self) -> impl Iterator<Item = &StorageHandle> {
+        std::iter::successors(Some(self), |handle| handle.below())
+    }
+    /// What an image holds itself.
+    pub fn map(&self) -> Option<&Arc<LayerMap>> {
+        self.0.map.as_ref()
+    }
+    /// What the store said when it was opened or last asked.
+    pub fn info(&self) -> StoreInfo {
+        self.0.info.lock().clone()
+    }
+    pub fn pages(&self) -> u64 {
+        self.0.pages.load(Ordering::Relaxed)
+    }
+    pub fn stats(&self) -> StorageStats {
+        self.0.counters.snapshot()
+    }
+    /// Why the store's last request failed; `None` if it did not.
+    pub fn trouble(&self) -> Option<String> {
+        self.0.counters.health.trouble()
+    }
+    /// The thread that does all I/O of this storage.
+    pub fn shard(&self) -> &ShardHandle {
+        &self.0.shard
+    }
+
+    /// Asks the store for its size anew. Blocks: not for shard threads.
+    ///
+    /// # Errors
+    /// The store cannot be asked or has shrunk.
+    pub fn refresh_size(&self) -> Result<u64, OpenError> {
+        let id = self.0.id;
+        let asked = self.0.shard.call(move |_| async move {
+            match local(id) {
+                Some(storage) => storage.refresh_size().await.map(|size| (size, storage.info())),
+                None => Err(StoreError::Closed { store: "the store".into() }),
+            }
+        });
+        let (size, info) = asked.wait()??;
+        self.0.pages.store(PageRange::covering(0, size).count, Ordering::Relaxed);
+        *self.0.info.lock() = info;
+        Ok(size)
+    }
+}
+
+impl fmt::Debug for StorageHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StorageHandle")
+            .field("id", &self.0.id)
+            .field("identity", &self.0.identity)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,127 @@
+//! Opening a store on its shard, with its part of the SSD tier.
+
+use super::{Shared, StorageHandle};
+use crate::backend::{Below, LayerMap, Stamp, StoreError, StoreInfo, StoreOptions, StoreSpec};
+use crate::counters::StorageCounters;
+use crate::disk::{Storage, extents_of, read_copy};
+use crate::engine::Shard;
+use crate::ssd::{SsdStorage, SsdTier, StoreClock};
+use crate::types::{PageRange, StorageId};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// What names a store before it is opened: symbolic links to one file are one store.
+pub(super) fn identity(spec: &StoreSpec) -> String {
+    match spec {
+        StoreSpec::File(path) => {
+            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            format!("file:{}", path.display())
+        }
+        StoreSpec::Nbd { .. } => spec.to_string(),
+        StoreSpec::Qcow2 { path, .. } => {
+            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            format!("qcow2:{}", path.display())
+        }
+    }
+}
+
+/// What it takes to open a store on its shard.
+pub(super) struct Starting {
+    pub(super) id: StorageId,
+    pub(super) shared: Arc<Shared>,
+    pub(super) spec: StoreSpec,
+    pub(super) options: StoreOptions,
+    pub(super) counters: Arc<StorageCounters>,
+    pub(super) identity: String,
+    pub(super) below: Option<StorageHandle>,
+}
+
+pub(super) struct Started {
+    pub(super) info: StoreInfo,
+    pub(super) ssd: Option<SsdStorage>,
+    pub(super) map: Option<Arc<LayerMap>>,
+}
+
+/// Opens the store on its shard.
+pub(super) async fn start(shard: Shard, starting: Starting) -> Result<Started, StoreError> {
+    let Starting { id, shared, spec, options, counters, identity, below } = starting;
+    let stands_on = below.clone().zip(spec.below()).map(|(handle, spec)| stands_on(handle, spec));
+    let backend = crate::backend::open(&shard, &spec, stands_on, &options).await?;
+    let (info, map) = (backend.info(), backend.map());
+    shared.core().add_storage(id, PageRange::covering(0, info.size_bytes).count);
+    // What the tier is about to have of the store must be as durable there, whoever wrote it and in whatever run: a loss of
+    // power that takes it from the store would not show in the store's times.
+    let durable = match shared.ssd() {
+        Some(_) => backend.harden().await,
+        None => Ok(()),
+    };
+    let seal = seal(below.as_ref());
+    let ssd = shared.ssd().and_then(|tier| {
+        let opened = match durable {
+            Ok(()) => open_ssd(tier, &identity, &info, seal),
+            Err(error) => Err(error.into()),
+        };
+        opened
+            .inspect_err(|error| tracing::warn!(store = identity, %error, "this store goes without the SSD tier"))
+            .ok()
+    });
+    let number = ssd.as_ref().map(|(_, storage)| *storage);
+    Storage::start(shard, shared, id, backend, counters, ssd, below);
+    Ok(Started { info, ssd: number, map })
+}
+
+/// A storage as what an image stands on.
+fn stands_on(handle: StorageHandle, spec: &StoreSpec) -> Below {
+    let path = match spec {
+        StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. } => Some(path.clone()),
+        StoreSpec::Nbd { .. } => None,
+    };
+    let of = handle.clone();
+    Below {
+        name: handle.identity().to_owned(),
+        path,
+        size_bytes: handle.info().size_bytes,
+        read: Box::new(move |offset, len| {
+            let handle = handle.clone();
+            Box::pin(async move { read_copy(&handle, offset, len).await })
+        }),
+        extents: Box::new(move |offset, len, most| {
+            let handle = of.clone();
+            Box::pin(async move { extents_of(&handle, offset, len, most).await })
+        }),
+    }
+}
+
+fn open_ssd(
+    tier: &SsdTier,
+    identity: &str,
+    info: &StoreInfo,
+    seal: u64,
+) -> Result<(Rc<OwnedFd>, SsdStorage), Box<dyn std::error::Error>> {
+    let stamp = info.version_stamp;
+    // Times of another host's clock say nothing of ours.
+    let clock = if stamp.is_some_and(|stamp| stamp.local_clock) { StoreClock::Ours } else { StoreClock::Another };
+    let storage = tier.storage_by(identity, stamp.map(|stamp| ssd_stamp(stamp, seal)), clock)?;
+    let fd: OwnedFd = tier.data_fd().as_fd().try_clone_to_owned()?;
+    Ok((Rc::new(fd), storage))
+}
+
+/// The store's version as the SSD tier keeps it. `seal`: see [`seal`].
+pub(crate) fn ssd_stamp(stamp: Stamp, seal: u64) -> crate::ssd::Stamp {
+    crate::ssd::Stamp {
+        size_bytes: stamp.size_bytes,
+        // Nanoseconds since 1970 fit until 2262.
+        mtime_ns: stamp.mtime_ns as i64,
+        ctime_ns: stamp.ctime_ns as i64,
+        inode: stamp.inode ^ seal,
+        device: stamp.device,
+    }
+}
+
+/// The versions of all images that one stands on, as one number; 0 for none. What an image's storage has at the edges of its
+/// clusters comes from below: if that changed while nobody watched, the image is another one too.
+pub(crate) fn seal(below: Option<&StorageHandle>) -> u64 {
+    let stamps = below.into_iter().flat_map(StorageHandle::chain).map(|handle| handle.info().version_stamp);
+    stamps.fold(0, |seal, stamp| stamp.unwrap_or_default().mixed_into(seal))
+}
