@@ -2,6 +2,7 @@
 
 mod crashes;
 mod sim;
+mod writing;
 
 pub(super) use sim::Simulated;
 
