@@ -3,6 +3,9 @@
 
 mod nbd_common;
 
+use nbd_common::wire::{
+    DATA, ERROR, FLAG_FLUSH, FLAG_FUA, FLAG_MULTI, Got, NONE, chunk, export, handshake, option_reply, simple, take,
+};
 use nbd_common::{MODES, on, open, read, write};
 use prestage_cache::backend::{NbdOptions, StoreError, StoreOptions};
 use prestage_cache::engine::EngineMode;
@@ -15,76 +18,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 1 << 20;
-const FLAG_FUA: u16 = 1 << 3;
-const FLAG_FLUSH: u16 = 1 << 2;
-const FLAG_MULTI: u16 = 1 << 8;
-
-const DATA: u16 = 1;
-const HOLE: u16 = 2;
-const NONE: u16 = 0;
-const ERROR: u16 = 0x8001;
-
-/// A request as the server got it.
-#[derive(Clone, Debug)]
-struct Got {
-    flags: u16,
-    command: u16,
-    cookie: u64,
-    offset: u64,
-    len: u32,
-    payload: Vec<u8>,
-}
-
-impl Got {
-    /// Every byte of the export is the low byte of its sector's number.
-    fn content(&self) -> Vec<u8> {
-        (self.offset..self.offset + u64::from(self.len)).map(|at| (at / 512) as u8).collect()
-    }
-
-    fn chunk(&self, done: bool, kind: u16, data: &[u8]) -> Vec<u8> {
-        chunk(self.cookie, done, kind, data.len() as u32, data)
-    }
-
-    fn data(&self, done: bool, from: usize, to: usize) -> Vec<u8> {
-        let mut body = (self.offset + from as u64).to_be_bytes().to_vec();
-        body.extend_from_slice(&self.content()[from..to]);
-        self.chunk(done, DATA, &body)
-    }
-
-    fn hole(&self, done: bool, offset: u64, len: u32) -> Vec<u8> {
-        self.chunk(done, HOLE, &[offset.to_be_bytes().as_slice(), &len.to_be_bytes()].concat())
-    }
-
-    fn error(&self, error: u32) -> Vec<u8> {
-        let body = [error.to_be_bytes().as_slice(), &2u16.to_be_bytes(), b"no"].concat();
-        self.chunk(true, ERROR, &body)
-    }
-
-    /// What an ordinary server answers.
-    fn honest(&self) -> Vec<u8> {
-        match self.command {
-            0 => self.data(true, 0, self.len as usize),
-            _ => self.chunk(true, NONE, &[]),
-        }
-    }
-}
-
-fn chunk(cookie: u64, done: bool, kind: u16, len: u32, data: &[u8]) -> Vec<u8> {
-    [
-        0x668e_33efu32.to_be_bytes().as_slice(),
-        &u16::from(done).to_be_bytes(),
-        &kind.to_be_bytes(),
-        &cookie.to_be_bytes(),
-        &len.to_be_bytes(),
-        data,
-    ]
-    .concat()
-}
-
-fn simple(cookie: u64, error: u32, data: &[u8]) -> Vec<u8> {
-    [0x6744_6698u32.to_be_bytes().as_slice(), &error.to_be_bytes(), &cookie.to_be_bytes(), data].concat()
-}
-
 /// What to do about a request.
 enum Answer {
     Send(Vec<u8>),
@@ -141,58 +74,10 @@ impl Server {
     }
 }
 
-fn take<const N: usize>(stream: &mut UnixStream) -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    stream.read_exact(&mut bytes)?;
-    Ok(bytes)
-}
-
-fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
-    [
-        0x0003_e889_0455_65a9u64.to_be_bytes().as_slice(),
-        &option.to_be_bytes(),
-        &kind.to_be_bytes(),
-        &(data.len() as u32).to_be_bytes(),
-        data,
-    ]
-    .concat()
-}
-
-fn export(size: u64, flags: u16) -> Vec<u8> {
-    [0u16.to_be_bytes().as_slice(), &size.to_be_bytes(), &flags.to_be_bytes()].concat()
-}
-
 fn serve(mut stream: UnixStream, flags: u16, number: usize, seen: &Mutex<Vec<Got>>, script: &Script) -> io::Result<()> {
-    stream.write_all(b"NBDMAGICIHAVEOPT")?;
-    stream.write_all(&3u16.to_be_bytes())?;
-    take::<4>(&mut stream)?;
+    handshake(&mut stream, SIZE, flags)?;
     loop {
-        take::<8>(&mut stream)?;
-        let option = u32::from_be_bytes(take(&mut stream)?);
-        let len = u32::from_be_bytes(take(&mut stream)?);
-        stream.read_exact(&mut vec![0; len as usize])?;
-        if option == 7 {
-            stream.write_all(&option_reply(7, 3, &export(SIZE, flags | 1)))?;
-            stream.write_all(&option_reply(7, 1, &[]))?;
-            break;
-        }
-        stream.write_all(&option_reply(option, 1, &[]))?;
-    }
-    loop {
-        let head: [u8; 28] = take(&mut stream)?;
-        assert_eq!(head[..4], 0x2560_9513u32.to_be_bytes());
-        let mut got = Got {
-            flags: u16::from_be_bytes([head[4], head[5]]),
-            command: u16::from_be_bytes([head[6], head[7]]),
-            cookie: u64::from_be_bytes(head[8..16].try_into().unwrap()),
-            offset: u64::from_be_bytes(head[16..24].try_into().unwrap()),
-            len: u32::from_be_bytes(head[24..28].try_into().unwrap()),
-            payload: Vec::new(),
-        };
-        if got.command == 1 {
-            got.payload = vec![0; got.len as usize];
-            stream.read_exact(&mut got.payload)?;
-        }
+        let got = Got::take(&mut stream)?;
         seen.lock().unwrap().push(got.clone());
         if got.command == 2 {
             return Ok(());

@@ -7,9 +7,14 @@ use crate::disk::{Storage, extents_of, read_copy};
 use crate::engine::Shard;
 use crate::ssd::{SsdStorage, SsdTier, StoreClock};
 use crate::types::{PageRange, StorageId};
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the opening of a disk waits for a cache disk that may hang.
+const FORGET_WAIT: Duration = Duration::from_secs(2);
 
 /// What names a store before it is opened: symbolic links to one file are one store.
 pub(super) fn identity(spec: &StoreSpec) -> String {
@@ -57,15 +62,10 @@ pub(super) async fn start(shard: Shard, starting: Starting) -> Result<Started, S
         None => Ok(()),
     };
     let seal = seal(below.as_ref());
-    let ssd = shared.ssd().and_then(|tier| {
-        let opened = match durable {
-            Ok(()) => open_ssd(tier, &identity, &info, seal),
-            Err(error) => Err(error.into()),
-        };
-        opened
-            .inspect_err(|error| tracing::warn!(store = identity, %error, "this store goes without the SSD tier"))
-            .ok()
-    });
+    let ssd = match shared.ssd() {
+        Some(tier) => with_ssd(&shard, tier, &identity, &info, seal, durable).await,
+        None => None,
+    };
     let number = ssd.as_ref().map(|(_, storage)| *storage);
     Storage::start(shard, shared, id, backend, counters, ssd, below);
     Ok(Started { info, ssd: number, map })
@@ -93,7 +93,32 @@ fn stands_on(handle: StorageHandle, spec: &StoreSpec) -> Below {
     }
 }
 
+/// The storage's part of the tier; none if it must go without. Then nothing marks what is written to it, so what the tier has
+/// of it from before is dropped first.
+async fn with_ssd(
+    shard: &Shard,
+    tier: &SsdTier,
+    identity: &str,
+    info: &StoreInfo,
+    seal: u64,
+    durable: Result<(), StoreError>,
+) -> Option<(Rc<OwnedFd>, SsdStorage)> {
+    let without =
+        |error: &dyn fmt::Display| tracing::warn!(store = identity, %error, "this store goes without the SSD tier");
+    let opened = open_ssd(shard, tier, identity, info, seal).inspect_err(|error| without(error)).ok()?;
+    let Err(error) = durable else { return Some(opened) };
+    without(&error);
+    let (device, storage) = (tier.clone(), opened.1);
+    match shard.timeout(FORGET_WAIT, shard.blocking(move || device.forget(storage))).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tier.distrust(&format!("what it holds of {identity} could not be dropped: {error}")),
+        Err(_) => tier.distrust(&format!("dropping what it holds of {identity} took longer than two seconds")),
+    }
+    None
+}
+
 fn open_ssd(
+    shard: &Shard,
     tier: &SsdTier,
     identity: &str,
     info: &StoreInfo,
@@ -103,8 +128,11 @@ fn open_ssd(
     // Times of another host's clock say nothing of ours.
     let clock = if stamp.is_some_and(|stamp| stamp.local_clock) { StoreClock::Ours } else { StoreClock::Another };
     let storage = tier.storage_by(identity, stamp.map(|stamp| ssd_stamp(stamp, seal)), clock)?;
-    let fd: OwnedFd = tier.data_fd().as_fd().try_clone_to_owned()?;
-    Ok((Rc::new(fd), storage))
+    let slab = Rc::new(tier.data_fd().as_fd().try_clone_to_owned()?);
+    if tier.runs_aside() {
+        shard.run_aside(&slab);
+    }
+    Ok((slab, storage))
 }
 
 /// The store's version as the SSD tier keeps it. `seal`: see [`seal`].

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed assumption of a test is a failed test")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod wire;
+
 use prestage_cache::backend::{Backend, StoreError, StoreOptions, StoreSpec};
 use prestage_cache::engine::{AlignedBuf, EngineMode, IoBuf, Shard, ShardConfig, ShardHandle};
 use std::rc::Rc;
@@ -41,6 +43,7 @@ pub(crate) async fn write(store: &Rc<dyn Backend>, offset: u64, data: &[u8], fua
 }
 
 /// Small, fast and repeatable (xorshift64*).
+#[derive(Debug)]
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
