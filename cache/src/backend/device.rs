@@ -15,6 +15,7 @@
 
 use super::error::StoreError;
 use super::{Extent, SECTOR_BYTES, Stamp, StoreOptions};
+use crate::engine::blocks_in_kernel;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::unistd::{Whence, lseek};
@@ -49,6 +50,8 @@ pub(super) struct Opened {
     pub(super) is_block: bool,
     pub(super) read_only: bool,
     pub(super) stamp: Stamp,
+    /// See [`blocks_in_kernel`].
+    pub(super) aside: bool,
 }
 
 /// What a file is to be.
@@ -82,6 +85,7 @@ pub(super) fn open(path: &Path, content: Content, options: &StoreOptions) -> Res
         refuse_formats(&store, &file)?;
     }
     let stamp = measure(&store, content, &file)?;
+    let aside = blocks_in_kernel(&file).map_err(|error| StoreError::from_io(&store, "open", &error))?;
     lock(&store, &file, !options.read_only)?;
     let (direct, align_bytes) = match options.direct.then(|| open_direct(&path, &file, options.read_only)) {
         Some(Ok((direct, align))) => (Some(OwnedFd::from(direct)), align),
@@ -99,6 +103,7 @@ pub(super) fn open(path: &Path, content: Content, options: &StoreOptions) -> Res
         is_block: kind.is_block_device(),
         read_only: options.read_only,
         stamp,
+        aside,
     })
 }
 

@@ -91,11 +91,15 @@ impl FileBackend {
         let store = format!("file:{}", path.display());
         let (path, options) = (path.to_owned(), options.clone());
         let opened = shard.blocking(move || device::open(&path, content, &options)).await;
-        let Opened { path, buffered, direct, align_bytes, is_block, read_only, stamp } =
+        let Opened { path, buffered, direct, align_bytes, is_block, read_only, stamp, aside } =
             opened.map_err(|error| StoreError::from_io(&store, "open", &error))??;
         let buffered = Rc::new(buffered);
         let is_direct = direct.is_some();
         let data = direct.map_or_else(|| Rc::clone(&buffered), Rc::new);
+        if aside {
+            shard.run_aside(&buffered);
+            shard.run_aside(&data);
+        }
         let inner = Inner {
             shard: shard.clone(),
             identity: format!("file:{}", path.display()),

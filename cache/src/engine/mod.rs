@@ -39,7 +39,7 @@ pub use exec::{JoinError, JoinHandle, TASKS_PER_TURN};
 pub use handle::{Call, EngineKind, EngineMode, ShardConfig, ShardGone, ShardHandle};
 pub use net::SocketAddress;
 pub use polling::{PollSource, Polled};
-pub use shard::{Elapsed, EventWatch, Shard};
+pub use shard::{Elapsed, EventWatch, Shard, blocks_in_kernel};
 pub use sync::{Notify, OneshotReceiver, OneshotSender, Permit, Semaphore, oneshot};
 
 /// A future that stays on its shard's thread.

@@ -89,6 +89,10 @@ impl Frame {
         Box::new(Frame { op, fd, iov: Vec::new(), msg, counter: 1 })
     }
 
+    pub(super) fn file(&self) -> &Rc<OwnedFd> {
+        &self.fd
+    }
+
     pub(super) fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }

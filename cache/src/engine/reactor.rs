@@ -44,7 +44,10 @@ impl Driver {
     fn submit(&mut self, frame: &mut Box<Frame>, user_data: u64) {
         let (fd, op) = (frame.fd(), frame.prepare());
         match self {
-            Driver::Ring(ring) => ring.submit(fd, op, user_data),
+            Driver::Ring(ring) => {
+                let aside = ring.runs_aside(frame.file());
+                ring.submit(fd, op, user_data, aside);
+            }
             Driver::Pool(pool) => pool.submit(fd, op, user_data),
         }
     }

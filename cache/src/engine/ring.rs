@@ -12,13 +12,16 @@ use crate::arena::Arena;
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use std::collections::VecDeque;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fmt, io};
 
 /// `user_data` of requests whose completion nobody waits for.
 const IGNORED: u64 = u64::MAX;
+/// Worker threads of the kernel for requests that block, at most.
+const WORKERS_MAX: u32 = 4096;
 /// The kernel takes at most this much as one registered buffer. A multiple of the block, so no block straddles two.
 const REGISTERED_MAX_BYTES: usize = 1 << 30;
 
@@ -37,6 +40,8 @@ pub(super) struct Ring {
     backlog: VecDeque<squeue::Entry>,
     /// The arena that the kernel has pinned: kept alive for as long as the ring.
     registered: Option<Arc<Arena>>,
+    /// Files whose operations may block where they are submitted.
+    blocking: Vec<Weak<OwnedFd>>,
 }
 
 impl Ring {
@@ -86,8 +91,12 @@ impl Ring {
                 format!("io_uring operation {code} is not allowed here"),
             ));
         }
-        let mut ring = Ring { ring, backlog: VecDeque::new(), registered: None };
-        ring.submit(-1, RawOp::Nop, 0);
+        // Files on NFS, FUSE and the like block in the kernel's worker threads, of which there are four a processor: some
+        // requests to a server that hangs would leave none for the other disks of this shard. So there may be one for
+        // each request; idle ones end by themselves. Since Linux 5.15; without it the kernel's limit stays.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
+        let mut ring = Ring { ring, backlog: VecDeque::new(), registered: None, blocking: Vec::new() };
+        ring.submit(-1, RawOp::Nop, 0, false);
         let mut done = Vec::new();
         ring.turn(Some(Some(Duration::from_secs(5))), &mut done)?;
         match done.as_slice() {
@@ -129,10 +138,21 @@ impl Ring {
         u16::try_from(start / REGISTERED_MAX_BYTES).ok()
     }
 
-    /// Queues an operation; it goes to the kernel with the next [`Ring::turn`].
-    pub(super) fn submit(&mut self, fd: RawFd, op: RawOp, user_data: u64) {
+    /// From now on operations on this file are run by the kernel's worker threads from their start: where the file's
+    /// server hangs they would hold whoever submits them, and with it every disk of the shard.
+    pub(super) fn run_aside(&mut self, file: &Rc<OwnedFd>) {
+        self.blocking.retain(|other| other.strong_count() > 0);
+        self.blocking.push(Rc::downgrade(file));
+    }
+
+    pub(super) fn runs_aside(&self, file: &Rc<OwnedFd>) -> bool {
+        self.blocking.iter().any(|other| other.as_ptr() == Rc::as_ptr(file))
+    }
+
+    /// Queues an operation; it goes to the kernel with the next [`Ring::turn`]. `aside`: see [`Ring::run_aside`].
+    pub(super) fn submit(&mut self, fd: RawFd, op: RawOp, user_data: u64, aside: bool) {
         let entry = self.entry(fd, op).user_data(user_data);
-        self.push(entry);
+        self.push(if aside { entry.flags(squeue::Flags::ASYNC) } else { entry });
     }
 
     /// Asks for the end of an operation. Its own completion still arrives, maybe with `ECANCELED`.

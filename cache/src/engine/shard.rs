@@ -106,6 +106,15 @@ impl Shard {
         }
     }
 
+    /// Says that operations on this file may block in the kernel where others wait for their device: see
+    /// [`blocks_in_kernel`]. They cost a change of threads each then. The thread pool has a thread for each operation
+    /// anyway, up to its limit.
+    pub fn run_aside(&self, file: &Rc<OwnedFd>) {
+        if let Driver::Ring(ring) = &mut *self.inner.driver.borrow_mut() {
+            ring.run_aside(file);
+        }
+    }
+
     fn operation(&self, fd: &Rc<OwnedFd>, op: Op) -> Operation {
         Operation::new(&self.inner, Frame::new(Rc::clone(fd), op))
     }
@@ -477,4 +486,22 @@ impl Drop for Sleep {
             self.inner.timers.borrow_mut().remove(key);
         }
     }
+}
+
+/// Whether the kernel runs operations on a file of this file system in the thread that submits them to io_uring, for as long
+/// as a server takes to answer: FUSE and what stands on it, 9p, and the network file systems, which differ from version to
+/// version. Asks the file system, so it may block itself.
+///
+/// # Errors
+/// `fstatfs(2)` failed.
+pub fn blocks_in_kernel(file: impl std::os::fd::AsFd) -> io::Result<bool> {
+    use nix::sys::statfs;
+    /// Not in libc: `include/uapi/linux/magic.h` and `fs/smb/client/cifsfs.h`.
+    const CEPH: statfs::FsType = statfs::FsType(0x00c3_6400);
+    const SMB2: statfs::FsType = statfs::FsType(0xfe53_4d42);
+    const V9FS: statfs::FsType = statfs::FsType(0x0102_1997);
+    const CIFS: statfs::FsType = statfs::FsType(0xff53_4d42);
+    let kind = statfs::fstatfs(file)?.filesystem_type();
+    let remote = [statfs::FUSE_SUPER_MAGIC, statfs::NFS_SUPER_MAGIC, V9FS, CEPH, SMB2, CIFS];
+    Ok(remote.contains(&kind))
 }

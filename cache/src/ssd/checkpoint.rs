@@ -16,6 +16,7 @@ use super::device::AlignedBuf;
 use super::format::{
     self, ENTRY_BYTES, GROUP_META_BYTES, GROUP_SLOTS, RECORD_BYTES, SECTOR_BYTES, TABLE_ENTRIES, TABLE_OFFSET,
 };
+use super::health::Work;
 use super::index::RECORDS_A_SECTOR;
 use super::open::{self, Mark};
 use super::storages::{Displaced, Unflushed};
@@ -187,7 +188,7 @@ impl Checkpoint<'_> {
             drop(state);
             self.phase = Phase::Done;
             let what = format!("writing a checkpoint failed: {error}");
-            self.shared.note_failure(&what, |state| state.io_errors += 1);
+            self.shared.note_failure(Work::Write, &what, |state| state.io_errors += 1);
         }
         result
     }

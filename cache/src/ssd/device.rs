@@ -4,6 +4,7 @@
 
 use super::SsdError;
 use super::format::SECTOR_BYTES;
+use crate::engine::blocks_in_kernel;
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
@@ -50,6 +51,8 @@ pub(super) struct Device {
     pub(super) path: PathBuf,
     pub(super) is_block_device: bool,
     pub(super) is_direct: bool,
+    /// See [`blocks_in_kernel`].
+    pub(super) runs_aside: bool,
     /// Made by this process: removed again if it cannot be used.
     created: bool,
     #[cfg(test)]
@@ -81,11 +84,13 @@ impl Device {
             return Err(SsdError::WrongFileType { path: path.to_owned() });
         }
         let (file, is_direct) = open_for(path, is_block_device, direct)?;
+        let runs_aside = blocks_in_kernel(&file).map_err(|e| failed("examine", e))?;
         let device = Device {
             file,
             path: path.to_owned(),
             is_block_device,
             is_direct,
+            runs_aside,
             created,
             #[cfg(test)]
             log: parking_lot::Mutex::default(),
@@ -111,6 +116,7 @@ impl Device {
             path: "/simulated".into(),
             is_block_device: false,
             is_direct: false,
+            runs_aside: false,
             created: false,
             log: parking_lot::Mutex::default(),
             fail_writes: false.into(),

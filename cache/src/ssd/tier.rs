@@ -5,7 +5,7 @@
 
 use super::device::Device;
 use super::format::{MAX_BLOCK, Superblock};
-use super::health::{Health, Phase};
+use super::health::{Health, Phase, Work};
 use super::index::{Index, Key, ReadTicket};
 use super::intents::Intents;
 use super::lineage;
@@ -170,6 +170,11 @@ impl SsdTier {
         (SsdTier { shared }, opened.report)
     }
 
+    /// Whether transfers of slots must be run aside, see [`crate::engine::blocks_in_kernel`].
+    pub fn runs_aside(&self) -> bool {
+        self.shared.device.runs_aside
+    }
+
     /// Where slots are read and written, at [`SlotRead::offset`] and [`SlotWrite::offset`]. If the report said
     /// `direct`, with buffers aligned to 4096 bytes.
     pub fn data_fd(&self) -> BorrowedFd<'_> {
@@ -308,14 +313,9 @@ impl SsdTier {
         write.shared.finish_insert(write.slot, checksum, ok)
     }
 
-    /// An I/O error on the slab that is no slot's.
-    pub fn note_io_error(&self, what: &str) {
-        self.shared.note_failure(what, |state| state.io_errors += 1);
-    }
-
     /// The device answers so late that it is not to be used for a while.
     pub fn note_outage(&self, what: &str) {
-        self.shared.note_outage(what);
+        self.shared.note_outage(Work::Read, what);
     }
 
     /// Drops what the tier holds of a storage. Goes through the whole index (0.3 s for each million slots dropped):
@@ -377,18 +377,18 @@ impl Shared {
         usable.then_some(state)
     }
 
-    pub(super) fn note_failure(&self, what: &str, count: impl FnOnce(&mut State)) {
+    pub(super) fn note_failure(&self, work: Work, what: &str, count: impl FnOnce(&mut State)) {
         self.note(what, |state, now| {
             count(state);
-            state.health.note_failure(now, what)
+            state.health.note_failure(now, work, what)
         });
     }
 
     /// The device is not to be used for a while, after a single failure.
-    pub(super) fn note_outage(&self, what: &str) {
+    pub(super) fn note_outage(&self, work: Work, what: &str) {
         self.note(what, |state, now| {
             state.io_errors += 1;
-            state.health.give_up(now, what)
+            state.health.give_up(now, work, what)
         });
     }
 
@@ -408,7 +408,7 @@ impl Shared {
         let what = match outcome {
             Outcome::Good => {
                 let mut state = self.state.lock();
-                state.health.note_good();
+                state.health.note_good(Work::Read);
                 state.index.prove(ticket);
                 return state.index.end_read(ticket, false, false) & ticket.valid;
             }
@@ -423,7 +423,7 @@ impl Shared {
             Outcome::IoError => "reading a slot failed",
         };
         let failed = outcome == Outcome::IoError;
-        self.note_failure(what, |state| {
+        self.note_failure(Work::Read, what, |state| {
             state.io_errors += u64::from(failed);
             state.bad_checksums += u64::from(!failed);
             state.index.end_read(ticket, true, failed);
@@ -442,11 +442,11 @@ impl Shared {
     fn finish_insert(&self, slot: u32, checksum: u32, ok: bool) -> bool {
         if ok {
             let mut state = self.state.lock();
-            state.health.note_good();
+            state.health.note_good(Work::Write);
             let checksum = Some(checksum).filter(|_| !state.closed);
             return state.index.finish_insert(slot, checksum, false);
         }
-        self.note_failure("writing a slot failed", |state| {
+        self.note_failure(Work::Write, "writing a slot failed", |state| {
             state.io_errors += 1;
             state.index.finish_insert(slot, None, true);
         });
@@ -589,10 +589,10 @@ impl Shared {
             state: match state.health.phase() {
                 _ if state.closed => SsdState::Closed,
                 Phase::Ok => SsdState::Ok,
-                Phase::Degraded { reason, since, retry_at } => {
+                Phase::Degraded { reason, since, retry_at, .. } => {
                     SsdState::Degraded { reason: reason.clone(), since: *since, retry_at: *retry_at }
                 }
-                Phase::Probing { since } => SsdState::Retrying { since: *since },
+                Phase::Probing { since, .. } => SsdState::Retrying { since: *since },
             },
         }
     }

@@ -1,6 +1,7 @@
 //! A guest's write as the tier sees it: what was cached of the range is gone, and the region's bit is on the disk before
 //! the store is touched. And what becomes of the tier when that cannot be had.
 
+use super::health::Work;
 use super::open::{self, Mark};
 use super::storages::Unflushed;
 use super::tier::{Shared, State, Trust};
@@ -227,7 +228,7 @@ impl Shared {
             state.trust = Trust::Vetoing;
             state.superblock.slab_id
         };
-        self.note_outage(reason);
+        self.note_outage(Work::Write, reason);
         let Some(this) = self.me.upgrade() else { return };
         let veto = move || {
             let written = this.veto.as_ref().map(|path| (veto::write(path, &slab_id), path.display()));
@@ -281,7 +282,7 @@ impl Shared {
             // Half of it may be there: the next try is under yet another identity.
             state.superblock.generation = superblock.generation;
             drop(state);
-            self.note_outage(&format!("cannot be made anew: {error}"));
+            self.note_outage(Work::Write, &format!("cannot be made anew: {error}"));
             return false;
         }
         state.intents.finish_batch(&batch);
@@ -290,7 +291,7 @@ impl Shared {
         state.index.storages.none_on_disk();
         state.index.touch_all();
         state.trust = Trust::Ok;
-        state.health.note_good();
+        state.health.note_good(Work::Write);
         drop(state);
         self.note_lineage();
         if let Some(Err(error)) = self.veto.as_ref().map(|path| veto::lift(path)) {
