@@ -7,7 +7,7 @@ use nbd_common::{MODES, Random, compare_with_model, hammer, on, open, read, writ
 use prestage_cache::backend::{StoreError, StoreOptions};
 use prestage_cache::engine::EngineMode;
 use std::io::Write as _;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -78,6 +78,53 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").args(["--detach", &self.0]).status();
     }
+}
+
+/// Requests in the kernel keep the open file that they go through, and its locks, when the process is killed.
+#[test]
+fn the_open_file_that_direct_writes_go_through_has_the_locks() {
+    let folder = folder();
+    let path = name(&disk(folder.path(), "locked", 1 << 20));
+    let direct = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(&path).is_ok();
+    let looked_at = path.clone();
+    on(EngineMode::Auto, move |shard| async move {
+        let store = open(&shard, &path, &StoreOptions::default()).await.unwrap();
+        let mut holders = Vec::new();
+        for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
+            if std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == looked_at.as_str()) {
+                let number = entry.file_name().into_string().unwrap();
+                let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap();
+                let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+                let is_direct = i32::from_str_radix(flags, 8).unwrap() & libc::O_DIRECT != 0;
+                holders.push((is_direct, info.matches("FLOCK").count(), info.matches("OFDLCK").count()));
+            }
+        }
+        holders.sort_unstable();
+        if direct {
+            assert_eq!(holders, [(false, 0, 0), (true, 1, 2)]);
+        } else {
+            assert_eq!(holders, [(false, 1, 2)]);
+        }
+        store.close().await;
+    });
+}
+
+#[test]
+fn a_lock_that_is_given_back_soon_is_waited_for() {
+    let folder = folder();
+    let path = name(&disk(folder.path(), "killed", 1 << 20));
+    let under_way = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    under_way.lock().unwrap();
+    on(EngineMode::Auto, move |shard| async move {
+        let refused = open(&shard, &path, &StoreOptions::default()).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Locked { writer: true, .. }), "{refused}");
+        let ended = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            drop(under_way);
+        });
+        open(&shard, &path, &StoreOptions::default()).await.unwrap().close().await;
+        ended.join().unwrap();
+    });
 }
 
 #[test]

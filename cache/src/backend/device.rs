@@ -11,7 +11,10 @@
 //! **Locks.** A writer takes `flock(LOCK_EX)`, a reader `LOCK_SH`, so that two daemons never serve one store writable. In
 //! addition the bytes are locked by which QEMU marks its own images (`block/file-posix.c`: byte 100 + n says "I hold
 //! permission n", byte 200 + n "I don't share permission n", writing is permission 1): QEMU then refuses an image that
-//! is served here, and an image that a QEMU writes to is refused here.
+//! is served here, and an image that a QEMU writes to is refused here. Locks belong to open files, and the one for direct I/O has
+//! them where there is one: requests in the kernel keep it open, so a daemon that was killed has its locks until the last of its
+//! direct writes has ended, and its successor waits. One that reached the disk after a guest's next write would undo that. (Through
+//! the page cache the kernel writes by threads of the process, which end before it does.)
 
 use super::error::StoreError;
 use super::{Extent, SECTOR_BYTES, Stamp, StoreOptions};
@@ -39,11 +42,15 @@ const FORMATS: [(usize, &[u8], &str); 6] = [
 /// QEMU's lock bytes for "I write" and "nobody else may write".
 const QEMU_WRITES: i64 = 101;
 const QEMU_KEEPS_WRITERS_OUT: i64 = 201;
+/// udev holds a lock for a moment while it looks at a block device; writes of a daemon that was killed may take longer to end.
+const LOCK_TRIES: u32 = 50;
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 pub(super) struct Opened {
     pub(super) path: PathBuf,
-    /// Holds the locks; goes through the page cache.
+    /// Goes through the page cache; holds the locks if nothing else does.
     pub(super) buffered: OwnedFd,
+    /// Holds the locks.
     pub(super) direct: Option<OwnedFd>,
     /// Unit of offsets and lengths for direct I/O; 512 without it.
     pub(super) align_bytes: u32,
@@ -84,21 +91,21 @@ pub(super) fn open(path: &Path, content: Content, options: &StoreOptions) -> Res
     if !options.force_raw && content == Content::Disk {
         refuse_formats(&store, &file)?;
     }
-    let stamp = measure(&store, content, &file)?;
     let aside = blocks_in_kernel(&file).map_err(|error| StoreError::from_io(&store, "open", &error))?;
-    lock(&store, &file, !options.read_only)?;
     let (direct, align_bytes) = match options.direct.then(|| open_direct(&path, &file, options.read_only)) {
-        Some(Ok((direct, align))) => (Some(OwnedFd::from(direct)), align),
+        Some(Ok((direct, align))) => (Some(direct), align),
         Some(Err(reason)) => {
             tracing::info!("{store}: no direct I/O here ({reason}); reads go through the host's page cache as well");
             (None, SECTOR_BYTES as u32)
         }
         None => (None, SECTOR_BYTES as u32),
     };
+    lock(&store, direct.as_ref().unwrap_or(&file), !options.read_only)?;
+    let stamp = measure(&store, content, &file)?;
     Ok(Opened {
         path,
         buffered: file.into(),
-        direct,
+        direct: direct.map(OwnedFd::from),
         align_bytes,
         is_block: kind.is_block_device(),
         read_only: options.read_only,
@@ -167,14 +174,13 @@ fn refuse_formats(store: &str, file: &File) -> Result<(), StoreError> {
 
 fn lock(store: &str, file: &File, writer: bool) -> Result<(), StoreError> {
     let locked = |writer| StoreError::Locked { store: store.to_owned(), writer };
-    // udev holds a lock for a moment while it looks at a block device.
-    let mut attempts = 10;
+    let mut attempts = LOCK_TRIES;
     loop {
         match if writer { file.try_lock() } else { file.try_lock_shared() } {
             Ok(()) => break,
             Err(TryLockError::WouldBlock) if attempts > 0 => {
                 attempts -= 1;
-                thread::sleep(Duration::from_millis(20));
+                thread::sleep(LOCK_RETRY);
             }
             // Against readers a shared lock succeeds.
             Err(TryLockError::WouldBlock) => return Err(locked(!writer || file.try_lock_shared().is_err())),
