@@ -67,7 +67,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How long a connection beyond the first waits when the server has stopped to allow several.
 const PARKED: Duration = Duration::from_secs(60);
-/// How long closing waits for the server to take a goodbye.
+/// How long closing waits for the server to flush, and to take a goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// Trims and zeroes carry no data, so only their 32-bit length limits them; a multiple of every block size below that.
 const NO_PAYLOAD_MAX_BYTES: u64 = 1 << 30;
@@ -90,6 +90,8 @@ struct Inner {
     drain: Rc<Drain>,
     /// Of the server's files.
     stamp: Cell<Option<Stamp>>,
+    /// Something may have been written.
+    wrote: Cell<bool>,
 }
 
 impl NbdBackend {
@@ -121,6 +123,7 @@ impl NbdBackend {
             gate: Rc::default(),
             drain: Rc::default(),
             stamp: Cell::default(),
+            wrote: Cell::new(false),
         };
         inner.look_at_files().await?;
         Ok(NbdBackend { inner: Rc::new(inner), tasks: Rc::new(RefCell::new(tasks)) })
@@ -229,7 +232,11 @@ impl Inner {
             return Err(StoreError::ReadOnly { store: self.store() });
         }
         check_range(offset, len, if writes { size } else { size.next_multiple_of(PAGE) })?;
-        self.drain.enter().ok_or_else(|| StoreError::Closed { store: self.store() })
+        let entered = self.drain.enter().ok_or_else(|| StoreError::Closed { store: self.store() })?;
+        if writes {
+            self.wrote.set(true);
+        }
+        Ok(entered)
     }
 
     fn is_aligned(&self, offset: u64, len: u64) -> bool {
@@ -477,6 +484,16 @@ impl Backend for NbdBackend {
         Box::pin(async move {
             inner.drain.close().await;
             let client = &inner.client;
+            if inner.wrote.get() {
+                // The guest may yet ask for a flush, of the next one that serves it. On another connection that need not cover what
+                // was written on this one.
+                let flushed = Rc::clone(&inner);
+                match client.shard.timeout(GOODBYE, async move { flushed.flush_now().await }).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::warn!(%error, "not flushed at its end"),
+                    Err(_) => tracing::warn!("{} does not flush at its end", inner.store()),
+                }
+            }
             client.closing.set(true);
             client.work.notify_all();
             client.state.notify_all();
