@@ -221,3 +221,29 @@ fn a_block_device_is_used_whole_and_refused_when_it_holds_something_or_is_mounte
         assert!(matches!(error, SsdError::InUse { .. }), "{error}");
     }
 }
+
+/// A predecessor is still there, with all its memory, when its successor opens the tier.
+#[test]
+fn a_tier_that_was_closed_and_let_go_is_the_next_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let device = run("losetup", &["--find", "--show", image.to_str().unwrap()]);
+    let _detach = device.clone().map(|device| Finally("losetup", vec!["--detach".to_owned(), device]));
+    for path in [Some(dir.path().join("slab")), device.map(PathBuf::from)].into_iter().flatten() {
+        let (tier, _) = SsdTier::open(&path, 32 << 20).unwrap();
+        let s = tier.storage("file:/a", None).unwrap();
+        insert(&tier, s, 3, PageMask::ALL);
+        tier.let_go();
+        assert!(SsdTier::open(&path, 32 << 20).is_err(), "not before it is closed");
+        assert_eq!(read(&tier, s, 3), PageMask::ALL);
+        tier.close().unwrap();
+        assert!(SsdTier::open(&path, 32 << 20).is_err(), "closed is not let go");
+        tier.let_go();
+        let (next, report) = SsdTier::open(&path, 32 << 20).unwrap();
+        assert_eq!((report.found, report.kept_slots), (Found::Clean, 1), "{}", path.display());
+        drop(tier);
+        assert!(SsdTier::open(&path, 32 << 20).is_err(), "the first one's end takes nothing from the second");
+        drop(next);
+    }
+}

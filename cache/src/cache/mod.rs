@@ -328,6 +328,19 @@ impl Cache {
         for shard in &self.0.shards {
             shard.shutdown();
         }
+        self.let_go();
+        // Only shards read and fill slots.
+        if let Err(error) = self.0.shared.arena().vacate() {
+            tracing::warn!(%error, "the RAM tier's memory is not given back before the process ends");
+        }
+    }
+
+    /// Lets another process open the SSD tier, which is closed. A successor that could not open it would serve writes that the
+    /// tier does not know of. What a shard that has not ended still writes there lands in slots whose checksum it then fails.
+    pub fn let_go(&self) {
+        if let Some(tier) = self.0.shared.ssd() {
+            tier.let_go();
+        }
     }
 
     /// Hands pages to load ahead of demand to a storage's queue. Returns the pages refused because it is full.

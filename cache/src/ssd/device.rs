@@ -1,6 +1,6 @@
 //! The slab's file or block device: opening it alone, its length, and aligned blocking I/O for metadata.
 //!
-//! Data slots are read and written elsewhere, through the same descriptor.
+//! Data slots are read and written elsewhere, through the same descriptor. One of the leaf modules with `unsafe`.
 
 use super::SsdError;
 use super::format::SECTOR_BYTES;
@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -287,6 +288,22 @@ impl Device {
             self.log.lock().push(Op::Sync);
         }
         self.file.sync_data()
+    }
+}
+
+impl Device {
+    /// Lets another process open it before this one has ended: gives up the lock, and a block device itself, which only one may
+    /// have open. I/O through this descriptor fails from now on.
+    pub(super) fn let_go(&self) {
+        let given_up = self.file.unlock().and_then(|()| {
+            let nothing = OpenOptions::new().read(true).open("/dev/null")?;
+            // SAFETY: no memory is touched; the number stays open and ours, `file` closes what it stands for now.
+            let result = unsafe { libc::dup3(nothing.as_raw_fd(), self.file.as_raw_fd(), libc::O_CLOEXEC) };
+            Errno::result(result).map(drop).map_err(io::Error::from)
+        });
+        if let Err(error) = given_up {
+            tracing::warn!(path = %self.path.display(), %error, "SSD tier not given up before the process ends");
+        }
     }
 }
 

@@ -341,6 +341,13 @@ impl SsdTier {
         self.shared.close()
     }
 
+    /// Lets another process open a tier that was closed, before this one ends. Ours cannot be used again.
+    pub fn let_go(&self) {
+        if self.shared.closed.load(Ordering::Acquire) {
+            self.shared.device.let_go();
+        }
+    }
+
     pub fn stats(&self) -> SsdStats {
         self.shared.stats()
     }
