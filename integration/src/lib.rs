@@ -1,6 +1,7 @@
 //! Where Prestage meets the outside: hypervisors, virtual machines' disks, operators. Reports and obeys; decides nothing.
 //!
 //! - [`export`]: disks for guests over vhost-user-blk
+//! - [`handover`]: from one process to the next without letting go
 //! - [`libvirt`]: machines, their events, attaching and detaching their disks
 //! - [`memory`]: guest memory, seen and moved from the host
 //! - [`pressure`]: how long tasks stall, of the host and of each VM
@@ -10,6 +11,7 @@
 
 pub mod api;
 pub mod export;
+pub mod handover;
 pub mod libvirt;
 pub mod memory;
 pub mod pressure;

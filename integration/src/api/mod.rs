@@ -34,7 +34,7 @@ pub use counters::Counters;
 pub use error::{ApiError, ErrorCode, Problem};
 pub use routes::{Limits, openapi, router};
 pub use rows::{Bytes, Rows};
-pub use server::{ApiListener, Peer, ServeError, SocketOptions, bind, serve};
+pub use server::{ApiListener, Heirloom, Peer, ServeError, SocketOptions, adopt, bind, serve};
 
 use history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use types::{

@@ -6,10 +6,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::http::Request;
@@ -69,11 +71,39 @@ pub struct ApiListener {
     path: PathBuf,
     inode: u64,
     // Held for as long as the name is ours. The lock file stays: removing it would let two daemons lock two different files.
-    _lock: Flock<File>,
+    lock: Option<Flock<File>>,
+    left: Arc<AtomicBool>,
+}
+
+/// What another process needs to go on listening at the same name.
+#[derive(Debug)]
+pub struct Heirloom {
+    /// The listening socket.
+    pub listener: OwnedFd,
+    /// The lock on the name.
+    pub lock: OwnedFd,
+    left: Arc<AtomicBool>,
+}
+
+impl Heirloom {
+    /// The name is another's from now on: the [`ApiListener`] neither removes it nor gives back its lock.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::Release);
+    }
+
+    /// The name is ours.
+    pub fn keep(&self) {
+        self.left.store(false, Ordering::Release);
+    }
 }
 
 impl Drop for ApiListener {
     fn drop(&mut self) {
+        if self.left.load(Ordering::Acquire) {
+            // Unlocking would unlock it for the other too: the lock belongs to the file that both have open.
+            std::mem::forget(self.lock.take());
+            return;
+        }
         // Only if it is still ours: an operator may have replaced it.
         if std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
             let _ = std::fs::remove_file(&self.path);
@@ -87,6 +117,29 @@ impl ApiListener {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Copies for a successor.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn heirloom(&self) -> io::Result<Heirloom> {
+        let lock = self.lock.as_ref().ok_or_else(|| io::Error::other("the API socket has no lock"))?;
+        let (listener, lock) = (self.listener.try_clone()?.into(), lock.try_clone()?.into());
+        Ok(Heirloom { listener, lock, left: Arc::clone(&self.left) })
+    }
+}
+
+/// Goes on listening where a predecessor did. Mode and group of the socket stay as they are.
+///
+/// # Errors
+/// The lock is another's, or the name is gone.
+pub fn adopt(path: &Path, listener: OwnedFd, lock: OwnedFd) -> Result<ApiListener, ServeError> {
+    let lock = Flock::lock(File::from(lock), FlockArg::LockExclusiveNonblock)
+        .map_err(|_| ServeError::InUse { path: path.to_owned() })?;
+    let inode = std::fs::symlink_metadata(path).map_err(io_error("look at", path))?.ino();
+    let listener = StdListener::from(listener);
+    listener.set_nonblocking(true).map_err(io_error("set up", path))?;
+    Ok(ApiListener { listener, path: path.to_owned(), inode, lock: Some(lock), left: Arc::default() })
 }
 
 /// Takes the socket path: refuses one that a running server has, replaces what a dead one left.
@@ -147,7 +200,7 @@ pub fn bind(options: &SocketOptions) -> Result<ApiListener, ServeError> {
         Ok(inode)
     };
     match finish() {
-        Ok(inode) => Ok(ApiListener { listener, path: path.clone(), inode, _lock: lock }),
+        Ok(inode) => Ok(ApiListener { listener, path: path.clone(), inode, lock: Some(lock), left: Arc::default() }),
         Err(error) => {
             let _ = std::fs::remove_file(&temporary);
             Err(error)

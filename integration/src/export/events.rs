@@ -48,6 +48,11 @@ impl EventSlot {
         self.generation.fetch_add(1, Ordering::Release);
     }
 
+    /// A copy of the descriptor that is there.
+    pub(super) fn copy(&self) -> std::io::Result<Option<OwnedFd>> {
+        self.fd.lock().as_ref().map(|fd| fd.try_clone()).transpose()
+    }
+
     /// Adds an event to whichever descriptor is there.
     pub(super) fn notify(&self) {
         let fd = self.fd.lock().clone();

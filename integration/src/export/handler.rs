@@ -70,6 +70,11 @@ impl FrontendChannel {
         *self.0.lock() = fd;
     }
 
+    /// A copy of the channel.
+    pub(super) fn copy(&self) -> io::Result<Option<OwnedFd>> {
+        self.0.lock().as_ref().map(OwnedFd::try_clone).transpose()
+    }
+
     /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: the front-end reads the configuration again. False if it has given us no
     /// channel; it then sees the change when it connects anew.
     pub(super) fn config_changed(&self) -> io::Result<bool> {
@@ -84,27 +89,27 @@ impl FrontendChannel {
 
 /// One ring as the front-end has described it so far.
 #[derive(Debug, Default)]
-struct RingState {
-    size: Option<u16>,
-    addresses: Option<RingAddresses>,
-    base: u16,
-    kick: Option<Arc<OwnedFd>>,
-    call: Arc<EventSlot>,
-    err: Arc<EventSlot>,
-    enabled: bool,
-    running: bool,
+pub(super) struct RingState {
+    pub(super) size: Option<u16>,
+    pub(super) addresses: Option<RingAddresses>,
+    pub(super) base: u16,
+    pub(super) kick: Option<Arc<OwnedFd>>,
+    pub(super) call: Arc<EventSlot>,
+    pub(super) err: Arc<EventSlot>,
+    pub(super) enabled: bool,
+    pub(super) running: bool,
 }
 
 /// One front-end's view of the disk. Lives as long as its connection.
 pub(super) struct Device {
     disk: Arc<DiskState>,
     runner: Arc<dyn QueueRunner>,
-    channel: Arc<FrontendChannel>,
-    memory: Arc<MemoryCell>,
-    features: u64,
-    protocol_features: u64,
-    rings: Vec<RingState>,
-    inflight: Option<Arc<InflightRegion>>,
+    pub(super) channel: Arc<FrontendChannel>,
+    pub(super) memory: Arc<MemoryCell>,
+    pub(super) features: u64,
+    pub(super) protocol_features: u64,
+    pub(super) rings: Vec<RingState>,
+    pub(super) inflight: Option<Arc<InflightRegion>>,
     /// Copy of the descriptor that comes with SET_BACKEND_REQ_FD: the `vhost` crate wraps the descriptor itself in a
     /// type that cannot send CONFIG_CHANGE_MSG.
     channel_fd: Option<OwnedFd>,
@@ -197,7 +202,7 @@ impl Device {
         tracing::debug!(ring = at, next_available, "ring stopped");
     }
 
-    fn set_memory(&self, memory: GuestMemory) {
+    pub(super) fn set_memory(&self, memory: GuestMemory) {
         self.memory.set(memory);
         self.runner.memory_changed();
     }

@@ -127,6 +127,12 @@ impl InflightRegion {
         Ok(Self { mapping, num_queues, queue_size })
     }
 
+    /// The region as it was mapped: file, its offset there, bytes, rings, their size.
+    pub(super) fn parts(&self) -> Option<(&File, u64, u64, u16, u16)> {
+        let place = self.mapping.file_offset()?;
+        Some((place.file(), place.start(), self.mapping.size() as u64, self.num_queues, self.queue_size))
+    }
+
     /// The 16-bit word at a byte offset.
     fn word(&self, at: usize) -> &AtomicU16 {
         debug_assert!(at + 2 <= self.mapping.size() && at.is_multiple_of(2));

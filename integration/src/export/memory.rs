@@ -73,10 +73,10 @@ struct Region {
     /// Of the region's first byte, inside `mapping`.
     host: NonNull<u8>,
     /// Keeps `host` mapped.
-    _mapping: Arc<MmapRegion>,
+    mapping: Arc<MmapRegion>,
 }
 
-// SAFETY: `host` points into `_mapping`, which is Send and Sync and lives as long as the region; the bytes behind it
+// SAFETY: `host` points into `mapping`, which is Send and Sync and lives as long as the region; the bytes behind it
 // are only touched by volatile reads, atomics and raw copies, which need no exclusive access.
 unsafe impl Send for Region {}
 // SAFETY: as above.
@@ -103,7 +103,7 @@ impl Region {
         let base = NonNull::new(mapping.as_ptr()).ok_or_else(|| spec.error("it was mapped at address 0"))?;
         // SAFETY: lead < len, the size of the mapping at `base`.
         let host = unsafe { base.add(lead as usize) };
-        Ok(Self { spec, host, _mapping: Arc::new(mapping) })
+        Ok(Self { spec, host, mapping: Arc::new(mapping) })
     }
 }
 
@@ -156,6 +156,11 @@ impl GuestMemory {
             .ok_or(MemoryError::NoSuchRegion { guest_addr: spec.guest_addr, len: spec.len })?;
         regions.remove(at);
         Ok(Self { regions })
+    }
+
+    /// Every region with its file.
+    pub(super) fn files(&self) -> impl Iterator<Item = (RegionSpec, &File)> {
+        self.regions.iter().filter_map(|region| Some((region.spec, region.mapping.file_offset()?.file())))
     }
 
     /// The bytes from `addr` on that one region holds: their place and how many. `hint` is the region found last.

@@ -5,6 +5,7 @@
 //! - [`QueueRunner`]: runs them. Given each started ring as a [`Queue`], on whatever event loop.
 //! - `config`: [`DiskConfig`], what the guest sees. `handler`: protocol messages → state of the rings.
 //! - `queue`: [`Queue`], a running ring. `request`: [`Request`], parsed and checked.
+//! - `state`: [`ExportState`], what another process needs to go on with an export. `adopt`: a connection taken over.
 //! - `ring`, `memory`, `inflight`: the leaf modules that touch shared memory. `events`: eventfds. `socket`: its set-up.
 //!
 //! Everything that comes from guest or front-end is checked before use. Errors of a guest's driver stop its ring, errors
@@ -12,6 +13,7 @@
 //!
 //! Sources: VIRTIO 1.3 (2.7 split virtqueues, 5.2 block device); QEMU's `docs/interop/vhost-user.rst`.
 
+mod adopt;
 mod config;
 mod events;
 mod handler;
@@ -23,6 +25,7 @@ mod request;
 mod ring;
 mod server;
 mod socket;
+mod state;
 #[cfg(test)]
 mod testing;
 
@@ -34,6 +37,7 @@ pub use request::{ByteRange, REQUEST_MAX_BYTES, Request, RequestKind, Status};
 pub use ring::RingAddressError;
 pub use server::{Export, ExportError, ExportOptions};
 pub use socket::{SocketFile, listen_at};
+pub use state::ExportState;
 
 /// Runs started rings. The calls come from the export's own thread, one at a time.
 pub trait QueueRunner: Send + Sync {

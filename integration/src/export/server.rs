@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,10 +23,12 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::QueueRunner;
+use super::adopt::{Adopted, adopt};
 use super::config::{ConfigError, DiskConfig, check_capacity};
 use super::handler::{Device, FrontendChannel};
 use super::queue::DiskState;
 use super::socket::{Arrived, SocketFile, arrived, listen_at, peek_descriptor};
+use super::state::{ConnectionState, ExportState};
 
 /// How long a front-end may take over one message, or to read its answers. They come in one piece; a stopped QEMU
 /// (SIGSTOP) between two messages is not affected.
@@ -78,6 +80,8 @@ struct Shared {
     channel: Arc<FrontendChannel>,
     wake: EventFd,
     stopping: AtomicBool,
+    /// It ends to be gone on with elsewhere.
+    releasing: AtomicBool,
     connected: AtomicBool,
 }
 
@@ -85,7 +89,7 @@ struct Shared {
 pub struct Export {
     path: PathBuf,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<io::Result<ExportState<OwnedFd>>>>>,
 }
 
 impl fmt::Debug for Export {
@@ -110,22 +114,41 @@ impl Export {
         let path = path.as_ref().to_path_buf();
         let thread_error = |source: io::Error| ExportError::Thread { path: path.clone(), source };
         let (listener, file) = listen_at(&path, options)?;
-        let capacity_bytes = AtomicU64::new(config.capacity_bytes);
-        let shared = Arc::new(Shared {
-            disk: Arc::new(DiskState { name: path.display().to_string(), config, capacity_bytes }),
-            channel: Arc::default(),
-            wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-                .map_err(|e| thread_error(e.into()))?,
-            stopping: AtomicBool::new(false),
-            connected: AtomicBool::new(false),
-        });
-        let server = Server { listener, _file: file, shared: Arc::clone(&shared), runner, connection: None };
-        let thread = std::thread::Builder::new()
-            .name("vhost-user".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || server.run())
-            .map_err(thread_error)?;
-        Ok(Self { path, shared, thread: Some(thread) })
+        let shared = Shared::new(&path, config).map_err(thread_error)?;
+        let server = Server { listener, file, shared: Arc::clone(&shared), runner, connection: None };
+        server.spawn(path.clone()).map_err(thread_error)
+    }
+
+    /// Goes on with an export that another process has [released](Export::release), at the same path. A connection that
+    /// cannot be gone on with (the disk is another now) is closed: its front-end connects again.
+    ///
+    /// # Errors
+    /// The configuration is out of range, or there are no resources.
+    pub fn adopt(
+        path: impl AsRef<Path>,
+        config: DiskConfig,
+        runner: Arc<dyn QueueRunner>,
+        state: ExportState<OwnedFd>,
+    ) -> Result<Self, ExportError> {
+        config.validate()?;
+        let path = path.as_ref().to_path_buf();
+        let thread_error = |source: io::Error| ExportError::Thread { path: path.clone(), source };
+        let ExportState { listener, file, capacity_bytes, connection } = state;
+        let shared = Shared::new(&path, config).map_err(thread_error)?;
+        let mut server = Server {
+            listener: listener.into(),
+            file: SocketFile::adopt(&path, file),
+            shared: Arc::clone(&shared),
+            runner,
+            connection: None,
+        };
+        if let Some(connection) = connection {
+            server.adopt(connection);
+        }
+        if capacity_bytes != shared.disk.config.capacity_bytes {
+            shared.tell_capacity();
+        }
+        server.spawn(path.clone()).map_err(thread_error)
     }
 
     /// Where it listens.
@@ -147,10 +170,7 @@ impl Export {
     pub fn resize(&self, capacity_bytes: u64) -> Result<bool, ConfigError> {
         check_capacity(capacity_bytes)?;
         self.shared.disk.capacity_bytes.store(capacity_bytes, Ordering::Release);
-        Ok(self.shared.channel.config_changed().unwrap_or_else(|error| {
-            tracing::warn!(socket = %self.path.display(), %error, "front-end not told of the new size");
-            false
-        }))
+        Ok(self.shared.tell_capacity())
     }
 
     /// Stops: accepts nobody any more, stops the rings (see [`QueueRunner::stop`], which is called from here to the
@@ -159,15 +179,27 @@ impl Export {
         self.shut_down();
     }
 
-    fn shut_down(&mut self) {
+    /// Stops the rings as [`Export::stop`] does, and leaves socket and connection as they are for another process to go on
+    /// with. Blocks until the requests under way have ended.
+    ///
+    /// # Errors
+    /// The descriptors could not be copied; the export has ended then, and its connection is closed.
+    pub fn release(mut self) -> io::Result<ExportState<OwnedFd>> {
+        self.shared.releasing.store(true, Ordering::Release);
+        self.shut_down().unwrap_or_else(|| Err(io::Error::other("the export had ended")))
+    }
+
+    fn shut_down(&mut self) -> Option<io::Result<ExportState<OwnedFd>>> {
         self.shared.stopping.store(true, Ordering::Release);
         if let Err(error) = self.shared.wake.write(1) {
             tracing::error!(socket = %self.path.display(), %error, "export not woken");
         }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!(socket = %self.path.display(), "export's thread panicked");
+        match self.thread.take()?.join() {
+            Ok(released) => released,
+            Err(_) => {
+                tracing::error!(socket = %self.path.display(), "export's thread panicked");
+                None
+            }
         }
     }
 }
@@ -200,14 +232,44 @@ struct Connection {
 
 struct Server {
     listener: UnixListener,
-    _file: SocketFile,
+    file: SocketFile,
     shared: Arc<Shared>,
     runner: Arc<dyn QueueRunner>,
     connection: Option<Connection>,
 }
 
+impl Shared {
+    fn new(path: &Path, config: DiskConfig) -> io::Result<Arc<Self>> {
+        let capacity_bytes = AtomicU64::new(config.capacity_bytes);
+        Ok(Arc::new(Self {
+            disk: Arc::new(DiskState { name: path.display().to_string(), config, capacity_bytes }),
+            channel: Arc::default(),
+            wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            stopping: AtomicBool::new(false),
+            releasing: AtomicBool::new(false),
+            connected: AtomicBool::new(false),
+        }))
+    }
+
+    /// Tells the front-end that the size has changed. False: it could not be told.
+    fn tell_capacity(&self) -> bool {
+        self.channel.config_changed().unwrap_or_else(|error| {
+            tracing::warn!(socket = %self.disk.name, %error, "front-end not told of the new size");
+            false
+        })
+    }
+}
+
 impl Server {
-    fn run(mut self) {
+    fn spawn(self, path: PathBuf) -> io::Result<Export> {
+        let shared = Arc::clone(&self.shared);
+        let thread =
+            std::thread::Builder::new().name("vhost-user".into()).stack_size(STACK_BYTES).spawn(move || self.run())?;
+        Ok(Export { path, shared, thread: Some(thread) })
+    }
+
+    /// Serves until it is stopped; what is left for a successor if it is released.
+    fn run(mut self) -> Option<io::Result<ExportState<OwnedFd>>> {
         let _span = tracing::info_span!("export", socket = %self.shared.disk.name).entered();
         loop {
             match self.wait() {
@@ -228,7 +290,48 @@ impl Server {
                 }
             }
         }
+        if self.shared.releasing.load(Ordering::Acquire) {
+            return Some(self.release());
+        }
         self.disconnect("export stopped");
+        None
+    }
+
+    fn release(mut self) -> io::Result<ExportState<OwnedFd>> {
+        let connection = match self.connection.take() {
+            Some(connection) => {
+                let mut device = connection.device.lock().unwrap_or_else(PoisonError::into_inner);
+                device.stop_all();
+                // A message that has come in part lies in the socket still, for the successor.
+                Some(device.capture(&connection.stream)?)
+            }
+            None => None,
+        };
+        tracing::debug!(connected = connection.is_some(), "export released");
+        let capacity_bytes = self.shared.disk.capacity_bytes.load(Ordering::Acquire);
+        let listener = self.listener.try_clone()?.into();
+        Ok(ExportState { listener, file: self.file.release(), capacity_bytes, connection })
+    }
+
+    /// Goes on with a predecessor's connection, as if it had been accepted here.
+    fn adopt(&mut self, state: ConnectionState<OwnedFd>) {
+        let _span = tracing::info_span!("export", socket = %self.shared.disk.name).entered();
+        self.shared.connected.store(true, Ordering::Release);
+        self.runner.connected();
+        let device =
+            Device::new(Arc::clone(&self.shared.disk), Arc::clone(&self.runner), Arc::clone(&self.shared.channel));
+        match adopt(device, state) {
+            Ok(Adopted { stream, protocol, device }) => {
+                self.connection = Some(Connection { stream, protocol, device, waiting: Waiting::Message });
+                tracing::info!("front-end taken over");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "connection not taken over; its front-end has to connect again");
+                self.shared.channel.set(None);
+                self.shared.connected.store(false, Ordering::Release);
+                self.runner.disconnected();
+            }
+        }
     }
 
     /// Sleeps until there is something to do. True: somebody wants to connect.

@@ -39,6 +39,19 @@ impl Drop for SocketFile {
     }
 }
 
+impl SocketFile {
+    /// Takes over the file of a predecessor, as [`SocketFile::release`] described it.
+    pub(super) fn adopt(path: &Path, inode: (u64, u64)) -> Self {
+        Self { path: path.into(), inode }
+    }
+
+    /// Leaves the file to a successor.
+    pub(super) fn release(mut self) -> (u64, u64) {
+        // No file has this number: dropping removes nothing.
+        std::mem::take(&mut self.inode)
+    }
+}
+
 /// Listens at a path, without blocking. Nobody can connect before mode and owner are as asked: the socket listens last. A
 /// socket file left behind by a dead server is replaced.
 ///
@@ -125,6 +138,14 @@ fn bytes_queued(stream: &UnixStream) -> io::Result<libc::c_int> {
     let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(result)?;
     Ok(bytes)
+}
+
+/// Makes `number`, a descriptor of a socket, another one of the socket `stream`.
+pub(super) fn replace_descriptor(stream: &UnixStream, number: std::os::fd::RawFd) -> io::Result<()> {
+    // SAFETY: no memory is touched; the caller's `number` is open, and stays the caller's to close.
+    let result = unsafe { libc::dup3(stream.as_raw_fd(), number, libc::O_CLOEXEC) };
+    Errno::result(result)?;
+    Ok(())
 }
 
 /// A copy of the first descriptor that comes with the next message, which stays in place.
