@@ -22,6 +22,10 @@ struct Arguments {
     /// Checks the configuration, secrets of webhooks included, and ends
     #[arg(long)]
     check: bool,
+    /// Takes over from the prestaged that runs: its guests see no more than a pause. SIGUSR2 has a running one start its
+    /// successor by itself
+    #[arg(long)]
+    take_over: bool,
 }
 
 /// What the configuration names beside itself: secrets and certificates, as whoever runs this may read them.
@@ -70,7 +74,7 @@ fn main() -> ExitCode {
     }
     // The control plane is light; the data path has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let options = Options { config: arguments.config, overrides: arguments.overrides };
+    let options = Options { config: arguments.config, overrides: arguments.overrides, take_over: arguments.take_over };
     let result = match runtime {
         Ok(runtime) => {
             let result = runtime.block_on(daemon::run(options, config, set_log));

@@ -4,6 +4,7 @@
 //! storage network does.
 
 use super::Daemon;
+use super::end::{Releasing, Step};
 use super::qsd::{Qsd, QsdError};
 use crate::config::Config;
 use crate::learner::LearnerHandle;
@@ -16,8 +17,9 @@ use prestage_cache::counters::DiskCounters;
 use prestage_cache::{Cache, Closing, OpenError, StorageHandle};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{ApiError, Counters, ErrorCode};
-use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, SERIAL_MAX_BYTES};
-use std::collections::{BTreeMap, BTreeSet};
+use prestage_integration::export::{DiskConfig, Export, ExportError, ExportOptions, ExportState, SERIAL_MAX_BYTES};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -161,6 +163,8 @@ pub(super) struct Disks {
     next_id: AtomicU32,
     /// Counters of disks that are gone.
     retired: Mutex<Counters>,
+    /// Exports of a predecessor, by disk, with their socket: to be gone on with.
+    inherited: Mutex<HashMap<String, (PathBuf, ExportState<OwnedFd>)>>,
 }
 
 impl Disks {
@@ -170,6 +174,7 @@ impl Disks {
             busy: Mutex::default(),
             next_id: AtomicU32::new(0),
             retired: Mutex::default(),
+            inherited: Mutex::default(),
         }
     }
 
@@ -297,7 +302,7 @@ impl Disks {
             }
             (Ok(served), None) => {
                 drop(entries);
-                self.end(host, &served, true);
+                self.end(host, &served, Closing { drain: DRAIN, parted: true });
                 None
             }
             (Err(error), Some(entry)) => {
@@ -378,7 +383,10 @@ impl Disks {
             definition.vm.clone().unwrap_or_default(),
         );
         let read_only = disk.read_only;
-        let started = Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options);
+        let started = match self.inherited(definition) {
+            Some(state) => Export::adopt(&definition.socket, disk, Arc::clone(&runner) as _, state),
+            None => Export::start(&definition.socket, disk, Arc::clone(&runner) as _, options),
+        };
         let started = started.and_then(|export| {
             if !definition.nbd {
                 return Ok((export, None));
@@ -457,31 +465,77 @@ impl Disks {
     pub(super) fn remove(&self, host: &Host, name: &str, parted: bool) -> Option<Definition> {
         let entry = self.entries.lock().remove(name)?;
         if let Ok(served) = &entry.state {
-            self.end(host, served, parted);
+            self.end(host, served, Closing { drain: DRAIN, parted });
         }
         tracing::info!(disk = name, "disk no longer served");
         Some(entry.definition)
     }
 
-    fn end(&self, host: &Host, served: &Served, parted: bool) {
+    fn end(&self, host: &Host, served: &Served, closing: Closing) {
         let export = served.export.lock().take();
-        if let Some(nbd) = &served.nbd {
-            if let Some(server) = &host.nbd {
-                server.remove(nbd.name());
-            }
-            nbd.stop();
-        }
+        Self::end_nbd(host, served);
         if let Some(export) = export {
             export.stop();
         }
+        self.close(host, served, closing);
+    }
+
+    fn end_nbd(host: &Host, served: &Served) {
+        let Some(nbd) = &served.nbd else { return };
+        if let Some(server) = &host.nbd {
+            server.remove(nbd.name());
+        }
+        nbd.stop();
+    }
+
+    /// Closes the storage of a disk whose export has ended.
+    fn close(&self, host: &Host, served: &Served, closing: Closing) {
         self.retired.lock().add(&super::report::counters(&host.cache, served));
         host.learner.remove_disk(served.id);
-        for closed in host.cache.close_chain(&served.storage, Closing { drain: DRAIN, parted }) {
+        for closed in host.cache.close_chain(&served.storage, closing) {
             host.learner.remove_storage_blocking(closed);
         }
         if let Some(qemu) = &served.qemu {
             qemu.stop();
         }
+    }
+
+    /// Takes note of what a predecessor has left.
+    pub(super) fn inherit(&self, exports: HashMap<String, (PathBuf, ExportState<OwnedFd>)>) {
+        *self.inherited.lock() = exports;
+    }
+
+    /// Lets go of what was inherited for disks that are not on the list (any more): their hypervisors see them end.
+    pub(super) fn disinherit_strangers(&self) {
+        let entries = self.entries.lock();
+        self.inherited.lock().retain(|name, _| entries.contains_key(name));
+    }
+
+    fn inherited(&self, definition: &Definition) -> Option<ExportState<OwnedFd>> {
+        let (socket, state) = self.inherited.lock().remove(&definition.name)?;
+        (socket == definition.socket).then_some(state)
+    }
+
+    /// Ends all disks side by side, leaving their sockets and connections to a successor.
+    pub(super) fn release_all(daemon: &Arc<Daemon>, drain: Duration) -> Releasing {
+        let entries = std::mem::take(&mut *daemon.disks.entries.lock());
+        let (tell, steps) = std::sync::mpsc::channel();
+        let mut names = BTreeSet::new();
+        for (name, entry) in entries {
+            let Ok(served) = entry.state else { continue };
+            names.insert(name.clone());
+            let (daemon, tell) = (Arc::clone(daemon), tell.clone());
+            std::thread::spawn(move || {
+                let released = served.export.lock().take().map(Export::release);
+                let _ = tell.send(Step::Released(name.clone(), entry.definition.socket, released));
+                let host = daemon.host();
+                // Its clients connect again.
+                Self::end_nbd(&host, &served);
+                daemon.disks.close(&host, &served, Closing { drain, parted: false });
+                let _ = tell.send(Step::Closed(name));
+            });
+        }
+        Releasing::new(names, steps)
     }
 
     /// Ends all disks side by side, waiting until `deadline`. What has not ended by then is left as a crash would leave it:

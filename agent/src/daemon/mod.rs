@@ -5,6 +5,8 @@
 //! - `qsd.rs`: images that only QEMU understands, through a supervised qemu-storage-daemon
 //! - `control.rs`, `history.rs`: the API's questions and orders
 //! - `questions.rs`: how many questions about history are answered at a time
+//! - `end.rs`: the way down
+//! - `handover.rs`: a new prestaged takes over from the one that runs
 //! - `models.rs`: models and thresholds
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
 //! - `report.rs`: state as the API words it
@@ -18,6 +20,8 @@ mod check;
 mod control;
 mod demand;
 mod disks;
+mod end;
+mod handover;
 mod history;
 mod machines;
 mod models;

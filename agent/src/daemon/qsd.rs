@@ -225,8 +225,11 @@ fn supervise(recipe: &Recipe, shared: &Shared) {
         }
         backoff = (backoff * 2).min(BACKOFF_MAX);
     }
-    let _ = std::fs::remove_file(&recipe.socket);
-    let _ = std::fs::remove_dir(&recipe.folder);
+    // Somebody answers: a successor of ours has taken the name already.
+    if UnixStream::connect(&recipe.socket).is_err() {
+        let _ = std::fs::remove_file(&recipe.socket);
+        let _ = std::fs::remove_dir(&recipe.folder);
+    }
 }
 
 /// Waits for the end of the process, and brings it about when asked to. Says how it ended.

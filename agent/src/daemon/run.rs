@@ -5,6 +5,8 @@
 //! written, profiles saved, the SSD tier marked clean.
 
 use super::disks::Definition;
+use super::end::{Threads, hand_over, shut_down};
+use super::handover::{self, Gate, Invitation, Locks};
 use super::questions::Questions;
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
 use crate::config::{
@@ -25,8 +27,10 @@ use prestage_cache::ssd::{self, Found, SsdOptions, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
+use prestage_integration::handover::HandOverError;
 use prestage_integration::libvirt::{Hypervisor, HypervisorConfig, HypervisorError, Uuid};
 use sd_notify::NotifyState;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,10 +46,6 @@ const RETRY: Duration = Duration::from_secs(5);
 const OUTCOMES: Duration = Duration::from_secs(60);
 /// How often users' activity that was not written down at once is.
 const ACTIVITIES: Duration = Duration::from_secs(10);
-/// How long disks may take to end: below the service manager's patience (TimeoutStopSec=120), with time for the rest.
-const DISKS_CLOSE: Duration = Duration::from_secs(80);
-/// How long the database may take over its last writes.
-const DATABASE_CLOSE: Duration = Duration::from_secs(10);
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -53,6 +53,8 @@ pub struct Options {
     pub config: PathBuf,
     /// `section.key=value`, stronger than the files.
     pub overrides: Vec<String>,
+    /// From the prestaged that runs.
+    pub take_over: bool,
 }
 
 /// Sets the log filter of the running process.
@@ -77,6 +79,10 @@ pub enum RunError {
     HostMemory(std::io::Error),
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
+    #[error(transparent)]
+    HandOver(#[from] HandOverError),
+    #[error("nobody could take over; see the log")]
+    NotHandedOver,
     #[error("cannot start: {0}")]
     Io(#[from] std::io::Error),
 }
@@ -86,7 +92,7 @@ fn make_folder(path: &Path, mode: u32) -> Result<(), RunError> {
     std::fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(folder)
 }
 
-/// Runs until SIGTERM or SIGINT.
+/// Runs until SIGTERM or SIGINT, or until another prestaged has taken over.
 ///
 /// # Errors
 /// See [`RunError`]: everything that keeps the daemon from starting. A disk whose store is not there does not.
@@ -95,6 +101,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    let mut upgrade = signal(SignalKind::user_defined2())?;
     raise_limits();
     // QEMU goes through it to the templates it maps; the database has a mode of its own.
     if let Err(error) = make_folder(&config.daemon.state_dir, 0o751) {
@@ -105,16 +112,44 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     make_folder(&config.daemon.run_dir, 0o755)?;
     make_folder(&config.daemon.run_dir.join("vm"), 0o755)?;
     make_folder(&config.daemon.run_dir.join("nbd"), 0o755)?;
-    let listener = api::bind(&SocketOptions {
-        path: config.api_socket(),
-        mode: config.api.mode.0,
-        group: config.api.group.clone(),
-    })?;
-    let _state = lock_state(&config.daemon.state_dir)?;
+    let invitation = Invitation::new(&options.config, &options.overrides)?;
+    let mut inheritance = match options.take_over {
+        true => tokio::task::block_in_place(|| handover::claim(&config))?,
+        false => None,
+    };
+    let inherited = inheritance.as_mut().and_then(|from| from.api(&config.api_socket()));
+    let listener = match inherited {
+        Some((listener, lock)) => api::adopt(&config.api_socket(), listener, lock)?,
+        None => api::bind(&SocketOptions {
+            path: config.api_socket(),
+            mode: config.api.mode.0,
+            group: config.api.group.clone(),
+        })?,
+    };
+    let heirloom = listener.heirloom()?;
+    if inheritance.is_some() {
+        // Until it is known that guests are served: whoever is asked next wants to find the name.
+        heirloom.leave();
+    }
+    let inherited = inheritance.as_mut().and_then(|from| from.state(&config.daemon.state_dir));
+    let state = lock_state(&config.daemon.state_dir, inherited)?;
+    let (state_dir, api_socket) = (config.daemon.state_dir.clone(), config.api_socket());
     // The database may be locked, and waited for.
     let (daemon, threads) = tokio::task::block_in_place(|| start(config))?;
+    if let Some(inheritance) = &mut inheritance {
+        daemon.disks.inherit(inheritance.exports());
+    }
     if let Err(error) = expect_disks(&daemon).await {
         tracing::error!(%error, "disks not restored");
+    }
+    daemon.disks.disinherit_strangers();
+    if inheritance.is_some() {
+        // Guests wait; those of a store that does not answer wait for that, and go on whenever it does.
+        let shared = daemon.clone();
+        let opening = tokio::spawn(async move { open_missing(&shared).await });
+        if tokio::time::timeout(handover::OPENING, opening).await.is_err() {
+            tracing::warn!("stores do not answer yet; their disks are taken over when they do");
+        }
     }
     tokio::task::block_in_place(|| super::templates::clear(&daemon));
     let stop = Arc::new(Notify::new());
@@ -126,6 +161,20 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         }));
     // Ready means that guests can be served: whoever waits for this daemon waits for its disks.
     open_missing(&daemon).await;
+    let taken_over = inheritance.is_some();
+    heirloom.keep();
+    if let Some(inheritance) = inheritance {
+        let shared = daemon.clone();
+        tasks.push(tokio::spawn(async move {
+            let gone = tokio::task::spawn_blocking(move || inheritance.serving()).await;
+            tracing::info!(well = gone.is_ok(), "the predecessor has ended");
+            // The service manager listens to us from now on.
+            let _ = sd_notify::notify(&[NotifyState::Ready]);
+            // Disks that the predecessor could not let go of are free now.
+            open_missing(&shared).await;
+        }));
+    }
+    let mut gate = Gate::open(&daemon.config.lock());
     if let Some(hypervisor) = daemon.hypervisor.clone() {
         tasks.push(tokio::spawn(machines::watch(daemon.clone(), hypervisor)));
     }
@@ -165,16 +214,36 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         ram_bytes = u64::from(daemon.cache.arena().slots()) * 65536,
         "prestaged ready"
     );
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
-    loop {
+    if !taken_over {
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
+    }
+    let successor = loop {
         tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break None,
+            _ = interrupt.recv() => break None,
             _ = hangup.recv() => reload(&daemon, &options, &set_log).await,
+            _ = upgrade.recv() => {
+                if let Err(error) = invitation.newest() {
+                    tracing::warn!(%error, "no successor could be started; this prestaged goes on serving");
+                }
+            }
+            successor = gate.admitted() => break Some(successor),
+        }
+    };
+    match &successor {
+        Some(successor) if successor.plain => {
+            tracing::info!(pid = successor.pid(), "stopping for another prestaged");
+            handover::tell_main_pid(successor);
+        }
+        Some(successor) => {
+            tracing::info!(pid = successor.pid(), "handing over");
+            heirloom.leave();
+        }
+        None => {
+            tracing::info!("stopping");
+            let _ = sd_notify::notify(&[NotifyState::Stopping]);
         }
     }
-    tracing::info!("stopping");
-    let _ = sd_notify::notify(&[NotifyState::Stopping]);
     stop.notify_one();
     // Answers without an end of their own would hold up the API's.
     daemon.learner.end_traces();
@@ -191,57 +260,45 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if let Some(couriers) = couriers {
         couriers.stop().await;
     }
-    let down = tokio::task::spawn_blocking(move || shut_down(&daemon, threads)).await;
-    if down.is_err() {
-        tracing::error!("shutdown did not complete; the SSD tier will start with what its last checkpoint vouches for");
+    let successor = match successor {
+        Some(successor) if !successor.plain => successor,
+        other => {
+            let down = tokio::task::spawn_blocking(move || shut_down(&daemon, threads)).await;
+            if down.is_err() {
+                tracing::error!("shutdown did not complete; the SSD tier will start with what its last checkpoint vouches for");
+            }
+            // It waits for our end, which is that of the process.
+            std::mem::forget(other);
+            return Ok(());
+        }
+    };
+    // What can be written down now need not be while guests wait.
+    if let Err(error) = daemon.learner.save().await {
+        tracing::warn!(%error, "profiles not saved ahead");
     }
-    Ok(())
-}
-
-/// Threads that end with the daemon.
-struct Threads {
-    learner: std::thread::JoinHandle<()>,
-    models: std::thread::JoinHandle<()>,
-    memory: Option<std::thread::JoinHandle<()>>,
-}
-
-fn shut_down(daemon: &Shared, threads: Threads) {
-    daemon.models.stop();
-    add_outcomes(daemon);
-    if let Some(nbd) = &daemon.nbd {
-        nbd.stop();
+    let given = tokio::task::spawn_blocking(move || {
+        let copy = state.as_ref().and_then(|lock| lock.try_clone().ok()).map(|lock| (state_dir, lock.into()));
+        // Dropped, it would be unlocked, for the successor too.
+        std::mem::forget(state);
+        let locks = Locks { api: Some((api_socket, heirloom.listener, heirloom.lock)), state: copy };
+        let given = hand_over(&daemon, threads, gate, &successor, locks, &invitation);
+        std::mem::forget(successor);
+        given
+    });
+    match given.await {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(_) => Err(RunError::NotHandedOver),
     }
-    let left = Disks::remove_all(daemon, Instant::now() + DISKS_CLOSE);
-    if left > 0 {
-        tracing::warn!(
-            left,
-            "disks did not end in time: their stores do not answer; their guests wait for the next start"
-        );
-    }
-    if let Some(memory) = &daemon.memory {
-        memory.stop();
-    }
-    if threads.memory.is_some_and(|thread| thread.join().is_err()) {
-        tracing::error!("memory panicked");
-    }
-    daemon.learner.stop();
-    if threads.learner.join().is_err() {
-        tracing::error!("learner panicked");
-    }
-    if threads.models.join().is_err() {
-        tracing::error!("models panicked");
-    }
-    daemon.cache.shutdown();
-    if !daemon.store.close(DATABASE_CLOSE) {
-        tracing::warn!("the database did not take everything in time");
-    }
-    tracing::info!("stopped");
 }
 
 /// Two daemons on one database would undo each other's changes. `None`: nothing can be written there.
-fn lock_state(folder: &Path) -> Result<Option<Flock<std::fs::File>>, RunError> {
+fn lock_state(folder: &Path, inherited: Option<OwnedFd>) -> Result<Option<Flock<std::fs::File>>, RunError> {
     let path = folder.join("lock");
-    let file = std::fs::File::options().create(true).truncate(false).write(true).open(&path);
+    let file = match inherited {
+        // Locked already, for whoever has it open.
+        Some(file) => Ok(file.into()),
+        None => std::fs::File::options().create(true).truncate(false).write(true).open(&path),
+    };
     // A file system that takes no writes still knows locks.
     match file.or_else(|error| std::fs::File::open(&path).map_err(|_| error)) {
         Ok(file) => match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -387,7 +444,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
         machine_names: Mutex::default(),
         outcomes: Mutex::default(),
     };
-    Ok((Arc::new(daemon), Threads { learner: learner_thread, models: models_thread, memory: memory_thread }))
+    Ok((Arc::new(daemon), Threads { learner: learner_thread, models: Some(models_thread), memory: memory_thread }))
 }
 
 /// The program `prestage-memory`.
@@ -547,7 +604,7 @@ async fn keep_outcomes(daemon: Shared) {
 }
 
 /// Adds what disks did since the last call to the current hour.
-fn add_outcomes(daemon: &Daemon) {
+pub(super) fn add_outcomes(daemon: &Daemon) {
     let hour = unix_ms() / 3_600_000;
     let stat = daemon.stat_report();
     let mut last = daemon.outcomes.lock();
