@@ -1,4 +1,11 @@
 //! `prestaged` with a configuration and state of its own, and `prestagectl` to ask it.
+//!
+//! - [`Prestaged`], [`DaemonOptions`], [`Counters`]
+//! - `succession`: one daemon taking over from another; [`Outcome`]
+
+mod succession;
+
+pub use succession::Outcome;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,6 +26,8 @@ pub struct DaemonOptions {
     pub ssd_size: String,
     /// The SSD tier's file is there before the start, as one hole of so many bytes: a size that the disk need not have.
     pub ssd_hole_bytes: Option<u64>,
+    /// In place of the one that was built.
+    pub program: Option<PathBuf>,
     /// Words in front of the daemon's own: a program that becomes it, such as taskset, or runs it, such as valgrind.
     pub under: Vec<String>,
     /// libvirt's URI, or none.
@@ -34,6 +43,7 @@ impl Default for DaemonOptions {
             ram_size: "256MiB".to_owned(),
             ssd_size: "1GiB".to_owned(),
             ssd_hole_bytes: None,
+            program: None,
             under: Vec::new(),
             libvirt_uri: None,
             more: String::new(),
@@ -92,7 +102,7 @@ impl Prestaged {
                 .context("cannot make the SSD tier's file")?;
         }
         let mut prestaged = Self {
-            daemon: paths::program("prestaged")?,
+            daemon: options.program.clone().map_or_else(|| paths::program("prestaged"), Ok)?,
             control: paths::program("prestagectl")?,
             config,
             socket,
@@ -112,6 +122,17 @@ impl Prestaged {
         if self.process.is_some() {
             bail!("prestaged runs already");
         }
+        let process = Process::start("prestaged", &self.command(&[]), &self.log, Duration::from_secs(20))?;
+        let ready = wait_until("prestaged's start", Duration::from_secs(60), || {
+            process.check_alive()?;
+            Ok(self.socket.exists() && self.ctl(&["status"]).is_ok())
+        });
+        ready.with_context(|| self.last_words())?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    fn command(&self, more: &[&str]) -> Command {
         let mut command = match self.under.split_first() {
             Some((program, words)) => {
                 let mut command = Command::new(program);
@@ -120,15 +141,8 @@ impl Prestaged {
             }
             None => Command::new(&self.daemon),
         };
-        command.arg("--config").arg(&self.config);
-        let process = Process::start("prestaged", &command, &self.log, Duration::from_secs(20))?;
-        let ready = wait_until("prestaged's start", Duration::from_secs(60), || {
-            process.check_alive()?;
-            Ok(self.socket.exists() && self.ctl(&["status"]).is_ok())
-        });
-        ready.with_context(|| self.last_words())?;
-        self.process = Some(process);
-        Ok(())
+        command.arg("--config").arg(&self.config).args(more);
+        command
     }
 
     /// Ends the daemon by SIGTERM; fails unless it ends cleanly.

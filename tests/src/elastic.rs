@@ -66,7 +66,7 @@ impl ElasticRig {
             let program = toucher::build(&folder)?;
             let program = std::fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
             let initrd = scratch.join("initrd");
-            std::fs::write(&initrd, image.initrd_with(&[("init", TOUCHING.as_bytes()), ("program", &program)])?)
+            std::fs::write(&initrd, image.demand_with(&[("init", TOUCHING.as_bytes()), ("program", &program)])?)
                 .with_context(|| format!("cannot write {}", initrd.display()))?;
             Ok(initrd)
         })

@@ -56,17 +56,14 @@ impl Image {
         })
     }
 
-    /// The initramfs of the guest without a disk, with these files put in place of its own or beside them: an archive appended
-    /// to it (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+    /// The initramfs of the guest without a disk, with these files ([`with_files`]).
+    pub fn demand_with(&self, files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+        with_files(&self.initrd_demand, files)
+    }
+
+    /// The initramfs of the guest with a disk, with these files ([`with_files`]).
     pub fn initrd_with(&self, files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
-        let initrd = &self.initrd_demand;
-        let mut bytes = std::fs::read(initrd).with_context(|| format!("cannot read {}", initrd.display()))?;
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        for (name, contents) in files {
-            archive(&mut bytes, name, 0o100_755, contents);
-        }
-        archive(&mut bytes, "TRAILER!!!", 0, &[]);
-        Ok(bytes)
+        with_files(&self.initrd, files)
     }
 
     /// Copies the disk to `target`, sharing extents where the file system can and keeping holes.
@@ -75,6 +72,18 @@ impl Image {
         copy.args(["--reflink=auto", "--sparse=always"]).arg(&self.disk).arg(target);
         crate::process::run(&mut copy).map(drop)
     }
+}
+
+/// An initramfs with files put in place of its own or beside them: an archive appended to it (Linux
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+fn with_files(initrd: &Path, files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+    let mut bytes = std::fs::read(initrd).with_context(|| format!("cannot read {}", initrd.display()))?;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    for (name, contents) in files {
+        archive(&mut bytes, name, 0o100_755, contents);
+    }
+    archive(&mut bytes, "TRAILER!!!", 0, &[]);
+    Ok(bytes)
 }
 
 /// One file of a `newc` archive (cpio(5)).

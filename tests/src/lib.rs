@@ -15,8 +15,11 @@
 //! - [`elastic`]: a guest whose memory and processors change while it runs
 //! - [`swap`]: a swap area of our own
 //! - [`pages`]: memory of another process: what of it is in RAM, pushing it out, bringing it in
+//! - [`throttled`]: a store with a limit of requests a second
 //! - [`toucher`]: a guest whose program touches memory in the order it is told
+//! - [`verifier`]: a guest whose program keeps its disk busy and checks every answer
 //! - [`template`]: a guest to save as a template, and its clones
+//! - [`vhost`]: a front-end in our own process that keeps a disk busy and checks every answer
 //! - [`daemon`]: `prestaged` and `prestagectl`
 //! - [`rig`]: all of these together, as a test uses them
 
@@ -37,4 +40,7 @@ pub mod slow;
 pub mod store;
 pub mod swap;
 pub mod template;
+pub mod throttled;
 pub mod toucher;
+pub mod verifier;
+pub mod vhost;

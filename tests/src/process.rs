@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use crate::clean::{self, Guard};
@@ -121,18 +121,38 @@ impl Process {
         let mut child = spawn(bound)?;
         let pid = Pid::from_raw(i32::try_from(child.id()).context("process id")?);
         let stdin = child.stdin.take();
+        Ok(Self { stdin, ..Self::watch(name, pid, grace, move || child.wait().ok()) })
+    }
+
+    /// A child that we have not started ourselves: one that lost its parent (prctl(2), PR_SET_CHILD_SUBREAPER).
+    #[must_use]
+    pub fn adopt(name: &str, pid: i32, grace: Duration) -> Self {
+        let pid = Pid::from_raw(pid);
+        Self::watch(name, pid, grace, move || match waitpid(pid, None) {
+            Ok(WaitStatus::Exited(_, code)) => Some(ExitStatus::from_raw(code << 8)),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus::from_raw(signal as i32)),
+            _ => None,
+        })
+    }
+
+    fn watch(
+        name: &str,
+        pid: Pid,
+        grace: Duration,
+        reap: impl FnOnce() -> Option<ExitStatus> + Send + 'static,
+    ) -> Self {
         let life = Arc::new(Life::default());
         let watched = Arc::clone(&life);
         std::thread::spawn(move || {
             // not reaped by this wait, so that the number stays ours until the lock is held
             while waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) == Err(nix::errno::Errno::EINTR) {}
             let mut status = watched.status();
-            *status = Some(child.wait().unwrap_or_else(|_| ExitStatus::from_raw(0)));
+            *status = Some(reap().unwrap_or_else(|| ExitStatus::from_raw(0)));
             watched.ended.notify_all();
         });
         let undone = Arc::clone(&life);
         let guard = clean::on_exit(move || undone.end(pid, grace));
-        Ok(Self { name: name.to_owned(), pid, life, stdin, _guard: guard })
+        Self { name: name.to_owned(), pid, life, stdin: None, _guard: guard }
     }
 
     #[must_use]

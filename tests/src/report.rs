@@ -70,6 +70,17 @@ pub struct Touched {
     pub sum: u64,
 }
 
+/// What a guest's verifier has done (`verifier.c`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Verified {
+    pub reads: u64,
+    pub writes: u64,
+    /// The longest time without an answer on one of its threads since it was last asked, by the guest's clock.
+    pub gap: Duration,
+    /// Lines of the kernel's log that tell of failed I/O.
+    pub errors: u64,
+}
+
 /// One line of the guest's report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {
@@ -110,6 +121,8 @@ pub enum Line {
     },
     /// Memory was touched.
     Touched(Touched),
+    /// A disk's answers were checked.
+    Verified(Verified),
     /// The guest powers off now.
     End,
     /// The guest can't go on.
@@ -149,6 +162,12 @@ impl Line {
                 pages: value(rest, "pages")?,
                 time: Duration::from_nanos(value(rest, "ns")?),
                 sum: value(rest, "sum")?,
+            }),
+            "verified" => Self::Verified(Verified {
+                reads: value(rest, "reads")?,
+                writes: value(rest, "writes")?,
+                gap: Duration::from_millis(value(rest, "gap_ms")?),
+                errors: value(rest, "errors")?,
             }),
             "end" => Self::End,
             "failed" => Self::Failed(rest.to_owned()),

@@ -133,7 +133,8 @@ impl Traffic {
     }
 }
 
-/// A running nbdkit on a unix socket.
+/// A running nbdkit on a unix socket. Not for clients that die with requests under way: nbdkit 1.32.5 then ends at an assertion
+/// (`raw_send_socket: sock >= 0`), with and without filters; [`Throttled`](crate::throttled::Throttled) goes on.
 #[derive(Debug)]
 pub struct Nbd {
     socket: PathBuf,

@@ -93,7 +93,7 @@ impl TemplateRig {
         let accelerator = Accelerator::find(&image)?;
         let (scratch, folder, libvirt) = (Scratch::new()?, Scratch::large()?, Arc::new(Libvirt::start()?));
         let initrd = scratch.join("initrd");
-        let bytes = image.initrd_with(&[("init", INIT.as_bytes())])?;
+        let bytes = image.demand_with(&[("init", INIT.as_bytes())])?;
         std::fs::write(&initrd, bytes).with_context(|| format!("cannot write {}", initrd.display()))?;
         Ok(Self { libvirt, folder, image, accelerator, initrd, scratch, _alone: alone })
     }

@@ -31,7 +31,7 @@ pub fn build(folder: &Path) -> Result<PathBuf> {
 }
 
 /// Runs `command` with `input` on its standard input.
-fn feed(command: &mut Command, input: &str) -> Result<()> {
+pub(crate) fn feed(command: &mut Command, input: &str) -> Result<()> {
     let name = command.get_program().to_string_lossy().into_owned();
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child =
