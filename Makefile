@@ -5,7 +5,8 @@
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
 # make properties    the property tests with other seeds and PROPTEST_CASES cases each (500); make test has one seed
 # make torture    a million crashes of the SSD tier; a hundred random balloon schedules on a full guest, in which no program may be
-#                 killed; an hour
+#                 killed; a hundred kills of prestaged under full load, by a client in the test's own process and by a guest,
+#                 and as many upgrades and upgrades with a kill in between; two hours
 #
 # They install what they need from the distribution (scripts/setup.sh) and can be repeated at no cost.
 #   STORE=PATH|NBD-URI   make run: slow storage of your own in place of nbdkit with 5 ms a read
@@ -89,3 +90,5 @@ torture: image
 	cargo build --locked --workspace --bins --tests
 	PRESTAGE_CRASHES=1000000 PROPTEST_RNG_SEED=$$RANDOM$$RANDOM cargo test --locked --release -p prestage-cache --lib -- --nocapture a_crash_at_any
 	PRESTAGE_SCHEDULES=100 cargo test --locked --workspace --test demand -- --nocapture a_guest_filled
+	PRESTAGE_ROUNDS=100 cargo test --locked --workspace --test crash_load --test crash_guest --test handover -- \
+	  --nocapture --test-threads=1
