@@ -274,7 +274,8 @@ fn a_store_that_hangs_keeps_no_other_disk_from_changing_hands() {
     let (report, _) = well.finish().unwrap_or_else(|error| panic!("{error:?}\n{}", bench.daemon.last_words()));
     println!("beside a store that hangs: {report:?}");
     assert_eq!(report.deaths, 0, "{report:?}");
-    bench.daemon.ctl(&["disk", "remove", "well"]).unwrap();
+    // The daemon may not have heard yet that the client is gone.
+    bench.daemon.ctl(&["disk", "remove", "--force", "well"]).unwrap();
     bench.end();
     drop(scratch);
 }

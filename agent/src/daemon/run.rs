@@ -265,7 +265,9 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         other => {
             let down = tokio::task::spawn_blocking(move || shut_down(&daemon, threads)).await;
             if down.is_err() {
-                tracing::error!("shutdown did not complete; the SSD tier will start with what its last checkpoint vouches for");
+                tracing::error!(
+                    "shutdown did not complete; the SSD tier will start with what its last checkpoint vouches for"
+                );
             }
             // It waits for our end, which is that of the process.
             std::mem::forget(other);
