@@ -407,7 +407,7 @@ impl World {
         self.candidates = Some(candidates);
         let mut unflushed = checkpoint.unflushed();
         // Now and then it comes to nothing.
-        let cut_off = self.random.one_in(8);
+        let cut_off = self.random.one_in(3);
         loop {
             for _ in 0..self.random.below(3) {
                 self.step();
@@ -415,7 +415,7 @@ impl World {
             if !unflushed.is_empty() && (self.random.one_in(2) || checkpoint.is_about_to_clear()) {
                 for handle in unflushed.drain(..) {
                     let store = (0..STORES).find(|store| self.handles[*store] == Some(handle));
-                    match store.filter(|_| !self.random.one_in(6)) {
+                    match store.filter(|_| !self.random.one_in(3)) {
                         Some(store) => {
                             let quiet = self.tier.quiet_since(handle);
                             self.flush_store(store);
@@ -447,8 +447,8 @@ impl World {
     fn step(&mut self) {
         match self.random.below(20) {
             0..6 => self.begin_insert(),
-            6..12 => self.write_slot(),
-            12 => self.begin_guest(),
+            6..11 => self.write_slot(),
+            11..13 => self.begin_guest(),
             13..16 => self.step_guest(),
             16 => drop(self.tier.write_intents()),
             17 => {
@@ -588,7 +588,7 @@ impl World {
         stores.stable.clear();
         self.slots = 4 + self.random.below(5);
         self.before = image.clone();
-        if self.random.one_in(4) {
+        if self.random.one_in(2) {
             // A run without the tier: a guest's writes to a store that shows no changes, and nothing of it on the slab.
             for block in BLOCKS {
                 self.version += 1;
@@ -672,7 +672,7 @@ fn a_crash_at_any_point_leaves_nothing_stale_and_keeps_what_was_stable() {
     let tally = run(setting("PROPTEST_RNG_SEED", 20_260_922), setting("PRESTAGE_CRASHES", 4000));
     println!("{tally:?}");
     // A recovery that drops everything would never be stale either.
-    assert!(tally.stable_blocks > tally.crashes / 4, "too little was ever stable: {tally:?}");
+    assert!(tally.stable_blocks > tally.crashes / 8, "too little was ever stable: {tally:?}");
     assert!(tally.stable_served * 100 >= tally.stable_blocks * 95, "what was stable is lost: {tally:?}");
     assert!(tally.recovered * 10 > tally.crashes * 7, "{tally:?}");
     assert!(tally.overtaken > 0 && tally.rotten < tally.crashes, "{tally:?}");
