@@ -1,6 +1,7 @@
 //! Tables are written before a guest is answered, and two writes do not allocate the same cluster.
 //!
 //! - [`Commits`]: those who wait for the tables; one turn of writing them serves all that wait when it begins
+//! - [`Inner::settle_freed`]: nothing is taken again while the tables in the file still point there
 //! - [`Ranges`]: clusters that somebody allocates and whose pointers are not in the file yet
 
 use super::{Inner, StoreError};
@@ -61,6 +62,17 @@ impl Inner {
         receiver.await.unwrap_or_else(|| Err(self.damaged("its tables could not be written")))
     }
 
+    /// Waits until nothing in the file points to clusters that were given up. imago takes such a cluster for a table of its own
+    /// as soon as it is free in memory, while the old pointer is still in the file: then both would lead there. So whoever may
+    /// make imago take clusters comes through here first, and nobody gives any up meanwhile. That the pointers' going is
+    /// durable before the cluster is written to is seen to by [`super::order`].
+    pub(super) async fn settle_freed(self: &Rc<Self>) -> Result<(), StoreError> {
+        while self.container.has_unwritten_frees() {
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
     async fn run_commits(&self) {
         // Reset also when imago panics: those who wait are told by their senders, which are dropped.
         let running = Running(&self.commits.running);
@@ -68,6 +80,9 @@ impl Inner {
             // Too late is as good as in time: the rest has the next turn.
             let commits = Rc::clone(&self.commits);
             let _ = self.shard.timeout(GATHER, async move { commits.gathered().await }).await;
+            // imago writes counts and then pointers. A cluster that is counted in memory behind the first and pointed to ahead of
+            // the second would be in use and free in the file.
+            let alone = self.preparing.alone().await;
             let batch = self.commits.waiting.take();
             if batch.is_empty() {
                 break;
@@ -78,6 +93,7 @@ impl Inner {
             if result.is_ok() {
                 self.container.tables_written(epoch);
             }
+            drop(alone);
             for sender in batch {
                 sender.send(result.clone());
             }

@@ -89,9 +89,15 @@ impl Container {
         self.order.borrow_mut().tables_written(epoch);
     }
 
-    /// A cluster was given up.
-    pub(super) fn freed(&self) {
-        self.order.borrow_mut().freed();
+    /// Clusters are given up while this is held.
+    pub(super) fn freeing(&self) -> Freeing<'_> {
+        self.order.borrow_mut().begin_freeing();
+        Freeing(&self.order)
+    }
+
+    /// Whether there may be pointers in the file to clusters that are free to be taken.
+    pub(super) fn has_unwritten_frees(&self) -> bool {
+        self.order.borrow().has_unwritten_frees()
     }
 
     /// Writes guest data to where the image has it, or will have it once it is there (`fresh`).
@@ -247,13 +253,23 @@ impl Container {
             return Ok(());
         }
         // The old one is given up.
-        self.freed();
+        self.order.borrow_mut().freed();
         let blocks = read_table(&self.file, &range).await?;
         for block in blocks.iter().filter(|block| **block != 0) {
             self.order.borrow_mut().add_counts(*block);
         }
         self.counts.borrow_mut().set_blocks(blocks);
         Ok(())
+    }
+}
+
+/// Clusters are being given up.
+#[must_use]
+pub(super) struct Freeing<'a>(&'a RefCell<Order>);
+
+impl Drop for Freeing<'_> {
+    fn drop(&mut self) {
+        self.0.borrow_mut().end_freeing();
     }
 }
 

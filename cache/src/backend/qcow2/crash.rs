@@ -183,16 +183,21 @@ fn expected(run: &Run, base: &[u8], cut: usize, upto: usize) -> Vec<Option<[u8; 
 }
 
 fn qemu_img(args: &[&str]) -> (bool, String) {
+    let (code, text) = qemu_img_code(args);
+    (code == Some(0), text)
+}
+
+fn qemu_img_code(args: &[&str]) -> (Option<i32>, String) {
     let out = Command::new("qemu-img").args(args).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-    (out.status.success(), text)
+    (out.status.code(), text)
 }
 
 fn judge(image: &Path, expected: &[Option<[u8; SECTOR]>], what: &str) {
+    const LEAKS_ALONE: i32 = 3;
     let name = image.to_str().unwrap();
-    let (_, found) = qemu_img(&["check", "-f", "qcow2", "-r", "leaks", name]);
-    let (clean, after) = qemu_img(&["check", "-f", "qcow2", name]);
-    assert!(clean, "{what}: more than leaks\n{found}\n{after}");
+    let (code, found) = qemu_img_code(&["check", "-f", "qcow2", name]);
+    assert!(matches!(code, Some(0 | LEAKS_ALONE)), "{what}: more than leaks\n{found}");
     let raw = image.with_extension("raw");
     let (converted, text) = qemu_img(&["convert", "-O", "raw", name, raw.to_str().unwrap()]);
     assert!(converted, "{what}: {text}");
@@ -209,7 +214,26 @@ fn has_qemu_img() -> bool {
     found
 }
 
-/// Cuts a run at many points, with power and without.
+/// Leaves what cuts after these events would, with power and without, and judges it.
+fn cut_at(fresh: &Path, run: &Run, base: &[u8], cuts: &[usize], seed: u64, what: &str) {
+    let image = fresh.with_file_name("cut.qcow2");
+    let mut random = Random(seed + 77);
+    for &cut in cuts {
+        for power in [true, false] {
+            std::fs::copy(fresh, &image).unwrap();
+            leave(&image, &run.events, cut, power, &mut random);
+            // After a power cut what was flushed is there, after a kill whatever was answered.
+            let upto = match power {
+                true => run.flushes.iter().filter(|(_, answered)| *answered <= cut).map(|(begun, _)| *begun).max(),
+                false => Some(cut),
+            };
+            let what = format!("{what}, cut after {cut} of {} events, power {power}", run.events.len());
+            judge(&image, &expected(run, base, cut, upto.unwrap_or(0)), &what);
+        }
+    }
+}
+
+/// Cuts runs at random points.
 fn cut_runs(create: &[&str], with_base: bool, seeds: std::ops::Range<u64>) {
     if !has_qemu_img() {
         return;
@@ -251,22 +275,76 @@ fn cut_runs(create: &[&str], with_base: bool, seeds: std::ops::Range<u64>) {
             guest(shard, at, seed, with_base.then_some(below)).await
         });
         let run = run.wait().unwrap();
-        let mut random = Random(seed + 77);
-        for cutting in 0..12u64 {
-            let cut = 1 + random.below(run.events.len() as u64) as usize;
-            for power in [true, false] {
-                std::fs::copy(&fresh, &image).unwrap();
-                leave(&image, &run.events, cut, power, &mut random);
-                // After a power cut what was flushed is there, after a kill whatever was answered.
-                let upto = match power {
-                    true => run.flushes.iter().filter(|(_, answered)| *answered <= cut).map(|(begun, _)| *begun).max(),
-                    false => Some(cut),
-                };
-                let what = format!("{create:?} seed {seed}, cut {cutting} after {cut} events, power {power}");
-                judge(&image, &expected(&run, &base, cut, upto.unwrap_or(0)), &what);
-            }
-        }
+        let mut random = Random(seed + 78);
+        let cuts: Vec<_> = (0..12).map(|_| 1 + random.below(run.events.len() as u64) as usize).collect();
+        cut_at(&fresh, &run, &base, &cuts, seed, &format!("{create:?} seed {seed}"));
     }
+}
+
+/// A request: its kind, where, and how long.
+type Step = (u64, u64, u64);
+const DISCARD: u64 = 0;
+const KEEP_SPACE: u64 = 2;
+const WRITE: u64 = 9;
+
+/// Does the steps of `first` one after the other, flushes, does those of `then` side by side, and cuts after every event since.
+fn cut_after_every_event(fresh: &Path, base: &[u8], first: Vec<Step>, then: Vec<Step>, what: &str) {
+    let image = fresh.with_file_name("image.qcow2");
+    std::fs::copy(fresh, &image).unwrap();
+    let shard = ShardHandle::start(ShardConfig::default()).unwrap();
+    let run = shard.call(move |shard| async move {
+        let backend = Qcow2Backend::open(&shard, &image, None, &StoreOptions::default()).await.unwrap();
+        LOG.with_borrow_mut(|log| *log = Some(Vec::new()));
+        let mut run = Run::default();
+        for (kind, offset, len) in first {
+            run.requests.push(request(&backend, kind, offset, len, 7).await);
+        }
+        let begun = begin();
+        backend.flush().await.unwrap();
+        run.flushes.push((begun, begin()));
+        let since = begin();
+        let steps = then.into_iter().zip(11..);
+        let running = steps.map(|((kind, offset, len), fill)| request(&backend, kind, offset, len, fill));
+        run.requests.extend(join_all(running).await);
+        run.events = LOG.with_borrow_mut(Option::take).unwrap_or_default();
+        backend.close().await;
+        (run, since)
+    });
+    let (run, since) = run.wait().unwrap();
+    let cuts: Vec<_> = (since..=run.events.len()).collect();
+    assert!(cuts.len() > 4, "{what}: {} cuts", cuts.len());
+    cut_at(fresh, &run, base, &cuts, 1, what);
+}
+
+/// imago takes a cluster that was given up for a table of its own as soon as it is free in memory.
+#[test]
+fn a_table_takes_a_cluster_only_when_nothing_points_there_any_more() {
+    if !has_qemu_img() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let name = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (raw, empty, packed) = (name("full.raw"), name("empty.qcow2"), name("packed.qcow2"));
+    let full: Vec<u8> = (0..SIZE).map(|at| if at < 64 << 10 { (at / 3000) as u8 | 0x80 } else { 0 }).collect();
+    std::fs::write(&raw, &full).unwrap();
+    let small = "cluster_size=512";
+    for args in [
+        vec!["create", "-q", "-f", "qcow2", "-o", small, &empty, "8M"],
+        vec!["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", small, &raw, &packed],
+    ] {
+        let (made, text) = qemu_img(&args);
+        assert!(made, "{text}");
+    }
+    let nothing = vec![0; SIZE as usize];
+    let written = vec![(WRITE, 0, 32 << 10)];
+    // With clusters of 512 bytes a table covers 32 KiB: each of the others needs its own.
+    let others = || (1..5).map(|i| (WRITE, i << 20, 512));
+    let with = |step: Step| std::iter::once(step).chain(others()).collect::<Vec<_>>();
+    cut_after_every_event(Path::new(&empty), &nothing, written, with((DISCARD, 0, 32 << 10)), "given up by a discard");
+    let unpacked = with((WRITE, 0, 60 << 10));
+    cut_after_every_event(Path::new(&packed), &full, Vec::new(), unpacked, "compressed before");
+    let zeroed = with((KEEP_SPACE, 0, 60 << 10));
+    cut_after_every_event(Path::new(&packed), &full, Vec::new(), zeroed, "compressed, and zeroed");
 }
 
 #[test]
@@ -280,6 +358,39 @@ fn a_cut_leaves_leaks_at_worst_on_a_base() {
     cut_runs(&["-o", "cluster_size=65536"], true, 4..6);
     cut_runs(&["-o", "cluster_size=512"], true, 6..7);
     cut_runs(&["-o", "cluster_size=65536,compat=0.10"], true, 7..8);
+}
+
+/// A cluster that was zeroed may keep its space. imago would give up that of many in one go, untold, where it does not lie side
+/// by side, and what was given up untold is taken again too early.
+#[test]
+fn space_that_zeroes_have_kept_is_used_again() {
+    if !has_qemu_img() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image.qcow2");
+    let (made, text) =
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", image.to_str().unwrap(), "8M"]);
+    assert!(made, "{text}");
+    let (shard, path) = (ShardHandle::start(ShardConfig::default()).unwrap(), image.clone());
+    let grown = shard.call(move |shard| async move {
+        let backend = Qcow2Backend::open(&shard, &path, None, &StoreOptions::default()).await.unwrap();
+        // Backwards, so that their space does not lie side by side.
+        for i in (0..16).rev() {
+            request(&backend, WRITE, i * 4096, 4096, 1).await;
+        }
+        request(&backend, KEEP_SPACE, 0, 16 * 4096, 0).await;
+        let len = || std::fs::metadata(&path).unwrap().len();
+        let before = len();
+        request(&backend, WRITE, 0, 16 * 4096, 2).await;
+        let after = len();
+        backend.close().await;
+        (before, after)
+    });
+    let (before, after) = grown.wait().unwrap();
+    assert_eq!(before, after, "the file has grown");
+    let expected = vec![Some([2; SECTOR]); 16 * 4096 / SECTOR];
+    judge(&image, &expected, "written over zeroes");
 }
 
 /// What an allocation costs: tables and barriers are shared by all that wait.

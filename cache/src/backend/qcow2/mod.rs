@@ -84,6 +84,10 @@ struct Inner {
     drain: Rc<Drain>,
     ranges: Ranges,
     commits: Rc<Commits>,
+    /// Allocations side by side; alone, those that give up what was there before.
+    taking: Rc<Gate>,
+    /// Clusters being counted; alone, tables being written.
+    preparing: Rc<Gate>,
     allocations: Rc<Semaphore>,
     inflations: Rc<Semaphore>,
     /// Counts changes of the mapping, so that a look at the tables knows whether it is out of date.
@@ -140,6 +144,8 @@ impl Qcow2Backend {
             drain: Rc::default(),
             ranges: Ranges::default(),
             commits: Rc::default(),
+            taking: Rc::default(),
+            preparing: Rc::default(),
             allocations: Semaphore::new(TABLES_IN_USE),
             inflations: Semaphore::new(TABLES_IN_USE),
             changes: Cell::new(0),

@@ -70,7 +70,9 @@ pub(super) struct Barrier {
 #[derive(Debug, Default)]
 pub(super) struct Order {
     dirty: Dirty,
-    /// Counts calls of [`Order::freed`].
+    /// Clusters are being given up: the tables may still change.
+    freeing: usize,
+    /// Counts changes of what is given up.
     epoch: u64,
     tables: Tables,
 }
@@ -87,7 +89,7 @@ pub(super) struct Tables {
 
 impl Order {
     pub(super) fn new(tables: Tables) -> Order {
-        Order { dirty: Dirty::default(), epoch: 0, tables }
+        Order { tables, ..Order::default() }
     }
 
     /// What a write of metadata at `offset` is.
@@ -180,14 +182,32 @@ impl Order {
         }
     }
 
+    /// Clusters are about to be given up. Until [`Order::end_freeing`] nothing that is written counts as written without the
+    /// pointers to them: when the tables change in between is imago's affair.
+    pub(super) fn begin_freeing(&mut self) {
+        self.freeing += 1;
+        self.freed();
+    }
+
+    pub(super) fn end_freeing(&mut self) {
+        self.freeing = self.freeing.saturating_sub(1);
+        self.freed();
+    }
+
+    /// A cluster was given up.
     pub(super) fn freed(&mut self) {
         self.dirty.freed = Freed::InMemory;
         self.epoch += 1;
     }
 
-    /// Whether new data may have to wait at all.
+    /// Whether there may be pointers on disk to clusters that are free to be taken.
     pub(super) fn has_freed(&self) -> bool {
         self.dirty.freed != Freed::No
+    }
+
+    /// Whether such pointers may be in the file, let alone on the disk.
+    pub(super) fn has_unwritten_frees(&self) -> bool {
+        self.dirty.freed == Freed::InMemory
     }
 
     /// Names the present state of what was given up, for [`Order::tables_written`].
@@ -197,7 +217,7 @@ impl Order {
 
     /// Every table as it was at `epoch` has been written.
     pub(super) fn tables_written(&mut self, epoch: u64) {
-        if self.dirty.freed == Freed::InMemory && self.epoch == epoch {
+        if self.freeing == 0 && self.dirty.freed == Freed::InMemory && self.epoch == epoch {
             self.dirty.freed = Freed::Written;
         }
     }
@@ -282,6 +302,25 @@ mod tests {
         barrier(&mut order);
         order.written(Kind::Pointers);
         assert!(order.waits(Kind::Data), "what was freed since is not written yet");
+    }
+
+    #[test]
+    fn tables_that_are_written_while_a_cluster_is_given_up_may_still_point_to_it() {
+        let mut order = order();
+        order.begin_freeing();
+        let epoch = order.epoch();
+        order.tables_written(epoch);
+        barrier(&mut order);
+        assert!(order.has_unwritten_frees(), "the pointer may have gone only after that");
+        order.end_freeing();
+        order.tables_written(epoch);
+        barrier(&mut order);
+        assert!(order.has_unwritten_frees(), "or while it was written");
+        let epoch = order.epoch();
+        order.tables_written(epoch);
+        assert!(!order.has_unwritten_frees() && order.has_freed(), "written is not durable");
+        barrier(&mut order);
+        assert!(!order.has_freed());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::read::{Piece, Place};
 use crate::backend::StoreError;
 use crate::backend::layer::Owner;
 use crate::engine::{AlignedBuf, IoBuf, bufs};
+use imago::ShallowMapping;
 use imago::format::drivers::FormatDriverInstance;
 use std::rc::Rc;
 
@@ -78,10 +79,8 @@ impl Inner {
                     result?;
                 }
                 place => {
-                    if matches!(place, Place::Compressed | Place::File { .. }) {
-                        self.container.freed();
-                    }
-                    self.allocate(offset + piece.at as u64, part).await?;
+                    let gives_up = matches!(place, Place::Compressed | Place::File { .. });
+                    self.allocate(offset + piece.at as u64, part, gives_up).await?;
                     allocated = true;
                 }
             }
@@ -93,8 +92,9 @@ impl Inner {
         Ok(())
     }
 
-    /// Gives clusters that have no place of their own one, with `data` in them at `offset`.
-    async fn allocate(&self, offset: u64, data: &[u8]) -> Result<(), StoreError> {
+    /// Gives clusters that have no place of their own one, with `data` in them at `offset`. `gives_up`: what held their content
+    /// before is free afterwards.
+    async fn allocate(self: &Rc<Self>, offset: u64, data: &[u8], gives_up: bool) -> Result<(), StoreError> {
         let cluster_bytes = self.cluster_bytes();
         let end = offset + data.len() as u64;
         let first = offset - offset % cluster_bytes;
@@ -105,12 +105,19 @@ impl Inner {
         whole[from..to].copy_from_slice(data);
         self.read_edge(end, &mut whole[to..]).await?;
 
-        let _coming = self.commits.coming();
-        let _permit = self.allocations.acquire().await;
+        // Else others could take what this gives up between their look at it and their allocation.
+        let _alone = if gives_up { Some(self.taking.alone().await) } else { None };
+        let _shared = if gives_up { None } else { Some(self.taking.shared().await) };
         let mut at = 0;
         while at < whole.len() {
             let here = first + at as u64;
-            let prepared = self.image.prepare_data_mapping(here, (whole.len() - at) as u64, true).await;
+            self.settle_freed().await?;
+            let _coming = self.commits.coming();
+            let _permit = self.allocations.acquire().await;
+            let preparing = self.preparing.shared().await;
+            let len = self.allocatable(here, (whole.len() - at) as u64).await?;
+            let prepared = self.image.prepare_data_mapping(here, len, true).await;
+            drop(preparing);
             let prepared = prepared.map_err(|error| self.failed("allocate", error))?;
             let take = usize::try_from(prepared.length()).unwrap_or(usize::MAX).min(whole.len() - at);
             if take == 0 {
@@ -120,11 +127,24 @@ impl Inner {
             let (result, _) = self.container.write_data(prepared.offset(), vec![part.into()], true).await;
             result?;
             self.changed(here, take as u64);
+            let _freeing = gives_up.then(|| self.container.freeing());
             let committed = self.image.commit_data_mapping(prepared).await;
             committed.map_err(|error| self.failed("allocate", error))?;
             at += take;
         }
         Ok(())
+    }
+
+    /// How much imago is asked to allocate at a time. A cluster that reads as zeroes may have kept its space. The first of a
+    /// request gets it back; the space of others imago gives up, where it does not lie behind the first, and nobody learns
+    /// of it.
+    async fn allocatable(&self, offset: u64, len: u64) -> Result<u64, StoreError> {
+        let mapping = self.image.get_mapping(offset, len).await;
+        let (mapping, found) = mapping.map_err(|error| self.failed("look up", error))?;
+        match mapping {
+            ShallowMapping::Zero { explicit: true, .. } => Ok(len.min(self.cluster_bytes())),
+            _ => Ok(len.min(found)),
+        }
     }
 
     /// What the disk holds of a cluster beside what is written.
@@ -180,9 +200,6 @@ impl Inner {
     async fn zero_clusters(self: &Rc<Self>, start: u64, end: u64, how: Zeroing) -> Result<(), StoreError> {
         // Nobody may be on the way to a cluster that is given up and taken for something else.
         let alone = self.gate.alone().await;
-        if how == Zeroing::GiveUpSpace {
-            self.container.freed();
-        }
         let mut at = start;
         while at < end {
             let (place, found) = self.place(at, end - at).await?;
@@ -192,13 +209,24 @@ impl Inner {
                 at += len;
                 continue;
             }
+            let gives_up = match place {
+                // There may be no table yet for these, and nothing to give up.
+                Place::Below => {
+                    self.settle_freed().await?;
+                    false
+                }
+                Place::File { writable: true, .. } => how == Zeroing::GiveUpSpace,
+                _ => true,
+            };
             self.changed(at, len);
+            let freeing = gives_up.then(|| self.container.freeing());
             let zeroed = match how {
                 Zeroing::KeepSpace => self.image.ensure_zero_mapping(at, len).await,
                 // SAFETY: asks that nobody uses a place that was looked up before: `alone` waits for all who do, and keeps
                 // others out until the places are gone.
                 Zeroing::GiveUpSpace => unsafe { self.image.discard_to_zero_unsafe(at, len) }.await,
             };
+            drop(freeing);
             let (from, len) = zeroed.map_err(|error| self.failed("write zeroes", error))?;
             if from != at || len == 0 {
                 return Err(self.damaged("imago zeroes something else"));
