@@ -96,7 +96,7 @@ impl Series {
         }
         let half = step / 2;
         let passed = if at_s >= self.last_s {
-            (at_s - self.last_s + half) / step
+            (at_s - self.last_s).saturating_add(half) / step
         } else if self.last_s - at_s <= half {
             0
         } else {
