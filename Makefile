@@ -4,6 +4,7 @@
 # make bench-callgrind  instructions and time that the predictor takes an access
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
 # make properties    the property tests with other seeds and PROPTEST_CASES cases each (500); make test has one seed
+# make fuzz    hostile guests, NBD clients and files, ten minutes each (SECONDS=); make test gives each half a minute
 # make torture    a million crashes of the SSD tier; a hundred random balloon schedules on a full guest, in which no program may be
 #                 killed; a hundred kills of prestaged under full load, by a client in the test's own process and by a guest,
 #                 and as many upgrades and upgrades with a kill in between; two hours
@@ -22,7 +23,7 @@ SUDO := sudo --preserve-env
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help setup build image run bench-predict bench-datapath bench-callgrind test properties torture check deny advisories
+.PHONY: help setup build image run bench-predict bench-datapath bench-callgrind test properties fuzz torture check deny advisories
 
 help:
 	@sed -n '/^$$/q;s/^# \?//p' Makefile
@@ -69,10 +70,15 @@ deny: setup
 advisories:
 	@scripts/deny.sh advisories
 
+# SECONDS is the shell's own count of them unless it is given to make.
+fuzz: setup
+	scripts/fuzz.sh $(if $(filter command line environment,$(origin SECONDS)),$(SECONDS),600)
+
 # One seed, so that a change is answered for what it changed; `make properties` goes on looking with others.
 test: export PROPTEST_RNG_SEED ?= 20260922
 # End-to-end tests find the programs beside themselves. The runner's summary stays the last thing on the screen.
 test: check deny image
+	scripts/fuzz.sh 30
 	cargo build --locked --workspace --bins --tests
 	if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --locked --workspace --no-fail-fast; \

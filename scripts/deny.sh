@@ -25,4 +25,7 @@ if [ "${1:-}" = advisories ]; then
 fi
 # A build fetches what this host needs alone, and the check reads every crate of the lock file.
 cargo fetch --quiet --locked
-exec cargo deny --log-level error --offline check bans licenses sources
+cargo fetch --quiet --locked --manifest-path tests/fuzz/Cargo.toml
+cargo deny --log-level error --offline check bans licenses sources
+# The fuzz targets are a workspace of their own.
+exec cargo deny --log-level error --offline --manifest-path tests/fuzz/Cargo.toml --config "$PWD/deny.toml" check bans licenses sources

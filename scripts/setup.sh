@@ -2,7 +2,7 @@
 # Installs what building, testing and `make run` need from the distribution. Idempotent: a second run installs nothing.
 #
 #   scripts/setup.sh [build|run|predict|callgrind]
-#     build: compilers and headers only; run (default): also QEMU, libvirt, nbdkit, NBD clients, guest tools; predict: Python that can
+#     build: compilers and headers only; run (default): also QEMU, libvirt, nbdkit, NBD clients, guest tools, a C++ compiler; predict: Python that can
 #     make virtual environments, unless there is one; callgrind: compilers and valgrind
 #
 # Debian 12: libvirt and QEMU come from bookworm-backports, because virtio-mem and vhost-user reconnect need
@@ -15,6 +15,7 @@ run_packages=(
   qemu-system-x86 qemu-utils libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu
   nbdkit libnbd-bin python3-libnbd fio openssl
   mmdebstrap e2fsprogs zstd cpio sqlite3 procps
+  g++ # libFuzzer
 )
 packages=("${build_packages[@]}")
 case $what in

@@ -16,6 +16,8 @@
 mod adopt;
 mod config;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod handler;
 mod inflight;
 mod memory;
@@ -26,7 +28,8 @@ mod ring;
 mod server;
 mod socket;
 mod state;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code, reason = "the fuzz target uses a part of what tests do"))]
 mod testing;
 
 pub use config::{ConfigError, DiskConfig, NUM_QUEUES_MAX, QUEUE_SIZE_MAX, SECTOR_BYTES, SERIAL_MAX_BYTES};

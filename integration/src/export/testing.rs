@@ -101,13 +101,18 @@ impl Driver {
         driver
     }
 
-    /// The regions, mapped anew.
-    pub(super) fn map(&self) -> GuestMemory {
-        let table = REGIONS.iter().zip(&self.files).map(|((guest_addr, user_addr), file)| {
+    /// The regions, as a front-end shares them.
+    pub(super) fn table(&self) -> Vec<(RegionSpec, File)> {
+        let regions = REGIONS.iter().zip(&self.files).map(|((guest_addr, user_addr), file)| {
             let spec = RegionSpec { guest_addr: *guest_addr, len: REGION_BYTES, user_addr: *user_addr, file_offset: 0 };
             (spec, file.try_clone().unwrap())
         });
-        GuestMemory::from_table(table.collect()).unwrap()
+        regions.collect()
+    }
+
+    /// The regions, mapped anew.
+    pub(super) fn map(&self) -> GuestMemory {
+        GuestMemory::from_table(self.table()).unwrap()
     }
 
     pub(super) fn track_inflight(&mut self) {
@@ -232,9 +237,14 @@ impl Driver {
         self.read_u16(USED)
     }
 
+    /// How many chains the device has given back, modulo 2^16.
+    pub(super) fn used_index(&self) -> u16 {
+        self.read_u16(USED + 2)
+    }
+
     /// Takes what the device has given back since the last time: (head, bytes written).
     pub(super) fn take_used(&mut self) -> Vec<(u16, u32)> {
-        let index = self.read_u16(USED + 2);
+        let index = self.used_index();
         let mut taken = Vec::new();
         while self.used != index {
             let raw = self.read_in_region(USED + 4 + 8 * u64::from(self.used % self.size), 8);

@@ -1,26 +1,8 @@
-//! What a client says, mostly right, and what it makes of the answers; written from the protocol's text and not from the
-//! server.
-//!
-//! - [`any_client`]: streams of bytes with some of them changed
-//! - [`expected`]: who must be answered, and how it must end
-//! - [`understand`]: an answer's cookie
+//! What clients say, mostly right: [`any_client`], streams of bytes with some of them changed.
 
-use crate::server::{Answer, Ended, Input, NAMES, SIZE};
+use crate::messages::{BLOCK_STATUS, DISCONNECT, READ, WRITE, go, option, request, text};
+use crate::server::{Input, NAMES, SIZE};
 use proptest::prelude::*;
-
-const REQUEST: u32 = 0x2560_9513;
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISCONNECT: u16 = 2;
-const BLOCK_STATUS: u16 = 7;
-
-fn option(number: u32, data: &[u8]) -> Vec<u8> {
-    [b"IHAVEOPT", &number.to_be_bytes()[..], &(data.len() as u32).to_be_bytes(), data].concat()
-}
-
-fn text(word: &str) -> Vec<u8> {
-    [&(word.len() as u32).to_be_bytes()[..], word.as_bytes()].concat()
-}
 
 fn any_option() -> impl Strategy<Value = Vec<u8>> {
     let name = prop_oneof![9 => prop::sample::select(&NAMES[..]), 1 => Just("none")];
@@ -39,17 +21,6 @@ fn any_option() -> impl Strategy<Value = Vec<u8>> {
         1 => (0u32..14, prop::collection::vec(any::<u8>(), 0..60)).prop_map(|(number, data)| option(number, &data)),
         1 => (0u32..14, 16_300usize..16_500).prop_map(|(number, len)| option(number, &vec![0; len])),
     ]
-}
-
-fn go(name: &str, items: &[u16]) -> Vec<u8> {
-    let count = (items.len() as u16).to_be_bytes().to_vec();
-    let items = items.iter().flat_map(|item| item.to_be_bytes()).collect();
-    [text(name), count, items].concat()
-}
-
-fn request(kind: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    let words = [&REQUEST.to_be_bytes()[..], &flags.to_be_bytes(), &kind.to_be_bytes(), &cookie.to_be_bytes()];
-    [&words.concat()[..], &offset.to_be_bytes(), &len.to_be_bytes()].concat()
 }
 
 fn any_request() -> impl Strategy<Value = Vec<u8>> {
@@ -104,69 +75,4 @@ pub(crate) fn any_client() -> impl Strategy<Value = Input> {
             Input { bytes, pieces, tls, order }
         },
     )
-}
-
-fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
-    bytes[at..at + N].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
-}
-
-/// Cookies of all requests that came whole, in order, and how the connection must end.
-pub(crate) fn expected(mut bytes: &[u8]) -> (Vec<u64>, Ended) {
-    let mut cookies = Vec::new();
-    loop {
-        if bytes.len() >= 4 && number::<4>(bytes, 0) != u64::from(REQUEST) {
-            return (cookies, Ended::Closed);
-        }
-        if bytes.len() < 28 {
-            return (cookies, Ended::Waiting);
-        }
-        let (kind, cookie, len) = (number::<2>(bytes, 6) as u16, number::<8>(bytes, 8), number::<4>(bytes, 24));
-        if kind == DISCONNECT {
-            return (cookies, Ended::Gone);
-        }
-        let whole = 28 + if kind == WRITE { len as usize } else { 0 };
-        if bytes.len() < whole {
-            return (cookies, Ended::Waiting);
-        }
-        cookies.push(cookie);
-        bytes = &bytes[whole..];
-    }
-}
-
-/// The cookie of an answer that is as the protocol has it.
-pub(crate) fn understand(answer: &Answer, structured: bool) -> u64 {
-    let Answer { head, data_bytes } = answer;
-    match number::<4>(head, 0) {
-        0x6744_6698 => {
-            assert_eq!(head.len(), 16);
-            assert!(!structured || *data_bytes == 0, "a simple answer to a read");
-            let error = number::<4>(head, 4);
-            assert!([0, 1, 5, 12, 22, 28, 75, 95, 108].contains(&error), "error {error} is not of the protocol");
-            assert!(error == 0 || *data_bytes == 0);
-            number::<8>(head, 8)
-        }
-        0x668e_33ef => {
-            assert!(structured, "a structured answer that was not agreed on");
-            assert_eq!(number::<2>(head, 4), 1, "the only piece, and so the last one");
-            let (kind, len) = (number::<2>(head, 6), number::<4>(head, 16) as usize);
-            assert_eq!(len, head.len() - 20 + data_bytes);
-            match kind {
-                0 => assert_eq!(len, 0),
-                1 => assert!(len > 8 && head.len() == 28),
-                5 => {
-                    assert!(len >= 12 && len % 8 == 4 && *data_bytes == 0);
-                    let extents = head[24..].chunks(8).map(|extent| number::<4>(extent, 0));
-                    assert!(extents.clone().all(|len| len > 0));
-                }
-                0x8001 => {
-                    assert_eq!(number::<2>(head, 24) as usize, len - 6);
-                    assert!(std::str::from_utf8(&head[26..]).is_ok());
-                    assert_ne!(number::<4>(head, 20), 0);
-                }
-                other => panic!("answers of kind {other} are not known"),
-            }
-            number::<8>(head, 8)
-        }
-        other => panic!("{other:#x} is no answer"),
-    }
 }

@@ -1,39 +1,21 @@
 //! Whatever a client sends, in whatever pieces: the server's side of NBD does not panic, holds no more than it may, and answers
 //! every request once, or closes.
 //!
-//! - `server.rs`: [`server::serve`], a server without sockets; [`judge`] is what a fuzzer calls
-//! - `client.rs`: streams that are mostly right, and an independent look at the answers
+//! - `server.rs`: [`server::serve`], a server without sockets
+//! - `messages.rs`: [`judge`], an independent look at the answers
+//! - `client.rs`: streams that are mostly right
+//!
+//! The fuzz target `nbd` (tests/fuzz) goes on from here with the first two.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed assumption of a test is a failed test")]
 
 mod client;
+mod messages;
 mod server;
 
+use messages::judge;
 use proptest::prelude::*;
 use proptest::test_runner::Config;
-use server::{Ended, Input, Served};
-
-/// Serves a client and looks at what came of it.
-///
-/// # Panics
-/// If the server breaks a promise.
-fn judge(input: &Input) -> Served {
-    let served = server::serve(input);
-    assert!(served.negotiated.starts_with(b"NBDMAGICIHAVEOPT\0\x03"));
-    let Some(agreement) = &served.agreement else {
-        assert!(served.answers.is_empty() && served.ended != Ended::Gone);
-        return served;
-    };
-    let (cookies, ended) = client::expected(&input.bytes[served.entered_at..]);
-    assert_eq!(served.ended, ended);
-    let mut answered: Vec<u64> =
-        served.answers.iter().map(|answer| client::understand(answer, agreement.structured)).collect();
-    assert!(served.requests.len() <= cookies.len());
-    let mut cookies = cookies;
-    cookies.sort_unstable();
-    answered.sort_unstable();
-    assert_eq!(answered, cookies, "every request is answered once");
-    served
-}
+use server::Input;
 
 /// A fuzzer's bytes: some say how the others come.
 fn input_of(data: &[u8]) -> Input {

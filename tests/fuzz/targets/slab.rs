@@ -1,0 +1,191 @@
+//! Slabs of the SSD tier that were changed: bytes anywhere, structures with a right checksum and a wrong content, a file cut
+//! off or lengthened.
+//!
+//! What must hold: the slab is refused or opened, and what it serves of a store is what the store held. Then it is used,
+//! closed or not, and opened once more, for which the same holds.
+#![no_main]
+
+use arbitrary::{Result, Unstructured};
+use prestage_cache::ssd::{Outcome, SsdError, SsdOptions, SsdStorage, SsdTier, Stamp, Step};
+use prestage_cache::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+const SLOTS: u64 = 12;
+const TABLE: u64 = 128 << 10;
+const INTENTS: u64 = TABLE + (2 << 20);
+const META: u64 = 4 << 20;
+const DATA: u64 = META + (256 << 10);
+const LEN: u64 = DATA + SLOTS * BLOCK_BYTES as u64;
+const STAMP: Stamp = Stamp { size_bytes: 1 << 30, mtime_ns: 4, ctime_ns: 5, inode: 6, device: 7 };
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    // The bytes have run out: nothing more to change.
+    let _ = play(&mut Unstructured::new(data));
+});
+
+/// A slab with ten blocks of one store, as pieces that are not zero, and whether it was closed.
+struct Pristine {
+    folder: PathBuf,
+    closed: Vec<(u64, Vec<u8>)>,
+    killed: Vec<(u64, Vec<u8>)>,
+}
+
+fn pristine() -> &'static Pristine {
+    static MADE: OnceLock<Pristine> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let shm = Path::new("/dev/shm");
+        let root = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+        let folder = root.join(format!("prestage-fuzz-slab-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder for the slab can be made");
+        let path = folder.join("slab");
+        let tier = open(&path, LEN).expect("a slab can be made");
+        let storage = tier.storage("file:/a", Some(STAMP)).expect("there is room for a storage");
+        (0..10).for_each(|block| insert(&tier, storage, block, PageMask(0xF0FF)));
+        if let Some(mut checkpoint) = tier.begin_checkpoint() {
+            while checkpoint.step().expect("the device takes writes") == Step::More {}
+        }
+        let killed = pieces(&path);
+        tier.close().expect("the slab can be closed");
+        drop(tier);
+        let closed = pieces(&path);
+        Pristine { folder, closed, killed }
+    })
+}
+
+fn open(path: &Path, len: u64) -> std::result::Result<SsdTier, SsdError> {
+    let options = SsdOptions { preallocate: false, direct: false, ..SsdOptions::default() };
+    SsdTier::open_with(path, len, options).map(|(tier, _)| tier)
+}
+
+/// What of a file is not zero.
+fn pieces(path: &Path) -> Vec<(u64, Vec<u8>)> {
+    let bytes = std::fs::read(path).expect("the slab can be read");
+    let sectors = (0..).step_by(4096).zip(bytes.chunks(4096));
+    sectors
+        .filter(|(_, sector)| sector.iter().any(|byte| *byte != 0))
+        .map(|(at, sector)| (at, sector.to_vec()))
+        .collect()
+}
+
+/// What page `page` of a block holds.
+fn content(block: u64, page: u64) -> Vec<u8> {
+    (block * 100 + page + 1).to_le_bytes().iter().copied().cycle().take(PAGE_BYTES).collect()
+}
+
+fn insert(tier: &SsdTier, storage: SsdStorage, block: u64, mask: PageMask) {
+    let Some(write) = tier.begin_insert(storage, BlockIndex(block), mask) else { return };
+    let mut buffer = vec![0; BLOCK_BYTES];
+    for page in (0..16).filter(|page| mask.has(*page)) {
+        buffer[page as usize * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&content(block, page));
+    }
+    let data = File::from(tier.data_fd().as_fd().try_clone_to_owned().expect("descriptors are to be had"));
+    let ok = data.write_all_at(&buffer, write.offset()).is_ok();
+    let checksum = write.checksum(&buffer);
+    tier.finish_insert(write, checksum, ok);
+}
+
+/// Reads all blocks that might be there. What is served must be what the store held.
+fn read_all(tier: &SsdTier, storage: SsdStorage) {
+    let data = File::from(tier.data_fd().as_fd().try_clone_to_owned().expect("descriptors are to be had"));
+    for block in (0..SLOTS).chain([1 << 20, u64::MAX >> 16]) {
+        let Some(read) = tier.begin_read(storage, BlockIndex(block)) else { continue };
+        let mut buffer = vec![0; BLOCK_BYTES];
+        let outcome = match data.read_exact_at(&mut buffer, read.offset()) {
+            Err(_) => Outcome::IoError,
+            Ok(()) if read.verify(&buffer) => Outcome::Good,
+            Ok(()) => Outcome::BadChecksum,
+        };
+        let served = tier.end_read(read, outcome);
+        assert!(outcome == Outcome::Good || served == PageMask::NONE);
+        for page in (0..16).filter(|page| served.has(*page)) {
+            assert!(
+                buffer[page as usize * PAGE_BYTES..][..PAGE_BYTES] == content(block, page),
+                "page {page} of {block}"
+            );
+        }
+    }
+}
+
+fn play(bytes: &mut Unstructured<'_>) -> Result<()> {
+    let pristine = pristine();
+    let path = pristine.folder.join("slab");
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).expect("a file can be made");
+    file.set_len(LEN).expect("a file can be lengthened");
+    let pieces = if bytes.ratio(1, 2)? { &pristine.closed } else { &pristine.killed };
+    for (at, piece) in pieces {
+        file.write_all_at(piece, *at).expect("a file can be written");
+    }
+    for _ in 0..bytes.int_in_range(0..=6_u8)? {
+        change(&file, bytes)?;
+    }
+    let len = match bytes.int_in_range(0..=7_u8)? {
+        0 => LEN + BLOCK_BYTES as u64 * u64::from(bytes.int_in_range(0..=9_u8)?),
+        1 => LEN - BLOCK_BYTES as u64 * u64::from(bytes.int_in_range(0..=9_u8)?),
+        _ => LEN,
+    };
+    drop(file);
+    for _ in 0..2 {
+        let Ok(tier) = open(&path, len) else { return Ok(()) };
+        if let Ok(storage) = tier.storage("file:/a", Some(STAMP)) {
+            read_all(&tier, storage);
+            for _ in 0..bytes.int_in_range(0..=3_u8)? {
+                insert(&tier, storage, bytes.int_in_range(0..=SLOTS)?, PageMask(bytes.arbitrary()?));
+            }
+            read_all(&tier, storage);
+        }
+        if let Some(mut checkpoint) = tier.begin_checkpoint().filter(|_| bytes.arbitrary().unwrap_or(false)) {
+            while matches!(checkpoint.step(), Ok(Step::More)) {}
+        }
+        if bytes.arbitrary()? {
+            let _ = tier.close();
+        }
+    }
+    Ok(())
+}
+
+/// One change to the file, with a checksum that is right again, or not.
+fn change(file: &File, bytes: &mut Unstructured<'_>) -> Result<()> {
+    let near = u64::from(bytes.arbitrary::<u16>()?);
+    // Where a structure begins, how long it is, where in it the checksum lies, its kind and number.
+    let (at, len, crc, kind, number) = match bytes.int_in_range(0..=7_u8)? {
+        0 => (0, 4096, 20, 0, 0),
+        1 => (64 << 10, 4096, 20, 0, 0),
+        2 => (TABLE + near % 4 * 512, 512, 0, b'T', near % 4),
+        3 => (INTENTS + near % 2048 * 512, 512, 0, b'I', near % 2048),
+        4 | 5 => (META + near % SLOTS * 64, 64, 0, b'S', near % SLOTS),
+        6 => (DATA + near % SLOTS * BLOCK_BYTES as u64, 4096, 0, 0, 0),
+        _ => {
+            let cut = bytes.int_in_range(0..=LEN)?;
+            let _ = file.set_len(cut);
+            return Ok(());
+        }
+    };
+    let mut structure = vec![0; len];
+    if file.read_exact_at(&mut structure, at).is_err() {
+        return Ok(());
+    }
+    for _ in 0..bytes.int_in_range(1..=3_u8)? {
+        let place = bytes.choose_index(len)?;
+        let value: u64 = if bytes.ratio(1, 2)? { bytes.arbitrary::<u8>()?.into() } else { bytes.arbitrary()? };
+        let width = bytes.int_in_range(1..=8_usize)?.min(len - place);
+        structure[place..place + width].copy_from_slice(&value.to_le_bytes()[..width]);
+    }
+    if at < DATA && bytes.ratio(3, 4)? {
+        let mut id = [0; 16];
+        let _ = file.read_exact_at(&mut id, 32);
+        let seed = match kind {
+            0 => 0,
+            kind => crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&id), &[kind]), &number.to_le_bytes()),
+        };
+        structure[crc..crc + 4].fill(0);
+        let sum = crc32c::crc32c_append(seed, &structure);
+        structure[crc..crc + 4].copy_from_slice(&sum.to_le_bytes());
+    }
+    let _ = file.write_all_at(&structure, at);
+    Ok(())
+}
