@@ -10,6 +10,12 @@
 //! that is handed out lies inside the disk, on whole sectors, has as many bytes as it says, and is not a write to a disk
 //! that is read-only; its guest memory cannot be left by a copy; a ring has at most its size of requests in flight; one
 //! that was broken hands out nothing more; and while nobody tampered with a ring, an answered request is given back once.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed assumption of a test is a failed test"
+)]
 
 use std::collections::BTreeMap;
 use std::fs::File;

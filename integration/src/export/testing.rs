@@ -2,6 +2,12 @@
 //!
 //! Three regions: `LOW` and `NEXT` touch each other in guest-physical addresses (their files are apart), `HIGH` lies
 //! above 4 GiB. The ring is at the start of `LOW`; buffers are for the tests to place.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed assumption of a test is a failed test"
+)]
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
