@@ -89,10 +89,11 @@ fn of_guest(backing: Backing) {
         memory.push_out().unwrap();
         let out = helper.residency(VM).unwrap();
         tries += 1;
-        if out.present < 2048 || tries == 5 {
+        if out.present < 2048 || tries == 40 {
             break out;
         }
         println!("{} pages are back at once", out.present);
+        std::thread::sleep(std::time::Duration::from_millis(250));
     };
     assert!(out.swapped >= FILLED_PAGES && out.present < 2048, "{out:?}");
 
