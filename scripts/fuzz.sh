@@ -37,6 +37,11 @@ done
 RUSTFLAGS="$flags" cargo build --locked --release --manifest-path tests/fuzz/Cargo.toml --target "$triple" \
   --target-dir "$out" "${targets[@]/#/--bin=}"
 
+# In memory where there is a place for it: a slab is written anew for every input.
+scratch=$(mktemp -d -p "$([[ -d /dev/shm ]] && echo /dev/shm || echo "${TMPDIR:-/tmp}")" prestage-fuzz.XXXXXX)
+trap 'rm -rf "$scratch"' EXIT
+export TMPDIR=$scratch
+
 for target in "${targets[@]}"; do
   corpus=tests/fuzz/corpus/$target
   found=$out/corpus/$target
