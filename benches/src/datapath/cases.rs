@@ -37,7 +37,7 @@ pub(super) struct Suite {
 }
 
 fn case(name: &'static str, op: Op, order: Order, block_bytes: usize, depth: usize, span_bytes: u64) -> Case {
-    Case { name, job: Job { op, order, block_bytes, depth, span_bytes, check: true } }
+    Case { name, job: Job { op, order, block_bytes, depth, start_bytes: 0, span_bytes, check: true } }
 }
 
 const SMALL: usize = 4 << 10;
@@ -63,13 +63,33 @@ pub(super) fn nbd(span_bytes: u64) -> Suite {
     Suite { servers: &[Who::PrestagedNbd, Who::Nbdkit, Who::QemuNbd, Who::CeilingNbd], direct: false, cases }
 }
 
-/// Reads of what is in no cache, and writes.
-pub(super) fn direct(span_bytes: u64) -> Suite {
-    let cases = vec![
-        case(MISS_QD1, Op::Read, Order::Random, SMALL, 1, span_bytes),
-        case(MISS_QD32, Op::Read, Order::Random, SMALL, 32, span_bytes),
-        case(WRITE_QD1, Op::Write, Order::Random, SMALL, 1, span_bytes),
-        case(WRITE_QD32, Op::Write, Order::Random, SMALL, 32, span_bytes),
+/// Reads of what is in no cache, and writes. Each have a half of the disk: what is read is as it was made, in every round.
+pub(super) fn direct(size_bytes: u64) -> Suite {
+    let half = size_bytes / 2;
+    let mut cases = vec![
+        case(MISS_QD1, Op::Read, Order::Random, SMALL, 1, half),
+        case(MISS_QD32, Op::Read, Order::Random, SMALL, 32, half),
+        case(WRITE_QD1, Op::Write, Order::Random, SMALL, 1, half),
+        case(WRITE_QD32, Op::Write, Order::Random, SMALL, 32, half),
     ];
+    cases.iter_mut().filter(|case| case.job.op == Op::Write).for_each(|case| case.job.start_bytes = half);
     Suite { servers: &[Who::Prestaged, Who::Qsd, Who::QsdTuned], direct: true, cases }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_read_that_another_case_writes() {
+        let Suite { cases, .. } = direct(1 << 30);
+        let part = |job: &Job| job.start_bytes..job.start_bytes + job.span_bytes;
+        let (writes, reads): (Vec<_>, Vec<_>) = cases.iter().partition(|case| case.job.op == Op::Write);
+        assert!(!writes.is_empty() && !reads.is_empty());
+        for (write, read) in
+            writes.iter().flat_map(|write| reads.iter().map(move |read| (part(&write.job), part(&read.job))))
+        {
+            assert!(write.end <= read.start || read.end <= write.start, "{write:?} and {read:?}");
+        }
+    }
 }

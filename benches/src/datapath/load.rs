@@ -37,7 +37,9 @@ pub(super) struct Job {
     pub(super) order: Order,
     pub(super) block_bytes: usize,
     pub(super) depth: usize,
-    /// Part of the disk that is read or written, from its start.
+    /// Where the part of the disk begins that is read or written, a multiple of the block.
+    pub(super) start_bytes: u64,
+    /// Length of that part.
     pub(super) span_bytes: u64,
     /// Whether answers are looked at. Not with a server that has no data.
     pub(super) check: bool,
@@ -88,7 +90,7 @@ const KEPT_WRITES: usize = 256;
 /// # Errors
 /// A request failed, or an answer was wrong.
 pub(super) fn run(device: &mut dyn Device, job: &Job, time: Duration, turn: u64) -> Result<Seen> {
-    let Job { op, order, block_bytes, depth, span_bytes, check } = *job;
+    let Job { op, order, block_bytes, depth, start_bytes, span_bytes, check } = *job;
     let blocks = span_bytes / block_bytes as u64;
     ensure!(blocks > 0 && depth > 0, "a job of {depth} requests at a time on {blocks} blocks");
     let generation = if op == Op::Write { turn + 1 } else { 0 };
@@ -99,7 +101,7 @@ pub(super) fn run(device: &mut dyn Device, job: &Job, time: Duration, turn: u64)
             Order::Random => random.below(blocks),
             Order::Sequential => (next + 1) % blocks,
         };
-        next * block_bytes as u64
+        start_bytes + next * block_bytes as u64
     };
     let mut begun: Vec<(u64, Instant)> = Vec::with_capacity(depth);
     let mut latencies_ns: Vec<u32> = Vec::with_capacity(1 << 20);
@@ -215,7 +217,7 @@ mod tests {
     }
 
     fn job(op: Op, order: Order, block_bytes: usize) -> Job {
-        Job { op, order, block_bytes, depth: 8, span_bytes: 2 << 20, check: true }
+        Job { op, order, block_bytes, depth: 8, start_bytes: 0, span_bytes: 2 << 20, check: true }
     }
 
     #[test]

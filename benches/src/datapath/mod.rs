@@ -192,7 +192,7 @@ impl Bench<'_> {
             return Ok(());
         }
         let writes = cases.iter().any(|case| case.job.op == Op::Write);
-        let size_bytes = cases.iter().map(|case| case.job.span_bytes).max().unwrap_or(0);
+        let size_bytes = cases.iter().map(|case| case.job.start_bytes + case.job.span_bytes).max().unwrap_or(0);
         let serving = Serving { read_only: !writes, direct: suite.direct, size_bytes };
         let shared = self.scratch.join("shared.raw");
         if !writes {
