@@ -181,11 +181,13 @@ impl Prestaged {
         serde_json::from_value(total.clone()).with_context(|| format!("`cache stat`: {total}"))
     }
 
-    /// The vhost-user socket of a disk.
+    /// The vhost-user socket of a disk, once it is there: the daemon is ready before the last of many disks is open.
     pub fn disk_socket(&self, name: &str) -> Result<PathBuf> {
         let disk = self.ctl(&["disk", "show", name])?;
         let socket = disk.get("socket").and_then(Value::as_str);
-        Ok(socket.with_context(|| format!("`disk show {name}` has no `socket`: {disk}"))?.into())
+        let socket: PathBuf = socket.with_context(|| format!("`disk show {name}` has no `socket`: {disk}"))?.into();
+        wait_until(&format!("the socket of disk {name}"), Duration::from_secs(60), || Ok(socket.exists()))?;
+        Ok(socket)
     }
 
     /// The SSD tier's file; it must not be touched while the daemon runs.

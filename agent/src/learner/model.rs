@@ -36,6 +36,8 @@ pub(super) struct Model {
     pub(super) journal: Journal,
     /// Something was observed since the last call of `predict`.
     pub(super) stirred: bool,
+    /// Something was observed that the LSTM has not read.
+    pub(super) unheard: bool,
     /// The LSTM that speaks in the predictor, and those on trial beside it.
     pub(super) minds: Minds,
     /// 1 for a read that the cache had, 0 for one that it had not, since they were last handed on.
@@ -77,6 +79,7 @@ impl Model {
             dirty: false,
             journal: Journal::default(),
             stirred: false,
+            unheard: false,
             minds: Minds::default(),
             hits: Vec::new(),
             lives: HashMap::new(),

@@ -24,6 +24,12 @@ const BATCH: usize = 256;
 /// Pause between looks while guests are active. Reads that miss wake the learner at once; this bounds how late a
 /// prediction from hits can be, and costs a twentieth of a percent of a core.
 const ACTIVE_PAUSE: Duration = Duration::from_millis(2);
+/// Many storages at once take longer to predict for than one. What is foreseen from hits may be later then, so that serving
+/// them has the processor: the pause is so many times as long as the work before it was, up to [`LONG_PAUSE`].
+const PAUSE_FOR_WORK: u32 = 16;
+const LONG_PAUSE: Duration = Duration::from_millis(10);
+/// How often all storages are looked at, those included that nothing has happened to.
+const ROUND: Duration = Duration::from_millis(10);
 /// Without accesses for this long, guests count as idle and the learner sleeps until it is woken.
 const IDLE_AFTER: Duration = Duration::from_millis(100);
 /// Longest sleep: timers are looked at this often.
@@ -49,6 +55,9 @@ pub(super) struct Learner {
     dropped: u64,
     candidates: Vec<Candidate>,
     last_access: Duration,
+    /// When all storages are looked at next, and when a connection's silence is to be decided about.
+    next_round: Duration,
+    decide_at: Option<Duration>,
     last_save: Duration,
     last_retention: Option<Duration>,
 }
@@ -78,6 +87,8 @@ impl Learner {
             disks: HashMap::new(),
             candidates: Vec::new(),
             last_access: Duration::ZERO,
+            next_round: now,
+            decide_at: None,
             last_save: now,
             last_retention: None,
         }
@@ -89,19 +100,29 @@ impl Learner {
             loop {
                 match messages.try_recv() {
                     Ok(Message::Stop) | Err(TryRecvError::Disconnected) => return self.stop(),
-                    Ok(message) => self.handle(message),
+                    Ok(message) => {
+                        self.handle(message);
+                        self.next_round = Duration::ZERO;
+                    }
                     Err(TryRecvError::Empty) => break,
                 }
             }
+            let began = self.cache.now();
             let taken = self.observe();
             let now = self.cache.now();
-            let decide_at = self.models.values_mut().filter_map(|model| model.decide(now)).min();
-            self.runs(now);
+            let round = now >= self.next_round || self.decide_at.is_some_and(|at| at <= now);
+            if round {
+                self.next_round = now + ROUND;
+                self.decide_at = self.models.values_mut().filter_map(|model| model.decide(now)).min();
+                self.runs(now);
+            }
             self.outcomes();
             self.predict(now);
             // What was foreseen is on its way: now there is time for the LSTM.
             self.foretell();
-            self.housekeeping(now);
+            if round {
+                self.housekeeping(now);
+            }
             if taken == BATCH {
                 continue;
             }
@@ -110,8 +131,9 @@ impl Learner {
                 // The window of a learned set moves on with time, not with accesses alone.
                 self.models.values_mut().for_each(|model| model.stirred = true);
             }
-            let pause = if idle { IDLE_PAUSE } else { ACTIVE_PAUSE };
-            let pause = decide_at.map_or(pause, |at| pause.min(at.saturating_sub(now)));
+            let worked = self.cache.now().saturating_sub(began);
+            let pause = if idle { IDLE_PAUSE } else { (worked * PAUSE_FOR_WORK).clamp(ACTIVE_PAUSE, LONG_PAUSE) };
+            let pause = self.decide_at.map_or(pause, |at| pause.min(at.saturating_sub(now)));
             self.cache.accesses().wait(pause, idle);
         }
     }
@@ -130,6 +152,7 @@ impl Learner {
             if let Some(model) = self.models.get_mut(&access.storage) {
                 model.predictor.observe(&observed(&access));
                 model.stirred = true;
+                model.unheard = true;
                 model.dirty = true;
                 if access.op == AccessOp::Read {
                     model.hits.push(if access.waits { 0.0 } else { 1.0 });
@@ -224,7 +247,8 @@ impl Learner {
         let generation = self.watch.generation();
         let changed = (generation != self.generation).then(|| self.watch.active());
         self.generation = generation;
-        for model in self.models.values_mut() {
+        for model in self.models.values_mut().filter(|model| model.unheard || changed.is_some()) {
+            model.unheard = false;
             if let Some(active) = &changed {
                 model.minds.follow(model.handle.identity(), active, &mut model.predictor);
             }
