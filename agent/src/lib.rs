@@ -7,6 +7,7 @@
 //! - [`calendar`], [`schedule`]: dates, and events that come again
 //! - [`notify`]: events to webhooks
 //! - [`forecast`]: demand of recorded series, foretold and trained on
+//! - [`privilege`]: what the daemon gives up, and what its broker may
 //! - [`config`]: the configuration; [`store`]: the database
 //! - [`cli`], [`client`]: `prestagectl`
 
@@ -23,6 +24,7 @@ pub mod models;
 pub mod nbd;
 pub mod notify;
 pub mod planner;
+pub mod privilege;
 pub mod schedule;
 pub mod serve;
 pub mod simulate;

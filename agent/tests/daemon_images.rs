@@ -144,7 +144,7 @@ fn what_only_qemu_understands_goes_through_it_and_is_started_again() {
         let pid = process(&told);
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
-        assert_eq!(line("NoNewPrivs:"), "1");
+        assert_eq!((line("NoNewPrivs:").as_str(), line("Seccomp:").as_str()), ("1", "2"));
         if nix::unistd::geteuid().is_root() {
             assert_eq!((line("CapEff:"), line("CapBnd:")), ("0".repeat(16), "0".repeat(16)));
         }

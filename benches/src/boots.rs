@@ -99,6 +99,8 @@ impl Bench {
             ram_size: options.ram_size.clone(),
             ssd_size: options.ssd_size.clone(),
             libvirt_uri: Some(self.libvirt.uri().to_owned()),
+            // A store of the operator's own may be anywhere.
+            more: options.store.as_ref().map_or_else(String::new, |_| "[store]\nallowed = [\"/\"]\n".to_owned()),
             ..DaemonOptions::default()
         };
         let mut daemon = Prestaged::start(&sizes)?;

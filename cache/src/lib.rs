@@ -7,6 +7,7 @@
 //! - [`ssd`]: the SSD tier's format and index; `keeper`: the threads that keep it fit to survive a crash
 //! - [`backend`]: the stores: raw files, block devices, NBD exports
 //! - [`engine`]: event loops over io_uring, with owned buffers
+//! - [`opener`]: who opens the stores, where this process may not
 //! - [`access`]: what guests did, for the learner; [`counters`]: how it went
 //! - [`types`]: pages, blocks, masks
 
@@ -18,6 +19,7 @@ pub mod counters;
 pub mod disk;
 pub mod engine;
 mod keeper;
+pub mod opener;
 pub mod policy;
 pub mod ssd;
 pub mod types;

@@ -4,6 +4,7 @@
 //! - [`handover`]: from one process to the next without letting go
 //! - [`libvirt`]: machines, their events, attaching and detaching their disks
 //! - [`memory`]: guest memory, seen and moved from the host
+//! - [`privilege`]: what needs privilege, apart from what parses; what the daemon gives up
 //! - [`pressure`]: how long tasks stall, of the host and of each VM
 //! - [`processes`]: which process is a VM's
 //! - [`api`]: the HTTP API
@@ -15,6 +16,7 @@ pub mod handover;
 pub mod libvirt;
 pub mod memory;
 pub mod pressure;
+pub mod privilege;
 mod probe;
 pub mod processes;
 pub mod webhook;

@@ -122,7 +122,7 @@ impl Prestaged {
         if self.process.is_some() {
             bail!("prestaged runs already");
         }
-        let process = Process::start("prestaged", &self.command(&[]), &self.log, Duration::from_secs(20))?;
+        let process = Process::start("prestaged", &self.command(&[])?, &self.log, Duration::from_secs(20))?;
         let ready = wait_until("prestaged's start", Duration::from_secs(60), || {
             process.check_alive()?;
             Ok(self.socket.exists() && self.ctl(&["status"]).is_ok())
@@ -132,7 +132,7 @@ impl Prestaged {
         Ok(())
     }
 
-    fn command(&self, more: &[&str]) -> Command {
+    fn command(&self, more: &[&str]) -> Result<Command> {
         let mut command = match self.under.split_first() {
             Some((program, words)) => {
                 let mut command = Command::new(program);
@@ -141,8 +141,17 @@ impl Prestaged {
             }
             None => Command::new(&self.daemon),
         };
-        command.arg("--config").arg(&self.config).args(more);
-        command
+        command.arg("--config").arg(&self.config);
+        // What tests serve, and where they keep templates: scratch folders and the cache.
+        let folders = format!("[\"{}\", \"{}\"]", std::env::temp_dir().display(), paths::cache()?.display());
+        let text = std::fs::read_to_string(&self.config)?;
+        for (section, key) in [("store", "allowed"), ("daemon", "template_dirs")] {
+            if !text.contains(&format!("{key} = ")) {
+                command.arg("--set").arg(format!("{section}.{key}={folders}"));
+            }
+        }
+        command.args(more);
+        Ok(command)
     }
 
     /// Ends the daemon by SIGTERM; fails unless it ends cleanly.
@@ -150,9 +159,30 @@ impl Prestaged {
         let process = self.process.take().context("prestaged does not run")?;
         process.signal(Signal::SIGTERM)?;
         match process.wait(Duration::from_secs(60)) {
-            Some(status) if status.success() => Ok(()),
+            Some(status) if status.success() => self.asked_nothing_forbidden(),
             Some(status) => bail!("prestaged ended with {status} on SIGTERM\n{}", self.last_words()),
             None => bail!("prestaged still runs a minute after SIGTERM\n{}", self.last_words()),
+        }
+    }
+
+    /// Fails where a daemon asked the kernel for something that its sandbox refuses.
+    fn asked_nothing_forbidden(&self) -> Result<()> {
+        let log = std::fs::read_to_string(&self.log).context("cannot read prestaged's log")?;
+        let calls: Vec<&str> = log
+            .lines()
+            .filter_map(|line| line.strip_prefix("prestaged: system call ")?.strip_suffix(" is refused by the sandbox"))
+            .map(str::trim)
+            .collect();
+        let names = std::fs::read_to_string("/usr/include/x86_64-linux-gnu/asm/unistd_64.h").unwrap_or_default();
+        let name = |number: &&str| {
+            let found = names.lines().find(|line| line.ends_with(&format!(" {number}")));
+            found.map_or(format!("number {number}"), |line| line.replace("#define ", ""))
+        };
+        match calls.is_empty() {
+            true => Ok(()),
+            false => {
+                bail!("prestaged was refused system calls: {}", calls.iter().map(name).collect::<Vec<_>>().join(", "))
+            }
         }
     }
 

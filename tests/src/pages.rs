@@ -82,6 +82,18 @@ impl Usage {
     }
 }
 
+/// The processes that `pid` has started and that run, and those that these have.
+pub fn descendants(pid: i32) -> Result<Vec<i32>> {
+    let mut all = children(pid)?;
+    let mut at = 0;
+    while let Some(child) = all.get(at).copied() {
+        // one that has just ended has none
+        all.extend(children(child).unwrap_or_default());
+        at += 1;
+    }
+    Ok(all)
+}
+
 /// The processes that `pid` has started and that run.
 pub fn children(pid: i32) -> Result<Vec<i32>> {
     let mut all = Vec::new();

@@ -128,6 +128,12 @@ impl Process {
     #[must_use]
     pub fn adopt(name: &str, pid: i32, grace: Duration) -> Self {
         let pid = Pid::from_raw(pid);
+        // It is a child of ours once its parent has ended, which is about to.
+        let until = Instant::now() + grace;
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+        while waitid(Id::Pid(pid), look) == Err(nix::errno::Errno::ECHILD) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         Self::watch(name, pid, grace, move || match waitpid(pid, None) {
             Ok(WaitStatus::Exited(_, code)) => Some(ExitStatus::from_raw(code << 8)),
             Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus::from_raw(signal as i32)),

@@ -11,7 +11,7 @@ use prestage_tests::daemon::{DaemonOptions, Prestaged};
 use prestage_tests::elastic::{self, ElasticRig};
 use prestage_tests::group::Group;
 use prestage_tests::libvirt::Libvirt;
-use prestage_tests::pages::{Memory, Usage, children};
+use prestage_tests::pages::{Memory, Usage, descendants};
 use prestage_tests::paths::Scratch;
 use prestage_tests::process::wait_until;
 use prestage_tests::swap::Swap;
@@ -72,7 +72,7 @@ fn helper_of(daemon: &Prestaged) -> Option<i32> {
     let of = |pid: &i32| {
         std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == "prestage-memory")
     };
-    children(daemon.pid().unwrap()).unwrap().into_iter().find(of)
+    descendants(daemon.pid().unwrap()).unwrap().into_iter().find(of)
 }
 
 #[test]

@@ -203,7 +203,8 @@ fn what_can_not_be_used_is_refused_in_words_and_leaves_nothing() {
     let path = text(&rig.template("good"));
     daemon.ctl(&["vm", "save-template", "source", "--to", &path]).unwrap();
     let start = |path: &str| refused(&daemon, &["vm", "start-from-template", path, "--name", "clone"]);
-    assert!(start("/nowhere").contains("no template"));
+    assert!(start(&text(&rig.folder.path().join("nowhere"))).contains("no template"));
+    assert!(start("/nowhere").contains("`daemon.template_dirs`"));
     assert!(start(&text(rig.folder.path())).contains("not a template"));
     let state = rig.template("good").join("state");
     let file = std::fs::OpenOptions::new().write(true).open(&state).unwrap();

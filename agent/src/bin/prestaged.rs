@@ -3,8 +3,10 @@
 use clap::Parser;
 use prestage_agent::config::{Config, DEFAULT_PATH};
 use prestage_agent::daemon::{self, Options};
+use prestage_agent::privilege;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt, reload};
@@ -19,13 +21,36 @@ struct Arguments {
     /// Sets a key over the files, such as cache.ram_size="2GiB"; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Checks the configuration, secrets of webhooks included, and ends
+    /// Checks the configuration, secrets of webhooks included, says what this host can confine prestaged with, and ends
     #[arg(long)]
     check: bool,
     /// Takes over from the prestaged that runs: its guests see no more than a pause. SIGUSR2 has a running one start its
     /// successor by itself
     #[arg(long)]
     take_over: bool,
+    /// Serves as the broker of the prestaged that starts it, which becomes this user
+    #[arg(long, hide = true, value_name = "NUMBER")]
+    broker: Option<u32>,
+    /// Confines itself as the daemon does, tries what is forbidden, and ends with 10 where it is
+    #[arg(long, hide = true, value_name = "ACT", num_args = 1.., allow_hyphen_values = true)]
+    self_test: Option<Vec<String>>,
+}
+
+/// Exit code of an act that was refused.
+const REFUSED: u8 = 10;
+
+/// Shows whether the confinement holds; see `prestage_integration::privilege::probe`.
+fn self_test(act: &[String]) -> ExitCode {
+    match prestage_integration::privilege::probe::attempt(act) {
+        Ok(()) => {
+            println!("{}: done", act.join(" "));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("{}: {error}", act.join(" "));
+            ExitCode::from(REFUSED)
+        }
+    }
 }
 
 /// What the configuration names beside itself: secrets and certificates, as whoever runs this may read them.
@@ -33,6 +58,7 @@ fn check(arguments: &Arguments, config: &Config) -> ExitCode {
     match daemon::check(config) {
         Ok(unseen) => {
             unseen.iter().for_each(|unseen| eprintln!("{unseen}"));
+            privilege::foresee(config).iter().for_each(|line| println!("{line}"));
             println!("{}: ok", arguments.config.display());
             ExitCode::SUCCESS
         }
@@ -44,7 +70,11 @@ fn check(arguments: &Arguments, config: &Config) -> ExitCode {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    // The broker is asked by this name, and reads the same wherever it is started.
+    if let Ok(path) = std::path::absolute(&arguments.config) {
+        arguments.config = path;
+    }
     let config = match Config::load(&arguments.config, &arguments.overrides) {
         Ok(config) => config,
         Err(error) => {
@@ -69,12 +99,31 @@ fn main() -> ExitCode {
             let _ = handle.reload(filter);
         }
     });
-    if let Err(error) = prestage_integration::memory::helper::leave_to_helper() {
-        tracing::warn!(%error, "prestaged keeps a privilege that only prestage-memory needs");
+    if let Some(user) = arguments.broker {
+        return match privilege::serve_broker(arguments.config, arguments.overrides, user) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("prestaged's broker: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    // First of all: what is not given up while there is one thread each thread would have to give up.
+    let sandbox = match privilege::enter(&arguments.config, &arguments.overrides, &config, arguments.take_over) {
+        Ok(sandbox) => Arc::new(sandbox),
+        Err(error) => {
+            eprintln!("prestaged: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Some(act) = &arguments.self_test {
+        sandbox.seal();
+        return self_test(act);
     }
     // The control plane is light; the data path has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let options = Options { config: arguments.config, overrides: arguments.overrides, take_over: arguments.take_over };
+    let options =
+        Options { config: arguments.config, overrides: arguments.overrides, take_over: arguments.take_over, sandbox };
     let result = match runtime {
         Ok(runtime) => {
             let result = runtime.block_on(daemon::run(options, config, set_log));

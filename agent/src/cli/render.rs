@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
     Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, PassedOver,
-    Profile, ProfileList, Recovery, Saved, SlabFound, Status, StoreState, TakesEffect, TierName, Vm, VmList, VmPages,
-    Warmed,
+    Profile, ProfileList, Recovery, Sandbox, Saved, SlabFound, Status, StoreState, TakesEffect, TierName, Vm, VmList,
+    VmPages, Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -54,6 +54,7 @@ pub(super) fn status(status: &Status) -> String {
     fields.add("prestaged", format!("{} on {}, pid {}", status.version, status.host, status.pid));
     fields.add("up", human_duration(Duration::from_millis(status.uptime_ms)));
     fields.add("health", health(status.health));
+    fields.add("sandbox", sandbox(&status.sandbox));
     fields.add("engine", format!("{}, {}", status.engine.mode, count(status.engine.shards.into(), "shard", "shards")));
     fields.add("cache", cache_use(&status.cache)).add("hits", hits(&status.cache));
     if let Some(text) = status.cache.ssd_recovery.as_ref().and_then(recovery) {
@@ -123,6 +124,18 @@ pub(super) fn status(status: &Status) -> String {
         }
     }
     text
+}
+
+/// What holds, and what does not and why.
+fn sandbox(sandbox: &Sandbox) -> String {
+    if sandbox.mode == "off" {
+        return "OFF: whoever takes over prestaged has its rights".to_owned();
+    }
+    let (holds, lacks): (Vec<_>, Vec<_>) = sandbox.layers.iter().partition(|layer| layer.holds);
+    let mut told = vec![holds.iter().map(|layer| layer.name.as_str()).collect::<Vec<_>>().join(", ")];
+    told.extend(lacks.iter().map(|layer| format!("NOT {}: {}", layer.name, layer.detail)));
+    // A daemon that is older does not say.
+    dash(Some(told.join("; ")).as_deref().filter(|_| !sandbox.layers.is_empty()))
 }
 
 /// How full the tiers are.

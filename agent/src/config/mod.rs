@@ -28,7 +28,7 @@ use settings::SECTIONS;
 pub use settings::{
     Api, Cache, Daemon, Demand, ExportSettings, Learner, Libvirt, Memory, Model, Nbd, Prefetch, Sections, StoreSettings,
 };
-pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit};
+pub use value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit, SandboxMode};
 pub use webhook::Webhook;
 
 /// Where the daemon looks unless told otherwise.
@@ -178,6 +178,14 @@ impl Config {
         let mut files = vec![path.to_owned()];
         files.extend(drop_ins(path)?);
         Ok(files)
+    }
+
+    /// The folder of further files beside a configuration file.
+    #[must_use]
+    pub fn drop_in_folder(path: &Path) -> PathBuf {
+        let mut folder = path.as_os_str().to_owned();
+        folder.push(".d");
+        PathBuf::from(folder)
     }
 
     fn from_table(mut document: Table) -> Result<Self, ConfigError> {
@@ -372,7 +380,7 @@ fn named<T: PartialEq + fmt::Display>(
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
-    match std::fs::read_to_string(path) {
+    match prestage_integration::privilege::read_to_string(path) {
         Ok(text) => parse(path, &text),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::file(
             path,
@@ -383,9 +391,7 @@ fn read_file(path: &Path) -> Result<Table, ConfigError> {
 }
 
 fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
-    let mut folder = path.as_os_str().to_owned();
-    folder.push(".d");
-    let folder = PathBuf::from(folder);
+    let folder = Config::drop_in_folder(path);
     let cannot = |error: io::Error| ConfigError::file(&folder, format!("cannot be listed: {error}"));
     let entries = match std::fs::read_dir(&folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -154,7 +154,11 @@ pub(super) fn merge(base: &mut Table, over: Table) {
             }
             Some(old) => match (&mut old.value, entry.value) {
                 (Value::Table(old), Value::Table(new)) => merge(old, new),
-                (Value::Array(old), Value::Array(new)) => old.extend(new),
+                (Value::Array(old), Value::Array(new))
+                    if old.iter().chain(&new).all(|item| matches!(item.value, Value::Table(_))) =>
+                {
+                    old.extend(new);
+                }
                 (_, value) => *old = Entry { value, place: entry.place },
             },
         }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::reader::{Problems, Section};
-use super::value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit, Setting};
+use super::value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit, SandboxMode, Setting};
 use super::{Change, reference};
 
 /// Any value of the type is fine.
@@ -190,6 +190,12 @@ sections! {
         run_dir: PathBuf = PathBuf::from("/run/prestage"), any, restart;
         /// What is logged: error, warn, info, debug, trace, or filters such as "info,prestage_cache=debug".
         log: String = "info".to_owned(), log_filter, reload;
+        /// "full": what parses guests' data runs without capabilities and under seccomp, and writes to its own folders only, as far as the kernel can confine it. "off": for debugging.
+        sandbox: SandboxMode = SandboxMode::Full, any, restart;
+        /// Whom prestaged becomes when it is started as root. Without such a user it stays root without capabilities.
+        user: String = "prestage".to_owned(), between_texts(1, 32), restart;
+        /// Folders beside `templates` in `state_dir` in which templates may be saved and started from; prestaged's user must be able to write there. Example: template_dirs = ["/srv/templates"]
+        template_dirs: Vec<PathBuf> = Vec::new(), any, restart;
     }
 
     /// The cache: write-through, it never holds the only copy of anything.
@@ -232,6 +238,8 @@ sections! {
         image_folder: Option<PathBuf> = None, any, reload;
         /// Folder with the passphrases of encrypted images: NAME.key for the disk NAME. Unset: none. Example: key_folder = "/etc/prestage/keys"
         key_folder: Option<PathBuf> = None, any, reload;
+        /// Folders of files, devices and NBD servers' sockets, or single ones, that may be served when somebody who may use the API, or a machine's definition, names them. What a `[[disk]]` names is allowed anyway.
+        allowed: Vec<PathBuf> = ["/var/lib/libvirt/images", "/dev/mapper", "/dev/rbd", "/dev/zvol"].map(PathBuf::from).to_vec(), any, reload;
     }
 
     /// Sockets through which hypervisors reach their disks.
@@ -240,6 +248,8 @@ sections! {
         socket_mode: Mode = Mode(0o660), any, restart;
         /// Group that owns them, such as the one QEMU runs in. Unset: the daemon's. Example: socket_group = "kvm"
         socket_group: Option<String> = None, any, restart;
+        /// Folders beside `daemon.run_dir` in which disks' sockets may be made; prestaged's user must be able to write there.
+        socket_dirs: Vec<PathBuf> = Vec::new(), any, restart;
         /// Most queues of a disk, 1 to 64. The guest uses as many as it likes of them, at most one per vCPU.
         max_queues: u32 = 8, between(1, 64), restart;
         /// Requests a queue holds: a power of two, 16 to 1024.

@@ -103,6 +103,20 @@ impl Setting for SocketAddr {
     }
 }
 
+impl Setting for Vec<PathBuf> {
+    fn read(value: &Value) -> Result<Self, String> {
+        let Value::Array(items) = value else {
+            return Err(format!("expected a list such as [\"/a\", \"/b\"], found {}", value.kind()));
+        };
+        items.iter().map(|item| PathBuf::read(&item.value)).collect()
+    }
+
+    fn show(&self) -> Option<String> {
+        let texts: Vec<_> = self.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+        Some(toml::Value::from(texts).to_string())
+    }
+}
+
 impl Setting for Duration {
     fn read(value: &Value) -> Result<Self, String> {
         match value {
@@ -314,6 +328,16 @@ word! {
         No = "no",
         /// Refuse to start without.
         Require = "require",
+    }
+}
+
+word! {
+    /// What the daemon gives up.
+    SandboxMode {
+        /// User, capabilities, files and system calls, as far as the kernel can.
+        Full = "full",
+        /// Nothing but what its memory helper has: for debugging.
+        Off = "off",
     }
 }
 

@@ -58,6 +58,7 @@ impl Control for Handle {
             definition.nbd = request.nbd;
             if let Some(socket) = request.socket {
                 definition.socket = socket.into();
+                may_listen(&self.0, &definition.socket)?;
             }
             add_disk(&self.0, definition, Opening::Now).await?;
             Ok(self.0.disk_report(&self.0.disks.get(&request.name)?))
@@ -250,6 +251,18 @@ pub(super) async fn add_disk(daemon: &Shared, definition: Definition, opening: O
         return Err(store_error(&error));
     }
     Ok(())
+}
+
+/// Whether the daemon's confinement lets it listen there. What is there already is judged by whoever listens.
+fn may_listen(daemon: &Shared, socket: &std::path::Path) -> Result<(), ApiError> {
+    if socket.exists() || socket.parent().is_none_or(|folder| daemon.sandbox.may_write(folder)) {
+        return Ok(());
+    }
+    let detail = format!(
+        "prestaged may not make sockets in the folder of {}; add it to `export.socket_dirs` and restart prestaged",
+        socket.display()
+    );
+    Err(ApiError::new(ErrorCode::NotPossible, detail))
 }
 
 /// Ends a disk and forgets it.

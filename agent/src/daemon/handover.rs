@@ -14,6 +14,7 @@ use prestage_integration::export::ExportState;
 use prestage_integration::handover::{
     Door, FORMAT, FromPredecessor, FromSuccessor, HandOverError, OLDEST_FORMAT, Parcel, Peer, Place, common_format,
 };
+use prestage_integration::privilege::broker;
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -68,7 +69,8 @@ struct StateEstate<F> {
     lock: F,
 }
 
-fn door_path(config: &Config) -> PathBuf {
+/// Where a predecessor is reached.
+pub(crate) fn door_path(config: &Config) -> PathBuf {
     config.daemon.run_dir.join("hand-over.sock")
 }
 
@@ -271,14 +273,14 @@ pub(super) fn tell_main_pid(successor: &Successor) {
 
 /// How to start another prestaged like this one.
 #[derive(Debug)]
-pub(super) struct Invitation {
+pub(crate) struct Invitation {
     program: PathBuf,
     arguments: Vec<OsString>,
 }
 
 impl Invitation {
     /// To be made at the start: the file may be replaced later, which is what an upgrade does.
-    pub(super) fn new(config: &Path, overrides: &[String]) -> std::io::Result<Invitation> {
+    pub(crate) fn new(config: &Path, overrides: &[String]) -> std::io::Result<Invitation> {
         let program = std::env::current_exe()?;
         // One that was started from a file that was replaced meanwhile: the name still stands for the newest.
         let program = match program.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
@@ -294,17 +296,32 @@ impl Invitation {
 
     /// Starts the program that is installed now.
     pub(super) fn newest(&self) -> std::io::Result<()> {
-        self.start(&self.program)
+        match broker() {
+            Some(broker) => broker.start_successor(false).map(|pid| self.tell(pid)),
+            None => self.start(&self.program),
+        }
     }
 
     /// Starts the program that runs now, whatever has become of its file.
     fn anew(&self) -> std::io::Result<()> {
-        self.start(Path::new("/proc/self/exe"))
+        match broker() {
+            Some(broker) => broker.start_successor(true).map(|pid| self.tell(pid)),
+            None => self.start(Path::new("/proc/self/exe")),
+        }
+    }
+
+    fn tell(&self, pid: u32) {
+        tracing::info!(program = %self.program.display(), pid, "another prestaged started, to take over");
+    }
+
+    /// The program that is installed, and its words.
+    pub(crate) fn words(&self) -> (PathBuf, Vec<OsString>) {
+        (self.program.clone(), self.arguments.clone())
     }
 
     fn start(&self, program: &Path) -> std::io::Result<()> {
         let child = Command::new(program).args(&self.arguments).spawn()?;
-        tracing::info!(program = %self.program.display(), pid = child.id(), "another prestaged started, to take over");
+        self.tell(child.id());
         std::thread::Builder::new().name("successor".into()).spawn(move || await_end(child)).map(drop)
     }
 }

@@ -35,6 +35,9 @@ mod templates;
 mod webhooks;
 
 pub use check::check;
+pub(crate) use handover::{Invitation, door_path};
+pub(crate) use qsd::folder as qemu_folder;
+pub(crate) use run::helper;
 pub use run::{Options, RunError, SetLog, run};
 
 use crate::config::Config;
@@ -44,6 +47,7 @@ use crate::memory::MemoryHandle;
 use crate::models::ModelsHandle;
 use crate::nbd::NbdServer;
 use crate::notify::Couriers;
+use crate::privilege::Sandbox;
 use crate::store::Store;
 use disks::Disks;
 use parking_lot::Mutex;
@@ -59,6 +63,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 /// What the parts of the daemon share.
 struct Daemon {
     config: Mutex<Config>,
+    /// What was given up at the start.
+    sandbox: Arc<Sandbox>,
     cache: Cache,
     store: Store,
     learner: LearnerHandle,

@@ -3,27 +3,27 @@
 //! - [`Qsd`]: one process for one disk, started anew when it dies, ended with the disk
 //!
 //! Encryption, internal snapshots, zstd, extended L2 entries and repairs are QEMU's to do. The process gets the chain of
-//! images by name, opens nothing else that an image may name, offers it on a socket in a folder that only its user may enter,
+//! images, opens nothing else that an image may name, offers it on a socket in a folder that only our user may enter,
 //! and flushes after every write before it answers: our guests outlive it, so what it holds in memory must not be the only
-//! copy. It runs as the image's owner, without capabilities and without a way to gain any, and ends with this process.
+//! copy. Who starts it, as whom, is `prestage_integration::privilege::images`'.
 
 use crate::config::Config;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, geteuid};
 use parking_lot::{Condvar, Mutex};
 use prestage_cache::backend::{NbdAddress, Need, StoreSpec, needs};
-use serde_json::{Value, json};
-use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::os::unix::net::UnixStream;
+use prestage_integration::privilege::images::{EXPORT, PROGRAM, Process, find_key, start};
+use prestage_integration::privilege::protocol::{Chain, Encryption, Image};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = "qemu-storage-daemon";
-const EXPORT: &str = "disk";
+/// What an NBD server says first.
+const GREETING: &[u8; 8] = b"NBDMAGIC";
 /// How long it may take to offer the image: a repair of a large one reads all its tables.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long it may take to end before it is killed.
@@ -33,8 +33,6 @@ const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// One that has lived as long starts anew without having to wait.
 const STEADY: Duration = Duration::from_secs(60);
-/// LUKS passphrases are at most 512 bytes; a file of more is something else.
-const KEY_MAX_BYTES: u64 = 4096;
 
 /// Why an image could not be offered.
 #[derive(Debug, thiserror::Error)]
@@ -75,12 +73,14 @@ struct State {
 /// What it takes to start one.
 #[derive(Debug)]
 struct Recipe {
-    disk: String,
-    arguments: Vec<String>,
-    folder: PathBuf,
+    chain: Chain,
     socket: PathBuf,
-    owner: Option<(u32, u32)>,
     key: Option<PathBuf>,
+}
+
+/// The folder of the sockets.
+pub(crate) fn folder(config: &Config) -> PathBuf {
+    config.daemon.run_dir.join("qemu")
 }
 
 impl Qsd {
@@ -96,18 +96,10 @@ impl Qsd {
         why: String,
     ) -> Result<Qsd, QsdError> {
         let failed = |reason: String| QsdError::Start { image: chain.to_string(), why: why.clone(), reason };
-        let folder = config.daemon.run_dir.join("qemu").join(disk);
-        let socket = folder.join("nbd.sock");
+        let socket = folder(config).join(format!("{disk}.sock"));
         let key = key_file(config, disk, chain)?;
-        let owner = match chain {
-            StoreSpec::Qcow2 { path, .. } if geteuid().is_root() => {
-                let meta = path.metadata().map_err(|error| failed(error.to_string()))?;
-                Some((meta.uid(), meta.gid()))
-            }
-            _ => None,
-        };
-        let arguments = arguments(chain, &socket, read_only, key.is_some());
-        let recipe = Recipe { disk: disk.to_owned(), arguments, folder, socket: socket.clone(), owner, key };
+        let images = chain.chain().map(image).collect();
+        let recipe = Recipe { chain: Chain { disk: disk.to_owned(), images, read_only }, socket: socket.clone(), key };
         let shared = Arc::new(Shared::default());
         let supervisor = {
             let shared = Arc::clone(&shared);
@@ -156,16 +148,31 @@ impl Qsd {
     /// Waits until somebody answers on the socket, or the process has ended.
     fn wait_for(&self, socket: &Path) -> Result<(), String> {
         let deadline = Instant::now() + START_LIMIT;
+        let mut connection: Option<UnixStream> = None;
         while Instant::now() < deadline {
-            if UnixStream::connect(socket).is_ok() {
-                return Ok(());
+            match &mut connection {
+                // It is connected as soon as somebody listens, who answers once he has all images.
+                None => {
+                    connection =
+                        UnixStream::connect(socket).ok().filter(|stream| stream.set_read_timeout(Some(LOOK)).is_ok())
+                }
+                Some(stream) => {
+                    let mut greeting = [0; GREETING.len()];
+                    match stream.read_exact(&mut greeting) {
+                        Ok(()) if &greeting == GREETING => return Ok(()),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        _ => connection = None,
+                    }
+                }
             }
             let state = self.shared.state.lock();
             if state.starts > 0 && state.pid.is_none() {
                 return Err(if state.words.is_empty() { "it ended at once".to_owned() } else { state.words.clone() });
             }
             drop(state);
-            std::thread::sleep(Duration::from_millis(10));
+            if connection.is_none() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
         Err(format!("it does not answer after {} s", START_LIMIT.as_secs()))
     }
@@ -190,19 +197,21 @@ impl Drop for Qsd {
 
 /// Keeps the process running. On one thread to the end: the kernel ends the process with the thread that has started it.
 fn supervise(recipe: &Recipe, shared: &Shared) {
+    let disk = &recipe.chain.disk;
     let mut backoff = BACKOFF_MIN;
     loop {
         let begun = Instant::now();
-        let words = match recipe.spawn() {
-            Ok(mut child) => {
-                let told = listen(&mut child, &recipe.disk);
+        let words = match recipe.run() {
+            Ok((mut process, told)) => {
                 let mut state = shared.state.lock();
-                state.pid = Some(child.id());
+                state.pid = Some(process.pid());
                 state.starts += 1;
                 drop(state);
-                let status = attend(&mut child, shared);
-                let words = told.and_then(|told| told.join().ok()).filter(|words| !words.is_empty());
-                words.unwrap_or(status)
+                attend(&mut process, &told, shared);
+                let words = told.join().ok().filter(|words| !words.is_empty());
+                // What it said tells more than its number.
+                let status = process.status();
+                words.or(status).unwrap_or_else(|| "it said nothing".to_owned())
             }
             Err(error) => {
                 shared.state.lock().starts += 1;
@@ -214,7 +223,7 @@ fn supervise(recipe: &Recipe, shared: &Shared) {
         if state.stopping {
             break;
         }
-        tracing::warn!(disk = recipe.disk, reason = words, "{PROGRAM} has ended; it is started again");
+        tracing::warn!(disk, reason = words, "{PROGRAM} has ended; it is started again");
         state.words = words;
         if begun.elapsed() >= STEADY {
             backoff = BACKOFF_MIN;
@@ -228,33 +237,25 @@ fn supervise(recipe: &Recipe, shared: &Shared) {
     // Somebody answers: a successor of ours has taken the name already.
     if UnixStream::connect(&recipe.socket).is_err() {
         let _ = std::fs::remove_file(&recipe.socket);
-        let _ = std::fs::remove_dir(&recipe.folder);
     }
 }
 
-/// Waits for the end of the process, and brings it about when asked to. Says how it ended.
-fn attend(child: &mut Child, shared: &Shared) -> String {
+/// Waits for the end of the process, which is that of its standard error, and brings it about when asked to.
+fn attend(process: &mut Process, told: &JoinHandle<String>, shared: &Shared) {
     let mut asked: Option<Instant> = None;
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return status.to_string(),
-            Ok(None) => {}
-            Err(error) => return error.to_string(),
-        }
+    while !told.is_finished() {
         let mut state = shared.state.lock();
         match asked {
             None if state.stopping => {
                 drop(state);
-                // A child that was not waited for keeps its number.
-                let _ = i32::try_from(child.id()).map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
+                process.end(true);
                 asked = Some(Instant::now());
             }
-            Some(when) if when.elapsed() > STOP_LIMIT => {
+            Some(when) => {
                 drop(state);
-                let _ = child.kill();
-            }
-            Some(_) => {
-                drop(state);
+                if when.elapsed() > STOP_LIMIT {
+                    process.end(false);
+                }
                 std::thread::sleep(Duration::from_millis(5));
             }
             None => {
@@ -264,65 +265,38 @@ fn attend(child: &mut Child, shared: &Shared) -> String {
     }
 }
 
-/// Takes what it says to the log; the last of it comes back when it has ended.
-fn listen(child: &mut Child, disk: &str) -> Option<JoinHandle<String>> {
-    let (errors, disk) = (child.stderr.take()?, disk.to_owned());
+/// Takes what it says to the log, and the last of it back, when it has ended.
+fn listen(errors: OwnedFd, disk: String) -> io::Result<JoinHandle<String>> {
     let reading = move || {
         let mut last = String::new();
-        for line in BufReader::new(errors).lines().map_while(Result::ok) {
+        for line in BufReader::new(File::from(errors)).lines().map_while(Result::ok) {
             tracing::warn!(disk, "{line}");
             last = line.chars().take(500).collect();
         }
         last
     };
-    std::thread::Builder::new().name("qemu-errors".to_owned()).spawn(reading).ok()
+    std::thread::Builder::new().name("qemu-errors".to_owned()).spawn(reading)
 }
 
 impl Recipe {
-    fn spawn(&self) -> io::Result<Child> {
+    /// Starts it, listening, with a thread that reads what it says until its end.
+    fn run(&self) -> io::Result<(Process, JoinHandle<String>)> {
         let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o711);
-        builder.create(self.folder.parent().unwrap_or(Path::new("/")))?;
-        match std::fs::DirBuilder::new().mode(0o700).create(&self.folder) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        if let Some((user, group)) = self.owner {
-            std::os::unix::fs::lchown(&self.folder, Some(user), Some(group))?;
-        }
+        builder.recursive(true).mode(0o700).create(self.socket.parent().unwrap_or(Path::new("/")))?;
         match std::fs::remove_file(&self.socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // Nothing of ours is left to it: no capability, no group, no way to gain one. It ends when we do.
-        let mut command = Command::new("setpriv");
-        command.args(["--no-new-privs", "--pdeathsig", "TERM"]);
-        if let Some((user, group)) = self.owner {
-            command.args(["--reuid", &user.to_string(), "--regid", &group.to_string(), "--clear-groups"]);
-            command.args(["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]);
+        // Ours is closed when the process has its own: once it has ended nobody is left who listens.
+        let listener = UnixListener::bind(&self.socket)?;
+        let (mut process, errors) = start(&self.chain, listener.into(), self.key.as_deref())?;
+        match listen(errors, self.chain.disk.clone()) {
+            Ok(told) => Ok((process, told)),
+            Err(error) => {
+                process.end(false);
+                Err(error)
+            }
         }
-        command.arg("--").arg(PROGRAM).args(&self.arguments);
-        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        command.current_dir("/").stdout(Stdio::null()).stderr(Stdio::piped());
-        command.stdin(match &self.key {
-            Some(key) => self.pass_on(key)?,
-            None => Stdio::null(),
-        });
-        command.spawn()
-    }
-
-    /// The passphrase as the process's standard input: it may not be allowed to read the file, and an argument is for all
-    /// to see.
-    fn pass_on(&self, key: &Path) -> io::Result<Stdio> {
-        let passphrase = std::fs::read(key)?;
-        let passphrase = passphrase.strip_suffix(b"\n").unwrap_or(&passphrase);
-        let (reader, mut writer) = io::pipe()?;
-        if let Some((user, group)) = self.owner {
-            fchown(&reader, Some(user), Some(group))?;
-        }
-        // A pipe holds 64 KiB.
-        writer.write_all(passphrase)?;
-        Ok(reader.into())
     }
 }
 
@@ -333,124 +307,45 @@ fn key_file(config: &Config, disk: &str, chain: &StoreSpec) -> Result<Option<Pat
     }
     let folder = config.store.key_folder.clone().unwrap_or_else(|| PathBuf::from("/etc/prestage/keys"));
     let file = folder.join(format!("{disk}.key"));
-    let refuse = |reason: String| QsdError::Key { file: file.clone(), reason };
-    if config.store.key_folder.is_none() || !file.exists() {
+    if config.store.key_folder.is_none() {
         return Err(QsdError::NoKey { image: chain.to_string(), file });
     }
-    let opened = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&file);
-    let meta = opened.and_then(|file| file.metadata()).map_err(|error| refuse(error.to_string()))?;
-    if !meta.is_file() || meta.len() == 0 || meta.len() > KEY_MAX_BYTES {
-        return Err(refuse(format!("it is not a file of 1 to {KEY_MAX_BYTES} bytes")));
+    match find_key(disk, &file) {
+        Ok(()) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(QsdError::NoKey { image: chain.to_string(), file })
+        }
+        Err(error) => Err(QsdError::Key { file, reason: error.to_string() }),
     }
-    if meta.permissions().mode() & 0o077 != 0 {
-        return Err(refuse("others may read it; `chmod 600` it".to_owned()));
-    }
-    Ok(Some(file))
 }
 
-/// The format of an image's encryption, as QEMU calls it.
-fn encryption(image: &StoreSpec) -> Option<&'static str> {
+/// How an image is encrypted.
+fn encryption(image: &StoreSpec) -> Option<Encryption> {
     let StoreSpec::Qcow2 { path, .. } = image else { return None };
     needs(path).iter().find_map(|need| match need {
-        Need::Encryption { method: 1 } => Some("aes"),
-        Need::Encryption { .. } => Some("luks"),
+        Need::Encryption { method: 1 } => Some(Encryption::Aes),
+        Need::Encryption { .. } => Some(Encryption::Luks),
         _ => None,
     })
 }
 
-/// The command line: every image named, nothing followed.
-fn arguments(chain: &StoreSpec, socket: &Path, read_only: bool, has_key: bool) -> Vec<String> {
-    let images: Vec<&StoreSpec> = chain.chain().collect();
-    let mut out = Vec::new();
-    let mut add = |name: &str, value: String| out.extend([name.to_owned(), value]);
-    if has_key {
-        add("--object", json!({"qom-type": "secret", "id": "key", "file": "/dev/stdin"}).to_string());
-    }
-    for (i, image) in images.iter().enumerate().rev() {
-        let read_only = i > 0 || read_only;
-        if let Some(path) = path_of(image) {
-            add("--blockdev", file_node(path, &format!("file{i}"), read_only).to_string());
+/// An image as whoever starts the process is told of it.
+fn image(spec: &StoreSpec) -> Image {
+    match spec {
+        StoreSpec::Qcow2 { path, .. } => Image::Qcow2 { path: path.as_path().into(), encryption: encryption(spec) },
+        StoreSpec::File(path) => Image::Raw { path: path.as_path().into() },
+        StoreSpec::Nbd { address: NbdAddress::Unix(path), export } => {
+            Image::NbdUnix { path: path.as_path().into(), export: export.clone() }
         }
-        let mut node = match image {
-            StoreSpec::Qcow2 { .. } => json!({
-                "driver": "qcow2",
-                "file": format!("file{i}"),
-                // Named or none: never what the image says.
-                "backing": (i + 1 < images.len()).then(|| format!("disk{}", i + 1)),
-            }),
-            StoreSpec::File(_) => json!({"driver": "raw", "file": format!("file{i}")}),
-            StoreSpec::Nbd { address, export } => json!({
-                "driver": "nbd",
-                "server": match address {
-                    NbdAddress::Unix(path) => json!({"type": "unix", "path": path}),
-                    NbdAddress::Tcp { host, port } => json!({"type": "inet", "host": host, "port": port.to_string()}),
-                },
-                "export": export,
-            }),
-        };
-        node["node-name"] = json!(format!("disk{i}"));
-        node["read-only"] = json!(read_only);
-        node["discard"] = json!("unmap");
-        if let Some(format) = encryption(image) {
-            node["encrypt"] = json!({"format": format, "key-secret": "key"});
+        StoreSpec::Nbd { address: NbdAddress::Tcp { host, port }, export } => {
+            Image::NbdTcp { host: host.clone(), port: *port, export: export.clone() }
         }
-        add("--blockdev", node.to_string());
     }
-    add("--nbd-server", json!({"addr": {"type": "unix", "path": socket}, "max-connections": 16}).to_string());
-    let export = json!({
-        "type": "nbd",
-        "id": EXPORT,
-        "name": EXPORT,
-        "node-name": "disk0",
-        "writable": !read_only,
-        "writethrough": true,
-    });
-    add("--export", export.to_string());
-    out
 }
 
 fn path_of(image: &StoreSpec) -> Option<&Path> {
     match image {
         StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. } => Some(path),
         StoreSpec::Nbd { .. } => None,
-    }
-}
-
-fn file_node(path: &Path, name: &str, read_only: bool) -> Value {
-    let is_device = path.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
-    let direct =
-        std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT | libc::O_NONBLOCK).open(path).is_ok();
-    json!({
-        "driver": if is_device { "host_device" } else { "file" },
-        "node-name": name,
-        "filename": path,
-        "read-only": read_only,
-        "discard": "unmap",
-        "cache": {"direct": direct, "no-flush": false},
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_image_is_named_and_nothing_is_followed() {
-        let chain: StoreSpec = "qcow2:/img/top?backing=qcow2:/img/middle?backing=/img/base".parse().unwrap();
-        let arguments = arguments(&chain, Path::new("/run/s"), false, false);
-        let nodes: Vec<Value> = arguments
-            .chunks(2)
-            .filter(|pair| pair[0] == "--blockdev")
-            .map(|pair| serde_json::from_str(&pair[1]).unwrap())
-            .collect();
-        let of = |name: &str| nodes.iter().find(|node| node["node-name"] == name).unwrap();
-        assert_eq!(of("disk0")["backing"], "disk1");
-        assert_eq!(of("disk1")["backing"], "disk2");
-        assert_eq!((&of("disk2")["driver"], &of("file2")["filename"]), (&json!("raw"), &json!("/img/base")));
-        let read_only: Vec<_> = (0..3).map(|i| of(&format!("disk{i}"))["read-only"].clone()).collect();
-        assert_eq!(read_only, [false, true, true]);
-        let alone: StoreSpec = "qcow2:/img/top".parse().unwrap();
-        let text = super::arguments(&alone, Path::new("/run/s"), true, false).join(" ");
-        assert!(text.contains(r#""backing":null"#) && text.contains(r#""writable":false"#), "{text}");
     }
 }

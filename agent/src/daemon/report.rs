@@ -255,6 +255,7 @@ impl Daemon {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             health: if troubles.is_empty() { Health::Ok } else { Health::Degraded },
             troubles,
+            sandbox: self.sandbox.report(),
             engine: EngineStatus {
                 mode: match self.cache.engine() {
                     EngineKind::IoUring => "io_uring",

@@ -17,6 +17,7 @@ use crate::learner::run::unix_ms;
 use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::{MemoryHandle, MemorySettings};
 use crate::nbd::NbdServer;
+use crate::privilege::Sandbox;
 use crate::store::rescue::{Rescued, open_or_rescue};
 use crate::store::{Store, StoreError};
 use nix::fcntl::{Flock, FlockArg};
@@ -55,6 +56,8 @@ pub struct Options {
     pub overrides: Vec<String>,
     /// From the prestaged that runs.
     pub take_over: bool,
+    /// What was given up before.
+    pub sandbox: Arc<Sandbox>,
 }
 
 /// Sets the log filter of the running process.
@@ -83,6 +86,8 @@ pub enum RunError {
     HandOver(#[from] HandOverError),
     #[error("nobody could take over; see the log")]
     NotHandedOver,
+    #[error("the broker has ended, and with it all that needs privilege; prestaged stops, to be started anew")]
+    BrokerLost,
     #[error("cannot start: {0}")]
     Io(#[from] std::io::Error),
 }
@@ -135,7 +140,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     let state = lock_state(&config.daemon.state_dir, inherited)?;
     let (state_dir, api_socket) = (config.daemon.state_dir.clone(), config.api_socket());
     // The database may be locked, and waited for.
-    let (daemon, threads) = tokio::task::block_in_place(|| start(config))?;
+    let (daemon, threads) = tokio::task::block_in_place(|| start(config, Arc::clone(&options.sandbox)))?;
     if let Some(inheritance) = &mut inheritance {
         daemon.disks.inherit(inheritance.exports());
     }
@@ -217,10 +222,15 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
     if !taken_over {
         let _ = sd_notify::notify(&[NotifyState::Ready]);
     }
+    let mut ended = Ok(());
     let successor = loop {
         tokio::select! {
             _ = terminate.recv() => break None,
             _ = interrupt.recv() => break None,
+            () = options.sandbox.lost.notified() => {
+                ended = Err(RunError::BrokerLost);
+                break None;
+            }
             _ = hangup.recv() => reload(&daemon, &options, &set_log).await,
             _ = upgrade.recv() => {
                 if let Err(error) = invitation.newest() {
@@ -271,7 +281,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
             }
             // It waits for our end, which is that of the process.
             std::mem::forget(other);
-            return Ok(());
+            return ended;
         }
     };
     // What can be written down now need not be while guests wait.
@@ -361,7 +371,7 @@ fn start_nbd(config: &Config) -> (Option<Arc<NbdServer>>, Option<String>) {
     }
 }
 
-fn start(config: Config) -> Result<(Shared, Threads), RunError> {
+fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), RunError> {
     let Rescued { store, trouble: store_trouble, stand_in } =
         open_or_rescue(&config.store_path(), &config.daemon.run_dir.join("stand-in.db"))?;
     if let Some(trouble) = &store_trouble {
@@ -384,6 +394,8 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     };
     let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
     let (nbd, nbd_trouble) = start_nbd(&config);
+    // Rings are there, and no more will be.
+    sandbox.seal();
     let (models, models_thread) = models::start(&store, &config)?;
     let (learner, learner_thread) =
         LearnerHandle::start(cache.clone(), store.clone(), models.clone(), learner_settings(&config, stand_in))?;
@@ -422,6 +434,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
     };
     let daemon = Daemon {
         config: Mutex::new(config),
+        sandbox,
         cache,
         store,
         learner,
@@ -450,7 +463,7 @@ fn start(config: Config) -> Result<(Shared, Threads), RunError> {
 }
 
 /// The program `prestage-memory`.
-pub(super) fn helper(config: &Config) -> PathBuf {
+pub(crate) fn helper(config: &Config) -> PathBuf {
     let beside = || Some(std::env::current_exe().ok()?.parent()?.join("prestage-memory"));
     config.memory.helper.clone().or_else(beside).unwrap_or_else(|| "prestage-memory".into())
 }

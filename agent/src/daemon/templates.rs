@@ -183,7 +183,17 @@ fn template_error(error: &TemplateError) -> ApiError {
 /// The folder that a name or an absolute path means.
 fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
     // An absolute path stays what it is.
-    checked(template).map(|template| usual(daemon).join(template))
+    let path = checked(template).map(|template| usual(daemon).join(template))?;
+    match daemon.sandbox.may_write(&path) {
+        true => Ok(path),
+        false => Err(ApiError::new(
+            ErrorCode::NotPossible,
+            format!(
+                "prestaged may not use templates in the folder of {}; add it to `daemon.template_dirs` and restart prestaged",
+                path.display()
+            ),
+        )),
+    }
 }
 
 /// A name, or an absolute path, that a template may have.

@@ -76,6 +76,10 @@ fn disk(name: &str) -> Disk {
     }
 }
 
+fn layer(name: &str, holds: bool, detail: &str) -> SandboxLayer {
+    SandboxLayer { name: name.into(), holds, detail: detail.into() }
+}
+
 fn broken() -> Disk {
     let state = DiskState {
         capacity_bytes: 1 << 30,
@@ -162,6 +166,15 @@ impl Control for Fake {
                 subject: "disk old".into(),
                 detail: "store shrunk;\u{1b}[31m restore its size".into(),
             }],
+            sandbox: Sandbox {
+                mode: "full".into(),
+                layers: vec![
+                    layer("user", true, "prestage"),
+                    layer("capabilities", true, "none"),
+                    layer("files", false, "not confined: this kernel has no Landlock (Linux 5.13)"),
+                    layer("system calls", true, "150 are allowed"),
+                ],
+            },
             engine: EngineStatus { mode: "io_uring".into(), shards: 1 },
             cache: CacheUse {
                 ram_capacity_bytes: 2 << 30,

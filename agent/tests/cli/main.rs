@@ -65,6 +65,7 @@ fn status_says_what_needs_attention() {
 prestaged:  9.9.9 on hv1, pid 4711
 up:         1 h 2 min
 health:     DEGRADED
+sandbox:    user, capabilities, system calls; NOT files: not confined: this kernel has no Landlock (Linux 5.13)
 engine:     io_uring, 1 shard
 cache:      RAM 1.0 GiB of 2.0 GiB, SSD 3.0 GiB of 16 GiB
 hits:       75.0 % of 1000 reads (65.0 % RAM, 10.0 % SSD)

@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 pub(crate) struct Host {
     folder: tempfile::TempDir,
     pub(crate) daemon: Option<Child>,
+    /// Further settings of the command line.
+    pub(crate) also: Vec<String>,
 }
 
 impl Host {
     pub(crate) fn new() -> Host {
         // Socket paths are short; the target folder's may not be.
-        Host { folder: tempfile::tempdir().unwrap(), daemon: None }
+        Host { folder: tempfile::tempdir().unwrap(), daemon: None, also: Vec::new() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -36,7 +38,11 @@ impl Host {
         let config = self.config(extra);
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_prestaged"));
-        self.daemon = Some(command.arg("--config").arg(config).stderr(log).spawn().unwrap());
+        command.arg("--config").arg(config).arg("--set").arg(self.allowed());
+        for also in &self.also {
+            command.arg("--set").arg(also);
+        }
+        self.daemon = Some(command.stderr(log).spawn().unwrap());
         let deadline = Instant::now() + Duration::from_secs(60);
         // The API answers before the disks of the last run are open.
         let ready = || {
@@ -47,6 +53,11 @@ impl Host {
             assert!(Instant::now() < deadline, "prestaged does not start:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Stores are in this folder.
+    pub(crate) fn allowed(&self) -> String {
+        format!("store.allowed=[\"{}\"]", self.folder.path().display())
     }
 
     pub(crate) fn stop(&mut self) {
@@ -95,6 +106,12 @@ impl Drop for Host {
         if let Some(mut daemon) = self.daemon.take() {
             let _ = daemon.kill();
             let _ = daemon.wait();
+        }
+        // What a daemon of ours asks the kernel for is allowed to it.
+        if !std::thread::panicking() {
+            let log = self.log();
+            let refused: Vec<_> = log.lines().filter(|line| line.contains("is refused by the sandbox")).collect();
+            assert!(refused.is_empty(), "{refused:?}");
         }
     }
 }

@@ -19,13 +19,14 @@
 use super::error::StoreError;
 use super::{Extent, SECTOR_BYTES, Stamp, StoreOptions};
 use crate::engine::blocks_in_kernel;
+use crate::opener::{self, How};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::unistd::{Whence, lseek};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{io, thread};
@@ -75,24 +76,22 @@ pub(super) enum Content {
 pub(super) fn open(path: &Path, content: Content, options: &StoreOptions) -> Result<Opened, StoreError> {
     let given = format!("file:{}", path.display());
     let fail = |error: io::Error| StoreError::from_io(&given, "open", &error);
-    let path = path.canonicalize().map_err(fail)?;
-    let store = format!("file:{}", path.display());
-    // Looked at before opening: opening a pipe would hang, and opening some devices has effects.
-    let kind = path.metadata().map_err(fail)?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(StoreError::NotADisk { store });
-    }
-    let file = match OpenOptions::new().read(true).write(!options.read_only).custom_flags(libc::O_NONBLOCK).open(&path)
-    {
-        Err(error) if error.raw_os_error() == Some(libc::EROFS) => return Err(StoreError::ReadOnly { store }),
+    let how = How { write: !options.read_only, ..How::default() };
+    let asked = path;
+    let (path, file) = match opener::open(asked, how) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOTBLK) => {
+            return Err(StoreError::NotADisk { store: given.clone() });
+        }
         other => other.map_err(fail)?,
     };
+    let store = format!("file:{}", path.display());
+    let kind = file.metadata().map_err(fail)?.file_type();
     // First: an image of any length is told that it is one.
     if !options.force_raw && content == Content::Disk {
         refuse_formats(&store, &file)?;
     }
     let aside = blocks_in_kernel(&file).map_err(|error| StoreError::from_io(&store, "open", &error))?;
-    let (direct, align_bytes) = match options.direct.then(|| open_direct(&path, &file, options.read_only)) {
+    let (direct, align_bytes) = match options.direct.then(|| open_direct(asked, &file, options.read_only)) {
         Some(Ok((direct, align))) => (Some(direct), align),
         Some(Err(reason)) => {
             tracing::info!("{store}: no direct I/O here ({reason}); reads go through the host's page cache as well");
@@ -219,8 +218,7 @@ fn qemu_locks(store: &str, file: &File, writer: bool) -> Result<(), StoreError> 
 
 /// A second descriptor for direct I/O and its alignment.
 fn open_direct(path: &Path, file: &File, read_only: bool) -> io::Result<(File, u32)> {
-    let direct =
-        OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_DIRECT | libc::O_NONBLOCK).open(path)?;
+    let (_, direct) = opener::open(path, How { write: !read_only, direct: true, ..How::default() })?;
     let (ours, theirs) = (file.metadata()?, direct.metadata()?);
     if (ours.dev(), ours.ino()) != (theirs.dev(), theirs.ino()) {
         return Err(io::Error::other("the file was replaced while it was opened"));

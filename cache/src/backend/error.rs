@@ -9,6 +9,8 @@ pub enum StoreError {
     NotFound { store: String },
     #[error("{store} cannot be opened: permission denied; prestage's user needs access to it")]
     Denied { store: String },
+    #[error("{store} is not opened: {why}")]
+    NotAllowed { store: String, why: String },
     #[error("{store} is in use by another process{}; stop that process, or open the store read-only on both sides", if *.writer { " that writes to it" } else { "" })]
     Locked { store: String, writer: bool },
     #[error(
@@ -63,6 +65,9 @@ impl StoreError {
     }
 
     pub(super) fn from_io(store: &str, what: &'static str, error: &io::Error) -> StoreError {
+        if let Some(why) = crate::opener::not_allowed(error) {
+            return StoreError::NotAllowed { store: store.to_owned(), why: why.to_string() };
+        }
         let errno = error.raw_os_error().unwrap_or(match error.kind() {
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => libc::ECONNRESET,
             io::ErrorKind::NotFound => libc::ENOENT,

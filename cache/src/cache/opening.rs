@@ -5,6 +5,7 @@ use crate::backend::{Below, LayerMap, Stamp, StoreError, StoreInfo, StoreOptions
 use crate::counters::StorageCounters;
 use crate::disk::{Storage, extents_of, read_copy};
 use crate::engine::Shard;
+use crate::opener;
 use crate::ssd::{SsdStorage, SsdTier, StoreClock};
 use crate::types::{PageRange, StorageId};
 use std::fmt;
@@ -20,12 +21,12 @@ const FORGET_WAIT: Duration = Duration::from_secs(2);
 pub(super) fn identity(spec: &StoreSpec) -> String {
     match spec {
         StoreSpec::File(path) => {
-            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            let path = opener::canonicalize(path).unwrap_or_else(|_| path.clone());
             format!("file:{}", path.display())
         }
         StoreSpec::Nbd { .. } => spec.to_string(),
         StoreSpec::Qcow2 { path, .. } => {
-            let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+            let path = opener::canonicalize(path).unwrap_or_else(|_| path.clone());
             format!("qcow2:{}", path.display())
         }
     }

@@ -9,6 +9,7 @@
 
 use super::op::RawOp;
 use crate::arena::Arena;
+use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use std::collections::VecDeque;
@@ -24,6 +25,29 @@ const IGNORED: u64 = u64::MAX;
 const WORKERS_MAX: u32 = 4096;
 /// The kernel takes at most this much as one registered buffer. A multiple of the block, so no block straddles two.
 const REGISTERED_MAX_BYTES: usize = 1 << 30;
+
+/// What a ring of ours does. What a ring does no seccomp filter sees, so nothing else is in it: nothing that opens files or makes
+/// sockets above all.
+const OPERATIONS: [u8; 14] = [
+    opcode::Nop::CODE,
+    opcode::Read::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::RecvMsg::CODE,
+    opcode::SendMsg::CODE,
+    opcode::Connect::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
+];
+/// `IORING_REGISTER_…` of <linux/io_uring.h>: buffers, their end, and how many workers.
+const REGISTRATIONS: [u8; 3] = [0, 1, 19];
+/// `IOSQE_…`: none of them lets a request do more.
+const FLAGS: u8 = u8::MAX;
 
 /// The end, or with `more` one event, of the operation that was submitted with this `user_data`.
 #[derive(Clone, Copy)]
@@ -56,10 +80,12 @@ impl Ring {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
+            .setup_r_disabled()
             .build(entries);
         let ring = match modern {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_clamp().setup_cqsize(entries.saturating_mul(4)).build(entries)?
+                let mut older = IoUring::builder();
+                older.setup_clamp().setup_cqsize(entries.saturating_mul(4)).setup_r_disabled().build(entries)?
             }
             other => other?,
         };
@@ -91,6 +117,7 @@ impl Ring {
                 format!("io_uring operation {code} is not allowed here"),
             ));
         }
+        restrict(&ring)?;
         // Files on NFS, FUSE and the like block in the kernel's worker threads, of which there are four a processor: some
         // requests to a server that hangs would leave none for the other disks of this shard. So there may be one for
         // each request; idle ones end by themselves. Since Linux 5.15; without it the kernel's limit stays.
@@ -289,6 +316,19 @@ impl Ring {
             }
         }
     }
+}
+
+/// Takes everything from the ring that the engine does not do, and switches it on: for good (io_uring_register(2),
+/// `IORING_REGISTER_RESTRICTIONS`, Linux 5.10).
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    // An older kernel does not know the newest operations, and takes no restriction that names them.
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    let operations = OPERATIONS.into_iter().filter(|code| probe.is_supported(*code)).map(Restriction::sqe_op);
+    let mut all: Vec<_> = operations.chain(REGISTRATIONS.map(Restriction::register_op)).collect();
+    all.push(Restriction::sqe_flags_allowed(FLAGS));
+    ring.submitter().register_restrictions(&mut all)?;
+    ring.submitter().register_enable_rings()
 }
 
 impl fmt::Debug for Ring {

@@ -5,6 +5,7 @@
 use super::SsdError;
 use super::format::SECTOR_BYTES;
 use crate::engine::blocks_in_kernel;
+use crate::opener::{self, How};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
@@ -330,7 +331,14 @@ fn create(path: &Path) -> Result<Metadata, SsdError> {
 fn open_for(path: &Path, is_block_device: bool, direct: bool) -> Result<(File, bool), SsdError> {
     // On a block device O_EXCL without O_CREAT refuses one that is mounted or part of an array, see open(2).
     let exclusive = if is_block_device { libc::O_EXCL } else { 0 };
-    let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(exclusive | flags).open(path);
+    let open = |flags: i32| match OpenOptions::new().read(true).write(true).custom_flags(exclusive | flags).open(path) {
+        // A device is no file of ours: whoever opens stores may have the right to it.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && is_block_device && opener::opener().is_some() => {
+            let how = How { write: true, direct: flags & libc::O_DIRECT != 0, exclusive: true };
+            opener::open(path, how).map(|(_, file)| file)
+        }
+        other => other,
+    };
     let opened = if direct { open(libc::O_DIRECT) } else { Err(Errno::EINVAL.into()) };
     let opened = match opened {
         // The file system cannot do direct I/O; through the page cache the tier still works.

@@ -189,8 +189,8 @@ pub fn bind(options: &SocketOptions) -> Result<ApiListener, ServeError> {
     }
     let listener = StdListener::bind(&temporary).map_err(io_error("bind", &temporary))?;
     let finish = || -> Result<u64, ServeError> {
-        if group.is_some() {
-            std::os::unix::fs::chown(&temporary, None, group).map_err(io_error("set the group of", &temporary))?;
+        if let Some(group) = group {
+            crate::privilege::set_group(&temporary, group).map_err(io_error("set the group of", &temporary))?;
         }
         let permissions = std::fs::Permissions::from_mode(options.mode & 0o777);
         std::fs::set_permissions(&temporary, permissions).map_err(io_error("set the mode of", &temporary))?;

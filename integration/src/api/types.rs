@@ -66,6 +66,9 @@ pub struct Status {
     /// What an operator should look at; empty when all is well.
     #[serde(default)]
     pub troubles: Vec<Trouble>,
+    /// What the daemon gave up at its start.
+    #[serde(default)]
+    pub sandbox: Sandbox,
     pub engine: EngineStatus,
     #[serde(default)]
     pub cache: CacheUse,
@@ -76,6 +79,25 @@ pub struct Status {
     #[serde(default)]
     pub memory: MemoryStatus,
     pub store: StoreStatus,
+}
+
+/// What the daemon gave up at its start, and what it could not.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Sandbox {
+    /// `full` or `off`.
+    pub mode: String,
+    #[serde(default)]
+    pub layers: Vec<SandboxLayer>,
+}
+
+/// One kind of confinement.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct SandboxLayer {
+    /// `user`, `capabilities`, `files` or `system calls`.
+    pub name: String,
+    pub holds: bool,
+    /// How far it holds, or why it does not.
+    pub detail: String,
 }
 
 /// What moves the bytes.

@@ -73,8 +73,11 @@ pub fn listen_at(path: &Path, options: &ExportOptions) -> Result<(UnixListener, 
     let meta = std::fs::symlink_metadata(path).map_err(bind_error)?;
     let file = SocketFile { path: path.into(), inode: (meta.dev(), meta.ino()) };
     let access_error = |source: io::Error| ExportError::Access { path: path.into(), source };
-    if options.owner.is_some() || options.group.is_some() {
-        std::os::unix::fs::lchown(path, options.owner, options.group).map_err(access_error)?;
+    if let Some(owner) = options.owner {
+        std::os::unix::fs::lchown(path, Some(owner), None).map_err(access_error)?;
+    }
+    if let Some(group) = options.group {
+        crate::privilege::set_group(path, group).map_err(access_error)?;
     }
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(options.mode)).map_err(access_error)?;
     listen(&fd, Backlog::new(8).map_err(|e| bind_error(e.into()))?).map_err(|e| bind_error(e.into()))?;

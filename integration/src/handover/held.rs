@@ -12,14 +12,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 const END: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
-pub(super) struct Held {
+pub(crate) struct Held {
     pid: i32,
     pidfd: OwnedFd,
 }
 
 impl Held {
     /// Holds the process that has this number now.
-    pub(super) fn new(pid: i32) -> io::Result<Self> {
+    pub(crate) fn new(pid: i32) -> io::Result<Self> {
         // SAFETY: no memory is touched; the result is checked.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
         let fd = i32::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
@@ -32,15 +32,19 @@ impl Held {
         self.pid
     }
 
-    /// Kills it and waits for its end. False: it is still there.
-    pub(super) fn end(&self) -> bool {
+    /// Kills it. Nothing happens where that is not allowed, or if it has ended.
+    pub(crate) fn kill(&self) {
         let number = libc::c_long::from(self.pidfd.as_raw_fd());
         let signal = libc::c_long::from(libc::SIGKILL);
         let nothing = std::ptr::null::<libc::siginfo_t>();
-        // SAFETY: the descriptor is open, and without siginfo no memory is read. One that has ended already is no error here.
+        // SAFETY: the descriptor is open, and without siginfo no memory is read.
         unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, nothing, 0) };
-        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+    }
+
+    /// Waits for its end. False: it is still there.
+    pub(super) fn ends(&self) -> bool {
         let limit = PollTimeout::try_from(END).unwrap_or(PollTimeout::MAX);
+        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut ended, limit), Ok(1))
     }
 }

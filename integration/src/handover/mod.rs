@@ -33,7 +33,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use held::Held;
+pub(crate) use held::Held;
 
 /// The estate's format that this program writes, and the formats it reads. A change that an older reader cannot skip is a new
 /// format.
@@ -144,7 +144,15 @@ impl Peer {
     /// Kills the other and waits for its end. False: it is still there.
     #[must_use]
     pub fn end(&self) -> bool {
-        self.process.end()
+        match crate::privilege::broker() {
+            Some(broker) => {
+                if let Err(error) = broker.end_successor(&self.stream) {
+                    tracing::error!(%error, pid = self.pid(), "it is not ended");
+                }
+            }
+            None => self.process.kill(),
+        }
+        self.process.ends()
     }
 
     /// How long a message of the other may take; `None`: for ever.
@@ -290,9 +298,11 @@ mod tests {
     fn a_process_is_ended_and_its_end_waited_for() {
         let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
         let held = Held::new(child.id() as i32).unwrap();
-        assert!(held.end());
+        held.kill();
+        assert!(held.ends());
         assert!(!child.wait().unwrap().success());
-        assert!(held.end(), "it had ended");
+        held.kill();
+        assert!(held.ends(), "it had ended");
     }
 
     #[test]

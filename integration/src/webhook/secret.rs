@@ -1,7 +1,7 @@
 //! Secrets that sign webhooks. They show themselves in no log and no message.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -76,7 +76,8 @@ pub fn read_secrets(file: &Path) -> Result<Vec<Secret>, SecretError> {
         file.to_owned()
     };
     let unreadable = |source| SecretError::Unreadable { path: path.clone(), source };
-    let meta = std::fs::metadata(&path).map_err(unreadable)?;
+    let mut file = crate::privilege::open_read(&path).map_err(unreadable)?;
+    let meta = file.metadata().map_err(unreadable)?;
     if meta.len() > FILE_MAX || !meta.is_file() {
         return Err(unreadable(io::Error::other(format!("not a file of at most {FILE_MAX} bytes"))));
     }
@@ -84,7 +85,8 @@ pub fn read_secrets(file: &Path) -> Result<Vec<Secret>, SecretError> {
     if !credential && meta.mode() & 0o004 != 0 {
         return Err(SecretError::Open { path });
     }
-    let text = std::fs::read_to_string(&path).map_err(unreadable)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(unreadable)?;
     let mut secrets = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {
         let text = text.trim();

@@ -192,7 +192,8 @@ fn connector(authorities: Option<&Path>) -> Result<TlsConnector, SenderError> {
     match authorities {
         Some(path) => {
             let unreadable = |detail: String| SenderError::Authorities { path: path.to_owned(), detail };
-            for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unreadable(error.to_string()))? {
+            let file = crate::privilege::open_read(path).map_err(|error| unreadable(error.to_string()))?;
+            for certificate in CertificateDer::pem_reader_iter(file) {
                 let certificate = certificate.map_err(|error| unreadable(error.to_string()))?;
                 roots.add(certificate).map_err(|error| unreadable(error.to_string()))?;
             }

@@ -24,7 +24,7 @@ pub enum Outcome {
 impl Prestaged {
     /// Starts another daemon beside the running one, with more words on its command line.
     pub fn start_beside(&self, more: &[&str]) -> Result<Process> {
-        Process::start("prestaged", &self.command(more), &self.log, Duration::from_secs(20))
+        Process::start("prestaged", &self.command(more)?, &self.log, Duration::from_secs(20))
     }
 
     /// Has a new daemon take over from the running one, which must end well.

@@ -1,6 +1,7 @@
 //! The version of a server's files, where it is known which these are.
 
 use crate::backend::Stamp;
+use crate::opener;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ pub(super) fn stamp(files: &[PathBuf]) -> io::Result<Option<Stamp>> {
     let mut mixed = 0;
     let mut stamp = Stamp::default();
     for file in files {
-        let found = std::fs::metadata(file)?;
+        let found = opener::metadata(file)?;
         let ns = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
         let one = Stamp {
             size_bytes: found.len(),

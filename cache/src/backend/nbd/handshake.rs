@@ -6,6 +6,7 @@ use super::super::error::StoreError;
 use super::super::spec::NbdAddress;
 use super::wire::{self, Cursor, ExportInfo};
 use crate::engine::{IoBuf, Shard, SocketAddress};
+use crate::opener;
 use std::net::ToSocketAddrs;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -52,6 +53,14 @@ fn lost(target: &Target, what: &str, error: &std::io::Error) -> StoreError {
 }
 
 async fn open_socket(shard: &Shard, target: &Target) -> Result<Rc<OwnedFd>, StoreError> {
+    if let (NbdAddress::Unix(path), Some(opener)) = (&target.address, opener::opener()) {
+        let name = path.clone();
+        let connected = shard.blocking(move || opener.connect(&name)).await.and_then(|connected| connected);
+        return connected.map(Rc::new).map_err(|error| match opener::not_allowed(&error) {
+            Some(why) => StoreError::NotAllowed { store: target.store.clone(), why: why.to_string() },
+            None => lost(target, &format!("connecting to unix socket {}", path.display()), &error),
+        });
+    }
     let addresses: Vec<SocketAddress> = match &target.address {
         NbdAddress::Unix(path) => vec![SocketAddress::Unix(path.clone())],
         NbdAddress::Tcp { host, port } => {

@@ -8,9 +8,8 @@
 use super::header::{HEAD_BYTES, Header, Need};
 use crate::backend::spec::CHAIN_MAX;
 use crate::backend::{StoreError, StoreSpec};
-use std::fs::{File, OpenOptions};
+use crate::opener::{self, How};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Completes a chain by what its lowest image says is below it, if that lies in `folder`. Stores that stand on nothing, or
@@ -53,10 +52,10 @@ fn below(path: &Path, folder: Option<&Path>) -> Result<Option<StoreSpec>, StoreE
     if plain.split('/').next().is_some_and(|first| first.contains(':')) {
         return Err(refuse(format!("it stands on `{says}`, and only files are followed; {hint}")));
     }
-    let here = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let here = opener::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let named: PathBuf = here.parent().unwrap_or(Path::new("/")).join(plain);
     // One answer for what lies elsewhere and what is not there: else an image could ask which files the host has.
-    let found = named.canonicalize().ok().zip(folder.canonicalize().ok());
+    let found = opener::canonicalize(&named).ok().zip(folder.canonicalize().ok());
     let Some((found, _)) = found.filter(|(found, folder)| found.starts_with(folder)) else {
         let folder = folder.display();
         return Err(refuse(format!(
@@ -81,12 +80,7 @@ pub fn needs(path: &Path) -> Vec<Need> {
 }
 
 fn read(path: &Path) -> io::Result<Header> {
-    // A pipe would hang.
-    let kind = path.metadata()?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let file: File = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let (_, file) = opener::open(path, How::default())?;
     let mut head = Vec::new();
     file.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
     // The tables are looked at when the image is opened.

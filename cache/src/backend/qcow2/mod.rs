@@ -45,6 +45,7 @@ use super::gate::{Drain, Gate, UnderWay};
 use super::layer::LayerMap;
 use super::{Backend, Below, Extent, StoreError, StoreInfo, StoreOptions, Transfer};
 use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Semaphore, Shard};
+use crate::opener;
 use commit::{Commits, Ranges};
 use container::{Container, Tables};
 use futures_util::FutureExt;
@@ -204,9 +205,10 @@ fn is_same(image: &Path, says: &str, named: &Path) -> bool {
         // A protocol or a JSON description: whatever it leads to is not a plain path.
         return true;
     }
-    let folder = image.canonicalize().ok().and_then(|path| path.parent().map(Path::to_owned)).unwrap_or_default();
+    let folder =
+        opener::canonicalize(image).ok().and_then(|path| path.parent().map(Path::to_owned)).unwrap_or_default();
     let told: PathBuf = folder.join(plain);
-    match (told.canonicalize(), named.canonicalize()) {
+    match (opener::canonicalize(&told), opener::canonicalize(named)) {
         (Ok(told), Ok(named)) => told == named,
         _ => true,
     }

@@ -6,11 +6,13 @@
 //! A client without a certificate of that authority does not get through the handshake: whoever reaches an export over the
 //! network has proven who it is.
 
-use rustls::pki_types::pem::PemObject;
+use crate::privilege;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,14 +43,15 @@ impl fmt::Debug for TlsServer {
     }
 }
 
+fn open(path: &Path) -> Result<File, pem::Error> {
+    privilege::open_read(path).map_err(pem::Error::Io)
+}
+
 fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let unreadable = |error: rustls::pki_types::pem::Error| TlsError::Unreadable {
-        what,
-        path: path.into(),
-        reason: error.to_string(),
-    };
-    let chain: Vec<_> =
-        CertificateDer::pem_file_iter(path).map_err(unreadable)?.collect::<Result<_, _>>().map_err(unreadable)?;
+    let unreadable = |error: pem::Error| TlsError::Unreadable { what, path: path.into(), reason: error.to_string() };
+    let chain: Vec<_> = CertificateDer::pem_reader_iter(open(path).map_err(unreadable)?)
+        .collect::<Result<_, _>>()
+        .map_err(unreadable)?;
     if chain.is_empty() { Err(TlsError::Empty { path: path.into() }) } else { Ok(chain) }
 }
 
@@ -59,7 +62,7 @@ impl TlsServer {
     /// A file cannot be read, holds nothing of use, or key and certificate do not belong together.
     pub fn load(certificate: &Path, key: &Path, client_authority: &Path) -> Result<TlsServer, TlsError> {
         let chain = certificates("the certificate", certificate)?;
-        let private = PrivateKeyDer::from_pem_file(key).map_err(|error| TlsError::Unreadable {
+        let private = open(key).and_then(PrivateKeyDer::from_pem_reader).map_err(|error| TlsError::Unreadable {
             what: "the private key",
             path: key.into(),
             reason: error.to_string(),

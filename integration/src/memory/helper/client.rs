@@ -3,17 +3,17 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
 use super::protocol::{Abilities, Ask, MAX_MESSAGE, Message, Moved, Request, Said, VERSION, Watching};
+use super::running::Running;
 use crate::memory::{MemoryError, PageState, ProcessId, Push, Region, Residency, Span};
+use crate::privilege;
 
 /// How long a question may take before the helper counts as stuck. Moving pages waits for the swap device.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -48,7 +48,7 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Helper {
     socket: OwnedFd,
-    child: Child,
+    child: Running,
     abilities: Abilities,
     next: u64,
     /// Orders under way.
@@ -64,29 +64,21 @@ impl Helper {
     /// # Errors
     /// It cannot be started, or is of another version.
     pub fn start(program: &Path, also: &[&Path]) -> Result<Self, MemoryError> {
-        let os = |what: &str, error: io::Error| MemoryError::Os {
-            what: format!("{what} {}", program.display()),
+        let failed = |error: io::Error| MemoryError::Os {
+            what: format!("cannot start {}", program.display()),
             error: error.to_string(),
         };
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(|error| os("cannot make a socket for", error.into()))?;
-        for socket in [&ours, &theirs] {
-            // a request is one packet; the default holds one, but not a few
-            let _ = setsockopt(socket, sockopt::SndBuf, &(4 * MAX_MESSAGE));
+        let (child, socket) = match privilege::broker() {
+            // where the program is, and that it looks into QEMU alone, is the broker's word
+            Some(broker) => Running::by_broker(broker),
+            None => Running::ours(program, also),
         }
-        let mut command = Command::new(program);
-        for path in also {
-            command.arg("--allow").arg(path);
-        }
-        let child = command
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .process_group(0) // Ctrl-C is for the daemon, which ends this when it is done
-            .spawn()
-            .map_err(|error| os("cannot start", error))?;
+        .map_err(failed)?;
+        // a request is one packet; the default holds one, but not a few
+        let _ = setsockopt(&socket, sockopt::SndBuf, &(4 * MAX_MESSAGE));
         let (open, heard) = (Vec::new(), VecDeque::new());
         let abilities = Abilities::default();
-        let mut helper = Self { socket: ours, child, abilities, next: 0, open, heard, buffer: vec![0; MAX_MESSAGE] };
+        let mut helper = Self { socket, child, abilities, next: 0, open, heard, buffer: vec![0; MAX_MESSAGE] };
         match helper.ask(Ask::Hello { version: VERSION })? {
             Said::Hello(abilities) => helper.abilities = abilities,
             said => return Err(unexpected(&said)),
@@ -231,7 +223,7 @@ impl Helper {
                 Some(message) => self.sort(message),
                 None => {
                     // whatever it does, it is of no use any more, and its answer would be taken for another's
-                    let _ = self.child.kill();
+                    self.child.kill();
                     return Err(MemoryError::HelperGone(format!("no answer for {} s", PATIENCE.as_secs())));
                 }
             }
@@ -288,7 +280,7 @@ impl Helper {
                         Ok(message) => Ok(Some(message)),
                         Err(error) => {
                             // it is not the one that was installed with this daemon
-                            let _ = self.child.kill();
+                            self.child.kill();
                             Err(self.ended(&format!("it says what nobody understands: {error}")))
                         }
                     };
@@ -300,16 +292,7 @@ impl Helper {
     }
 
     fn ended(&mut self, why: &str) -> MemoryError {
-        let status = self.child.try_wait().ok().flatten();
-        MemoryError::HelperGone(status.map_or_else(|| why.to_owned(), |status| status.to_string()))
-    }
-}
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        // it holds nothing that outlives it
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        MemoryError::HelperGone(self.child.status().map_or_else(|| why.to_owned(), |status| status.to_string()))
     }
 }
 

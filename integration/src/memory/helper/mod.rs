@@ -3,6 +3,7 @@
 //! - [`protocol`]: what is asked and answered, one message a packet
 //! - [`client`]: the daemon's end
 //! - [`server`]: the helper's end; `prestage-memory` is this and nothing else
+//! - `running`: its process, ours or the broker's
 //! - `worker`: moving pages, beside the thread that hears faults
 //! - `limit`: what the helper gives up before it hears anybody
 //!
@@ -13,6 +14,7 @@
 pub mod client;
 mod limit;
 pub mod protocol;
+mod running;
 pub mod server;
 mod worker;
 

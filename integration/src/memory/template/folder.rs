@@ -7,7 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::ops::Range;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -18,6 +18,7 @@ use super::preload::{self, Ended, Progress};
 use super::stream::{self, RamBlock, StreamError};
 use super::working_set::WorkingSet;
 use super::{TemplateError, io, open_plain, read_plain};
+use crate::privilege::set_group;
 
 /// The file that makes a folder a template.
 pub const MANIFEST: &str = "manifest.json";
@@ -79,8 +80,8 @@ impl Draft {
         fs::DirBuilder::new().mode(0o710).create(&aside).map_err(io("make", &aside))?;
         let lock = lock(&aside).map_err(io("lock", &aside))?;
         let draft = Self { target: target.to_owned(), aside, group, note, _lock: lock, finished: false };
-        if group.is_some() {
-            chown(&draft.aside, None, group).map_err(io("give QEMU's group", &draft.aside))?;
+        if let Some(group) = group {
+            set_group(&draft.aside, group).map_err(io("give QEMU's group", &draft.aside))?;
         }
         Ok(draft)
     }
@@ -148,8 +149,8 @@ impl Draft {
             definition_crc32c: crc32c::crc32c(definition.as_bytes()),
         };
         file.set_permissions(fs::Permissions::from_mode(0o440)).map_err(io("protect", &path))?;
-        if self.group.is_some() {
-            chown(&path, None, self.group).map_err(io("give QEMU's group", &path))?;
+        if let Some(group) = self.group {
+            set_group(&path, group).map_err(io("give QEMU's group", &path))?;
         }
         file.sync_all().map_err(io("write", &path))?;
         let xml = self.aside.join(DEFINITION);

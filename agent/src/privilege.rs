@@ -1,0 +1,391 @@
+//! Who may what: the broker's rules and the daemon's confinement, both made from the configuration.
+//!
+//! - [`enter`]: the daemon starts its broker and gives up the rest
+//! - [`foresee`]: what would hold here
+//! - [`serve_broker`]: the broker's end, in a process of its own
+//! - [`Sandbox`]: what holds, for whoever asks
+
+use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::SystemTime;
+use std::{env, fs, io};
+
+use prestage_cache::backend::{NbdAddress, StoreSpec};
+use prestage_cache::opener::{self, NotAllowed, Opener};
+use prestage_integration::api::types;
+use prestage_integration::memory::helper::leave_to_helper;
+use prestage_integration::privilege::confine::{self, Account, Layer, Plan, confine, own, own_tree, seal};
+use prestage_integration::privilege::protocol::{How, Refusal};
+use prestage_integration::privilege::rules::Rules;
+use prestage_integration::privilege::{self, Broker, ReadRules};
+use tokio::sync::Notify;
+
+use crate::config::{Config, ConfigError, SandboxMode};
+use crate::daemon::{Invitation, door_path, qemu_folder};
+
+/// What the daemon gave up, and what it could not.
+#[derive(Debug)]
+pub struct Sandbox {
+    mode: SandboxMode,
+    layers: Vec<Layer>,
+    /// Where the daemon may write; `None`: anywhere.
+    write: Option<Vec<PathBuf>>,
+    /// The broker has ended: nothing that needs privilege can be done any more.
+    pub lost: Arc<Notify>,
+}
+
+impl Sandbox {
+    /// As the API words it.
+    #[must_use]
+    pub fn report(&self) -> types::Sandbox {
+        let layer = |layer: &Layer| types::SandboxLayer {
+            name: layer.name.to_owned(),
+            holds: layer.holds,
+            detail: layer.detail.clone(),
+        };
+        types::Sandbox {
+            mode: match self.mode {
+                SandboxMode::Full => "full",
+                SandboxMode::Off => "off",
+            }
+            .to_owned(),
+            layers: self.layers.iter().map(layer).collect(),
+        }
+    }
+
+    /// Whether the daemon may write in a folder, as far as its confinement goes.
+    #[must_use]
+    pub fn may_write(&self, folder: &Path) -> bool {
+        let inside = |folders: &Vec<PathBuf>| folders.iter().any(|own| folder.starts_with(own));
+        self.write.as_ref().is_none_or(inside)
+    }
+
+    /// Gives up what only the start needs.
+    pub fn seal(&self) {
+        if self.mode == SandboxMode::Full
+            && let Err(error) = seal()
+        {
+            tracing::error!(error, "new io_urings can still be made, of whose requests seccomp sees nothing");
+        }
+    }
+}
+
+/// Starts the broker and confines this process, as far as the configuration asks for it. `files`: `path` and `overrides` that it
+/// was read from. `take_over`: from a prestaged that runs, whose user it becomes. To be called while there is one thread.
+///
+/// # Errors
+/// In words: what keeps the daemon from being confined, and what to do.
+pub fn enter(path: &Path, overrides: &[String], config: &Config, take_over: bool) -> Result<Sandbox, String> {
+    let lost = Arc::new(Notify::new());
+    if config.daemon.sandbox == SandboxMode::Off {
+        if let Err(error) = leave_to_helper() {
+            tracing::warn!(%error, "prestaged keeps a privilege that only prestage-memory needs");
+        }
+        tracing::warn!("the sandbox is off: what takes over prestaged has its rights (daemon.sandbox)");
+        return Ok(Sandbox { mode: SandboxMode::Off, layers: Vec::new(), write: None, lost });
+    }
+    let without =
+        |error: String| format!("{error}; to go without, which is for debugging alone, set daemon.sandbox = \"off\"");
+    let (account, no_account) = match account(config, take_over) {
+        Ok(account) => (Some(account), String::new()),
+        Err(why) => (None, why),
+    };
+    let write = make_folders(config, account.as_ref());
+    let started = Broker::start(command(path, overrides, account.as_ref()))
+        .map_err(|error| format!("the broker does not start: {error}"));
+    let broker = started.map_err(without)?;
+    for note in broker.notes() {
+        tracing::warn!("the broker lacks {note}");
+    }
+    let plan = Plan {
+        account,
+        no_account,
+        read: readable(path, config),
+        abstract_sockets: env::var_os("NOTIFY_SOCKET").is_some_and(|name| name.as_encoded_bytes().starts_with(b"@")),
+        write: write.clone(),
+        temporary: Some(config.daemon.state_dir.clone()),
+    };
+    let layers = confine(&plan).map_err(without)?;
+    for Layer { name, holds, detail } in &layers {
+        match holds {
+            true => tracing::info!("confined: {name}: {detail}"),
+            false => tracing::warn!("NOT confined: {name}: {detail}"),
+        }
+    }
+    let pid = broker.pid();
+    let told = Arc::clone(&lost);
+    broker.install(move || told.notify_one()).map_err(|error| without(format!("the broker is not heard: {error}")))?;
+    opener::set(Box::new(Brokered { own: qemu_folder(config) }));
+    tracing::debug!(pid, "broker");
+    Ok(Sandbox { mode: SandboxMode::Full, layers, write: Some(write), lost })
+}
+
+/// What would hold of a daemon that is started here, a line each. For `--check`.
+#[must_use]
+pub fn foresee(config: &Config) -> Vec<String> {
+    if config.daemon.sandbox == SandboxMode::Off {
+        return vec!["sandbox: OFF (daemon.sandbox)".to_owned()];
+    }
+    let layers = confine::foresee(&Account::named(&config.daemon.user));
+    let line = |layer: Layer| match layer.holds {
+        true => format!("sandbox: {}: {}", layer.name, layer.detail),
+        false => format!("sandbox: NOT {}: {}", layer.name, layer.detail),
+    };
+    layers.into_iter().map(line).collect()
+}
+
+/// The user to become. That of the prestaged that runs, if it is to be succeeded: its files are that user's, it goes on with them
+/// if nothing comes of it, and lets nobody else take over. Another user is for the next restart.
+fn account(config: &Config, take_over: bool) -> Result<Account, String> {
+    let predecessor = take_over.then(|| door_path(config).metadata().ok()).flatten().map(|door| door.uid());
+    match predecessor {
+        Some(0) => {
+            Err("the prestaged that ran before is root, too; it takes a restart to become another user".to_owned())
+        }
+        Some(user) => Account::numbered(user),
+        None => Account::named(&config.daemon.user),
+    }
+}
+
+/// The same program: what is installed may be a newer one by now.
+fn command(path: &Path, overrides: &[String], account: Option<&Account>) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    let user = account.map_or_else(|| nix::unistd::geteuid().as_raw(), |account| account.user);
+    command.arg("--broker").arg(user.to_string()).arg("--config").arg(path);
+    for text in overrides {
+        command.arg("--set").arg(text);
+    }
+    command
+}
+
+/// Makes the folders that the daemon writes to, while it may, and gives them to its user. Returns them. What cannot be made is
+/// left to whoever needs it, who says so.
+fn make_folders(config: &Config, account: Option<&Account>) -> Vec<PathBuf> {
+    let mut write: Vec<PathBuf> = Vec::new();
+    let mut make = |folder: &Path, mode| {
+        if let Err(error) = own(folder, mode, account) {
+            tracing::warn!(folder = %folder.display(), %error, "cannot be made, or not be given to prestaged's user");
+        }
+        if !write.iter().any(|own| folder.starts_with(own)) {
+            write.push(folder.to_owned());
+        }
+    };
+    let Config { daemon, cache, .. } = config;
+    // QEMU goes through these to its sockets, and to the templates it maps.
+    make(&daemon.state_dir, 0o751);
+    make(&daemon.run_dir, 0o755);
+    make(&daemon.run_dir.join("vm"), 0o755);
+    make(&daemon.run_dir.join("nbd"), 0o755);
+    let sockets = config.disks.iter().filter_map(|disk| disk.socket.as_deref());
+    let named = [config.api_socket()].into_iter().chain(sockets.map(Path::to_owned));
+    let others = named.filter_map(|socket| Some(socket.parent()?.to_owned()));
+    let others: Vec<_> = others.chain(config.export.socket_dirs.iter().chain(&daemon.template_dirs).cloned()).collect();
+    if let Some(tier) = &cache.ssd_path {
+        write.push(tier_place(tier, account));
+    }
+    for other in others {
+        // One that is there is somebody else's: nothing is given away then.
+        if !other.exists() {
+            let _ = own(&other, 0o755, account);
+        }
+        if !write.iter().any(|folder| other.starts_with(folder)) {
+            write.push(other);
+        }
+    }
+    write
+}
+
+/// What is written to for the SSD tier: its folder, or the device alone.
+fn tier_place(tier: &Path, account: Option<&Account>) -> PathBuf {
+    let Some(folder) = tier.parent().filter(|_| !is_device(tier)) else { return tier.to_owned() };
+    if !folder.exists() {
+        let _ = own(folder, 0o750, account);
+    }
+    // A folder for it alone goes to the daemon's user with it; of others' only the file, which an earlier version made as root.
+    let alone = fs::read_dir(folder).is_ok_and(|entries| entries.flatten().all(|entry| entry.path() == tier));
+    let mine = if alone { folder } else { tier };
+    if let Some(account) = account
+        && mine.exists()
+        && let Err(error) = own_tree(mine, account)
+    {
+        tracing::warn!(path = %mine.display(), %error, "cannot be given to prestaged's user");
+    }
+    folder.to_owned()
+}
+
+fn is_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    path.metadata().is_ok_and(|meta| meta.file_type().is_block_device())
+}
+
+/// What is read beside the daemon's own folders.
+fn readable(path: &Path, config: &Config) -> Vec<PathBuf> {
+    let drop_ins = Config::drop_in_folder(path);
+    let variables = ["SSL_CERT_FILE", "SSL_CERT_DIR", "CREDENTIALS_DIRECTORY"];
+    let mut read: Vec<PathBuf> = [path.to_owned(), drop_ins].into_iter().collect();
+    read.extend(variables.into_iter().filter_map(env::var_os).map(PathBuf::from));
+    // libvirt's own driver for tests reads what machines there are.
+    read.extend(config.libvirt.uri.strip_prefix("test://").map(PathBuf::from));
+    if config.libvirt.uri.contains("+tls") {
+        read.push("/etc/pki".into());
+    }
+    read
+}
+
+/// Has stores opened by the broker.
+#[derive(Debug)]
+struct Brokered {
+    /// Where servers of our own are.
+    own: PathBuf,
+}
+
+impl Brokered {
+    fn broker() -> io::Result<&'static Arc<Broker>> {
+        privilege::broker().ok_or_else(|| io::Error::other("there is no broker"))
+    }
+
+    /// A refusal keeps its reason.
+    fn worded(error: io::Error) -> io::Error {
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>()) {
+            Some(refusal) => io::Error::new(io::ErrorKind::PermissionDenied, NotAllowed(refusal.reason.clone())),
+            None => error,
+        }
+    }
+}
+
+impl Opener for Brokered {
+    fn open(&self, path: &Path, how: opener::How) -> io::Result<(PathBuf, fs::File)> {
+        let how = How { write: how.write, direct: how.direct, exclusive: how.exclusive };
+        Self::broker()?.open(path, how).map_err(Self::worded)
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<std::os::fd::OwnedFd> {
+        if path.parent() == Some(&self.own) {
+            return std::os::unix::net::UnixStream::connect(path).map(Into::into);
+        }
+        Self::broker()?.connect(path).map_err(Self::worded)
+    }
+}
+
+/// Serves as the broker of the daemon that has started this process and becomes that user, until it ends.
+///
+/// # Errors
+/// In words, for standard error.
+pub fn serve_broker(path: PathBuf, overrides: Vec<String>, user: u32) -> Result<(), String> {
+    // First: the file may be replaced, which is what an upgrade does.
+    let invitation = Invitation::new(&path, &overrides);
+    let successor = invitation.map_err(|error| format!("cannot find its own program: {error}"))?.words();
+    privilege::serve(read_rules(path, overrides, user, successor))
+}
+
+/// What a file was when it was read.
+type Stamp = Option<(SystemTime, u64)>;
+/// Rules, and the files they were read from.
+type Known = (Vec<(PathBuf, Stamp)>, Arc<Rules>);
+
+/// Rules of the configuration as it is, read anew when its files have changed.
+fn read_rules(path: PathBuf, overrides: Vec<String>, user: u32, successor: (PathBuf, Vec<OsString>)) -> ReadRules {
+    let mut known: Option<Known> = None;
+    Box::new(move || {
+        let stamp = |file: &Path| file.metadata().ok().and_then(|meta| Some((meta.modified().ok()?, meta.len())));
+        let files = Config::files(&path).map_err(|error| error.to_string())?;
+        let stamps: Vec<_> = files.iter().map(|file| (file.clone(), stamp(file))).collect();
+        if let Some((old, rules)) = &known
+            && *old == stamps
+        {
+            return Ok(Arc::clone(rules));
+        }
+        let config = Config::load(&path, &overrides).map_err(|error: ConfigError| error.to_string())?;
+        let rules = Arc::new(Rules { successor: successor.clone(), ..rules(&config, files, user) });
+        known = Some((stamps, Arc::clone(&rules)));
+        Ok(rules)
+    })
+}
+
+/// What the configuration lets the daemon have.
+fn rules(config: &Config, files: Vec<PathBuf>, user: u32) -> Rules {
+    let mut rules = Rules { allowed: config.store.allowed.clone(), user, ..Rules::default() };
+    for disk in &config.disks {
+        let Ok(spec) = disk.store.parse::<StoreSpec>() else { continue };
+        for (i, image) in spec.chain().enumerate() {
+            match image {
+                // What an image stands on is only read.
+                StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. } => {
+                    rules.named.push((path.clone(), i == 0 && !disk.read_only));
+                }
+                StoreSpec::Nbd { address: NbdAddress::Unix(path), .. } => rules.servers.push(path.clone()),
+                StoreSpec::Nbd { .. } => {}
+            }
+        }
+    }
+    // An image's own word for what it stands on is followed to where that is.
+    let folder = config.store.image_folder.iter();
+    rules.backing = folder.flat_map(|folder| [Some(folder.clone()), folder.canonicalize().ok()]).flatten().collect();
+    rules.keys.clone_from(&config.store.key_folder);
+    rules.tier = config.cache.ssd_path.clone();
+    let secrets = config.webhooks.iter().filter(|webhook| webhook.secret_file.contains('/'));
+    let secrets = secrets.map(|webhook| PathBuf::from(&webhook.secret_file));
+    let certificates = config.webhooks.iter().filter_map(|webhook| webhook.ca_file.clone());
+    let nbd = [&config.nbd.tls_cert, &config.nbd.tls_key, &config.nbd.tls_client_ca].into_iter().flatten().cloned();
+    rules.readable = files.into_iter().chain(secrets).chain(certificates).chain(nbd).collect();
+    let folders = [&config.daemon.state_dir, &config.daemon.run_dir].into_iter().chain(&config.daemon.template_dirs);
+    let sockets = config.disks.iter().filter_map(|disk| disk.socket.as_deref()?.parent());
+    let api = config.api_socket();
+    let sockets = sockets.chain(api.parent()).chain(config.export.socket_dirs.iter().map(PathBuf::as_path));
+    // Without links: that is how the broker sees what it is to give away.
+    let own = folders.map(PathBuf::as_path).chain(sockets).filter_map(|folder| folder.canonicalize().ok());
+    rules.own = own.collect();
+    rules.door = door_path(config);
+    rules.helper = crate::daemon::helper(config);
+    rules
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_configuration_names_is_what_the_broker_opens() {
+        let text = "[store]\nimage_folder = \"/base\"\nkey_folder = \"/keys\"\n\
+            [nbd]\nlisten = \"127.0.0.1:10809\"\ntls_cert = \"/tls/cert\"\ntls_key = \"/tls/key\"\ntls_client_ca = \"/tls/ca\"\n\
+            [[disk]]\nname = \"x\"\nstore = \"qcow2:/srv/top?backing=qcow2:/srv/base?backing=nbd+unix:///e?socket=/srv/s\"\n";
+        let file = tempfile::NamedTempFile::with_suffix(".toml").unwrap();
+        fs::write(file.path(), text).unwrap();
+        let config = Config::load(file.path(), &[]).unwrap();
+        let rules = rules(&config, vec!["/etc/prestaged.toml".into()], 7);
+        let named = |path: &str, writable| (PathBuf::from(path), writable);
+        assert_eq!(rules.named, [named("/srv/top", true), named("/srv/base", false)]);
+        assert_eq!(rules.servers, [PathBuf::from("/srv/s")]);
+        assert_eq!((rules.backing, rules.keys), (vec!["/base".into()], Some("/keys".into())));
+        let readable = ["/etc/prestaged.toml", "/tls/cert", "/tls/key", "/tls/ca"].map(PathBuf::from);
+        assert_eq!(rules.readable, readable);
+        assert_eq!((rules.user, rules.door), (7, config.daemon.run_dir.join("hand-over.sock")));
+    }
+
+    #[test]
+    fn a_changed_configuration_changes_the_rules_and_a_broken_one_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prestaged.toml");
+        let write = |text: &str| fs::write(&file, text).unwrap();
+        write("[store]\nallowed = [\"/a\"]\n[[disk]]\nname = \"x\"\nstore = \"/srv/x\"\nread_only = true\n");
+        let mut read = read_rules(file.clone(), vec!["cache.ssd_path=\"/ssd/tier\"".to_owned()], 0, Default::default());
+        let first = read().unwrap();
+        assert_eq!(first.allowed, [PathBuf::from("/a")]);
+        assert_eq!(first.named, [(PathBuf::from("/srv/x"), false)]);
+        assert_eq!(first.tier, Some(PathBuf::from("/ssd/tier")));
+        assert_eq!(first.readable, std::slice::from_ref(&file));
+        assert!(Arc::ptr_eq(&first, &read().unwrap()), "read although nothing has changed");
+        write("[store]\nallowed = [\"/a\", \"/b\"]\n");
+        assert_eq!(read().unwrap().allowed.len(), 2);
+        // A list of a later file replaces that of an earlier one.
+        fs::create_dir(folder.path().join("prestaged.toml.d")).unwrap();
+        fs::write(folder.path().join("prestaged.toml.d/site.toml"), "[store]\nallowed = [\"/c\"]\n").unwrap();
+        assert_eq!(read().unwrap().allowed, [PathBuf::from("/c")]);
+        write("[store]\nallowed = 1\n");
+        fs::remove_file(folder.path().join("prestaged.toml.d/site.toml")).unwrap();
+        assert!(read().unwrap_err().contains("store.allowed"));
+    }
+}
