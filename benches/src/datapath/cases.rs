@@ -84,7 +84,7 @@ mod tests {
     fn nothing_is_read_that_another_case_writes() {
         let Suite { cases, .. } = direct(1 << 30);
         let part = |job: &Job| job.start_bytes..job.start_bytes + job.span_bytes;
-        let (writes, reads): (Vec<_>, Vec<_>) = cases.iter().partition(|case| case.job.op == Op::Write);
+        let (writes, reads): (Vec<&Case>, Vec<&Case>) = cases.iter().partition(|case| case.job.op == Op::Write);
         assert!(!writes.is_empty() && !reads.is_empty());
         for (write, read) in
             writes.iter().flat_map(|write| reads.iter().map(move |read| (part(&write.job), part(&read.job))))
