@@ -1,6 +1,6 @@
-//! The RAM tier's memory: one anonymous mapping cut into 64 KiB slots.
+//! The RAM tier's memory: a range of addresses cut into 64 KiB slots, of which the first so many have memory.
 //!
-//! - [`Arena`]: the mapping; huge pages where the host allows them
+//! - [`Arena`]: the slots; huge pages where the host allows them; grows and shrinks in place
 //! - [`Pinned`]: keeps a slot's content where it is while somebody reads it
 //! - [`ArenaBuf`]: the exclusive right to write some pages of a slot, handed to the kernel as an I/O buffer
 //!
@@ -14,10 +14,10 @@
 //! read: its valid pages may be read on any thread, and what a new fill may put there are the same bytes.
 
 use crate::types::{BLOCK_BYTES, PAGE_BYTES, PageMask};
-use memmap2::{MmapOptions, MmapRaw};
+use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::{fmt, io};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::{fmt, io, ptr};
 
 /// How the arena asks for huge pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -42,69 +42,118 @@ pub enum PageKind {
 /// So many may hold a slot; who comes then goes past the cache. A guest has at most some thousand requests under way.
 const PINS_MAX: u16 = u16::MAX - 256;
 
+/// Memory comes and goes in pieces of this size, so that huge pages fit.
+const PIECE: usize = 2 << 20;
+
 /// The RAM tier's memory. Shared by all shards.
 pub struct Arena {
-    map: MmapRaw,
-    slots: u32,
+    range: Range,
+    /// Slots with memory. A claim or a pin is taken first and looks at this then; who takes memory away lowers this first and
+    /// looks at claims and pins then: one of the two sees the other.
+    slots: AtomicU32,
+    /// Bytes of the range with memory: whole pieces. Locked by who changes it.
+    mapped: Mutex<usize>,
     kind: PageKind,
+    huge: HugePages,
     claims: Box<[AtomicU16]>,
     pins: Box<[AtomicU16]>,
 }
 
 impl Arena {
-    /// Maps `slots` × 64 KiB. The memory is reserved here and taken from the host page by page as it is first used.
+    /// Maps `slots` × 64 KiB. The memory is reserved here and taken from the host page by page as it is first used. Addresses
+    /// are set aside for as many slots as the host has memory for, so that the arena can grow.
     ///
     /// # Errors
     /// The mapping fails (address space or overcommit limit), or `HugePages::Require` and the host has too few.
     pub fn new(slots: u32, huge: HugePages) -> io::Result<Arc<Arena>> {
-        let len = (slots as usize).max(1).checked_mul(BLOCK_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
-        let two_mib = 2 << 20;
-        let mut mapped = None;
-        if huge != HugePages::No {
-            match MmapOptions::new().len(len.next_multiple_of(two_mib)).huge(Some(21)).map_anon() {
-                Ok(map) => mapped = Some((map, PageKind::HugeTlb)),
-                Err(error) if huge == HugePages::Require => {
-                    let pages = len.div_ceil(two_mib);
-                    return Err(io::Error::new(
-                        error.kind(),
-                        format!(
-                            "{pages} huge pages of 2 MiB are not free: {error}; raise vm.nr_hugepages or set cache.huge_pages = \"try\""
-                        ),
-                    ));
-                }
-                Err(_) => {}
-            }
-        }
-        let (map, kind) = match mapped {
-            Some(done) => done,
-            None => {
-                let map = MmapOptions::new().len(len).map_anon()?;
-                let advised = huge != HugePages::No && map.advise(memmap2::Advice::HugePage).is_ok();
-                (map, if advised { PageKind::Transparent } else { PageKind::Small })
-            }
-        };
-        // A core dump must not contain what guests read.
-        let _ = map.advise(memmap2::Advice::DontDump);
+        let host = u32::try_from(host_bytes() / BLOCK_BYTES as u64).unwrap_or(u32::MAX);
+        Arena::with_room(slots, slots.max(host), huge)
+    }
+
+    /// [`Arena::new`] that may grow to `room` slots.
+    ///
+    /// # Errors
+    /// As [`Arena::new`].
+    pub fn with_room(slots: u32, room: u32, huge: HugePages) -> io::Result<Arc<Arena>> {
+        let room = room.max(slots).max(1);
+        let range = Range::set_aside(mapped_for(room).ok_or(io::ErrorKind::InvalidInput)?)?;
+        let len = mapped_for(slots.max(1)).ok_or(io::ErrorKind::InvalidInput)?;
+        let kind = range.give(0, len, huge)?;
         Ok(Arc::new(Arena {
-            map: MmapRaw::from(map),
-            slots,
+            range,
+            slots: AtomicU32::new(slots),
+            mapped: Mutex::new(len),
             kind,
-            claims: (0..slots).map(|_| AtomicU16::new(0)).collect(),
-            pins: (0..slots).map(|_| AtomicU16::new(0)).collect(),
+            huge,
+            claims: zeroes(room),
+            pins: zeroes(room),
         }))
     }
 
+    /// Slots with memory.
     pub fn slots(&self) -> u32 {
-        self.slots
+        self.slots.load(Ordering::Relaxed)
     }
 
+    /// Slots that there are addresses for.
+    pub fn room(&self) -> u32 {
+        self.pins.len() as u32
+    }
+
+    /// Of the memory there was from the start.
     pub fn page_kind(&self) -> PageKind {
         self.kind
     }
 
-    /// Start and length of the whole mapping, for registration with io_uring.
+    /// Start and length of the part that has memory, for registration with io_uring.
     pub fn raw_parts(&self) -> (*mut u8, usize) {
-        (self.map.as_mut_ptr(), self.map.len())
+        (self.range.start(), *self.mapped.lock())
+    }
+
+    /// Where the first slot begins.
+    pub fn start(&self) -> *mut u8 {
+        self.range.start()
+    }
+
+    /// Gives memory to slots below `slots`. Those that had some keep it, content and all.
+    ///
+    /// # Errors
+    /// `slots` is beyond [`Arena::room`], or the host gives no more memory. Nothing has changed then.
+    pub fn grow(&self, slots: u32) -> io::Result<()> {
+        let mut mapped = self.mapped.lock();
+        let len = mapped_for(slots).filter(|_| slots <= self.room()).ok_or(io::ErrorKind::OutOfMemory)?;
+        if len > *mapped {
+            let kind = self.range.give(*mapped, len, self.huge)?;
+            if kind != self.kind {
+                tracing::info!(pages = ?kind, "RAM tier: what was added has pages of another kind");
+            }
+            *mapped = len;
+        }
+        self.slots.fetch_max(slots, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Gives the memory of the slots from `slots` on back to the host. No shard may have it registered any more
+    /// ([`crate::engine::Shard::unregister_arena`]): the kernel would keep the pages, and write to them later on.
+    ///
+    /// # Errors
+    /// `WouldBlock`: one of them is being read or filled; or the kernel keeps the mapping. Nothing has changed then.
+    pub fn shrink(&self, slots: u32) -> io::Result<()> {
+        let mut mapped = self.mapped.lock();
+        let before = self.slots.swap(slots, Ordering::SeqCst);
+        if (slots..before).any(|slot| self.busy(slot)) {
+            self.slots.store(before, Ordering::SeqCst);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let len = mapped_for(slots).unwrap_or(*mapped);
+        if len < *mapped {
+            if let Err(error) = self.range.take(len, *mapped) {
+                self.slots.store(before, Ordering::SeqCst);
+                return Err(error);
+            }
+            *mapped = len;
+        }
+        Ok(())
     }
 
     /// Gives the memory back to the host although the arena lives on: for a successor in another process, which may want as
@@ -114,12 +163,19 @@ impl Arena {
     /// # Errors
     /// The kernel keeps the mapping as it is.
     pub fn vacate(&self) -> io::Result<()> {
-        let (start, len) = self.raw_parts();
-        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: replaces exactly this arena's mapping by one that nobody can read or write, and which is unmapped with the
-        // arena as the first one would have been; no address becomes another's.
-        let mapped = unsafe { libc::mmap(start.cast(), len, libc::PROT_NONE, flags, -1, 0) };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        let mapped = self.mapped.lock();
+        self.range.take(0, *mapped)
+    }
+
+    /// Copies pages of a slot to the same places of another one that nothing holds. False if something does.
+    pub fn copy(self: &Arc<Self>, from: u32, to: u32, pages: PageMask) -> bool {
+        let Some(pinned) = self.pin_under_lock(from) else { return false };
+        pages.runs().all(|(first, count)| {
+            let Some(mut claim) = self.claim(to, first, count) else { return false };
+            let (at, len) = (first as usize * PAGE_BYTES, count as usize * PAGE_BYTES);
+            claim.as_mut_slice().copy_from_slice(pinned.bytes(at, len));
+            true
+        })
     }
 
     /// Claims pages `first..first + count` of `slot` for writing.
@@ -131,8 +187,8 @@ impl Arena {
             return None;
         }
         let claims = self.claims.get(slot as usize)?;
-        let before = claims.fetch_or(mask.0, Ordering::Acquire);
-        if before & mask.0 != 0 {
+        let before = claims.fetch_or(mask.0, Ordering::SeqCst);
+        if before & mask.0 != 0 || slot >= self.slots.load(Ordering::SeqCst) {
             // Give back only what this call took.
             claims.fetch_and(!(mask.0 & !before), Ordering::Release);
             return None;
@@ -148,39 +204,161 @@ impl Arena {
         if pins.load(Ordering::Relaxed) >= PINS_MAX {
             return None;
         }
-        pins.fetch_add(1, Ordering::Acquire);
-        Some(Pinned { arena: Arc::clone(self), slot })
+        pins.fetch_add(1, Ordering::SeqCst);
+        self.pinned(slot)
+    }
+
+    /// Of a pin that is counted already.
+    fn pinned(self: &Arc<Self>, slot: u32) -> Option<Pinned> {
+        let pinned = Pinned { arena: Arc::clone(self), slot };
+        (slot < self.slots.load(Ordering::SeqCst)).then_some(pinned)
     }
 
     /// [`Arena::pin`] for a moment in which the core's lock is held: there is one of these at a time, and it is never
     /// refused for the number of others.
     pub fn pin_under_lock(self: &Arc<Self>, slot: u32) -> Option<Pinned> {
-        self.pins.get(slot as usize)?.fetch_add(1, Ordering::Acquire);
-        Some(Pinned { arena: Arc::clone(self), slot })
+        self.pins.get(slot as usize)?.fetch_add(1, Ordering::SeqCst);
+        self.pinned(slot)
     }
 
     /// Memory that is kept beside the slots.
     pub fn index_bytes(&self) -> usize {
-        size_of_val(&*self.pins) + size_of_val(&*self.claims)
+        // What lies beyond was never touched, and is no memory.
+        self.slots() as usize * 2 * size_of::<AtomicU16>()
     }
 
     /// Whether anything still reads or fills `slot`.
     pub fn busy(&self, slot: u32) -> bool {
         let at = slot as usize;
-        self.pins.get(at).is_some_and(|p| p.load(Ordering::Acquire) != 0)
-            || self.claims.get(at).is_some_and(|c| c.load(Ordering::Acquire) != 0)
+        self.pins.get(at).is_some_and(|p| p.load(Ordering::SeqCst) != 0)
+            || self.claims.get(at).is_some_and(|c| c.load(Ordering::SeqCst) != 0)
     }
 
+    /// Of a slot with a pin or a claim: that keeps its memory where it is.
     fn pointer(&self, offset: usize, len: usize) -> *mut u8 {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.map.len()), "arena range out of bounds");
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.range.len), "arena range out of bounds");
         // SAFETY: the range was just checked to lie within the mapping, which lives as long as `self`.
-        unsafe { self.map.as_mut_ptr().add(offset) }
+        unsafe { self.range.start().add(offset) }
     }
 }
 
 impl fmt::Debug for Arena {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Arena").field("slots", &self.slots).field("kind", &self.kind).finish_non_exhaustive()
+        f.debug_struct("Arena").field("slots", &self.slots()).field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+/// Bytes that it takes to have so many slots: whole pieces.
+fn mapped_for(slots: u32) -> Option<usize> {
+    (slots as usize).checked_mul(BLOCK_BYTES)?.checked_next_multiple_of(PIECE)
+}
+
+/// What the host has, in all.
+fn host_bytes() -> u64 {
+    let of = |name| nix::unistd::sysconf(name).ok().flatten().and_then(|number| u64::try_from(number).ok());
+    let pages = of(nix::unistd::SysconfVar::_PHYS_PAGES).unwrap_or(0);
+    pages.saturating_mul(of(nix::unistd::SysconfVar::PAGE_SIZE).unwrap_or(PAGE_BYTES as u64))
+}
+
+/// Counters that are memory only once they are used.
+fn zeroes(count: u32) -> Box<[AtomicU16]> {
+    let zeroes: *mut [u16] = Box::into_raw(vec![0u16; count as usize].into_boxed_slice());
+    // SAFETY: the box was just given up, and an `AtomicU16` has size, alignment and bits of a `u16`.
+    unsafe { Box::from_raw(zeroes as *mut [AtomicU16]) }
+}
+
+/// Addresses that are ours, with or without memory behind them.
+struct Range {
+    /// As the kernel gave it; what is used begins at the next piece.
+    base: *mut u8,
+    /// Of what is used; a piece more is set aside.
+    len: usize,
+}
+
+// SAFETY: nothing but an address and a length; who may touch which bytes is the module's business.
+unsafe impl Send for Range {}
+// SAFETY: as above.
+unsafe impl Sync for Range {}
+
+impl Range {
+    fn set_aside(len: usize) -> io::Result<Range> {
+        let whole = len.checked_add(PIECE).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at addresses of the kernel's choice; no memory of anybody is touched.
+        let base = unsafe { libc::mmap(ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
+        match base == libc::MAP_FAILED {
+            true => Err(io::Error::last_os_error()),
+            false => Ok(Range { base: base.cast(), len }),
+        }
+    }
+
+    fn start(&self) -> *mut u8 {
+        // Less than the piece that was set aside for it.
+        self.base.wrapping_add(self.base.align_offset(PIECE))
+    }
+
+    /// Puts a fresh mapping in the place of bytes `from..to`, which are whole pieces.
+    fn map(&self, from: usize, to: usize, protection: i32, flags: i32) -> io::Result<()> {
+        if from > to || to > self.len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let flags = flags | libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let at = self.start().wrapping_add(from);
+        // SAFETY: replaces addresses of this range alone (checked above), which is ours. By the callers' rules nobody has
+        // a pointer to what is taken, and what is given had no memory.
+        let mapped = unsafe { libc::mmap(at.cast(), to - from, protection, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn advise(&self, from: usize, to: usize, advice: i32) -> bool {
+        let at = self.start().wrapping_add(from);
+        // SAFETY: addresses of this range; neither kind of advice that is given here changes what is there.
+        unsafe { libc::madvise(at.cast(), to - from, advice) == 0 }
+    }
+
+    /// Puts memory behind `from..to`.
+    fn give(&self, from: usize, to: usize, huge: HugePages) -> io::Result<PageKind> {
+        let usable = libc::PROT_READ | libc::PROT_WRITE;
+        let mut kind = PageKind::Small;
+        if huge != HugePages::No {
+            match self.map(from, to, usable, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB) {
+                Ok(()) => kind = PageKind::HugeTlb,
+                Err(error) => {
+                    // The kernel may have taken away what was there before it found that it cannot.
+                    self.take(from, to)?;
+                    if huge == HugePages::Require {
+                        let pages = (to - from) / PIECE;
+                        return Err(io::Error::new(
+                            error.kind(),
+                            format!(
+                                "{pages} huge pages of 2 MiB are not free: {error}; raise vm.nr_hugepages or set cache.huge_pages = \"try\""
+                            ),
+                        ));
+                    }
+                }
+            }
+        }
+        if kind == PageKind::Small {
+            self.map(from, to, usable, 0)?;
+            if huge != HugePages::No && self.advise(from, to, libc::MADV_HUGEPAGE) {
+                kind = PageKind::Transparent;
+            }
+        }
+        // A core dump must not contain what guests read.
+        self.advise(from, to, libc::MADV_DONTDUMP);
+        Ok(kind)
+    }
+
+    /// Takes the memory behind `from..to` away; the addresses stay ours.
+    fn take(&self, from: usize, to: usize) -> io::Result<()> {
+        self.map(from, to, libc::PROT_NONE, libc::MAP_NORESERVE)
+    }
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this range's own, and whoever has an address of it holds the arena.
+        unsafe { libc::munmap(self.base.cast(), self.len + PIECE) };
     }
 }
 
@@ -331,5 +509,53 @@ mod tests {
         let pin = arena.pin(1).unwrap();
         assert_eq!(pin.bytes(2 * PAGE_BYTES, 4 * PAGE_BYTES), vec![7; 4 * PAGE_BYTES]);
         assert!(arena.busy(1));
+    }
+
+    /// Pages of the arena that are in memory.
+    fn resident_bytes(arena: &Arena) -> u64 {
+        let at = arena.raw_parts().0 as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines();
+        let mut bytes = 0;
+        let mut ours = false;
+        for line in &mut lines {
+            if let Some((from, _)) = line.split_once(' ').and_then(|(range, _)| range.split_once('-')) {
+                let from = usize::from_str_radix(from, 16).unwrap();
+                ours = (at..at + arena.range.len).contains(&from);
+            } else if let Some(kib) = line.strip_prefix("Rss:").filter(|_| ours) {
+                bytes += kib.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024;
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn an_arena_that_shrinks_gives_memory_back_and_keeps_what_stays() {
+        let arena = Arena::with_room(128, 256, HugePages::No).unwrap();
+        for slot in 0..128 {
+            arena.claim(slot, 0, 16).unwrap().as_mut_slice().fill(slot as u8);
+        }
+        assert_eq!(resident_bytes(&arena), 128 << 16);
+        let held = arena.pin(40).unwrap();
+        assert_eq!(arena.shrink(32).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!((arena.slots(), resident_bytes(&arena)), (128, 128 << 16), "nothing has changed");
+        drop(held);
+        arena.shrink(32).unwrap();
+        assert_eq!((arena.slots(), resident_bytes(&arena)), (32, 32 << 16));
+        assert!(arena.pin(32).is_none() && arena.claim(32, 0, 1).is_none() && !arena.busy(32));
+        assert_eq!(arena.pin(31).unwrap().bytes(0, BLOCK_BYTES), vec![31; BLOCK_BYTES]);
+        arena.grow(256).unwrap();
+        assert_eq!((arena.slots(), resident_bytes(&arena)), (256, 32 << 16), "memory comes when it is used");
+        assert_eq!(arena.pin(31).unwrap().bytes(0, BLOCK_BYTES), vec![31; BLOCK_BYTES]);
+        assert!(arena.claim(255, 0, 16).unwrap().as_slice().iter().all(|byte| *byte == 0));
+        assert_eq!(arena.grow(257).unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+        assert!(arena.copy(31, 200, PageMask::run(3, 2)));
+        assert_eq!(arena.pin(200).unwrap().bytes(0, 5 * PAGE_BYTES)[3 * PAGE_BYTES..], [31; 2 * PAGE_BYTES]);
+        let _claim = arena.claim(201, 4, 1);
+        assert!(!arena.copy(31, 201, PageMask::run(3, 2)), "somebody fills it");
+        arena.shrink(0).unwrap_err();
+        drop(_claim);
+        arena.shrink(0).unwrap();
+        assert_eq!((arena.slots(), resident_bytes(&arena)), (0, 0));
     }
 }

@@ -11,13 +11,14 @@ use prestage_cache::counters::DiskCounters;
 use prestage_cache::disk::{Disk, local};
 use prestage_cache::engine::{AlignedBuf, EngineMode};
 use prestage_cache::policy::{CoreConfig, PrefetchRequest};
-use prestage_cache::ssd::SsdTier;
+use prestage_cache::ssd::{Found, SsdOptions, SsdTier};
 use prestage_cache::types::PageRange;
-use prestage_cache::{Cache, CacheConfig, Closing, StorageHandle, arena::HugePages};
+use prestage_cache::{Cache, CacheConfig, Closing, Resized, StorageHandle, arena::HugePages};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 const SECTOR: u64 = 512;
 const SECTORS: u64 = 6000;
@@ -73,11 +74,19 @@ async fn read(disk: &Disk, offset: u64, len: usize) -> Vec<u8> {
 
 /// One owner's random reads and writes, checked against what it wrote.
 async fn owner(disk: Disk, me: u64, owners: u64, steps: u64) -> Vec<(u64, Option<u64>)> {
+    owner_until(disk, me, owners, steps, Arc::default()).await
+}
+
+/// The same, which ends early when it is told to.
+async fn owner_until(disk: Disk, me: u64, owners: u64, steps: u64, enough: Arc<AtomicBool>) -> Vec<(u64, Option<u64>)> {
     let mut random = Random(0x9e37_79b9 + me * 7919);
     // Version of each own sector; None: zeroes.
     let mut model: Vec<Option<u64>> = vec![Some(0); SECTORS as usize];
     let mine = |sector: u64| sector / RUN % owners == me;
     for step in 1..=steps {
+        if enough.load(Ordering::Relaxed) {
+            break;
+        }
         let run = random.below(SECTORS / RUN / owners) * owners + me;
         let first = run * RUN + random.below(RUN);
         let count = 1 + random.below(RUN - first % RUN);
@@ -264,6 +273,201 @@ fn nor_on_threads() {
 #[test]
 fn nor_with_room_for_everything() {
     run(EngineMode::Auto, 64 << 20, true);
+}
+
+/// Both tiers get another size again and again, under reads, writes, fills and prefetches.
+#[test]
+fn nor_while_the_tiers_change_their_size() {
+    const OWNERS: u64 = 5;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (store, ssd) = (folder.path().join("store"), folder.path().join("ssd"));
+    make_store(&store);
+    for engine in [EngineMode::IoUring, EngineMode::ThreadPool] {
+        make_store(&store);
+        let cache = cache(2 << 20, Some(&ssd), engine);
+        let storage = open(&cache, &store);
+        let counters = Arc::new(DiskCounters::default());
+        let (id, guest) = (storage.id(), Arc::clone(&counters));
+        let mut call = storage.shard().call(move |shard| async move {
+            let disk = Disk::new(local(id).unwrap(), 1, guest);
+            let owners: Vec<_> = (0..OWNERS).map(|me| shard.spawn(owner(disk.clone(), me, OWNERS, 1500))).collect();
+            for owner in owners {
+                owner.await.expect("an owner's check failed");
+            }
+        });
+        let mut random = Random(7);
+        let (mut rounds, slot, slab) = (0, 65536, |slots: u64| (4 << 20) + (256 << 10) + slots * 65536);
+        let done = loop {
+            // From nothing at all to more than the store has.
+            let (ram, ssd) = (random.below(64) * slot, slab(1 + random.below(60)));
+            let resized = cache.resize_ram(ram).unwrap();
+            assert_eq!((resized.after, cache.occupancy().slots), (ram, (ram / slot) as u32));
+            assert_eq!(cache.resize_ssd(ssd).unwrap().after, ssd);
+            assert_eq!(std::fs::metadata(folder.path().join("ssd")).unwrap().len(), ssd);
+            let range = PageRange { first: random.below(700), count: 1 + random.below(40) };
+            cache.prefetch(&storage, &[PrefetchRequest { range, due: cache.now(), probability: 1.0, tag: 0 }]);
+            rounds += 1;
+            if let Ok(Some(())) = call.wait_timeout(Duration::from_millis(2)) {
+                break true;
+            }
+            assert!(rounds < 100_000);
+        };
+        assert!(done && rounds > 10, "{rounds}");
+        let stats = counters.snapshot();
+        assert_eq!(stats.reads, stats.served_ram + stats.served_ssd + stats.served_store);
+        assert!(stats.served_ram > 0, "{stats:?}");
+        assert_eq!((stats.read_errors, stats.write_errors), (0, 0));
+        let tier = cache.ssd_stats().unwrap();
+        assert_eq!((tier.io_errors, tier.bad_checksums), (0, 0), "{tier:?}");
+        cache.close(&storage, closing(false));
+        cache.shutdown();
+    }
+}
+
+/// The SSD tier goes and comes back, emptied, under reads, writes, fills and prefetches; other disks are opened and closed meanwhile.
+#[test]
+fn nor_while_the_ssd_tier_goes_and_comes_back() {
+    const OWNERS: u64 = 5;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (store, ssd, other) = (folder.path().join("store"), folder.path().join("ssd"), folder.path().join("other"));
+    make_store(&store);
+    make_store(&other);
+    let cache = cache(1 << 20, Some(&ssd), EngineMode::Auto);
+    let storage = open(&cache, &store);
+    let counters = Arc::new(DiskCounters::default());
+    let (id, guest) = (storage.id(), Arc::clone(&counters));
+    let enough = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&enough);
+    let call = storage.shard().call(move |shard| async move {
+        let disk = Disk::new(local(id).unwrap(), 1, guest);
+        let owner = |me| owner_until(disk.clone(), me, OWNERS, u64::MAX, Arc::clone(&told));
+        let owners: Vec<_> = (0..OWNERS).map(|me| shard.spawn(owner(me))).collect();
+        for owner in owners {
+            owner.await.expect("an owner's check failed");
+        }
+    });
+    let is_open = || {
+        let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        files.filter_map(|file| std::fs::read_link(file.path()).ok()).any(|name| name == ssd)
+    };
+    let empty = || SsdOptions { empty: true, ..SsdOptions::default() };
+    for _ in 0..3 {
+        assert!(is_open());
+        // Blocks are written to it a second after they were read.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while cache.ssd_stats().unwrap().used_slots == 0 {
+            assert!(Instant::now() < deadline, "the tier is not in use");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let opener = std::thread::spawn({
+            let (cache, other) = (cache.clone(), other.clone());
+            move || open(&cache, &other)
+        });
+        assert!(cache.drain_ssd().unwrap());
+        let second = opener.join().unwrap();
+        assert!(cache.ssd().is_none() && !is_open(), "a disk that is being opened is no exception");
+        assert!(!cache.drain_ssd().unwrap());
+        let (tier, report) = SsdTier::open_with(&ssd, 96 << 20, empty()).unwrap();
+        assert_eq!(report.kept_slots, 0);
+        cache.resume_ssd(tier).unwrap();
+        assert!(cache.resume_ssd(SsdTier::open_with(&folder.path().join("b"), 96 << 20, empty()).unwrap().0).is_err());
+        cache.close(&second, closing(false));
+    }
+    enough.store(true, Ordering::Relaxed);
+    call.wait().unwrap();
+    let stats = counters.snapshot();
+    assert_eq!((stats.read_errors, stats.write_errors), (0, 0));
+    assert_eq!(cache.ssd_stats().unwrap().bad_checksums, 0);
+    cache.close(&storage, closing(false));
+    cache.shutdown();
+}
+
+/// What is on the disk of a tier that was taken out of service is believed by no run, however that came about.
+#[test]
+fn what_a_tier_had_that_went_out_of_service_counts_for_nobody() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (store, ssd, copy) = (folder.path().join("store"), folder.path().join("ssd"), folder.path().join("copy"));
+    make_store(&store);
+    let options = || SsdOptions {
+        veto: Some(folder.path().join("veto")),
+        lineage: Some(folder.path().join("last")),
+        ..SsdOptions::default()
+    };
+    let start = |path: &Path| {
+        let (tier, report) = SsdTier::open_with(path, 96 << 20, options()).unwrap();
+        let config = CacheConfig {
+            ram_bytes: 1 << 20,
+            huge_pages: HugePages::No,
+            shards: 1,
+            engine: EngineMode::Auto,
+            policy: CoreConfig::with_slots(0),
+        };
+        (Cache::new(config, Some(tier)).unwrap(), report)
+    };
+    let (first, _) = start(&ssd);
+    let storage = open(&first, &store);
+    read_all(&first, &storage);
+    first.close(&storage, closing(false));
+    let storage = open(&first, &store);
+    assert!(first.ssd_stats().unwrap().used_slots > 0);
+    first.drain_ssd().unwrap();
+    assert!(!folder.path().join("last").exists(), "the run goes on without it");
+    // What a kill at this moment leaves.
+    std::fs::copy(&ssd, &copy).unwrap();
+    assert_eq!(read_all(&first, &storage).1, 0);
+    first.close(&storage, closing(false));
+    first.shutdown();
+    for path in [&copy, &ssd] {
+        let (next, report) = start(path);
+        assert_eq!((report.found, report.kept_slots), (Found::Unclean, 0));
+        let storage = open(&next, &store);
+        assert_eq!(read_all(&next, &storage).1, 0, "nothing comes from the SSD");
+        next.close(&storage, closing(false));
+        next.shutdown();
+    }
+}
+
+/// What is cached stays while a tier grows, and of the SSD tier what lies below the new end while it shrinks; and the next run
+/// finds it.
+#[test]
+fn a_tier_keeps_what_it_has_room_for_and_gives_the_rest_back() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (store, ssd) = (folder.path().join("store"), folder.path().join("ssd"));
+    make_store(&store);
+    let pages = SECTORS / 8;
+    let first = cache(64 << 20, Some(&ssd), EngineMode::Auto);
+    let storage = open(&first, &store);
+    assert_eq!(read_all(&first, &storage), (0, 0, pages));
+    assert_eq!(first.resize_ram(256 << 20).unwrap(), Resized { before: 64 << 20, after: 256 << 20 });
+    assert_eq!(read_all(&first, &storage), (pages, 0, 0));
+    // What waits for the SSD tier is written.
+    first.close(&storage, closing(false));
+    let storage = open(&first, &store);
+    assert_eq!(read_all(&first, &storage).2, 0);
+    assert_eq!(first.resize_ram(20 << 16).unwrap().after, 20 << 16);
+    // The store's last block has 14 pages.
+    assert!(first.occupancy().slots == 20 && (318..=320).contains(&first.occupancy().valid_pages));
+    let most = first.most_ram_bytes();
+    let error = first.resize_ram(most + 65536).unwrap_err().to_string();
+    assert!(error.contains(&most.to_string()), "{error}");
+    first.close(&storage, closing(false));
+    let held = first.ssd().unwrap().usage()[0].1;
+    assert_eq!(held, pages.div_ceil(16));
+    assert_eq!(first.resize_ssd(200 << 20).unwrap().before, 96 << 20);
+    assert_eq!(first.ssd().unwrap().usage()[0].1, held);
+    first.resize_ssd((4 << 20) + (256 << 10) + (30 << 16)).unwrap();
+    assert_eq!(first.ssd().unwrap().usage()[0].1, 30);
+    let error = first.resize_ssd(1000).unwrap_err().to_string();
+    assert!(error.contains("out of range"), "{error}");
+    first.shutdown();
+    assert!(first.resize_ssd(96 << 20).is_err(), "it is closed");
+    drop(first);
+    let second = cache(64 << 20, Some(&ssd), EngineMode::Auto);
+    let storage = open(&second, &store);
+    let (_, from_ssd, _) = read_all(&second, &storage);
+    assert_eq!(from_ssd, 30);
+    second.close(&storage, closing(false));
+    second.shutdown();
 }
 
 fn range(first: u64, count: u64) -> PageRange {

@@ -7,7 +7,7 @@ use crate::learner::HeldProfile;
 use crate::nbd::NbdExport;
 use crate::store::ProfileRow;
 use prestage_cache::engine::EngineKind;
-use prestage_cache::ssd::{Found, SsdState, SsdStats, SsdTier};
+use prestage_cache::ssd::{Found, SsdState, SsdStats};
 use prestage_cache::types::{BLOCK_BYTES, PAGE_BYTES};
 use prestage_cache::{Cache, StorageHandle};
 use prestage_integration::api::Counters;
@@ -407,7 +407,7 @@ impl Daemon {
 
     /// What of the SSD tier is whose, also of storages no disk is on now.
     fn on_ssd(&self) -> Vec<StorageUse> {
-        let usage = self.cache.ssd().map(SsdTier::usage).unwrap_or_default();
+        let usage = self.cache.ssd().map(|tier| tier.usage()).unwrap_or_default();
         let used = |(storage, slots): (String, u64)| StorageUse {
             disks: self.disks.on_storage(&storage),
             storage,

@@ -5,7 +5,7 @@ use crate::backend::{LayerMap, StoreError, StoreInfo};
 use crate::counters::{StorageCounters, StorageStats};
 use crate::disk::local;
 use crate::engine::ShardHandle;
-use crate::ssd::SsdStorage;
+use crate::ssd::{SsdStorage, SsdTier};
 use crate::types::{PageRange, StorageId};
 use parking_lot::Mutex;
 use std::fmt;
@@ -19,9 +19,12 @@ pub(super) struct HandleInner {
     pub(super) pages: AtomicU64,
     pub(super) shard: ShardHandle,
     pub(super) counters: Arc<StorageCounters>,
-    pub(super) ssd: Option<SsdStorage>,
+    /// Its number in the SSD tier, with the tier that it is of.
+    pub(super) ssd: Mutex<Option<(SsdTier, SsdStorage)>>,
     pub(super) below: Option<StorageHandle>,
     pub(super) map: Option<Arc<LayerMap>>,
+    /// Held by whoever has it leave a tier or join one.
+    pub(super) joining: Mutex<()>,
     pub(super) pump: AtomicBool,
 }
 
@@ -66,6 +69,10 @@ impl StorageHandle {
     /// The thread that does all I/O of this storage.
     pub fn shard(&self) -> &ShardHandle {
         &self.0.shard
+    }
+
+    pub(super) fn ssd(&self) -> Option<(SsdTier, SsdStorage)> {
+        self.0.ssd.lock().clone()
     }
 
     /// Asks the store for its size anew. Blocks: not for shard threads.

@@ -5,13 +5,18 @@
 //! - [`StorageHandle`] (`handle`): an open storage, from any thread
 //! - `opening`: a store and its part of the SSD tier, on its shard
 //! - `registry`: which stores are open
+//! - [`Resized`], [`ResizeError`] (`resize`): other sizes while in use
+//! - `service`: the SSD tier is taken out of service, and another comes into it
 
 mod handle;
 mod opening;
 mod registry;
+mod resize;
+mod service;
 
 pub use handle::StorageHandle;
 pub(crate) use opening::{seal, ssd_stamp};
+pub use resize::{ResizeError, Resized};
 
 use crate::access::AccessQueue;
 use crate::arena::{Arena, HugePages};
@@ -27,10 +32,10 @@ use crate::ssd::{SsdStats, SsdTier};
 use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId};
 use handle::HandleInner;
 use opening::{Started, Starting, identity, start};
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use registry::{Opened, Registry, settle};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 use thiserror::Error;
@@ -86,7 +91,7 @@ impl From<ShardGone> for OpenError {
 pub(crate) struct Shared {
     arena: Arc<Arena>,
     core: Mutex<Core>,
-    ssd: Option<SsdTier>,
+    ssd: RwLock<Option<SsdTier>>,
     accesses: AccessQueue,
     started: Instant,
 }
@@ -98,8 +103,9 @@ impl Shared {
     pub(crate) fn arena(&self) -> &Arc<Arena> {
         &self.arena
     }
-    pub(crate) fn ssd(&self) -> Option<&SsdTier> {
-        self.ssd.as_ref()
+    /// The SSD tier that is in use now.
+    pub(crate) fn ssd(&self) -> Option<SsdTier> {
+        self.ssd.read().clone()
     }
     pub(crate) fn accesses(&self) -> &AccessQueue {
         &self.accesses
@@ -128,6 +134,10 @@ struct Inner {
     keeper: Mutex<Option<Keeper>>,
     /// A storage has been opened or closed.
     settled: Condvar,
+    /// Counts how often another SSD tier, or none, came into use.
+    tiers_changed: AtomicU64,
+    /// One change of a tier at a time.
+    resizing: Mutex<()>,
 }
 
 impl Cache {
@@ -153,7 +163,7 @@ impl Cache {
         let shared = Arc::new(Shared {
             arena,
             core: Mutex::new(core),
-            ssd,
+            ssd: RwLock::new(ssd),
             accesses: AccessQueue::new(ACCESS_QUEUE),
             started: Instant::now(),
         });
@@ -171,14 +181,16 @@ impl Cache {
             });
         }
         let registry = Arc::new(Mutex::new(Registry::default()));
-        let keeper = match shared.ssd() {
-            Some(tier) => {
-                let open = Arc::clone(&registry);
-                Some(Keeper::start(tier.clone(), move |unflushed| settle(&open, unflushed))?)
-            }
-            None => None,
+        let keeper = shared.ssd().map(|tier| keep(tier, &registry)).transpose()?;
+        let inner = Inner {
+            shared,
+            shards,
+            registry,
+            keeper: Mutex::new(keeper),
+            settled: Condvar::new(),
+            tiers_changed: AtomicU64::new(0),
+            resizing: Mutex::default(),
         };
-        let inner = Inner { shared, shards, registry, keeper: Mutex::new(keeper), settled: Condvar::new() };
         Ok(Cache(Arc::new(inner)))
     }
 
@@ -214,12 +226,17 @@ impl Cache {
             let id = *registry.ids.entry(identity.clone()).or_insert(next);
             (id, self.0.shards[id.0 as usize % self.0.shards.len()].clone())
         };
+        let tiers = self.0.tiers_changed.load(Ordering::Acquire);
         let opened = self.open_on(id, shard, spec, options, &identity);
         let mut registry = self.0.registry.lock();
         self.0.settled.notify_all();
         match opened {
             Ok(handle) => {
                 registry.by_identity.insert(identity, Some(Opened { handle: handle.clone(), read_only, users: 1 }));
+                drop(registry);
+                if self.0.tiers_changed.load(Ordering::Acquire) != tiers {
+                    self.bring_into_line(&handle);
+                }
                 Ok(handle)
             }
             Err(error) => {
@@ -270,9 +287,10 @@ impl Cache {
             pages: std::sync::atomic::AtomicU64::new(pages),
             shard,
             counters,
-            ssd,
+            ssd: Mutex::new(ssd),
             below,
             map,
+            joining: Mutex::default(),
             pump: AtomicBool::new(false),
         })))
     }
@@ -312,6 +330,8 @@ impl Cache {
         if done.wait().is_err() {
             tracing::warn!(store = handle.identity(), "the store's shard stopped before the store was closed");
         }
+        // Whoever still has the handle must not keep a tier open that is taken out of service.
+        handle.0.ssd.lock().take();
         self.0.registry.lock().by_identity.remove(handle.identity());
         self.0.settled.notify_all();
         true
@@ -320,7 +340,7 @@ impl Cache {
     /// Ends everything: the SSD tier is made ready for a later start, the shards stop. Storages must be closed.
     pub fn shutdown(&self) {
         drop(self.0.keeper.lock().take());
-        if let Some(tier) = self.0.shared.ssd()
+        if let Some(tier) = self.ssd()
             && let Err(error) = tier.close()
         {
             tracing::error!(%error, "SSD tier not closed cleanly; the next start has what its last checkpoint vouches for");
@@ -338,7 +358,7 @@ impl Cache {
     /// Lets another process open the SSD tier, which is closed. A successor that could not open it would serve writes that the
     /// tier does not know of. What a shard that has not ended still writes there lands in slots whose checksum it then fails.
     pub fn let_go(&self) {
-        if let Some(tier) = self.0.shared.ssd() {
+        if let Some(tier) = self.ssd() {
             tier.let_go();
         }
     }
@@ -390,7 +410,7 @@ impl Cache {
     /// SSD tier: not for an event loop.
     pub fn cached_pages(&self, handle: &StorageHandle, range: PageRange) -> u64 {
         let in_ram = self.resident_pages(handle.id(), range);
-        let Some((tier, storage)) = self.0.shared.ssd().zip(handle.0.ssd) else { return in_ram };
+        let Some((tier, storage)) = handle.ssd() else { return in_ram };
         let alone = |block: BlockIndex, found: PageMask| match found.is_empty() {
             true => 0,
             false => found.minus(self.0.shared.core().resident_mask(handle.id(), block)).count(),
@@ -410,8 +430,7 @@ impl Cache {
     /// Where a page is.
     pub fn place(&self, handle: &StorageHandle, page: u64) -> Whereabouts {
         let (block, within) = (BlockIndex(page / PAGES_PER_BLOCK), page % PAGES_PER_BLOCK);
-        let tier = self.0.shared.ssd().zip(handle.0.ssd);
-        let ssd = tier.is_some_and(|(tier, storage)| tier.lookup(storage, block).has(within));
+        let ssd = handle.ssd().is_some_and(|(tier, storage)| tier.lookup(storage, block).has(within));
         Whereabouts { ssd, ..self.0.shared.core().place(handle.id(), page) }
     }
     /// The prefetch budget of a storage.
@@ -426,11 +445,12 @@ impl Cache {
     pub fn set_budget(&self, budget: crate::policy::BudgetConfig) {
         self.0.shared.core().set_budget(budget);
     }
-    pub fn ssd(&self) -> Option<&SsdTier> {
+    /// The SSD tier that is in use now.
+    pub fn ssd(&self) -> Option<SsdTier> {
         self.0.shared.ssd()
     }
     pub fn ssd_stats(&self) -> Option<SsdStats> {
-        self.0.shared.ssd().map(SsdTier::stats)
+        self.ssd().map(|tier| tier.stats())
     }
     pub fn arena(&self) -> &Arena {
         self.0.shared.arena()
@@ -456,11 +476,11 @@ impl Cache {
 
     /// Empties the SSD tier, of one storage or of all. Returns the bytes that were valid.
     pub fn drop_ssd(&self, storage: Option<&StorageHandle>) -> u64 {
-        let Some(tier) = self.0.shared.ssd() else { return 0 };
+        let Some(tier) = self.ssd() else { return 0 };
         let before = tier.stats().valid_pages;
         match storage {
             Some(handle) => {
-                if let Some(storage) = handle.0.ssd {
+                if let Some((tier, storage)) = handle.ssd() {
                     tier.drop_storage(storage);
                 }
             }
@@ -469,6 +489,12 @@ impl Cache {
         self.0.shared.core().ssd_emptied(storage.map(StorageHandle::id));
         PageRange { first: 0, count: before.saturating_sub(tier.stats().valid_pages) }.bytes()
     }
+}
+
+/// Starts the threads that keep a tier.
+fn keep(tier: SsdTier, registry: &Arc<Mutex<Registry>>) -> io::Result<Keeper> {
+    let open = Arc::clone(registry);
+    Keeper::start(tier, move |unflushed| settle(&open, unflushed))
 }
 
 impl fmt::Debug for Cache {

@@ -3,13 +3,14 @@
 use super::{Shared, StorageHandle};
 use crate::backend::{Below, LayerMap, Stamp, StoreError, StoreInfo, StoreOptions, StoreSpec};
 use crate::counters::StorageCounters;
-use crate::disk::{Storage, extents_of, read_copy};
+use crate::disk::{SsdPart, Storage, extents_of, local, read_copy};
 use crate::engine::Shard;
 use crate::opener;
 use crate::ssd::{SsdStorage, SsdTier, StoreClock};
 use crate::types::{PageRange, StorageId};
+use std::cell::Cell;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,7 +46,7 @@ pub(super) struct Starting {
 
 pub(super) struct Started {
     pub(super) info: StoreInfo,
-    pub(super) ssd: Option<SsdStorage>,
+    pub(super) ssd: Option<(SsdTier, SsdStorage)>,
     pub(super) map: Option<Arc<LayerMap>>,
 }
 
@@ -58,16 +59,17 @@ pub(super) async fn start(shard: Shard, starting: Starting) -> Result<Started, S
     shared.core().add_storage(id, PageRange::covering(0, info.size_bytes).count);
     // What the tier is about to have of the store must be as durable there, whoever wrote it and in whatever run: a loss of
     // power that takes it from the store would not show in the store's times.
-    let durable = match shared.ssd() {
+    let tier = shared.ssd();
+    let durable = match &tier {
         Some(_) => backend.harden().await,
         None => Ok(()),
     };
     let seal = seal(below.as_ref());
-    let ssd = match shared.ssd() {
+    let ssd = match &tier {
         Some(tier) => with_ssd(&shard, tier, &identity, &info, seal, durable).await,
         None => None,
     };
-    let number = ssd.as_ref().map(|(_, storage)| *storage);
+    let number = ssd.as_ref().map(|part| (part.tier.clone(), part.storage));
     Storage::start(shard, shared, id, backend, counters, ssd, below);
     Ok(Started { info, ssd: number, map })
 }
@@ -103,13 +105,13 @@ async fn with_ssd(
     info: &StoreInfo,
     seal: u64,
     durable: Result<(), StoreError>,
-) -> Option<(Rc<OwnedFd>, SsdStorage)> {
+) -> Option<SsdPart> {
     let without =
         |error: &dyn fmt::Display| tracing::warn!(store = identity, %error, "this store goes without the SSD tier");
     let opened = open_ssd(shard, tier, identity, info, seal).inspect_err(|error| without(error)).ok()?;
     let Err(error) = durable else { return Some(opened) };
     without(&error);
-    let (device, storage) = (tier.clone(), opened.1);
+    let (device, storage) = (tier.clone(), opened.storage);
     match shard.timeout(FORGET_WAIT, shard.blocking(move || device.forget(storage))).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tier.distrust(&format!("what it holds of {identity} could not be dropped: {error}")),
@@ -124,16 +126,29 @@ fn open_ssd(
     identity: &str,
     info: &StoreInfo,
     seal: u64,
-) -> Result<(Rc<OwnedFd>, SsdStorage), Box<dyn std::error::Error>> {
+) -> Result<SsdPart, Box<dyn std::error::Error>> {
     let stamp = info.version_stamp;
     // Times of another host's clock say nothing of ours.
     let clock = if stamp.is_some_and(|stamp| stamp.local_clock) { StoreClock::Ours } else { StoreClock::Another };
     let storage = tier.storage_by(identity, stamp.map(|stamp| ssd_stamp(stamp, seal)), clock)?;
-    let slab = Rc::new(tier.data_fd().as_fd().try_clone_to_owned()?);
+    let fd = Rc::new(tier.data_fd().as_fd().try_clone_to_owned()?);
     if tier.runs_aside() {
-        shard.run_aside(&slab);
+        shard.run_aside(&fd);
     }
-    Ok((slab, storage))
+    Ok(SsdPart { tier: tier.clone(), fd, storage, settled: Cell::new(true) })
+}
+
+/// Gives a storage that is served its part of a tier that came into use, on its shard. `None`: it goes without.
+pub(super) fn join(shard: &Shard, tier: &SsdTier, handle: &StorageHandle) -> Option<SsdStorage> {
+    let storage = local(handle.id())?;
+    let opened = open_ssd(shard, tier, handle.identity(), &storage.info(), seal(handle.below()));
+    let part = opened
+        .inspect_err(|error| tracing::warn!(store = handle.identity(), %error, "this store goes without the SSD tier"))
+        .ok()?;
+    let number = part.storage;
+    part.settled.set(false);
+    storage.join_ssd(part);
+    Some(number)
 }
 
 /// The store's version as the SSD tier keeps it. `seal`: see [`seal`].

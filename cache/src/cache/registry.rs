@@ -32,7 +32,7 @@ pub(super) fn settle(registry: &Mutex<Registry>, unflushed: &[SsdStorage]) -> Un
     let open: Vec<_> = {
         let registry = registry.lock();
         let handles = registry.by_identity.values().flatten().map(|opened| &opened.handle);
-        let asked = handles.filter_map(|handle| Some((handle.0.ssd?, handle.id(), handle.shard().clone())));
+        let asked = handles.filter_map(|handle| Some((handle.ssd()?.1, handle.id(), handle.shard().clone())));
         asked.filter(|(ssd, ..)| unflushed.contains(ssd)).collect()
     };
     let calls: Vec<_> = open

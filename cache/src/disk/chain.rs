@@ -341,7 +341,7 @@ impl Disk {
 
     /// Blocks that this disk has used go to the SSD tier from their own shard.
     fn start_destage_of(&self, layer: &Layer) {
-        if self.storage.ssd.is_none() || self.storage.shared().core().destage_backlog(layer.id) == 0 {
+        if self.storage.ssd().is_none() || self.storage.shared().core().destage_backlog(layer.id) == 0 {
             return;
         }
         let Some(handle) = &layer.handle else { return self.storage.start_destage() };

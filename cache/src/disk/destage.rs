@@ -17,7 +17,7 @@ const BATCH: usize = 64;
 impl Storage {
     /// Starts the background writer if something waits and it is not running.
     pub(super) fn start_destage(self: &Rc<Self>) {
-        if self.ssd.is_none() || self.closing() || self.destaging.replace(true) {
+        if self.ssd().is_none() || self.closing() || self.destaging.replace(true) {
             return;
         }
         let storage = Rc::clone(self);
@@ -42,7 +42,8 @@ impl Storage {
 
     /// Writes one block that has waited since before `before`; false if there is none.
     async fn destage_one(&self, before: Duration) -> bool {
-        let (Some((fd, storage)), Some(tier)) = (&self.ssd, self.shared.ssd()) else { return false };
+        let Some(part) = self.ssd().filter(|part| part.settled.get()) else { return false };
+        let (tier, storage) = (&part.tier, &part.storage);
         let Some((block, version, mask, mut copy)) = self.copy_next(before) else { return false };
         let held = tier.lookup(*storage, block);
         if held.contains(mask) {
@@ -61,7 +62,7 @@ impl Storage {
             }
         }
         let (checksum, offset) = (write.checksum(&copy), write.offset());
-        let (result, _) = self.shard.write_all_at(fd, vec![IoBuf::Heap(copy)], offset, false).await;
+        let (result, _) = self.shard.write_all_at(&part.fd, vec![IoBuf::Heap(copy)], offset, false).await;
         let ok = result.is_ok();
         add(&self.counters.ssd_writes, 1);
         add(&self.counters.ssd_write_bytes, BLOCK_BYTES as u64);

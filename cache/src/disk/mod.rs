@@ -14,6 +14,7 @@ mod write;
 pub use chain::spread;
 pub(crate) use chain::{extents_of, read_copy};
 pub use read::ReadData;
+pub(crate) use storage::SsdPart;
 pub use storage::{Storage, local};
 
 use crate::access::{Access, AccessOp};

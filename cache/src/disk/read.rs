@@ -356,10 +356,7 @@ impl Storage {
 
     /// Pages of a block that the SSD tier holds.
     pub(super) fn on_ssd(&self, block: BlockIndex) -> PageMask {
-        match (&self.ssd, self.shared.ssd()) {
-            (Some((_, storage)), Some(tier)) => tier.lookup(*storage, block),
-            _ => PageMask::NONE,
-        }
+        self.ssd().map_or(PageMask::NONE, |part| part.tier.lookup(part.storage, block))
     }
 
     /// Fills pages of a slot from the SSD tier, and takes the block's other pages along; from the store if the tier
@@ -401,10 +398,10 @@ impl Storage {
 
     /// A block as the SSD tier holds it, checked.
     pub(super) async fn read_ssd(&self, block: BlockIndex) -> Option<(AlignedBuf, PageMask)> {
-        let (fd, storage) = self.ssd.as_ref()?;
-        let tier = self.shared.ssd()?;
-        let read = tier.begin_read(*storage, block)?;
-        let io = self.shard.read_exact_at(fd, vec![IoBuf::heap(BLOCK_BYTES)], read.offset());
+        let part = self.ssd()?;
+        let tier = &part.tier;
+        let read = tier.begin_read(part.storage, block)?;
+        let io = self.shard.read_exact_at(&part.fd, vec![IoBuf::heap(BLOCK_BYTES)], read.offset());
         add(&self.counters.ssd_reads, 1);
         let Ok((result, bufs)) = self.shard.timeout(SSD_PATIENCE, io).await else {
             // The buffer stays with the operation until the device gives it back.

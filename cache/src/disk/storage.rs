@@ -4,7 +4,7 @@ use crate::backend::{Backend, LayerMap, StoreError, StoreInfo};
 use crate::cache::{Shared, StorageHandle};
 use crate::counters::StorageCounters;
 use crate::engine::{OneshotReceiver, OneshotSender, Shard, oneshot};
-use crate::ssd::SsdStorage;
+use crate::ssd::{SsdStorage, SsdTier};
 use crate::types::{PageRange, StorageId};
 use rustc_hash::FxHashMap;
 use std::cell::{Cell, RefCell};
@@ -12,6 +12,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 thread_local! {
     /// Storages whose home is this thread. A task that other threads send here finds its storage by number, because
@@ -24,6 +25,20 @@ pub fn local(id: StorageId) -> Option<Rc<Storage>> {
     LOCAL.with_borrow(|map| map.get(&id).cloned())
 }
 
+/// How often it is looked whether something is over that nobody tells the end of.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// A storage's part of the SSD tier.
+pub(crate) struct SsdPart {
+    pub(crate) tier: SsdTier,
+    /// The tier's file on this shard.
+    pub(crate) fd: Rc<OwnedFd>,
+    pub(crate) storage: SsdStorage,
+    /// What was written to the store before the tier heard of its writes is over, and durable there. Before that nothing is
+    /// inserted: a loss of power could take from the store what the tier has.
+    pub(crate) settled: Cell<bool>,
+}
+
 /// A store with its part of the cache.
 pub struct Storage {
     pub(super) id: StorageId,
@@ -31,8 +46,9 @@ pub struct Storage {
     pub(super) shared: Arc<Shared>,
     pub(super) backend: Rc<dyn Backend>,
     pub(super) counters: Arc<StorageCounters>,
-    /// The SSD tier's file on this shard and this storage's number in it.
-    pub(super) ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+    ssd: RefCell<Option<Rc<SsdPart>>>,
+    /// Writes under way that no SSD tier was told of.
+    pub(super) unannounced: Cell<u32>,
     /// The versions of what it stands on.
     seal: u64,
     /// What the store holds itself, and what it stands on otherwise.
@@ -53,7 +69,7 @@ impl Storage {
         id: StorageId,
         backend: Rc<dyn Backend>,
         counters: Arc<StorageCounters>,
-        ssd: Option<(Rc<OwnedFd>, SsdStorage)>,
+        ssd: Option<SsdPart>,
         below: Option<StorageHandle>,
     ) -> Rc<Storage> {
         let storage = Rc::new(Storage {
@@ -65,7 +81,8 @@ impl Storage {
             below,
             backend,
             counters,
-            ssd,
+            ssd: RefCell::new(ssd.map(Rc::new)),
+            unannounced: Cell::new(0),
             waiters: RefCell::default(),
             prefetches: Cell::new(0),
             prefetch_retry: Cell::new(false),
@@ -91,6 +108,11 @@ impl Storage {
     }
     pub(super) fn closing(&self) -> bool {
         self.closing.get()
+    }
+
+    /// Its part of the SSD tier, if there is one.
+    pub(super) fn ssd(&self) -> Option<Rc<SsdPart>> {
+        self.ssd.borrow().clone()
     }
 
     /// The store's pages, the last one perhaps in part.
@@ -129,21 +151,22 @@ impl Storage {
         self.closing.set(true);
         self.shared.core().drop_storage(self.id);
         while self.prefetches.get() > 0 || self.destaging.get() || self.requests.get() > 0 {
-            self.shard.sleep(std::time::Duration::from_millis(2)).await;
+            self.shard.sleep(LOOK).await;
         }
-        if let (Some((_, ssd)), Some(tier)) = (&self.ssd, self.shared.ssd()) {
+        if let Some(part) = self.ssd() {
+            let (tier, ssd) = (&part.tier, part.storage);
             if parted && self.backend.info().version_stamp.is_none() {
                 // On record before others may write.
-                let (tier, ssd) = (tier.clone(), *ssd);
+                let tier = tier.clone();
                 if let Err(error) = self.shard.blocking(move || tier.forget(ssd)).await {
                     tracing::error!(%error, "what the SSD tier has of a store that is given away could not be dropped");
                 }
             }
             // A loss of power after this must not take from the store what the tier has.
             if self.flush_store().await.is_ok() {
-                tier.note_flushed(*ssd);
+                tier.note_flushed(ssd);
             }
-            tier.release_storage(*ssd, self.stamp_now().await);
+            tier.release_storage(ssd, self.stamp_now().await);
         }
         self.backend.close().await;
         self.shared.core().remove_storage(self.id);
@@ -152,9 +175,8 @@ impl Storage {
 
     /// Flushes the store. An image may write its tables then: our own doing, as far as the SSD tier is concerned.
     pub(super) async fn flush_store(&self) -> Result<(), StoreError> {
-        let tier = self.ssd.as_ref().zip(self.shared.ssd());
         let writes = self.map.is_some() && !self.backend.info().read_only;
-        let flushing = tier.filter(|_| writes).map(|((_, ssd), tier)| tier.begin_flush(*ssd));
+        let flushing = self.ssd().filter(|_| writes).map(|part| part.tier.begin_flush(part.storage));
         let result = self.backend.flush().await;
         if let Some(flushing) = flushing {
             flushing.end();
@@ -165,18 +187,56 @@ impl Storage {
     /// Makes durable on the store what was written, for a checkpoint of the SSD tier, and tells the tier the store's
     /// version if nothing was written meanwhile.
     pub(crate) async fn settle(&self) -> bool {
-        let Some(((_, ssd), tier)) = self.ssd.as_ref().zip(self.shared.ssd()) else { return true };
-        if self.closing() {
+        let Some(part) = self.ssd() else { return true };
+        if self.closing() || !part.settled.get() {
             return false;
         }
-        let quiet = tier.quiet_since(*ssd);
+        let (tier, ssd) = (&part.tier, part.storage);
+        let quiet = tier.quiet_since(ssd);
         if self.flush_store().await.is_err() {
             return false;
         }
         if let Some(quiet) = quiet {
-            tier.settle_stamp(*ssd, quiet, self.stamp_now().await);
+            tier.settle_stamp(ssd, quiet, self.stamp_now().await);
         }
         true
+    }
+
+    /// Takes a part in an SSD tier that came into use while the store is served. Nothing of the store is in it.
+    pub(crate) fn join_ssd(self: &Rc<Self>, part: SsdPart) {
+        if self.closing() || self.ssd.borrow().is_some() {
+            part.tier.release_storage(part.storage, None);
+            return;
+        }
+        let part = Rc::new(part);
+        // From here on the tier hears of every write that begins.
+        *self.ssd.borrow_mut() = Some(Rc::clone(&part));
+        let storage = Rc::clone(self);
+        self.shard.spawn(async move {
+            while storage.unannounced.get() > 0 && !storage.closing() {
+                storage.shard.sleep(LOOK).await;
+            }
+            match storage.backend.harden().await {
+                Ok(()) => part.settled.set(true),
+                Err(error) => {
+                    tracing::warn!(%error, "this store goes without the SSD tier: it cannot be flushed");
+                    let here = storage.ssd().is_some_and(|now| Rc::ptr_eq(&now, &part));
+                    if here && !storage.closing() {
+                        storage.ssd.borrow_mut().take();
+                        part.tier.release_storage(part.storage, None);
+                    }
+                }
+            }
+        });
+    }
+
+    /// Gives up the part in an SSD tier that is no longer in use, and waits until nothing of this storage is under way there. What
+    /// still is at `deadline` keeps the tier's file open until it has ended.
+    pub(crate) async fn leave_ssd(&self, deadline: Instant) {
+        let Some(part) = self.ssd.borrow_mut().take() else { return };
+        while (Rc::strong_count(&part) > 1 || Rc::strong_count(&part.fd) > 1) && Instant::now() < deadline {
+            self.shard.sleep(LOOK).await;
+        }
     }
 
     /// The store's version as it is now: our own writes have changed it since it was opened.

@@ -1,6 +1,7 @@
 //! Writes: acknowledged when the store has them.
 
 use super::storage::Running;
+use super::storage::SsdPart;
 use super::{Disk, Storage};
 use crate::access::AccessOp;
 use crate::backend::{Extent, StoreError};
@@ -99,29 +100,33 @@ struct Write<'a> {
     storage: &'a Storage,
     id: Option<WriteId>,
     /// With the SSD tier. Left behind if the task is dropped: then nobody knows whether the store still takes the write.
-    ssd: Option<GuestWrite>,
+    ssd: Option<(GuestWrite, Rc<SsdPart>)>,
+    /// Whether a tier knows of it. Of one that is dropped before the store has answered nobody knows when it is over.
+    announced: bool,
 }
 
 impl Write<'_> {
     fn begin(storage: &Storage, offset: u64, len: u64) -> Write<'_> {
         let id = storage.shared.core().begin_write(storage.id, offset, len);
-        let ssd = storage.ssd.as_ref().zip(storage.shared.ssd()).map(|((_, ssd), tier)| {
-            let range = PageRange::covering(offset, len);
-            tier.begin_write(*ssd, range.first, range.count)
+        let range = PageRange::covering(offset, len);
+        let ssd = storage.ssd().map(|part| {
+            let write = part.tier.begin_write(part.storage, range.first, range.count);
+            (write, part)
         });
-        Write { storage, id, ssd }
+        if ssd.is_none() {
+            storage.unannounced.set(storage.unannounced.get() + 1);
+        }
+        Write { storage, id, announced: ssd.is_some(), ssd }
     }
 
     /// Waits until the store may be written to: a crash must not bring back what the SSD tier had of the range.
     async fn permitted(&mut self) {
-        let Some(write) = &mut self.ssd else { return };
+        let Some((write, part)) = &mut self.ssd else { return };
         if write.must_wait() {
             add(&self.storage.counters.ssd_marks, 1);
             let shard = &self.storage.shard;
-            if !ready_within(shard, write, MARK_WAIT).await
-                && let Some(tier) = self.storage.shared.ssd()
-            {
-                tier.distrust("marking what guests write to took longer than a second");
+            if !ready_within(shard, write, MARK_WAIT).await {
+                part.tier.distrust("marking what guests write to took longer than a second");
                 ready_within(shard, write, VETO_WAIT).await;
             }
         }
@@ -130,9 +135,12 @@ impl Write<'_> {
 
     /// The store has answered.
     fn answered(&mut self) {
-        if let Some(write) = self.ssd.take() {
-            write.end();
+        match self.ssd.take() {
+            Some((write, _)) => write.end(),
+            None if !self.announced => self.storage.unannounced.set(self.storage.unannounced.get() - 1),
+            None => {}
         }
+        self.announced = true;
     }
 
     /// The store has `data` at `offset`: the RAM tier follows.

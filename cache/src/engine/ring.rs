@@ -63,7 +63,8 @@ pub(super) struct Ring {
     /// Entries that found the submission queue full.
     backlog: VecDeque<squeue::Entry>,
     /// The arena that the kernel has pinned: kept alive for as long as the ring.
-    registered: Option<Arc<Arena>>,
+    /// With the bytes from its start that the kernel has.
+    registered: Option<(Arc<Arena>, usize)>,
     /// Files whose operations may block where they are submitted.
     blocking: Vec<Weak<OwnedFd>>,
 }
@@ -150,16 +151,35 @@ impl Ring {
             .collect();
         // SAFETY: the chunks lie within the arena's mapping, which `registered` keeps alive as long as the ring.
         unsafe { self.ring.submitter().register_buffers(&chunks)? };
-        self.registered = Some(arena);
+        self.registered = Some((arena, len));
+        Ok(())
+    }
+
+    /// Has the kernel let go of what it pinned of the arena from `keep` bytes on, rounded down to whole chunks. Operations
+    /// under way end with what they have.
+    ///
+    /// # Errors
+    /// The kernel keeps it.
+    pub(super) fn unregister(&mut self, keep: usize) -> io::Result<()> {
+        let Some((_, len)) = &mut self.registered else { return Ok(()) };
+        let first = keep / REGISTERED_MAX_BYTES;
+        let chunks = len.div_ceil(REGISTERED_MAX_BYTES).saturating_sub(first);
+        if chunks == 0 {
+            return Ok(());
+        }
+        let nothing = vec![libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; chunks];
+        // SAFETY: no memory is handed to the kernel: entries of its table become empty.
+        unsafe { self.ring.submitter().register_buffers_update(first as u32, &nothing, None)? };
+        *len = first * REGISTERED_MAX_BYTES;
         Ok(())
     }
 
     /// Index of the registered buffer that contains all of `iov`.
     fn fixed_index(&self, iov: &libc::iovec) -> Option<u16> {
-        let (base, len) = self.registered.as_ref()?.raw_parts();
-        let start = (iov.iov_base as usize).checked_sub(base as usize)?;
+        let (arena, len) = self.registered.as_ref()?;
+        let start = (iov.iov_base as usize).checked_sub(arena.start() as usize)?;
         let end = start.checked_add(iov.iov_len)?;
-        if iov.iov_len == 0 || end > len || start / REGISTERED_MAX_BYTES != (end - 1) / REGISTERED_MAX_BYTES {
+        if iov.iov_len == 0 || end > *len || start / REGISTERED_MAX_BYTES != (end - 1) / REGISTERED_MAX_BYTES {
             return None;
         }
         u16::try_from(start / REGISTERED_MAX_BYTES).ok()

@@ -106,6 +106,18 @@ impl Shard {
         }
     }
 
+    /// Has the kernel let go of the arena's pages from `keep` bytes on; transfers there pin theirs one by one from now on. To be
+    /// called by every shard before the arena shrinks to that, see [`Arena::shrink`].
+    ///
+    /// # Errors
+    /// The kernel keeps them.
+    pub fn unregister_arena(&self, keep: usize) -> io::Result<()> {
+        match &mut *self.inner.driver.borrow_mut() {
+            Driver::Ring(ring) => ring.unregister(keep),
+            Driver::Pool(_) => Ok(()),
+        }
+    }
+
     /// Says that operations on this file may block in the kernel where others wait for their device: see
     /// [`blocks_in_kernel`]. They cost a change of threads each then. The thread pool has a thread for each operation
     /// anyway, up to its limit.

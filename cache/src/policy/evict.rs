@@ -80,6 +80,16 @@ impl Core {
         self.entries[slot as usize].place = place;
     }
 
+    /// Puts `to` in a slot's place in its queue.
+    pub(super) fn replace(&mut self, slot: u32, to: u32) {
+        match self.entries[slot as usize].place {
+            Place::Free => {}
+            Place::Probation => self.probation.replace(&mut self.links, slot, to),
+            Place::Small => self.small.replace(&mut self.links, slot, to),
+            Place::Main => self.main.replace(&mut self.links, slot, to),
+        }
+    }
+
     /// Demand wants the block: off probation, or one more use if it read pages of it before.
     pub(super) fn touch(&mut self, slot: u32, again: bool) {
         if self.config.eviction == Eviction::Lru {
@@ -163,10 +173,11 @@ impl Core {
     }
 
     /// A free slot that nothing holds: a task may still be copying out of one that was just freed.
-    fn pop_free(&mut self) -> Option<u32> {
+    pub(super) fn pop_free(&mut self) -> Option<u32> {
         let mut slot = self.free.head()?;
         for _ in 0..self.search() {
-            if !self.guard.busy(slot) {
+            // Those beyond are on their way out, see `resize.rs`.
+            if slot < self.config.slots && !self.guard.busy(slot) {
                 self.free.remove(&mut self.links, slot);
                 return Some(slot);
             }
@@ -176,7 +187,7 @@ impl Core {
     }
 
     /// Frees one slot.
-    fn evict(&mut self, purpose: For, now: Duration) -> Option<()> {
+    pub(super) fn evict(&mut self, purpose: For, now: Duration) -> Option<()> {
         if self.config.eviction == Eviction::Lru {
             return self.evict_tail(Place::Main).then_some(());
         }
@@ -258,7 +269,7 @@ impl Core {
     }
 
     /// Drops a block that nothing holds.
-    fn discard(&mut self, slot: u32) {
+    pub(super) fn discard(&mut self, slot: u32) {
         let entry = &mut self.entries[slot as usize];
         let (valid, unused) = (entry.valid, entry.unused);
         entry.valid = PageMask::NONE;

@@ -11,6 +11,15 @@ pub(crate) struct Link {
     next: u32,
 }
 
+impl Link {
+    /// Of a slot that is in no list and in no use.
+    pub(crate) const WITHDRAWN: Link = Link { prev: NIL - 1, next: NIL - 1 };
+
+    pub(crate) fn is_withdrawn(self) -> bool {
+        self.prev == Link::WITHDRAWN.prev
+    }
+}
+
 impl Default for Link {
     fn default() -> Link {
         Link { prev: NIL, next: NIL }
@@ -59,6 +68,20 @@ impl List {
         }
         self.head = slot;
         self.len += 1;
+    }
+    /// Puts `to`, which is in no list, in the place of `slot`.
+    pub(crate) fn replace(&mut self, links: &mut [Link], slot: u32, to: u32) {
+        let Link { prev, next } = links[slot as usize];
+        match prev {
+            NIL => self.head = to,
+            prev => links[prev as usize].next = to,
+        }
+        match next {
+            NIL => self.tail = to,
+            next => links[next as usize].prev = to,
+        }
+        links[to as usize] = Link { prev, next };
+        links[slot as usize] = Link::default();
     }
     pub(crate) fn remove(&mut self, links: &mut [Link], slot: u32) {
         let Link { prev, next } = links[slot as usize];

@@ -5,6 +5,7 @@
 //! - [`Core`]: the index and every decision about the RAM tier
 //! - [`Eviction`]: S3-FIFO with a probation place for prefetched blocks, or plain LRU (`evict.rs`)
 //! - reads and fills (`read.rs`), writes (`write.rs`), prefetch (`prefetch.rs`)
+//! - growing and shrinking while in use (`resize.rs`)
 //! - [`PrefetchQueue`], [`Budget`]: what waits, and how much may be under way
 //! - [`Whereabouts`], [`BudgetState`]: answers to an operator's questions (`whereabouts.rs`)
 //!
@@ -19,6 +20,7 @@ mod list;
 mod prefetch;
 mod queue;
 mod read;
+mod resize;
 mod whereabouts;
 mod write;
 
@@ -30,6 +32,7 @@ pub use evict::Eviction;
 pub use prefetch::{Outcome, OutcomeKind, PrefetchIo, PrefetchStep};
 pub use queue::{MAX_REQUEST_PAGES, PrefetchQueue, PrefetchRequest};
 pub use read::{BlockPlan, HIT_BLOCKS};
+pub use resize::ShrinkStep;
 pub use whereabouts::{BudgetState, Whereabouts};
 pub use write::{WriteEnd, WriteId};
 
@@ -165,6 +168,24 @@ struct Entry {
     destage_queued: bool,
 }
 
+impl Entry {
+    const BLANK: Entry = Entry {
+        key: Key::NOWHERE,
+        version: 0,
+        entered_ds: 0,
+        valid: PageMask::NONE,
+        filling: PageMask::NONE,
+        cancelled: PageMask::NONE,
+        unused: PageMask::NONE,
+        on_ssd: PageMask::NONE,
+        place: Place::Free,
+        frequency: 0,
+        tag: 0,
+        likely: 0,
+        destage_queued: false,
+    };
+}
+
 /// Prefetch bookkeeping of one storage, in pages unless said.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct PrefetchCounters {
@@ -273,21 +294,6 @@ pub struct Core {
 impl Core {
     pub fn new(config: CoreConfig, guard: Arc<dyn SlotGuard>) -> Core {
         let config = CoreConfig { block_pages: fit_block_pages(config.block_pages), ..config };
-        let blank = Entry {
-            key: Key::NOWHERE,
-            version: 0,
-            entered_ds: 0,
-            valid: PageMask::NONE,
-            filling: PageMask::NONE,
-            cancelled: PageMask::NONE,
-            unused: PageMask::NONE,
-            on_ssd: PageMask::NONE,
-            place: Place::Free,
-            frequency: 0,
-            tag: 0,
-            likely: 0,
-            destage_queued: false,
-        };
         let slots = config.slots as usize;
         let (mut links, mut free) = (vec![Link::default(); slots], List::default());
         // Taken from the head: slot 0 first, so that a half-empty tier touches only the front of the arena.
@@ -296,7 +302,7 @@ impl Core {
             config,
             guard,
             table: HashTable::with_capacity(slots),
-            entries: vec![blank; slots],
+            entries: vec![Entry::BLANK; slots],
             links,
             free,
             probation: List::default(),
@@ -359,7 +365,7 @@ impl Core {
     pub fn occupancy(&self) -> Occupancy {
         Occupancy {
             slots: self.config.slots,
-            used_slots: self.config.slots - self.free.len(),
+            used_slots: self.probation.len() + self.small.len() + self.main.len(),
             probation_slots: self.probation.len(),
             small_slots: self.small.len(),
             main_slots: self.main.len(),
@@ -430,7 +436,7 @@ impl Core {
     }
 
     fn drop_where(&mut self, selects: impl Fn(Key) -> bool) {
-        for slot in 0..self.config.slots {
+        for slot in 0..self.slots_now() {
             let entry = &self.entries[slot as usize];
             if entry.place != Place::Free && selects(entry.key) {
                 let (valid, filling) = (entry.valid, entry.filling);
@@ -479,7 +485,11 @@ impl Core {
         let entry = &mut self.entries[slot as usize];
         entry.place = Place::Free;
         entry.destage_queued = false;
-        self.free.push_head(&mut self.links, slot);
+        if slot < self.config.slots {
+            self.free.push_head(&mut self.links, slot);
+        } else {
+            self.links[slot as usize] = Link::WITHDRAWN;
+        }
     }
 }
 

@@ -57,12 +57,17 @@ impl Core {
     /// Queues prefetches; what is cached already is left out when its turn comes. Returns the pages refused because the
     /// queue is full.
     pub fn push_prefetch(&mut self, storage: StorageId, requests: &[PrefetchRequest]) -> u64 {
+        let room = self.config.slots > 0;
         let Some(state) = self.storage(storage) else { return 0 };
         let mut refused = 0;
         for request in requests {
             let end = request.range.end().min(state.pages);
             if request.range.first < end {
                 let range = PageRange { first: request.range.first, count: end - request.range.first };
+                if !room {
+                    refused += range.count;
+                    continue;
+                }
                 refused += state.queue.push(PrefetchRequest { range, ..*request });
             }
         }

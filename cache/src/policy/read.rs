@@ -1,7 +1,7 @@
 //! Reads and fills.
 
 use super::evict::For;
-use super::{Core, Key, OutcomeKind, Place};
+use super::{Core, Entry, Key, OutcomeKind, Place};
 use crate::types::{BlockIndex, PageMask, PageRange, StorageId};
 use std::time::Duration;
 
@@ -172,6 +172,15 @@ impl Core {
         }
     }
 
+    /// Whether there is an SSD tier now. What waited for one that is gone is forgotten.
+    pub fn set_destage(&mut self, destage: bool) {
+        self.config.destage = destage;
+        if !destage {
+            self.storages.iter_mut().flatten().for_each(|storage| storage.destage.clear());
+            self.entries.iter_mut().for_each(|entry| entry.destage_queued = false);
+        }
+    }
+
     /// Valid pages of a block now, and its slot.
     pub fn valid(&self, storage: StorageId, block: BlockIndex) -> Option<(u32, PageMask)> {
         let slot = self.find(Key::new(storage, block))?;
@@ -201,10 +210,16 @@ impl Core {
             let (slot, block, _) = *state.destage.front().filter(|(_, _, queued)| *queued <= before)?;
             state.destage.pop_front();
             let key = Key::new(storage, block);
+            let here = |entry: &Entry| entry.place != Place::Free && entry.key == key;
+            let slot = match self.entries.get(slot as usize).is_some_and(here) {
+                true => slot,
+                // It has moved, or left.
+                false => match self.find(key) {
+                    Some(slot) if self.entries[slot as usize].destage_queued => slot,
+                    _ => continue,
+                },
+            };
             let entry = &mut self.entries[slot as usize];
-            if entry.place == Place::Free || entry.key != key {
-                continue;
-            }
             entry.destage_queued = false;
             // The whole block goes, so that a slot of the SSD tier is written once and never patched.
             let (kept, version) = (entry.valid.minus(entry.unused), entry.version);

@@ -300,13 +300,33 @@ struct Model {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Read { first: u64, count: u64 },
-    BeginWrite { first: u64, count: u64 },
-    EndWrite { which: usize, fails: bool },
-    Fill { which: usize, fails: bool },
-    Push { first: u64, count: u64 },
+    Read {
+        first: u64,
+        count: u64,
+    },
+    BeginWrite {
+        first: u64,
+        count: u64,
+    },
+    EndWrite {
+        which: usize,
+        fails: bool,
+    },
+    Fill {
+        which: usize,
+        fails: bool,
+    },
+    Push {
+        first: u64,
+        count: u64,
+    },
     Prefetch,
     Drop,
+    /// Another number of slots; a shrink goes on with `Shrink`.
+    Resize {
+        slots: u32,
+    },
+    Shrink,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -319,6 +339,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => run.prop_map(|(first, count)| Op::Push { first, count }),
         3 => Just(Op::Prefetch),
         1 => Just(Op::Drop),
+        1 => (0u32..40).prop_map(|slots| Op::Resize { slots }),
+        2 => Just(Op::Shrink),
     ]
 }
 
@@ -427,6 +449,40 @@ impl Model {
                 }
             }
             Op::Drop => self.core.drop_all(),
+            Op::Resize { slots } => {
+                // One that is under way is taken back first, as the cache does.
+                let before = self.core.slots_now();
+                while !self.core.grow_step(before) {}
+                if slots < before {
+                    self.core.begin_shrink(slots);
+                }
+                while slots > before && !self.core.grow_step(slots) {}
+                prop_assert_eq!(self.core.slots_now(), before.max(slots));
+            }
+            Op::Shrink => {
+                let slots = self.core.occupancy().slots;
+                let (mut below, mut held) = (self.core.slots_now(), 0);
+                while below > slots {
+                    let (holds, memory) = (&self.holds, &mut self.memory);
+                    let mut strange = false;
+                    let step = self.core.shrink_step(below, now, |from, to, pages| {
+                        strange |= holds.busy(from) || holds.busy(to) || from < slots || to >= slots;
+                        for page in (0..block_pages).filter(|p| pages.has(*p)) {
+                            let held = memory[&(from, page)];
+                            memory.insert((to, page), held);
+                        }
+                        true
+                    });
+                    prop_assert!(!strange && step.next < below);
+                    below = step.next;
+                    held += step.held;
+                }
+                let busy = (slots..self.core.slots_now()).any(|slot| self.holds.busy(slot));
+                // Only what somebody holds may hold up a shrink, unless nothing else can leave either.
+                let ended = self.core.end_shrink();
+                prop_assert_eq!(ended, held == 0);
+                prop_assert!(ended || busy || (0..slots).any(|slot| self.holds.busy(slot)));
+            }
         }
         Ok(())
     }
@@ -461,6 +517,7 @@ proptest! {
             model.step(op)?;
             let o = model.core.occupancy();
             prop_assert_eq!(o.used_slots, o.probation_slots + o.small_slots + o.main_slots);
+            prop_assert!(model.core.slots_now() > o.slots || o.used_slots + model.core.free.len() == o.slots);
             prop_assert!(config.eviction == Eviction::S3Fifo || o.used_slots == o.main_slots);
             let valid: u64 = (0..PAGES / config.block_pages)
                 .filter_map(|b| model.core.valid(DISK, BlockIndex(b)))
@@ -475,9 +532,48 @@ proptest! {
         model.core.drop_all();
         let o = model.core.occupancy();
         prop_assert_eq!((o.used_slots, o.valid_pages), (0, 0));
+        model.step(&Op::Shrink)?;
+        let slots = model.core.occupancy().slots;
+        prop_assert_eq!((model.core.slots_now(), model.core.free.len()), (slots, slots), "a shrink ends, and no slot is lost");
         let after = model.core.prefetch_counters(DISK);
         prop_assert_eq!(after.issued, after.used + after.evicted_unused, "{:?} then {:?}", c, after);
     }
+}
+
+/// What stays is the policy's choice, wherever it lies.
+#[test]
+fn a_tier_that_shrinks_keeps_what_is_used_and_a_tier_of_nothing_refuses() {
+    let (mut core, _) = core(64);
+    for block in 0..40 {
+        fill_block(&mut core, block, PageMask::ALL, at(0));
+    }
+    // Blocks in the slots that are to go, read again and again.
+    for _ in 0..3 {
+        for block in 30..40 {
+            assert!(core.read_hit(DISK, range(block * 16, 16), at(1), |_, _| {}));
+        }
+    }
+    let resident = |core: &Core, blocks: std::ops::Range<u64>| {
+        blocks
+            .filter(|block| core.valid(DISK, BlockIndex(*block)).is_some_and(|(_, mask)| mask == PageMask::ALL))
+            .count()
+    };
+    core.begin_shrink(16);
+    let mut below = core.slots_now();
+    while below > 16 {
+        below = core.shrink_step(below, at(2), |_, _, _| true).next;
+    }
+    assert!(core.end_shrink());
+    assert_eq!((core.occupancy().slots, core.occupancy().used_slots), (16, 16), "no more leaves than must");
+    assert_eq!(resident(&core, 30..40), 10);
+    core.begin_shrink(0);
+    assert_eq!(core.shrink_step(16, at(3), |_, _, _| true), ShrinkStep { next: 0, held: 0 });
+    assert!(core.end_shrink());
+    assert_eq!(core.push_prefetch(DISK, &[request(0, 32)]), 32);
+    assert_eq!(core.plan_read(DISK, BlockIndex(0), PageMask::ALL, at(4)).slot, None);
+    assert!(core.grow_step(4));
+    fill_block(&mut core, 0, PageMask::ALL, at(5));
+    assert_eq!(resident(&core, 0..1), 1);
 }
 
 #[test]

@@ -53,6 +53,16 @@ pub enum SsdError {
     )]
     TooManyStorages { max: usize, identity: String },
 
+    #[error(
+        "SSD tier: {slots} slots beyond the new end of {} are still being read or written after ten seconds; its device \
+         does not answer: see `prestagectl status`, and try again",
+        path.display()
+    )]
+    StillInUse { path: PathBuf, slots: u32 },
+
+    #[error("SSD tier: {} fails and is bypassed; its size can be changed when it is in use again", path.display())]
+    Bypassed { path: PathBuf },
+
     #[error("SSD tier: it is closed; nothing can be registered with it any more")]
     Closed,
 }

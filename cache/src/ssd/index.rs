@@ -68,6 +68,8 @@ pub(super) struct Index {
     parts: Vec<HashTable<u32>>,
     pending: HashTable<u32>,
     free: u32,
+    /// Free slots that stay, while those that are to go are sorted out of `free`; see `resize`.
+    sifted: u32,
     hand: u32,
     seed: u64,
     /// Sectors of 64 records that differ from what is on the disk, a bit each.
@@ -108,6 +110,7 @@ impl Index {
             parts: (0..PARTS).map(|_| HashTable::new()).collect(),
             pending: HashTable::new(),
             free: NO_SLOT,
+            sifted: NO_SLOT,
             hand: 0,
             seed: RandomState::new().hash_one(0u64),
             changed: Vec::new(),
@@ -301,7 +304,7 @@ impl Index {
                     self.touch(number);
                 }
             }
-            SlotState::Free | SlotState::Leaving | SlotState::Retired => {}
+            SlotState::Free | SlotState::Leaving | SlotState::Retired | SlotState::Gone => {}
         }
     }
 
@@ -355,7 +358,7 @@ impl Index {
 
     /// Makes a slot that nobody reads or writes any more free again, or retires it if it failed.
     fn release(&mut self, number: u32) {
-        let free = self.free;
+        let (goes, free) = (number >= self.slots.limit(), self.free);
         let slot = self.slots.get_mut(number);
         slot.valid = PageMask::NONE;
         slot.written = PageMask::NONE;
@@ -366,25 +369,37 @@ impl Index {
         }
         slot.state = SlotState::Free;
         slot.flags = 0;
+        if goes {
+            slot.state = SlotState::Gone;
+            return;
+        }
         slot.key = u64::from(free);
         self.free = number;
     }
 
     fn take_free(&mut self) -> Option<u32> {
-        if self.free == NO_SLOT {
+        while self.free != NO_SLOT {
+            let number = self.free;
+            self.free = self.slots.get(number).key as u32;
+            if number < self.slots.limit() {
+                return Some(number);
+            }
+            self.slots.get_mut(number).state = SlotState::Gone;
+        }
+        if self.sifted == NO_SLOT {
             return None;
         }
-        let number = self.free;
-        self.free = self.slots.get(number).key as u32;
+        let number = self.sifted;
+        self.sifted = self.slots.get(number).key as u32;
         Some(number)
     }
 
     fn victim(&mut self) -> Option<u32> {
-        let len = self.slots.len();
+        let len = self.slots.len().min(self.slots.limit());
         let mut referenced = None;
         for _ in 0..len.saturating_mul(2).min(LONGEST_SWEEP) {
-            let number = self.hand;
-            self.hand = (self.hand + 1) % len;
+            let number = self.hand % len;
+            self.hand = (number + 1) % len;
             let slot = self.slots.get_mut(number);
             if slot.state != SlotState::Live || slot.readers > 0 {
                 continue;
@@ -396,6 +411,79 @@ impl Index {
             referenced.get_or_insert(number);
         }
         referenced
+    }
+
+    /// From now on there are so many slots. If these are fewer, no slot beyond is given out; [`Index::drop_beyond`] and
+    /// [`Index::sift`] see to those that are in use or free, [`Index::end_shrink`] forgets them. With more again those that
+    /// went come back by [`Index::take_back`].
+    pub(super) fn set_limit(&mut self, limit: u32) {
+        self.slots.set_limit(limit);
+    }
+
+    /// Drops what slots beyond the limit hold, of `count` slots from `from` on. Returns where to go on, if not at the end.
+    pub(super) fn drop_beyond(&mut self, from: u32, count: u32) -> Option<u32> {
+        let from = from.max(self.slots.limit());
+        self.sweep(from, count, |_| PageMask::ALL).0
+    }
+
+    /// Sorts the slots that are to go out of so many free ones. Returns whether all free ones have been looked at.
+    pub(super) fn sift(&mut self, count: u32) -> bool {
+        for _ in 0..count {
+            if self.free == NO_SLOT {
+                self.free = std::mem::replace(&mut self.sifted, NO_SLOT);
+                return true;
+            }
+            let (number, limit, sifted) = (self.free, self.slots.limit(), self.sifted);
+            let slot = self.slots.get_mut(number);
+            self.free = slot.key as u32;
+            if number < limit {
+                slot.key = u64::from(sifted);
+                self.sifted = number;
+            } else {
+                slot.state = SlotState::Gone;
+            }
+        }
+        false
+    }
+
+    /// Slots beyond the limit that are still read or written.
+    pub(super) fn held_beyond(&self) -> u32 {
+        let (limit, len) = (self.slots.limit(), self.slots.len());
+        let idle = |slot: &Slot| matches!(slot.state, SlotState::Gone | SlotState::Retired) && slot.readers == 0;
+        (limit..len).filter(|number| !idle(self.slots.get(*number))).count() as u32
+    }
+
+    /// Forgets the slots beyond the limit, none of which is held.
+    pub(super) fn end_shrink(&mut self) {
+        let (limit, len) = (self.slots.limit(), self.slots.len());
+        let retired = (limit..len).filter(|number| self.slots.get(*number).state == SlotState::Retired).count();
+        self.counters.retired_slots -= retired as u64;
+        self.slots.truncate();
+        if len > limit {
+            // Their records are beyond the end of what is ever read.
+            let sectors = limit.div_ceil(RECORDS_A_SECTOR) as usize;
+            self.changed.truncate(sectors.div_ceil(64));
+            if let Some(last) = self.changed.last_mut().filter(|_| !sectors.is_multiple_of(64)) {
+                *last &= (1 << (sectors % 64)) - 1;
+            }
+        }
+        self.hand = if self.hand < self.slots.len() { self.hand } else { 0 };
+    }
+
+    /// Makes slots free again that went in a shrink that came to nothing, of `count` from `from` on. Returns where to go on, if
+    /// not at the end.
+    pub(super) fn take_back(&mut self, from: u32, count: u32) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.slots.len());
+        for number in from..end {
+            let free = self.free;
+            let slot = self.slots.get_mut(number);
+            if slot.state == SlotState::Gone {
+                slot.state = SlotState::Free;
+                slot.key = u64::from(free);
+                self.free = number;
+            }
+        }
+        (end < self.slots.len()).then_some(end)
     }
 
     /// The record of a slot is not what the disk has.

@@ -8,6 +8,8 @@
 //! - `index`, `slots`, `storages`: which block is where, and what is replaced; sans-I/O
 //! - `intents`: which regions are written to, in memory and on disk; sans-I/O
 //! - `checkpoint`: what changed goes to the slab while it is in use
+//! - [`Resize`] (`resize`): another size while it is in use
+//! - `abandon`: the end of its use while guests are served
 //! - `own`, `veto`, `lineage`: what is known of an earlier run outside of the slab
 //! - `health`: when a failing device is bypassed, and when it is tried again; sans-I/O
 //! - `open`, `device`, `foreign`: opening, recovering, closing, and refusing to overwrite what is not ours; blocking I/O
@@ -23,6 +25,7 @@
 //! could tell, and so is not promised: that a store was changed by others while we served it, or with its old times, or
 //! (a store without a [`Stamp`]: NBD, block devices) at all; that a device keeps what it said it had synced.
 
+mod abandon;
 mod checkpoint;
 mod device;
 mod error;
@@ -35,6 +38,7 @@ mod intents;
 mod lineage;
 mod open;
 mod own;
+mod resize;
 mod slots;
 mod storages;
 #[cfg(test)]
@@ -43,10 +47,12 @@ mod tier;
 mod veto;
 mod writes;
 
+pub use abandon::SsdWatch;
 pub use checkpoint::{Checkpoint, Step};
 pub use error::SsdError;
 pub use guard::{SlotRead, SlotWrite};
 pub use lineage::run_without;
+pub use resize::{Resize, ResizeStep};
 pub use tier::SsdTier;
 pub use writes::{GuestWrite, StoreFlush};
 
@@ -106,22 +112,24 @@ pub struct SsdOptions {
     /// File that says which slab the last run had. If it was not this one, what this one has of stores without a [`Stamp`]
     /// is dropped. A run without a tier says so by [`run_without`]. `None`: whoever opens the slab vouches for that.
     pub lineage: Option<PathBuf>,
+    /// Nothing that is found counts: for a slab that is opened while stores are being written to.
+    pub empty: bool,
 }
 
 impl Default for SsdOptions {
     fn default() -> Self {
         let start = Instant::now();
         let clock = Arc::new(move || start.elapsed());
-        SsdOptions { preallocate: true, direct: true, clock, own_writes: None, veto: None, lineage: None }
+        SsdOptions { preallocate: true, direct: true, clock, own_writes: None, veto: None, lineage: None, empty: false }
     }
 }
 
 impl fmt::Debug for SsdOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SsdOptions { preallocate, direct, clock: _, own_writes, veto, lineage } = self;
+        let SsdOptions { preallocate, direct, clock: _, own_writes, veto, lineage, empty } = self;
         let mut f = f.debug_struct("SsdOptions");
         f.field("preallocate", preallocate).field("direct", direct).field("own_writes", own_writes).field("veto", veto);
-        f.field("lineage", lineage);
+        f.field("lineage", lineage).field("empty", empty);
         f.finish_non_exhaustive()
     }
 }

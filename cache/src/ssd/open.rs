@@ -141,7 +141,7 @@ fn load_intents(device: &Device, found: &Superblock, intents: &mut Intents, repo
     }
 }
 
-fn wanted_slots(device: &Device, size_bytes: u64, len: u64) -> Result<u32, SsdError> {
+pub(super) fn wanted_slots(device: &Device, size_bytes: u64, len: u64) -> Result<u32, SsdError> {
     let path = || device.path.clone();
     let size_bytes = if device.is_block_device && size_bytes == 0 { len } else { size_bytes };
     if device.is_block_device && size_bytes > len {

@@ -20,6 +20,8 @@ pub(super) enum SlotState {
     Leaving,
     /// Failed an I/O: not used again until the slab is opened the next time.
     Retired,
+    /// Beyond the end of a slab that is about to shrink: neither in use nor free.
+    Gone,
 }
 
 /// Was read since the clock's hand passed.
@@ -90,9 +92,28 @@ impl Slots {
         self.limit
     }
 
+    /// From now on it grows up to this. Slots beyond stay until [`Slots::truncate`].
+    pub(super) fn set_limit(&mut self, limit: u32) {
+        self.limit = limit;
+    }
+
+    /// Forgets slots beyond the limit.
+    pub(super) fn truncate(&mut self) {
+        if self.len <= self.limit {
+            return;
+        }
+        self.len = self.limit;
+        self.segments.truncate((self.len as usize).div_ceil(SEGMENT_SLOTS));
+        let within = self.len as usize % SEGMENT_SLOTS;
+        if let Some(last) = self.segments.last_mut().filter(|_| within > 0) {
+            last.truncate(within);
+        }
+        self.segments.shrink_to_fit();
+    }
+
     /// Adds a slot and returns its number, unless the slab has no more.
     pub(super) fn push(&mut self, slot: Slot) -> Option<u32> {
-        if self.len == self.limit {
+        if self.len >= self.limit {
             return None;
         }
         let number = self.len;

@@ -1,6 +1,7 @@
 //! Promises of the format, and what a crash at any point of opening and closing leaves.
 
 mod crashes;
+mod resizing;
 mod sim;
 mod writing;
 

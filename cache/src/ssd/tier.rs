@@ -40,17 +40,20 @@ pub(super) struct Shared {
     pub(super) device: Device,
     pub(super) clock: Clock,
     /// As in `State`; spares lookups the wait for a checkpoint to be written.
-    closed: AtomicBool,
+    pub(super) closed: AtomicBool,
     pub(super) state: Mutex<State>,
     /// Something is to be written that guests' writes wait for.
     pub(super) work: Condvar,
     /// Held by whoever writes records, table and superblock. Taken before `intents_io`, and that before `state`.
     pub(super) keeping: Mutex<()>,
+    /// Held by whoever changes the slab's size. Taken before `keeping`.
+    pub(super) resizing: Mutex<()>,
+    pub(super) preallocate: bool,
     /// Held by whoever writes the bitmap.
     pub(super) intents_io: Mutex<()>,
     pub(super) own: OwnWrites,
     pub(super) veto: Option<PathBuf>,
-    lineage: Option<PathBuf>,
+    pub(super) lineage: Option<PathBuf>,
     pub(super) report: OpenReport,
     pub(super) me: Weak<Shared>,
 }
@@ -115,6 +118,7 @@ impl SsdTier {
 
     fn start(device: Device, size_bytes: u64, options: SsdOptions) -> Result<(SsdTier, OpenReport), SsdError> {
         let standing = |found: &Superblock| match (&options.veto, &options.lineage) {
+            _ if options.empty => Standing::Vetoed,
             (Some(veto), _) if veto::stands_against(veto, &found.slab_id) => Standing::Vetoed,
             (_, Some(lineage)) if !lineage::had(lineage, found) => Standing::Stranger,
             _ => Standing::Ours,
@@ -160,6 +164,8 @@ impl SsdTier {
             state: Mutex::new(state),
             work: Condvar::new(),
             keeping: Mutex::default(),
+            resizing: Mutex::default(),
+            preallocate: options.preallocate,
             intents_io: Mutex::default(),
             own,
             veto: options.veto,
@@ -339,6 +345,18 @@ impl SsdTier {
     /// Blocking I/O: writes 64 bytes for every slot up to the highest one in use.
     pub fn close(&self) -> Result<(), SsdError> {
         self.shared.close()
+    }
+
+    /// Ends the use of the slab for good, so that it may be taken away while guests go on without it: nothing of it will be
+    /// believed by any run. Says so first in the veto beside the database, then on the slab itself. From here on the tier
+    /// finds nothing and takes nothing; guests' writes wait for nothing.
+    ///
+    /// Blocking I/O, a few seconds of it at most.
+    ///
+    /// # Errors
+    /// Neither could be written. The tier is in use as before.
+    pub fn abandon(&self) -> Result<(), SsdError> {
+        self.shared.abandon()
     }
 
     /// Lets another process open a tier that was closed, before this one ends. Ours cannot be used again.

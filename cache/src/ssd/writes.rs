@@ -253,6 +253,8 @@ impl Shared {
     }
 
     pub(super) fn try_again(&self) -> bool {
+        // The new superblock names the slots that there are: not while that changes.
+        let Some(_sized) = self.resizing.try_lock() else { return false };
         let _alone = self.keeping.lock();
         let _writing = self.intents_io.lock();
         {

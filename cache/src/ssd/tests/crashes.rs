@@ -3,7 +3,8 @@
 //!
 //! Everything that counts is one log: the device's writes and syncs, writes and flushes of the stores, completed
 //! checkpoints. A crash is a point of that log; the stores, the device and what must have survived follow from it. From one of
-//! the crashes the world goes on, so that recovery itself is part of the next log. `make torture` has many more of them.
+//! the crashes the world goes on, so that recovery itself is part of the next log. Now and then the tier gets another size
+//! meanwhile; half of the worlds have a block device, on which nothing is ever cut off. `make torture` has many more of them.
 
 use super::sim::{Crash, Disk, Image, Op, Random, after_crash};
 use crate::ssd::checkpoint::Step;
@@ -11,7 +12,7 @@ use crate::ssd::device::Device;
 use crate::ssd::open::Standing;
 use crate::ssd::own::OwnWrites;
 use crate::ssd::writes::GuestWrite;
-use crate::ssd::{Found, Outcome, SlotWrite, SsdOptions, SsdStorage, SsdTier, Stamp, format, open};
+use crate::ssd::{Found, Outcome, ResizeStep, SlotWrite, SsdOptions, SsdStorage, SsdTier, Stamp, format, open};
 use crate::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PAGES_PER_BLOCK, PageMask};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -123,8 +124,17 @@ fn slab_bytes(slots: u64) -> u64 {
     format::slab_bytes(slots)
 }
 
-fn start(disk: &Arc<Disk<Event>>, slots: u64, ours: bool, standing: Standing) -> (SsdTier, Found) {
-    let device = Device::simulated(Arc::clone(disk) as _);
+/// Slots that a block device has room for.
+const DEVICE_SLOTS: u64 = 10;
+
+fn device(disk: &Arc<Disk<Event>>, is_block_device: bool) -> Device {
+    let mut device = Device::simulated(Arc::clone(disk) as _);
+    device.is_block_device = is_block_device;
+    device
+}
+
+fn start(disk: &Arc<Disk<Event>>, block: bool, slots: u64, ours: bool, standing: Standing) -> (SsdTier, Found) {
+    let device = device(disk, block);
     let mut opened = open::open(&device, slab_bytes(slots), false, |_| standing).unwrap();
     opened.index.storages.limit = TABLE;
     let (tier, report) = SsdTier::made_of(device, opened, OwnWrites::saying(ours), SsdOptions::default());
@@ -157,6 +167,9 @@ struct Tally {
     recovered: u64,
     overtaken: u64,
     rotten: u64,
+    grown: u64,
+    shrunk: u64,
+    cut_off: u64,
 }
 
 struct World {
@@ -165,7 +178,11 @@ struct World {
     before: Image,
     stores_before: Stores,
     tier: SsdTier,
+    /// On a block device.
+    block: bool,
     slots: u64,
+    /// Slots it had at most since the log began.
+    most: u64,
     /// By store, while it is open.
     handles: [Option<SsdStorage>; STORES],
     stores: Stores,
@@ -183,16 +200,21 @@ fn region(block: u64) -> u64 {
 
 impl World {
     fn new(seed: u64) -> World {
-        let disk = Disk::new(Image::default());
-        let (tier, found) = start(&disk, 6, true, Standing::Ours);
+        let mut random = Random(seed);
+        let block = random.one_in(2);
+        let before = Image::of_len(if block { slab_bytes(DEVICE_SLOTS) } else { 0 });
+        let disk = Disk::new(before.clone());
+        let (tier, found) = start(&disk, block, 6, true, Standing::Ours);
         assert_eq!(found, Found::Created);
         World {
-            random: Random(seed),
-            before: Image::default(),
+            random,
+            before,
             stores_before: Stores::default(),
             disk,
             tier,
+            block,
             slots: 6,
+            most: 6,
             handles: [None; STORES],
             stores: Stores::default(),
             version: 0,
@@ -444,6 +466,48 @@ impl World {
         }
     }
 
+    /// Another size, with whatever else happens between its steps. Now and then it comes to nothing.
+    fn resize(&mut self) {
+        let tier = self.tier.clone();
+        let to = 3 + self.random.below(DEVICE_SLOTS - 2);
+        let cut_off = self.random.one_in(3);
+        let open = self.handles.map(|handle| handle.is_some());
+        let mut resize = tier.begin_resize(slab_bytes(to)).unwrap();
+        if to < self.slots {
+            // What is dropped of stores that are not open nobody sees here.
+            self.unsettle(|block| !open[block.0]);
+        }
+        let done = loop {
+            for _ in 0..self.random.below(3) {
+                self.step();
+            }
+            if self.random.one_in(8) {
+                self.checkpoint();
+            }
+            if cut_off && self.random.one_in(4) {
+                break false;
+            }
+            // Read, or dropped.
+            let after = self.live();
+            let step = resize.step().unwrap();
+            let dropped: Vec<_> = after.keys().filter(|block| !self.live().contains_key(*block)).copied().collect();
+            self.unsettle(|block| dropped.contains(block));
+            if step == ResizeStep::Done {
+                break true;
+            }
+        };
+        drop(resize);
+        self.tally.cut_off += u64::from(!done);
+        // Cut off after the superblock was written, only the file is longer than need be.
+        let lowered = tier.stats().slots == to && to < self.slots;
+        if done || lowered {
+            self.tally.grown += u64::from(to > self.slots);
+            self.tally.shrunk += u64::from(to < self.slots);
+            (self.slots, self.most) = (to, self.most.max(to));
+        }
+        assert_eq!(tier.stats().slots, self.slots);
+    }
+
     fn step(&mut self) {
         match self.random.below(20) {
             0..6 => self.begin_insert(),
@@ -530,9 +594,9 @@ impl World {
         }
         // Whether it is known when we last wrote: not after a loss of power.
         let ours = crash == Crash::Killed;
-        let slots = if self.random.one_in(4) { 3 + self.random.below(6) } else { self.slots };
+        let slots = if self.random.one_in(4) { 3 + self.random.below(6) } else { self.most };
         let disk = Disk::<Event>::new(image);
-        let device = Device::simulated(Arc::clone(&disk) as _);
+        let device = device(&disk, self.block);
         let opened = match open::open(&device, slab_bytes(slots), false, |_| stores.standing()) {
             Ok(opened) => opened,
             // A slab whose start has rotted beyond recognition is not overwritten.
@@ -559,7 +623,7 @@ impl World {
         self.tally.overtaken += stats.dropped_overtaken;
         self.tally.rotten += stats.bad_checksums;
         self.tally.served_blocks += served.len() as u64;
-        if rotten || torn || slots < self.slots {
+        if rotten || torn || slots < self.most {
             return (kept, kept_stores);
         }
         for (block, mask) in &stores.stable {
@@ -587,6 +651,7 @@ impl World {
         self.candidates = None;
         stores.stable.clear();
         self.slots = 4 + self.random.below(5);
+        self.most = self.slots;
         self.before = image.clone();
         if self.random.one_in(2) {
             // A run without the tier: a guest's writes to a store that shows no changes, and nothing of it on the slab.
@@ -600,7 +665,7 @@ impl World {
         let standing = stores.standing();
         self.stores = stores;
         self.disk = Disk::new(image);
-        self.tier = start(&self.disk, self.slots, true, standing).0;
+        self.tier = start(&self.disk, self.block, self.slots, true, standing).0;
         self.stores.apply(&Event::Noted);
         self.handles = [None; STORES];
         if self.random.one_in(6) {
@@ -643,6 +708,9 @@ fn run(seed: u64, crashes: u64) -> Tally {
                 for _ in 0..world.random.below(40) {
                     world.step();
                 }
+                if world.random.one_in(3) {
+                    world.resize();
+                }
                 world.checkpoint();
             }
             for _ in 0..11 {
@@ -651,7 +719,11 @@ fn run(seed: u64, crashes: u64) -> Tally {
             let (image, stores) = world.probe();
             world.go_on(image, stores);
         }
-        let Tally { crashes, served_blocks, stable_blocks, stable_served, recovered, overtaken, rotten } = world.tally;
+        let Tally { crashes, served_blocks, stable_blocks, stable_served, recovered, overtaken, rotten, .. } =
+            world.tally;
+        tally.grown += world.tally.grown;
+        tally.shrunk += world.tally.shrunk;
+        tally.cut_off += world.tally.cut_off;
         tally.crashes += crashes;
         tally.served_blocks += served_blocks;
         tally.stable_blocks += stable_blocks;
@@ -675,5 +747,6 @@ fn a_crash_at_any_point_leaves_nothing_stale_and_keeps_what_was_stable() {
     assert!(tally.stable_blocks > tally.crashes / 8, "too little was ever stable: {tally:?}");
     assert!(tally.stable_served * 100 >= tally.stable_blocks * 95, "what was stable is lost: {tally:?}");
     assert!(tally.recovered * 10 > tally.crashes * 7, "{tally:?}");
+    assert!(tally.grown.min(tally.shrunk).min(tally.cut_off) * 40 > tally.crashes, "hardly ever resized: {tally:?}");
     assert!(tally.overtaken > 0 && tally.rotten < tally.crashes, "{tally:?}");
 }

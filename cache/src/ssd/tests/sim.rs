@@ -40,6 +40,10 @@ pub(super) struct Image {
 }
 
 impl Image {
+    pub(super) fn of_len(len: u64) -> Image {
+        Image { len, ..Image::default() }
+    }
+
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {
         let mut done = 0;
         while done < bytes.len() {

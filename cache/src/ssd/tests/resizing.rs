@@ -1,0 +1,265 @@
+//! A slab that shrinks and grows by more than a sector of records, under writes, and is cut off at every single point of it.
+//!
+//! The random worlds of `crashes` have slabs of a few slots, whose records are all in one sector; here they are not.
+
+use super::sim::{Crash, Disk, Image, Op, Random, Simulated, after_crash};
+use crate::ssd::checkpoint::Step;
+use crate::ssd::device::Device;
+use crate::ssd::index::{Index, Key};
+use crate::ssd::open::Standing;
+use crate::ssd::own::OwnWrites;
+use crate::ssd::{Outcome, ResizeStep, SlotWrite, SsdOptions, SsdStorage, SsdTier, format, open};
+use crate::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PAGES_PER_BLOCK, PageMask};
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+/// Slots that the slab has at most; its records are in five sectors.
+const MOST: u64 = 260;
+const BLOCKS: u64 = 250;
+/// What is cached of each block.
+const FIRST: PageMask = PageMask(1);
+
+/// A block of the store has the next version. It is durable there at once.
+type Wrote = u64;
+
+struct Slab {
+    disk: Arc<Disk<Wrote>>,
+    tier: SsdTier,
+    storage: SsdStorage,
+    versions: Vec<u64>,
+}
+
+fn device(disk: &Arc<Disk<Wrote>>, is_block_device: bool) -> Device {
+    let mut device = Device::simulated(Arc::clone(disk) as _);
+    device.is_block_device = is_block_device;
+    device
+}
+
+fn content(block: u64, version: u64) -> Vec<u8> {
+    [block + 1, version].iter().cycle().take(PAGE_BYTES / 8).flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn open_slab(disk: &Arc<Disk<Wrote>>, is_block_device: bool, slots: u64) -> (SsdTier, SsdStorage) {
+    let device = device(disk, is_block_device);
+    let opened = open::open(&device, format::slab_bytes(slots), false, |_| Standing::Ours).unwrap();
+    let (tier, _) = SsdTier::made_of(device, opened, OwnWrites::saying(true), SsdOptions::default());
+    let storage = tier.storage("file:/store", None).unwrap();
+    (tier, storage)
+}
+
+/// Blocks that are served, each of which must be what the store has.
+fn served(disk: &Disk<Wrote>, tier: &SsdTier, storage: SsdStorage, versions: &[u64], what: &str) -> usize {
+    let (mut count, mut bytes) = (0, vec![0; BLOCK_BYTES]);
+    for block in 0..BLOCKS {
+        let Some(read) = tier.begin_read(storage, BlockIndex(block)) else { continue };
+        disk.read(read.offset(), &mut bytes[..PAGE_BYTES]).unwrap();
+        let good = read.verify(&bytes);
+        if tier.end_read(read, if good { Outcome::Good } else { Outcome::BadChecksum }).is_empty() {
+            continue;
+        }
+        let found = u64::from_le_bytes(bytes[8..16].try_into().unwrap());
+        assert!(
+            bytes[..PAGE_BYTES] == content(block, versions[block as usize]),
+            "{what}: block {block} as of version {found}"
+        );
+        count += 1;
+    }
+    count
+}
+
+impl Slab {
+    fn insert(&mut self, blocks: std::ops::Range<u64>) {
+        for block in blocks {
+            let Some(write) = self.tier.begin_insert(self.storage, BlockIndex(block), FIRST) else { continue };
+            let sum = self.fill(&write, block);
+            self.tier.finish_insert(write, sum, true);
+        }
+    }
+
+    /// Writes a slot. Returns its checksum.
+    fn fill(&self, write: &SlotWrite, block: u64) -> u32 {
+        let mut bytes = content(block, self.versions[block as usize]);
+        self.disk.write(write.offset(), &bytes).unwrap();
+        bytes.resize(BLOCK_BYTES, 0);
+        write.checksum(&bytes)
+    }
+
+    /// A guest writes whole blocks.
+    fn write(&mut self, blocks: impl IntoIterator<Item = u64>) {
+        for block in blocks {
+            let mut write = self.tier.begin_write(self.storage, block * PAGES_PER_BLOCK, PAGES_PER_BLOCK);
+            while self.tier.write_intents() {}
+            assert!(write.poll_ready(&mut Context::from_waker(Waker::noop())).is_ready());
+            write.submit();
+            self.versions[block as usize] += 1;
+            self.disk.note(block);
+            write.end();
+        }
+    }
+
+    /// So many checkpoints: the first one that begins after a write is over clears its region. Returns how many regions were cleared.
+    fn checkpoints(&mut self, count: u32) -> u64 {
+        (0..count).map(|_| self.checkpoint()).sum()
+    }
+
+    fn checkpoint(&mut self) -> u64 {
+        let Some(mut checkpoint) = self.tier.begin_checkpoint() else { return 0 };
+        loop {
+            if let Step::Done { cleared } = checkpoint.step().unwrap() {
+                return cleared;
+            }
+        }
+    }
+
+    fn resize(&mut self, slots: u64) {
+        let mut resize = self.tier.begin_resize(format::slab_bytes(slots)).unwrap();
+        for _ in 0..1000 {
+            match resize.step().unwrap() {
+                ResizeStep::Done => return,
+                ResizeStep::More => {}
+                ResizeStep::Held { slots } => panic!("{slots} slots are held by nobody"),
+            }
+        }
+        panic!("it does not end");
+    }
+}
+
+fn history(is_block_device: bool) -> (Slab, Image) {
+    let before = Image::of_len(if is_block_device { format::slab_bytes(MOST) } else { 0 });
+    let disk = Disk::new(before.clone());
+    let (tier, storage) = open_slab(&disk, is_block_device, MOST);
+    (Slab { disk, tier, storage, versions: vec![0; BLOCKS as usize] }, before)
+}
+
+#[test]
+fn a_slab_that_shrank_and_grew_is_never_stale_wherever_it_is_cut_off() {
+    for is_block_device in [false, true] {
+        let (mut slab, before) = history(is_block_device);
+        let versions = slab.versions.clone();
+        slab.insert(0..200);
+        slab.checkpoint();
+        slab.resize(70);
+        assert_eq!(served(&slab.disk, &slab.tier, slab.storage, &versions, "after a shrink"), 70);
+        // Of what was dropped, of what stays.
+        slab.write([90, 20, 100, 150, 190]);
+        assert!(slab.checkpoints(3) > 0, "else nothing could be stale");
+        if !is_block_device {
+            assert_eq!(slab.disk.len(), format::slab_bytes(70), "nothing is written beyond the end");
+        }
+        slab.resize(MOST);
+        slab.write([91, 21, 151]);
+        slab.checkpoints(3);
+        slab.insert(70..100);
+        slab.write([92, 75, 191]);
+        slab.checkpoints(3);
+        slab.resize(3);
+        slab.write([1, 80, 152]);
+        slab.checkpoints(3);
+        slab.resize(100);
+        slab.insert(0..95);
+        slab.checkpoints(2);
+        let versions = slab.versions.clone();
+        assert!(served(&slab.disk, &slab.tier, slab.storage, &versions, "at the end") > 90);
+
+        let (log, mut random, mut kept) = (slab.disk.log(), Random(20_261_122), 0);
+        // What is on the disk for good, and up to where that is: a loss of power goes back no further.
+        let (mut base, mut from) = (before, 0);
+        let mut versions = vec![0; BLOCKS as usize];
+        for point in 0..=log.len() {
+            match point.checked_sub(1).map(|last| &log[last]) {
+                Some(Op::Other(block)) => versions[*block as usize] += 1,
+                Some(Op::Sync) => {
+                    base = after_crash(&base, &log[from..point], point - from, Crash::Killed, &mut random).0;
+                    from = point;
+                }
+                _ => {}
+            }
+            for (crash, slots) in [(Crash::Killed, MOST), (Crash::PowerLoss, MOST), (Crash::PowerLoss, 70)] {
+                let (image, _) = after_crash(&base, &log[from..], point - from, crash, &mut random);
+                let disk = Disk::new(image);
+                let (tier, storage) = open_slab(&disk, is_block_device, slots);
+                let what = format!("{crash:?} at {point} of {}, opened with {slots}", log.len());
+                kept += served(&disk, &tier, storage, &versions, &what);
+            }
+        }
+        assert!(kept > 20 * log.len(), "a recovery that keeps nothing is never stale either: {kept} of {}", log.len());
+    }
+}
+
+/// A slot that is being read or written when the slab is to shrink, and what becomes of a shrink that is given up.
+#[test]
+fn a_shrink_waits_for_slots_in_use_and_can_be_taken_back() {
+    let (mut slab, _) = history(false);
+    slab.insert(0..90);
+    let read = slab.tier.begin_read(slab.storage, BlockIndex(79)).unwrap();
+    let write = slab.tier.begin_insert(slab.storage, BlockIndex(100), FIRST).unwrap();
+    assert!(read.slot() >= 70 && write.slot() >= 70);
+    let tier = slab.tier.clone();
+    let mut resize = tier.begin_resize(format::slab_bytes(70)).unwrap();
+    let held = |resize: &mut crate::ssd::Resize<'_>| {
+        (0..100).map(|_| resize.step().unwrap()).find(|step| *step != ResizeStep::More).unwrap()
+    };
+    assert_eq!(held(&mut resize), ResizeStep::Held { slots: 2 });
+    assert!(tier.end_read(read, Outcome::Good).is_empty(), "its slot is about to go");
+    assert_eq!(held(&mut resize), ResizeStep::Held { slots: 1 });
+    assert_eq!(slab.disk.len(), format::slab_bytes(MOST));
+    drop(resize);
+    assert_eq!((tier.stats().slots, tier.stats().used_slots), (MOST, 70));
+    // No slot is lost: all of them can be in use, and none twice.
+    let sum = slab.fill(&write, 100);
+    assert!(!tier.finish_insert(write, sum, true), "it was dropped");
+    slab.insert(0..BLOCKS);
+    let versions = slab.versions.clone();
+    assert_eq!(served(&slab.disk, &slab.tier, slab.storage, &versions, "taken back"), BLOCKS as usize);
+    slab.resize(70);
+    slab.resize(MOST);
+    slab.insert(0..BLOCKS);
+    assert_eq!(served(&slab.disk, &slab.tier, slab.storage, &versions, "anew"), BLOCKS as usize);
+}
+
+/// Records beyond the end have no place on the disk.
+#[test]
+fn a_checkpoint_after_a_shrink_writes_nothing_beyond_the_end() {
+    let mut index = Index::new(300);
+    for block in 0..300 {
+        let key = Key::new(0, BlockIndex(block)).unwrap();
+        let (slot, _) = index.begin_insert(key, FIRST).unwrap();
+        assert!(index.finish_insert(slot, Some(0), false));
+    }
+    assert_eq!(index.next_changed(2), Some(2));
+    index.set_limit(70);
+    let mut next = Some(70);
+    while let Some(from) = next {
+        next = index.drop_beyond(from, 16);
+    }
+    while !index.sift(16) {}
+    assert_eq!(index.held_beyond(), 0);
+    index.end_shrink();
+    assert_eq!((index.next_changed(0), index.next_changed(2), index.len()), (Some(0), None, 70));
+}
+
+#[test]
+fn a_device_that_fails_leaves_the_size_as_it_was() {
+    let (mut slab, _) = history(false);
+    slab.insert(0..100);
+    slab.checkpoint();
+    for slots in [70, MOST + 100] {
+        slab.disk.failing.store(true, std::sync::atomic::Ordering::Relaxed);
+        let mut resize = slab.tier.begin_resize(format::slab_bytes(slots)).unwrap();
+        assert!((0..100).any(|_| resize.step().is_err()));
+        drop(resize);
+        slab.disk.failing.store(false, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!((slab.tier.stats().slots, slab.disk.len()), (MOST, format::slab_bytes(MOST)));
+        slab.insert(0..100);
+        assert_eq!(slab.tier.stats().used_slots, 100);
+        // What was dropped and written anew is found again by the next run.
+        slab.checkpoints(3);
+        let disk = Disk::new(
+            after_crash(&Image::default(), &slab.disk.log(), slab.disk.log().len(), Crash::Killed, &mut Random(1)).0,
+        );
+        let (tier, storage) = open_slab(&disk, false, MOST);
+        assert_eq!(served(&disk, &tier, storage, &slab.versions, "the next run"), 100);
+    }
+    slab.tier.close().unwrap();
+    assert!(slab.tier.begin_resize(format::slab_bytes(80)).is_err(), "it is closed");
+}
