@@ -8,6 +8,8 @@ mod front;
 mod guest;
 #[path = "daemon_host/mod.rs"]
 mod host;
+#[path = "daemon_tiers/mod.rs"]
+mod tiers;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -135,7 +137,7 @@ fn a_cache_disk_without_room_costs_the_tier_and_nothing_else() {
     let mut host = Host::new();
     let mount = host.path("small");
     std::fs::create_dir(&mount).unwrap();
-    let mounted = Mount::tmpfs(&mount);
+    let mounted = Mount::tmpfs(&mount, "1m");
     if mounted.is_none() {
         println!(
             "SKIPPED in part: mounting a tmpfs is not permitted; the cache disk is a file that cannot be made instead"
@@ -154,20 +156,29 @@ fn a_cache_disk_without_room_costs_the_tier_and_nothing_else() {
     host.stop();
 }
 
-/// A tmpfs of 1 MiB for as long as this lives.
+/// A tmpfs for as long as this lives.
 struct Mount(PathBuf);
 
 impl Mount {
-    fn tmpfs(at: &Path) -> Option<Mount> {
+    fn tmpfs(at: &Path, size: &str) -> Option<Mount> {
         let mut command = Command::new("mount");
-        let status = command.args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(at).stderr(Stdio::null()).status();
+        let status =
+            command.args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"]).arg(at).stderr(Stdio::null()).status();
         status.is_ok_and(|status| status.success()).then(|| Mount(at.to_owned()))
+    }
+}
+
+impl Mount {
+    fn unmount(self) {
+        assert!(Command::new("umount").arg(&self.0).status().unwrap().success(), "somebody has it in use");
+        std::mem::forget(self);
     }
 }
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        // Of a test that failed the daemon may still run.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
 }
 

@@ -264,6 +264,22 @@ pub enum CacheCommand {
         #[arg(long, value_name = "ID")]
         profile: Option<String>,
     },
+    /// Give the tiers other sizes while guests are served
+    #[command(
+        long_about = "Give the tiers other sizes while guests are served: all that is asked for, or nothing.\n\nA tier that grows keeps what it \
+        has. Of the RAM tier the least useful blocks leave when it shrinks; of the SSD tier those beyond the new end. The configuration stays as \
+        it is: the next start takes the size that is set there, and so does a reload after that was changed."
+    )]
+    Resize(ResizeArgs),
+    /// Take tiers out of service while guests are served: memory is given back, the SSD tier's file or device closed
+    #[command(
+        long_about = "Take tiers out of service while guests are served, until `cache resume` or the next start: the RAM tier gives its \
+        memory back; the SSD tier's file or device is closed, so that it can be unmounted or replaced. What they hold is forgotten; it is all in the \
+        stores too, from which guests are served meanwhile. `cache tiers` and `status` say so."
+    )]
+    Drain(ServiceArgs),
+    /// Bring tiers back into service, empty; also an SSD tier that could not be opened
+    Resume(ServiceArgs),
     /// Take blocks out of the cache, of all disks unless --disk names one; no guest data is lost
     Drop {
         /// From which tier
@@ -273,6 +289,28 @@ pub enum CacheCommand {
         #[arg(long, value_name = "NAME", value_parser = disk_name)]
         disk: Option<String>,
     },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct ResizeArgs {
+    /// Size of the RAM tier, at least 16MiB, such as 2GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub ram: Option<u64>,
+    /// Size of the SSD tier with its metadata, at least 64MiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub ssd: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct ServiceArgs {
+    /// The RAM tier
+    #[arg(long)]
+    pub ram: bool,
+    /// The SSD tier
+    #[arg(long)]
+    pub ssd: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -9,6 +9,7 @@
 //! - `record.rs`: `trace record`
 //! - `explain.rs`: `explain`
 //! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
+//! - `tiers.rs`: `cache resize`, `cache drain`, `cache resume`
 //! - `templates.rs`: `vm save-template`, `vm start-from-template`
 //! - `when.rs`: points in time
 //! - `forecast.rs`: `forecast`, which needs no daemon
@@ -29,6 +30,7 @@ mod simulate;
 mod stat;
 mod table;
 mod templates;
+mod tiers;
 mod when;
 
 use std::ffi::OsString;
@@ -38,6 +40,7 @@ use std::process::ExitCode;
 
 use clap::FromArgMatches;
 use prestage_cache::backend::StoreSpec;
+use prestage_integration::api::tiers::{ResizeRequest, Resized, Service, ServiceRequest};
 use prestage_integration::api::types::{
     AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList,
     Saved, Status, Vm, VmList, WarmRequest, Warmed,
@@ -45,7 +48,9 @@ use prestage_integration::api::types::{
 use serde::Serialize;
 use serde_json::json;
 
-use args::{CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, TraceCommand, VmCommand};
+use args::{
+    CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, ResizeArgs, ServiceArgs, TraceCommand, VmCommand,
+};
 pub use args::{Cli, DEFAULT_SOCKET};
 use stat::StatArgs;
 
@@ -253,6 +258,18 @@ async fn cache(command: CacheCommand, client: &Client, json: bool, out: &mut imp
             let request = WarmRequest { disk, ranges, profile };
             let reply: Warmed = client.post("/v1/cache/warm", &request).await?;
             answer(out, json, &reply, |reply| render::warmed(&request.disk, reply))
+        }
+        CacheCommand::Resize(ResizeArgs { ram, ssd }) => {
+            let request = ResizeRequest { ram_bytes: ram, ssd_bytes: ssd };
+            answer(out, json, &client.post::<Resized>("/v1/cache/resize", &request).await?, tiers::resized)
+        }
+        CacheCommand::Drain(ServiceArgs { ram, ssd }) => {
+            let request = ServiceRequest { ram, ssd };
+            answer(out, json, &client.post::<Service>("/v1/cache/drain", &request).await?, tiers::service)
+        }
+        CacheCommand::Resume(ServiceArgs { ram, ssd }) => {
+            let request = ServiceRequest { ram, ssd };
+            answer(out, json, &client.post::<Service>("/v1/cache/resume", &request).await?, tiers::service)
         }
         CacheCommand::Drop { tier, disk } => {
             let reply: Dropped = client.post("/v1/cache/drop", &DropRequest { tier: tier.into(), disk }).await?;

@@ -345,6 +345,31 @@ impl Config {
     }
 }
 
+/// The configuration that a daemon runs by once it has taken over what a reload changes: settings that need a restart stay as they
+/// run, so that what is reported is what is.
+#[must_use]
+pub fn reloaded(running: &Config, new: &Config) -> Config {
+    let Sections { daemon, cache, prefetch, store, export, nbd, libvirt, demand, memory, learner, model, api } =
+        running.sections().reloaded(&new.sections());
+    let (disks, webhooks) = (new.disks.clone(), new.webhooks.clone());
+    Config {
+        daemon,
+        cache,
+        prefetch,
+        store,
+        export,
+        nbd,
+        libvirt,
+        demand,
+        memory,
+        learner,
+        model,
+        api,
+        disks,
+        webhooks,
+    }
+}
+
 /// What differs, in the order of the reference file, then disks and webhooks by name.
 #[must_use]
 pub fn diff(old: &Config, new: &Config) -> Vec<Change> {

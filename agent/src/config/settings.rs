@@ -163,6 +163,11 @@ macro_rules! sections {
                 )*
             }
 
+            /// These settings, with those of `new` that take effect without a restart.
+            pub(super) fn reloaded(&self, new: &Self) -> Self {
+                Self { $($name: $Type { $($field: sections!(@of $effect, self.$name.$field, new.$name.$field).clone(),)* },)* }
+            }
+
             pub(super) fn diff(&self, new: &Self, out: &mut Vec<Change>) {
                 $($(
                     if self.$name.$field != new.$name.$field {
@@ -177,6 +182,8 @@ macro_rules! sections {
             }
         }
     };
+    (@of restart, $running:expr, $new:expr) => { $running };
+    (@of reload, $running:expr, $new:expr) => { $new };
     (@restart restart) => { true };
     (@restart reload) => { false };
 }
@@ -201,13 +208,13 @@ sections! {
     /// The cache: write-through, it never holds the only copy of anything.
     cache: Cache {
         /// Size of the RAM tier: a size of at least 16MiB, or a share of the host's memory above 0% and at most 90%.
-        ram_size: RamSize = RamSize::Percent(10.0), ram_size, restart;
+        ram_size: RamSize = RamSize::Percent(10.0), ram_size, reload;
         /// Huge pages for the RAM tier: "try", "no" or "require" (then the daemon does not start without them).
         huge_pages: HugePages = HugePages::Try, any, restart;
         /// File or block device of the SSD tier. Unset: no SSD tier. Example: ssd_path = "/var/cache/prestage/cache.ssd"
         ssd_path: Option<PathBuf> = None, any, restart;
         /// Size of the SSD tier, at least 64MiB. Of a block device, at most the device is used.
-        ssd_size: Bytes = Bytes::gib(16), at_least(Bytes::mib(64)), restart;
+        ssd_size: Bytes = Bytes::gib(16), at_least(Bytes::mib(64)), reload;
         /// Event-loop threads: "auto" (one for each four CPUs, 1 to 8) or 1 to 64.
         shards: Count = Count::Auto, shards, restart;
         /// What carries out I/O: "auto" (io_uring where allowed, else threads), "io_uring" or "thread_pool".

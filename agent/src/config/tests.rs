@@ -234,6 +234,103 @@ fn a_reload_knows_what_needs_a_restart() {
     assert!(diff(&new, &new).is_empty());
 }
 
+/// A configuration in which no setting has its default, and every one can be had.
+fn all_other() -> Config {
+    let text = Config::default_toml();
+    let (mut other, mut section, mut about) = (String::new(), String::new(), String::new());
+    for line in text.lines() {
+        if line.starts_with("[[") || line.starts_with("#[[") {
+            break;
+        }
+        if let Some(more) = line.strip_prefix("# ") {
+            about += more;
+            about.push(' ');
+            continue;
+        }
+        // Of those without a default.
+        if let Some((_, example)) = std::mem::take(&mut about).split_once("Example: ") {
+            other += &format!("{example}\n");
+        }
+        if line.starts_with('[') {
+            other += &format!("{line}\n");
+            section = line.trim_matches(['[', ']']).to_owned();
+            continue;
+        }
+        let Some((key, value)) = line
+            .strip_prefix('#')
+            .filter(|key| key.starts_with(|c: char| c.is_ascii_lowercase()))
+            .and_then(|line| line.split_once(" = "))
+        else {
+            continue;
+        };
+        let tried = [
+            "true",
+            "false",
+            "\"debug\"",
+            "\"/other\"",
+            "\"other\"",
+            "\"128MiB\"",
+            "\"2MiB/s\"",
+            "\"no\"",
+            "\"thread_pool\"",
+            "0.25",
+            "0.5",
+            "2",
+            "3",
+            "16",
+            "32",
+            "100",
+            "20000",
+            "0o600",
+            "\"0600\"",
+            "\"600\"",
+            "\"2s\"",
+            "\"7s\"",
+            "\"2m\"",
+            "\"2h\"",
+            "\"2d\"",
+            "\"qemu:///session\"",
+            "\"127.0.0.1:1\"",
+            "\"group\"",
+        ];
+        let fits = |other: &&&str| {
+            let read = read(&format!("[{section}]\n{key} = {other}\n"));
+            **other != value
+                && read.is_ok_and(|read| {
+                    diff(&read, &Config::default()).iter().any(|change| change.key == format!("{section}.{key}"))
+                })
+        };
+        let found = tried.iter().find(fits).unwrap_or_else(|| panic!("no other value for {section}.{key} = {value}"));
+        other += &format!("{key} = {found}\n");
+    }
+    other += "[[disk]]\nname = \"a\"\nstore = \"/a\"\n[[webhook]]\nurl = \"https://h/\"\nsecret_file = \"/s\"\n";
+    read(&other).unwrap()
+}
+
+/// Every setting there is: one that a reload changes is in effect after it, one that needs a restart is not.
+#[test]
+fn a_reload_takes_over_what_needs_no_restart_and_nothing_else() {
+    let (old, new) = (Config::default(), all_other());
+    let all = diff(&old, &new);
+    let settings = Config::default_json();
+    let known: usize = settings.as_object().unwrap().values().map(|section| section.as_object().unwrap().len()).sum();
+    // Those without a default are not in that list.
+    assert!(all.len() > known, "{} of more than {known} settings", all.len());
+    let after = reloaded(&old, &new);
+    let keys = |changes: Vec<Change>, restart: bool| {
+        assert!(changes.iter().all(|change| change.needs_restart == restart), "{changes:?}");
+        changes.into_iter().map(|change| change.key).collect::<Vec<_>>()
+    };
+    let (taken, left) = (keys(diff(&old, &after), false), keys(diff(&after, &new), true));
+    assert_eq!(taken.len() + left.len(), all.len());
+    for key in ["daemon.log", "cache.ram_size", "cache.ssd_size", "store.image_folder", "disk.a", "webhook.h"] {
+        assert!(taken.iter().any(|taken| taken == key), "{key} is not in {taken:?}");
+    }
+    for key in ["daemon.state_dir", "cache.ssd_path", "cache.shards", "demand.every", "memory.helper"] {
+        assert!(left.iter().any(|left| left == key), "{key} is not in {left:?}");
+    }
+}
+
 proptest! {
     #[test]
     fn any_text_is_a_configuration_or_an_error_with_a_place(text in "(\\[(cache|daemon|disk|x)\\]\n|[a-z_]{1,9} = [0-9a-z\"%.\\[\\]{}-]{0,8}\n|\\PC{0,12}\n){0,8}") {

@@ -9,11 +9,13 @@
 //! - `handover.rs`: a new prestaged takes over from the one that runs
 //! - `models.rs`: models and thresholds
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
+//! - `reload.rs`: a changed configuration, applied whole or not at all
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
 //! - `check.rs`: files that the configuration names
 //! - `webhooks.rs`: who is told
 //! - `templates.rs`: templates saved, clones started
+//! - `tiers.rs`: other sizes for the tiers, out of service and back
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod check;
@@ -28,10 +30,12 @@ mod models;
 mod programs;
 mod qsd;
 mod questions;
+mod reload;
 mod report;
 mod rows;
 mod run;
 mod templates;
+mod tiers;
 mod webhooks;
 
 pub use check::check;
@@ -66,6 +70,8 @@ struct Daemon {
     /// What was given up at the start.
     sandbox: Arc<Sandbox>,
     cache: Cache,
+    /// Held by whoever changes a tier.
+    tiers: Mutex<tiers::Away>,
     store: Store,
     learner: LearnerHandle,
     models: ModelsHandle,
@@ -89,7 +95,7 @@ struct Daemon {
     started: Instant,
     started_unix_ms: u64,
     /// Why there is no SSD tier although one is configured.
-    ssd_trouble: Option<String>,
+    ssd_trouble: Mutex<Option<String>>,
     /// Why the database is not the one of the last run.
     store_trouble: Option<String>,
     /// The database ends with the daemon.

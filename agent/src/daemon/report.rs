@@ -3,6 +3,7 @@
 use super::Daemon;
 use super::disks::{Entry, Served};
 use super::qsd::Qsd;
+use super::tiers::Away;
 use crate::learner::HeldProfile;
 use crate::nbd::NbdExport;
 use crate::store::ProfileRow;
@@ -196,6 +197,9 @@ impl Daemon {
                 trouble(&format!("disk {}", entry.definition.name), reason);
             }
         }
+        if let Some(reason) = self.ram_reason() {
+            trouble("ram tier", &reason);
+        }
         if let Some(reason) = self.ssd_reason() {
             trouble("ssd tier", &reason);
         }
@@ -325,13 +329,26 @@ impl Daemon {
 
     /// Why the SSD tier does not work although it is configured.
     fn ssd_reason(&self) -> Option<String> {
-        if let Some(reason) = &self.ssd_trouble {
+        if self.tiers_away().ssd.is_some() {
+            return Some("taken out of service; `prestagectl cache resume --ssd` brings it back, empty".to_owned());
+        }
+        if let Some(reason) = &*self.ssd_trouble.lock() {
             return Some(reason.clone());
         }
         match self.cache.ssd_stats()?.state {
             SsdState::Degraded { reason, .. } => Some(reason),
             _ => None,
         }
+    }
+
+    /// What is out of service. While a tier is being changed: as nobody knows better, nothing.
+    fn tiers_away(&self) -> Away {
+        self.tiers.try_lock().map_or_else(Away::default, |away| away.clone())
+    }
+
+    fn ram_reason(&self) -> Option<String> {
+        let text = "taken out of service; `prestagectl cache resume --ram` brings it back, empty";
+        self.tiers_away().ram_bytes.map(|_| text.to_owned())
     }
 
     pub(super) fn tiers_report(&self) -> CacheTiers {
@@ -360,10 +377,11 @@ impl Daemon {
             });
         }
         storages.sort_by_key(|storage| std::cmp::Reverse(storage.used_bytes));
+        let ram_reason = self.ram_reason();
         let ram = Tier {
             tier: TierName::Ram,
-            health: Health::Ok,
-            detail: Some(format!("{:?} pages", self.cache.arena().page_kind()).to_lowercase()),
+            health: if ram_reason.is_some() { Health::Off } else { Health::Ok },
+            detail: ram_reason.or_else(|| Some(format!("{:?} pages", self.cache.arena().page_kind()).to_lowercase())),
             path: None,
             capacity_bytes: u64::from(occupancy.slots) * block,
             used_bytes: u64::from(occupancy.used_slots) * block,
@@ -396,7 +414,11 @@ impl Daemon {
             },
             None => Tier {
                 tier: TierName::Ssd,
-                health: if reason.is_some() { Health::Degraded } else { Health::Off },
+                health: if reason.is_some() && self.tiers_away().ssd.is_none() {
+                    Health::Degraded
+                } else {
+                    Health::Off
+                },
                 detail: reason,
                 path: config.cache.ssd_path.map(|path| path.display().to_string()),
                 ..Tier::default()

@@ -8,13 +8,11 @@ use super::disks::Definition;
 use super::end::{Threads, hand_over, shut_down};
 use super::handover::{self, Gate, Invitation, Locks};
 use super::questions::Questions;
-use super::{Daemon, Disks, Shared, control, learner_settings, machines, models};
-use crate::config::{
-    Change, Config, ConfigError, Demand as DemandSettings, Engine, HugePages, Memory as MemoryConfig, RateLimit, diff,
-};
+use super::{Daemon, Disks, Shared, control, learner_settings, machines, models, reload};
+use crate::config::{Config, ConfigError, Engine, HugePages, RateLimit};
 use crate::demand::run::Demand;
+use crate::learner::LearnerHandle;
 use crate::learner::run::unix_ms;
-use crate::learner::{LearnerHandle, LearnerSettings};
 use crate::memory::{MemoryHandle, MemorySettings};
 use crate::nbd::NbdServer;
 use crate::privilege::Sandbox;
@@ -24,7 +22,7 @@ use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
 use prestage_cache::policy::{BudgetConfig, CoreConfig};
-use prestage_cache::ssd::{self, Found, SsdOptions, SsdTier};
+use prestage_cache::ssd::{self, Found, SsdError, SsdOptions, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
@@ -231,7 +229,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
                 ended = Err(RunError::BrokerLost);
                 break None;
             }
-            _ = hangup.recv() => reload(&daemon, &options, &set_log).await,
+            _ = hangup.recv() => reload::reload(&daemon, &options, &set_log).await,
             _ = upgrade.recv() => {
                 if let Err(error) = invitation.newest() {
                     tracing::warn!(%error, "no successor could be started; this prestaged goes on serving");
@@ -335,7 +333,7 @@ fn raise_limits() {
     }
 }
 
-fn budget(config: &Config) -> BudgetConfig {
+pub(super) fn budget(config: &Config) -> BudgetConfig {
     BudgetConfig {
         max_bytes_in_flight: config.prefetch.max_bytes_in_flight.0,
         bytes_per_second: match config.prefetch.rate_per_store {
@@ -436,6 +434,7 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
         config: Mutex::new(config),
         sandbox,
         cache,
+        tiers: Mutex::default(),
         store,
         learner,
         models,
@@ -453,7 +452,7 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
         untold: Mutex::default(),
         started: Instant::now(),
         started_unix_ms: unix_ms(),
-        ssd_trouble,
+        ssd_trouble: Mutex::new(ssd_trouble),
         store_trouble,
         stand_in,
         machine_names: Mutex::default(),
@@ -490,7 +489,7 @@ fn start_memory(
 /// machines without their disks.
 fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
     let lineage = config.daemon.state_dir.join("ssd.last");
-    let (tier, trouble) = try_ssd(config, &lineage);
+    let (tier, trouble) = try_ssd(config);
     if tier.is_none()
         && let Err(error) = ssd::run_without(&lineage)
     {
@@ -502,7 +501,25 @@ fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
     (tier, trouble)
 }
 
-fn try_ssd(config: &Config, lineage: &Path) -> (Option<SsdTier>, Option<String>) {
+/// What opening the SSD tier needs to know beside where it is.
+fn ssd_options(config: &Config) -> SsdOptions {
+    SsdOptions {
+        // In memory: it outlives a killed daemon, and that is what it is for.
+        own_writes: Some(config.daemon.run_dir.join("ssd.own")),
+        veto: Some(config.daemon.state_dir.join("ssd.veto")),
+        lineage: Some(config.daemon.state_dir.join("ssd.last")),
+        ..SsdOptions::default()
+    }
+}
+
+/// Opens the SSD tier while guests are served: what is found there counts for nothing, since nobody marked their writes.
+pub(super) fn open_empty_ssd(config: &Config) -> Result<SsdTier, SsdError> {
+    let path = config.cache.ssd_path.as_deref().unwrap_or(Path::new(""));
+    let options = SsdOptions { empty: true, ..ssd_options(config) };
+    SsdTier::open_with(path, config.cache.ssd_size.0, options).map(|(tier, _)| tier)
+}
+
+fn try_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
     let Some(path) = &config.cache.ssd_path else { return (None, None) };
     if let Some(folder) = path.parent()
         && let Err(error) = make_folder(folder, 0o750)
@@ -510,14 +527,7 @@ fn try_ssd(config: &Config, lineage: &Path) -> (Option<SsdTier>, Option<String>)
         tracing::error!(%error, "no SSD tier");
         return (None, Some(error.to_string()));
     }
-    let options = SsdOptions {
-        // In memory: it outlives a killed daemon, and that is what it is for.
-        own_writes: Some(config.daemon.run_dir.join("ssd.own")),
-        veto: Some(config.daemon.state_dir.join("ssd.veto")),
-        lineage: Some(lineage.to_owned()),
-        ..SsdOptions::default()
-    };
-    match SsdTier::open_with(path, config.cache.ssd_size.0, options) {
+    match SsdTier::open_with(path, config.cache.ssd_size.0, ssd_options(config)) {
         Ok((tier, report)) => {
             let (path, kept_bytes, dropped) = (path.display(), report.kept_pages * 4096, report.dropped_slots());
             match report.found {
@@ -551,7 +561,9 @@ fn try_ssd(config: &Config, lineage: &Path) -> (Option<SsdTier>, Option<String>)
             tracing::error!(%error, "no SSD tier: guests are served from RAM and store");
             (
                 None,
-                Some(format!("{error}; it is set by cache.ssd_path and cache.ssd_size and opened at the next start")),
+                Some(format!(
+                    "{error}; it is set by cache.ssd_path and cache.ssd_size and opened at the next start, or by `prestagectl cache resume --ssd`"
+                )),
             )
         }
     }
@@ -590,7 +602,7 @@ pub(super) async fn open_missing(daemon: &Shared) {
     }
 }
 
-async fn refresh_sizes(daemon: &Shared, ask_servers: bool) {
+pub(super) async fn refresh_sizes(daemon: &Shared, ask_servers: bool) {
     let shared = daemon.clone();
     if let Err(error) = control::blocking(move || shared.disks.refresh_sizes(&shared.host(), ask_servers)).await {
         tracing::error!(%error, "sizes of the stores not asked for");
@@ -631,66 +643,4 @@ pub(super) fn add_outcomes(daemon: &Daemon) {
             drop(daemon.store.add_outcome(hour, &name, new));
         }
     }
-}
-
-/// Reads the configuration anew and applies what can be applied without a restart. A configuration with errors changes
-/// nothing.
-async fn reload(daemon: &Shared, options: &Options, set_log: &SetLog) {
-    // Type=notify-reload tells this reload from an older one by the time.
-    let now = NotifyState::monotonic_usec_now().ok();
-    let reloading: Vec<_> = [NotifyState::Reloading].into_iter().chain(now).collect();
-    let _ = sd_notify::notify(&reloading);
-    match Config::load(&options.config, &options.overrides) {
-        Err(error) => {
-            for line in error.to_string().lines() {
-                tracing::error!("configuration not reloaded: {line}");
-            }
-        }
-        Ok(new) => apply(daemon, new, set_log).await,
-    }
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
-}
-
-async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) {
-    let changes = diff(&daemon.config.lock(), &new);
-    for Change { key, needs_restart, old, new } in &changes {
-        let (old, new) = (old.as_deref().unwrap_or("unset"), new.as_deref().unwrap_or("unset"));
-        if *needs_restart {
-            tracing::warn!("{key} changed from {old} to {new}: takes effect with a restart of prestaged");
-        } else {
-            tracing::info!("{key} changed from {old} to {new}");
-        }
-    }
-    set_log(&new.daemon.log);
-    let settings: LearnerSettings = learner_settings(&new, daemon.stand_in);
-    daemon.learner.settings(settings);
-    daemon.models.settings(models::settings(&new));
-    daemon.cache.set_budget(budget(&new));
-    if let Some(demand) = &daemon.demand {
-        demand.set(&new);
-    }
-    if let Some(memory) = &daemon.memory {
-        memory.settings(MemorySettings::of(&new));
-    }
-    {
-        let mut config = daemon.config.lock();
-        // Settings that need a restart stay as they run, so that what is reported is what is.
-        config.daemon.log = new.daemon.log;
-        config.prefetch = new.prefetch;
-        config.learner = new.learner;
-        config.model = new.model;
-        config.memory =
-            MemoryConfig { enabled: config.memory.enabled, helper: config.memory.helper.clone(), ..new.memory };
-        config.demand = DemandSettings { enabled: config.demand.enabled, every: config.demand.every, ..new.demand };
-        config.disks = new.disks;
-        config.webhooks = new.webhooks;
-    }
-    super::webhooks::tell(daemon).await;
-    if let Err(error) = machines::follow_config(daemon).await {
-        tracing::error!(%error, "disks of the configuration not brought into line");
-    }
-    open_missing(daemon).await;
-    refresh_sizes(daemon, true).await;
-    let needs_restart = changes.iter().filter(|change| change.needs_restart).count();
-    tracing::info!(applied = changes.len() - needs_restart, needs_restart, "configuration reloaded");
 }

@@ -9,6 +9,7 @@ use futures_util::StreamExt;
 use parking_lot::Mutex;
 use prestage_integration::api::history::*;
 use prestage_integration::api::templates::*;
+use prestage_integration::api::tiers::*;
 use prestage_integration::api::types::*;
 use prestage_integration::api::{
     ApiError, Control, Counters, ErrorCode, Limits, Reply, Rows, SocketOptions, bind, serve,
@@ -150,6 +151,33 @@ impl TemplateControl for Fake {
             notes: vec!["its network interfaces are unplugged".into()],
             ..CloneStarted::default()
         }))
+    }
+}
+
+impl TierControl for Fake {
+    fn cache_resize(&self, request: ResizeRequest) -> Reply<'_, Resized> {
+        self.note(format!("resize {request:?}"));
+        let change = |tier, asked: Option<u64>, to_keep: Option<&str>| {
+            let to_keep = to_keep.map(str::to_owned);
+            asked.map(|after_bytes| TierResized { tier, before_bytes: 1 << 30, after_bytes, to_keep })
+        };
+        let ram = change(TierName::Ram, request.ram_bytes, Some("cache.ram_size = \"2GiB\""));
+        let ssd = change(TierName::Ssd, request.ssd_bytes, None);
+        done(Ok(Resized { tiers: ram.into_iter().chain(ssd).collect() }))
+    }
+
+    fn cache_drain(&self, request: ServiceRequest) -> Reply<'_, Service> {
+        self.note(format!("drain {request:?}"));
+        let ram = TierService { size_bytes: 1 << 30, ..TierService::default() };
+        let path = Some("/dev/nvme0n1".to_owned());
+        let ssd = TierService { tier: TierName::Ssd, path, closed: Some(request.ram), ..TierService::default() };
+        done(Ok(Service { tiers: if request.ram { vec![ram, ssd] } else { vec![ssd] } }))
+    }
+
+    fn cache_resume(&self, request: ServiceRequest) -> Reply<'_, Service> {
+        self.note(format!("resume {request:?}"));
+        let tier = TierService { in_service: true, size_bytes: 1 << 30, ..TierService::default() };
+        done(Ok(Service { tiers: vec![tier] }))
     }
 }
 

@@ -250,7 +250,26 @@ ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
         &["cache", "drop", "--tier", "ram", "--disk", "web1-vda"],
         "dropped 128 MiB from RAM, 0 B from SSD\n",
     );
+    prints(
+        &daemon,
+        &["cache", "resize", "--ram", "2GiB", "--ssd", "1GiB"],
+        "ram tier: 1.0 GiB -> 2.0 GiB, until the next start; set cache.ram_size = \"2GiB\" to keep it\n\
+         ssd tier has 1.0 GiB already, as configured\n",
+    );
+    prints(
+        &daemon,
+        &["cache", "drain", "--ram", "--ssd"],
+        "ram tier out of service, 1.0 GiB given back\nssd tier out of service; /dev/nvme0n1 is closed\n",
+    );
+    prints(
+        &daemon,
+        &["cache", "drain", "--ssd"],
+        "ssd tier out of service; /dev/nvme0n1 is closed as soon as its device, or a store with a write under way, has answered: ask again\n",
+    );
+    prints(&daemon, &["cache", "resume", "--ram"], "ram tier in service, 1.0 GiB\n");
     let asked = daemon.control.asked.lock().clone();
+    assert_eq!(asked[5], "resume ServiceRequest { ram: true, ssd: false }");
+    assert_eq!(asked[2], "resize ResizeRequest { ram_bytes: Some(2147483648), ssd_bytes: Some(1073741824) }");
     assert!(asked[0].contains("ByteRange { offset_bytes: 1073741824, length_bytes: 4096 }"), "{}", asked[0]);
     assert_eq!(asked[1], "drop DropRequest { tier: Ram, disk: Some(\"web1-vda\") }");
 }
@@ -362,6 +381,9 @@ fn json_is_the_daemons_own_and_failures_too() {
         &["cache", "stat"],
         &["cache", "warm", "x"],
         &["cache", "drop"],
+        &["cache", "resize", "--ssd", "1GiB"],
+        &["cache", "drain", "--ram"],
+        &["cache", "resume", "--ssd"],
         &["profile", "list"],
         &["profile", "show", "1"],
         &["profile", "remove", "1"],
@@ -409,6 +431,9 @@ fn wrong_usage_is_2_and_says_what_is_right() {
         (&["history", "near", "x", "0", "0", "--within", "2m"], "it is at most 1m"),
         (&["cache", "warm", "x", "--ranges", "0+0"], "its length is 0"),
         (&["cache", "warm", "x", "--ranges", "0+1", "--profile", "1"], "cannot be used with"),
+        (&["cache", "drain"], "--ram|--ssd"),
+        (&["cache", "resize"], "--ram <SIZE>|--ssd <SIZE>"),
+        (&["cache", "resize", "--ram", "much"], "much"),
         (&["cache", "drop", "--tier", "tape"], "[possible values: ram, ssd, all]"),
         (&["--verbose"], "unexpected argument '--verbose'"),
     ] {

@@ -68,6 +68,29 @@ impl Host {
         assert!(!self.log().contains("panicked"), "{}", self.log());
     }
 
+    /// As a crash of the daemon.
+    pub(crate) fn kill(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// Has the daemon read its configuration anew, and waits until it says that it is through with that.
+    pub(crate) fn reload(&self) -> String {
+        let before = self.log().len();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.daemon.as_ref().unwrap().id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let said = self.log()[before..].to_owned();
+            if ["configuration reloaded", "configuration not reloaded"].iter().any(|end| said.contains(end)) {
+                return said;
+            }
+            assert!(Instant::now() < deadline, "no reload:\n{said}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path("log")).unwrap_or_default()
     }

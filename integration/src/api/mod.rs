@@ -5,6 +5,7 @@
 //! - [`models`]: models and thresholds, words and what is done about them
 //! - [`demand`]: policies, forecasts, decisions, reservations, executions, events
 //! - [`templates`]: templates and clones
+//! - [`tiers`]: other sizes for the tiers, out of service and back
 //! - `error.rs`: problems (RFC 9457) and their codes
 //! - `routes.rs`: paths, handlers, the OpenAPI document
 //! - `rows.rs`: answers that go on, as CSV
@@ -25,6 +26,7 @@ mod server;
 pub mod templates;
 #[cfg(test)]
 mod tests;
+pub mod tiers;
 pub mod types;
 
 use std::future::Future;
@@ -50,7 +52,7 @@ pub type Reply<'a, T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send 
 /// Methods that change something run to their end even when the client goes away: the router spawns them. Requests arrive checked by
 /// their `validate`.
 pub trait Control:
-    models::ModelControl + demand::DemandControl + templates::TemplateControl + Send + Sync + 'static
+    models::ModelControl + demand::DemandControl + templates::TemplateControl + tiers::TierControl + Send + Sync + 'static
 {
     fn status(&self) -> Reply<'_, Status>;
 

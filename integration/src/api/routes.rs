@@ -6,6 +6,7 @@
 mod demand;
 mod models;
 mod templates;
+mod tiers;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -122,6 +123,7 @@ fn described() -> OpenApiRouter<Shared> {
         .merge(models::described())
         .merge(demand::described())
         .merge(templates::described())
+        .merge(tiers::described())
 }
 
 /// Around every request: the time limit, the path in problems, and one line of log for each change with who asked for it.

@@ -73,6 +73,19 @@ impl templates::TemplateControl for Fake {
     }
 }
 
+impl tiers::TierControl for Fake {
+    fn cache_resize(&self, request: tiers::ResizeRequest) -> Reply<'_, tiers::Resized> {
+        let tier = tiers::TierResized { after_bytes: request.ram_bytes.unwrap_or(0), ..Default::default() };
+        Box::pin(async { Ok(tiers::Resized { tiers: vec![tier] }) })
+    }
+    fn cache_drain(&self, _: tiers::ServiceRequest) -> Reply<'_, tiers::Service> {
+        Box::pin(async { Ok(tiers::Service::default()) })
+    }
+    fn cache_resume(&self, _: tiers::ServiceRequest) -> Reply<'_, tiers::Service> {
+        no()
+    }
+}
+
 impl Control for Fake {
     fn status(&self) -> Reply<'_, Status> {
         Box::pin(async { Ok(Status { version: "1".into(), ..Status::default() }) })
@@ -252,7 +265,10 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         .collect();
     let expected = [
         "get /v1/cache",
+        "post /v1/cache/drain",
         "post /v1/cache/drop",
+        "post /v1/cache/resize",
+        "post /v1/cache/resume",
         "get /v1/cache/stat",
         "post /v1/cache/warm",
         "get /v1/disks",
@@ -379,6 +395,12 @@ fn every_failure_is_a_problem_with_a_stable_code() {
             "invalid_request",
             "ends beyond",
         ),
+        ("POST", "/v1/cache/drain", "{\"ram\": false}", 400, "invalid_request", "`ram`, `ssd` or both"),
+        ("POST", "/v1/cache/resume", "{}", 400, "invalid_request", "`ram`, `ssd` or both"),
+        ("POST", "/v1/cache/resize", "{}", 400, "invalid_request", "`ram_bytes`, `ssd_bytes` or both"),
+        ("POST", "/v1/cache/resize", "{\"ram_bytes\": 16777215}", 400, "invalid_request", "at least 16777216"),
+        ("POST", "/v1/cache/resize", "{\"ssd_bytes\": 67108863}", 400, "invalid_request", "at least 67108864"),
+        ("POST", "/v1/cache/resize", "{\"ssd_bytes\": -1}", 400, "invalid_request", "integer `-1`"),
         ("POST", "/v1/cache/drop", "{\"tier\": \"tape\"}", 400, "invalid_request", "unknown variant `tape`"),
     ] {
         let (found, head, problem) = server.request(method, path, body);
@@ -410,6 +432,9 @@ fn answers_carry_the_right_status_and_decoded_names() {
     let (status, _, attached) = server.request_as("POST", "/v1/vms/v/disks/vda/attach", "", "");
     assert_eq!((status, attached["target"].as_str()), (200, Some("vda")));
     assert_eq!(server.request_as("POST", "/v1/cache/drop", "", "").0, 200);
+    assert_eq!(server.request("POST", "/v1/cache/drain", "{\"ssd\": true}").0, 200);
+    let (status, _, resized) = server.request("POST", "/v1/cache/resize", "{\"ram_bytes\": 16777216}");
+    assert_eq!((status, resized["tiers"][0]["after_bytes"].as_u64()), (200, Some(16 << 20)));
 }
 
 #[test]

@@ -1,0 +1,46 @@
+//! What is said of the tiers' upkeep.
+
+use super::table::printable;
+use crate::config::units::human_bytes;
+use prestage_integration::api::tiers::{Resized, Service, TierResized, TierService};
+use prestage_integration::api::types::TierName;
+
+fn name(tier: TierName) -> &'static str {
+    match tier {
+        TierName::Ram => "ram",
+        TierName::Ssd => "ssd",
+    }
+}
+
+pub(super) fn resized(reply: &Resized) -> String {
+    reply.tiers.iter().map(line).collect()
+}
+
+fn line(tier: &TierResized) -> String {
+    let (before, after) = (human_bytes(tier.before_bytes), human_bytes(tier.after_bytes));
+    let until = match &tier.to_keep {
+        Some(setting) => format!(", until the next start; set {} to keep it", printable(setting)),
+        None => ", as configured".to_owned(),
+    };
+    match tier.before_bytes == tier.after_bytes {
+        true => format!("{} tier has {after} already{until}\n", name(tier.tier)),
+        false => format!("{} tier: {before} -> {after}{until}\n", name(tier.tier)),
+    }
+}
+
+pub(super) fn service(reply: &Service) -> String {
+    reply.tiers.iter().map(state).collect()
+}
+
+fn state(tier: &TierService) -> String {
+    let (name, size) = (name(tier.tier), human_bytes(tier.size_bytes));
+    let path = tier.path.as_deref().map(printable).unwrap_or_default();
+    match (tier.in_service, tier.tier, tier.closed) {
+        (true, ..) => format!("{name} tier in service, {size}\n"),
+        (false, TierName::Ram, _) => format!("{name} tier out of service, {size} given back\n"),
+        (false, TierName::Ssd, Some(false)) => format!(
+            "{name} tier out of service; {path} is closed as soon as its device, or a store with a write under way, has answered: ask again\n"
+        ),
+        (false, TierName::Ssd, _) => format!("{name} tier out of service; {path} is closed\n"),
+    }
+}
