@@ -71,7 +71,7 @@ pub(super) fn require_gaps(device: &Device) -> Result<(), SsdError> {
     let sectors = buf.get().chunks(SECTOR_BYTES).enumerate();
     let mut gaps = sectors.filter(|(i, _)| !format::SUPER_OFFSETS.contains(&((i * SECTOR_BYTES) as u64)));
     // A sector of ones is one that cannot be read.
-    if gaps.any(|(_, sector)| sector.iter().any(|b| *b != 0) && sector.iter().any(|b| *b != 0xff)) {
+    if gaps.any(|(_, sector)| sector != [0; SECTOR_BYTES] && sector != [0xff; SECTOR_BYTES]) {
         let found = format!("{}, written over an SSD tier", name_of(buf.get()));
         return Err(SsdError::Foreign { path: device.path.clone(), found, remedy: device.remedy() });
     }

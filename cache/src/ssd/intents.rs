@@ -311,7 +311,7 @@ impl Intents {
             });
             bits[i * CHUNK_WORDS..][..CHUNK_WORDS].copy_from_slice(&found);
         }
-        if bits.iter().any(|word| *word != 0) {
+        if bits != [0; WORDS] {
             let mut at = Sector::new();
             (at.wanted, at.there) = (bits, bits);
             // A damaged chunk counts as set today; one that rots further must not count as anything else.

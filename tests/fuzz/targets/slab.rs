@@ -9,6 +9,7 @@ use arbitrary::{Result, Unstructured};
 use prestage_cache::ssd::{Outcome, SsdError, SsdOptions, SsdStorage, SsdTier, Stamp, Step};
 use prestage_cache::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -27,11 +28,15 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let _ = play(&mut Unstructured::new(data));
 });
 
-/// A slab with ten blocks of one store, as pieces that are not zero, and whether it was closed.
+/// Blocks that the store has: twelve that guests use, and two that only a record made up by somebody names.
+const BLOCKS: [u64; 14] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1 << 20, u64::MAX >> 16];
+
+/// A slab with ten blocks of one store, as runs of sectors that are not zero, and the store.
 struct Pristine {
-    folder: PathBuf,
+    path: PathBuf,
     closed: Vec<(u64, Vec<u8>)>,
     killed: Vec<(u64, Vec<u8>)>,
+    store: Vec<(u64, Vec<u8>)>,
 }
 
 fn pristine() -> &'static Pristine {
@@ -41,9 +46,14 @@ fn pristine() -> &'static Pristine {
         let folder = std::env::temp_dir().join(format!("prestage-fuzz-slab-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder for the slab can be made");
         let path = folder.join("slab");
+        let store = BLOCKS.map(|block| (block, content(block))).to_vec();
         let tier = open(&path, LEN).expect("a slab can be made");
         let storage = tier.storage("file:/a", Some(STAMP)).expect("there is room for a storage");
-        (0..10).for_each(|block| insert(&tier, storage, block, PageMask(0xF0FF)));
+        // Whole blocks, runs, single pages: one apiece, since whatever is there is read four times an input.
+        let masks = [0xFFFF, 0x8001, 0x0001, 0x00F0, 0x8000, 0x5005, 0x0FF0, 0x0002, 0x0300, 0x4000];
+        for (block, mask) in store.iter().zip(masks) {
+            insert(&tier, storage, block, PageMask(mask));
+        }
         if let Some(mut checkpoint) = tier.begin_checkpoint() {
             while checkpoint.step().expect("the device takes writes") == Step::More {}
         }
@@ -51,7 +61,7 @@ fn pristine() -> &'static Pristine {
         tier.close().expect("the slab can be closed");
         drop(tier);
         let closed = pieces(&path);
-        Pristine { folder, closed, killed }
+        Pristine { path, closed, killed, store }
     })
 }
 
@@ -60,63 +70,75 @@ fn open(path: &Path, len: u64) -> std::result::Result<SsdTier, SsdError> {
     SsdTier::open_with(path, len, options).map(|(tier, _)| tier)
 }
 
-/// What of a file is not zero.
+/// What of a file is not zero: runs of sectors, so that putting it back takes few writes.
 fn pieces(path: &Path) -> Vec<(u64, Vec<u8>)> {
     let bytes = std::fs::read(path).expect("the slab can be read");
-    let sectors = (0..).step_by(4096).zip(bytes.chunks(4096));
-    sectors
-        .filter(|(_, sector)| sector.iter().any(|byte| *byte != 0))
-        .map(|(at, sector)| (at, sector.to_vec()))
-        .collect()
-}
-
-/// What page `page` of a block holds.
-fn content(block: u64, page: u64) -> Vec<u8> {
-    (block * 100 + page + 1).to_le_bytes().iter().copied().cycle().take(PAGE_BYTES).collect()
-}
-
-fn insert(tier: &SsdTier, storage: SsdStorage, block: u64, mask: PageMask) {
-    let Some(write) = tier.begin_insert(storage, BlockIndex(block), mask) else { return };
-    let mut buffer = vec![0; BLOCK_BYTES];
-    for page in (0..16).filter(|page| mask.has(*page)) {
-        buffer[page as usize * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&content(block, page));
+    let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
+    for (at, sector) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
+        if sector.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        match pieces.last_mut() {
+            Some((from, piece)) if *from + piece.len() as u64 == at => piece.extend(sector),
+            _ => pieces.push((at, sector.to_vec())),
+        }
     }
-    let data = File::from(tier.data_fd().as_fd().try_clone_to_owned().expect("descriptors are to be had"));
-    let ok = data.write_all_at(&buffer, write.offset()).is_ok();
-    let checksum = write.checksum(&buffer);
+    pieces
+}
+
+/// What a block of the store holds: every page something else.
+fn content(block: u64) -> Vec<u8> {
+    let page = |page: u64| (block * 100 + page + 1).to_le_bytes().repeat(PAGE_BYTES / 8);
+    (0..16).flat_map(page).collect()
+}
+
+/// Where the pages of a mask lie in a block, run by run.
+fn places(mask: PageMask) -> impl Iterator<Item = Range<usize>> {
+    mask.runs().map(|(first, count)| first as usize * PAGE_BYTES..(first + count) as usize * PAGE_BYTES)
+}
+
+fn file_of(tier: &SsdTier) -> File {
+    File::from(tier.data_fd().as_fd().try_clone_to_owned().expect("descriptors are to be had"))
+}
+
+fn insert(tier: &SsdTier, storage: SsdStorage, (block, held): &(u64, Vec<u8>), mask: PageMask) {
+    let Some(write) = tier.begin_insert(storage, BlockIndex(*block), mask) else { return };
+    let data = file_of(tier);
+    let ok = places(mask).all(|at| data.write_all_at(&held[at.clone()], write.offset() + at.start as u64).is_ok());
+    let checksum = write.checksum(held);
     tier.finish_insert(write, checksum, ok);
 }
 
 /// Reads all blocks that might be there. What is served must be what the store held.
-fn read_all(tier: &SsdTier, storage: SsdStorage) {
-    let data = File::from(tier.data_fd().as_fd().try_clone_to_owned().expect("descriptors are to be had"));
-    for block in (0..SLOTS).chain([1 << 20, u64::MAX >> 16]) {
-        let Some(read) = tier.begin_read(storage, BlockIndex(block)) else { continue };
-        let mut buffer = vec![0; BLOCK_BYTES];
-        let outcome = match data.read_exact_at(&mut buffer, read.offset()) {
-            Err(_) => Outcome::IoError,
+fn read_all(tier: &SsdTier, storage: SsdStorage, store: &[(u64, Vec<u8>)]) {
+    let data = file_of(tier);
+    // Of the block before, where nothing is read: what is served must not be that.
+    let mut buffer = vec![0; BLOCK_BYTES];
+    for (block, held) in store {
+        let Some(read) = tier.begin_read(storage, BlockIndex(*block)) else { continue };
+        let written = places(read.written_mask());
+        let outcome = match written
+            .map(|at| data.read_exact_at(&mut buffer[at.clone()], read.offset() + at.start as u64))
+            .collect()
+        {
+            Err::<(), std::io::Error>(_) => Outcome::IoError,
             Ok(()) if read.verify(&buffer) => Outcome::Good,
             Ok(()) => Outcome::BadChecksum,
         };
         let served = tier.end_read(read, outcome);
         assert!(outcome == Outcome::Good || served == PageMask::NONE);
-        for page in (0..16).filter(|page| served.has(*page)) {
-            assert!(
-                buffer[page as usize * PAGE_BYTES..][..PAGE_BYTES] == content(block, page),
-                "page {page} of {block}"
-            );
+        for at in places(served) {
+            assert!(buffer[at.clone()] == held[at.clone()], "bytes {at:?} of {block}");
         }
     }
 }
 
 fn play(bytes: &mut Unstructured<'_>) -> Result<()> {
-    let pristine = pristine();
-    let path = pristine.folder.join("slab");
+    let Pristine { path, closed, killed, store } = pristine();
     let file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).expect("a file can be made");
+        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path).expect("a file can be made");
     file.set_len(LEN).expect("a file can be lengthened");
-    let pieces = if bytes.ratio(1, 2)? { &pristine.closed } else { &pristine.killed };
-    for (at, piece) in pieces {
+    for (at, piece) in if bytes.ratio(1, 2)? { closed } else { killed } {
         file.write_all_at(piece, *at).expect("a file can be written");
     }
     for _ in 0..bytes.int_in_range(0..=6_u8)? {
@@ -129,13 +151,13 @@ fn play(bytes: &mut Unstructured<'_>) -> Result<()> {
     };
     drop(file);
     for _ in 0..2 {
-        let Ok(tier) = open(&path, len) else { return Ok(()) };
+        let Ok(tier) = open(path, len) else { return Ok(()) };
         if let Ok(storage) = tier.storage("file:/a", Some(STAMP)) {
-            read_all(&tier, storage);
+            read_all(&tier, storage, store);
             for _ in 0..bytes.int_in_range(0..=3_u8)? {
-                insert(&tier, storage, bytes.int_in_range(0..=SLOTS)?, PageMask(bytes.arbitrary()?));
+                insert(&tier, storage, bytes.choose(store)?, PageMask(bytes.arbitrary()?));
             }
-            read_all(&tier, storage);
+            read_all(&tier, storage, store);
         }
         if let Some(mut checkpoint) = tier.begin_checkpoint().filter(|_| bytes.arbitrary().unwrap_or(false)) {
             while matches!(checkpoint.step(), Ok(Step::More)) {}
