@@ -12,6 +12,8 @@ use std::time::Duration;
 /// Time in which [`HITS`] are taken. Hits in a row are more use to a predictor than single ones, so it is long enough for a
 /// thousand of them and short enough that no phase of a guest falls into the gap.
 const WINDOW: Duration = Duration::from_millis(50);
+const WINDOW_US: u64 = WINDOW.as_micros() as u64;
+const WINDOWS_A_SECOND: u64 = 1_000_000 / WINDOW_US;
 /// 41,000 a second. The learner takes 1 to 1.5 µs over each: with these at most a sixteenth of a processor, where all the hits
 /// that one shard can serve (300,000 a second) took nearly half of one, the same one on a small host.
 const HITS: u32 = 2048;
@@ -93,8 +95,8 @@ impl AccessQueue {
     }
 
     fn takes_hit(&self, at: Duration) -> bool {
-        // Fits for as long as a host lives.
-        let window = (at.as_micros() / WINDOW.as_micros()) as u64;
+        // Whole seconds and the rest apart: a division of 128 bits would cost more than all else here.
+        let window = at.as_secs() * WINDOWS_A_SECOND + u64::from(at.subsec_micros()) / WINDOW_US;
         if self.window.load(Ordering::Relaxed) != window {
             self.window.store(window, Ordering::Relaxed);
             self.hits.store(0, Ordering::Relaxed);

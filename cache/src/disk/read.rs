@@ -98,17 +98,35 @@ pub(super) enum Source {
 impl Disk {
     /// The fast path: if all of `offset..offset + len` is in the RAM tier, passes the bytes to `sink` as
     /// `(position, bytes)` and returns true. Otherwise nothing has happened and [`Disk::read`] is the way.
-    pub fn try_read(&self, offset: u64, len: usize, mut sink: impl FnMut(usize, &[u8])) -> bool {
+    pub fn try_read(&self, offset: u64, len: usize, sink: impl FnMut(usize, &[u8])) -> bool {
         if let Some(chain) = &self.chain {
             return self.try_read_chain(chain, offset, len, sink);
         }
         let range = PageRange::covering(offset, len as u64);
         let first = range.first / PAGES_PER_BLOCK;
-        if len == 0 || range.end().div_ceil(PAGES_PER_BLOCK) - first > FAST_BLOCKS as u64 {
+        let blocks = range.end().div_ceil(PAGES_PER_BLOCK) - first;
+        if len == 0 || blocks > FAST_BLOCKS as u64 {
             return false;
         }
+        // Room for pins costs time: most reads are of one block.
+        match blocks {
+            1 => self.try_read_blocks::<1>(offset, len, range, first, sink),
+            _ => self.try_read_blocks::<FAST_BLOCKS>(offset, len, range, first, sink),
+        }
+    }
+
+    /// [`Disk::try_read`] of at most `N` blocks from `first` on.
+    #[inline]
+    fn try_read_blocks<const N: usize>(
+        &self,
+        offset: u64,
+        len: usize,
+        range: PageRange,
+        first: u64,
+        mut sink: impl FnMut(usize, &[u8]),
+    ) -> bool {
         let shared = self.storage.shared();
-        let mut slots: [Option<Pinned>; FAST_BLOCKS] = [const { None }; FAST_BLOCKS];
+        let mut slots: [Option<Pinned>; N] = [const { None }; N];
         let mut core = shared.core();
         let (now, mut held) = (shared.now(), true);
         let hit = core.read_hit(self.storage.id, range, now, |block, slot| {

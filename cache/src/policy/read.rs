@@ -36,20 +36,32 @@ impl Core {
         mut pin: impl FnMut(BlockIndex, u32),
     ) -> bool {
         let blocks = || range.blocks_of(self.config.block_pages);
-        let mut slots = [0; HIT_BLOCKS];
-        let mut places = slots.iter_mut();
+        let mut all = blocks();
+        // Most reads are of one block.
+        if let (Some((block, mask)), None) = (all.next(), all.next()) {
+            let Some(slot) = self.valid_slot(storage, block, mask) else { return false };
+            self.demand(slot, mask, now);
+            pin(block, slot);
+            return true;
+        }
+        let (mut slots, mut found) = ([0; HIT_BLOCKS], 0);
         for (block, mask) in blocks() {
-            let (Some(place), Some(slot)) = (places.next(), self.find(Key::new(storage, block))) else { return false };
-            if !self.entries[slot as usize].valid.contains(mask) {
+            let (Some(place), Some(slot)) = (slots.get_mut(found), self.valid_slot(storage, block, mask)) else {
                 return false;
-            }
+            };
             *place = slot;
+            found += 1;
         }
         for ((block, mask), slot) in blocks().zip(slots) {
             self.demand(slot, mask, now);
             pin(block, slot);
         }
         true
+    }
+
+    /// The slot of a block, if these pages of it are valid.
+    fn valid_slot(&self, storage: StorageId, block: BlockIndex, mask: PageMask) -> Option<u32> {
+        self.find(Key::new(storage, block)).filter(|slot| self.entries[*slot as usize].valid.contains(mask))
     }
 
     /// Demand wants these pages of a resident block: counts the use, settles prefetches.

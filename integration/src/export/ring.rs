@@ -212,14 +212,22 @@ impl Table<'_> {
         }
         // SAFETY: inside the table.
         let at = unsafe { self.base.add(usize::from(index) * DESCRIPTOR_BYTES as usize) };
-        // As bytes: an indirect table may lie anywhere. Volatile: read once, then checked and used.
-        // SAFETY: mapped as long as the memory that `self` borrows.
-        let raw = unsafe { at.cast::<[u8; DESCRIPTOR_BYTES as usize]>().read_volatile() };
+        // Volatile: read once, then checked and used. Drivers align their tables; an indirect one may yet lie anywhere.
+        let [addr, rest] = if at.cast::<[u64; 2]>().is_aligned() {
+            // SAFETY: mapped as long as the memory that `self` borrows, and aligned.
+            unsafe { at.cast::<[u64; 2]>().read_volatile() }
+        } else {
+            // SAFETY: mapped as long as the memory that `self` borrows; bytes need no alignment.
+            let raw = unsafe { at.cast::<[u8; DESCRIPTOR_BYTES as usize]>().read_volatile() };
+            let half = |from: usize| u64::from_ne_bytes(std::array::from_fn(|byte| raw[from + byte]));
+            [half(0), half(8)]
+        };
+        let rest = u64::from_le(rest);
         Some(Descriptor {
-            addr: u64::from_le_bytes([raw[0], raw[1], raw[2], raw[3], raw[4], raw[5], raw[6], raw[7]]),
-            len: u32::from_le_bytes([raw[8], raw[9], raw[10], raw[11]]),
-            flags: u16::from_le_bytes([raw[12], raw[13]]),
-            next: u16::from_le_bytes([raw[14], raw[15]]),
+            addr: u64::from_le(addr),
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
         })
     }
 }
