@@ -66,7 +66,7 @@ impl Keeper {
         let keeper = std::thread::Builder::new().name("ssd-keeper".to_owned()).spawn(move || {
             while !stop.wait(EVERY) {
                 if !tier.try_again() {
-                    checkpoint(&tier, &settle);
+                    checkpoint(&tier, &settle, || stop.wait(Duration::ZERO));
                 }
             }
         })?;
@@ -92,11 +92,12 @@ impl Drop for Keeper {
     }
 }
 
-/// One checkpoint from begin to end. A device that fails has said so itself.
-fn checkpoint(tier: &SsdTier, settle: &impl Fn(&[SsdStorage]) -> Unsettled) {
+/// One checkpoint from begin to end, or until it is to stop: closing the tier writes what it has not. A device that fails has
+/// said so itself.
+pub(crate) fn checkpoint(tier: &SsdTier, settle: &impl Fn(&[SsdStorage]) -> Unsettled, stopped: impl Fn() -> bool) {
     let Some(mut checkpoint) = tier.begin_checkpoint() else { return };
     let mut unsettled = Some(settle(&checkpoint.unflushed()));
-    loop {
+    while !stopped() {
         if checkpoint.is_about_to_clear()
             && let Some(unsettled) = unsettled.take()
         {

@@ -35,7 +35,7 @@ enum Step {
     Release { storage: usize },
     DropStorage { storage: usize },
     DropAll,
-    Reopen { slots: u64 },
+    Reopen { slots: u64, quickly: bool },
     Checkpoint { flushed: bool },
     Crash,
 }
@@ -61,11 +61,19 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => storage().prop_map(|storage| Step::Release { storage }),
         1 => storage().prop_map(|storage| Step::DropStorage { storage }),
         1 => Just(Step::DropAll),
-        2 => (3..10u64).prop_map(|slots| Step::Reopen { slots }),
+        3 => (3..10u64, any::<bool>()).prop_map(|(slots, quickly)| Step::Reopen { slots, quickly }),
         4 => any::<bool>().prop_map(|flushed| Step::Checkpoint { flushed }),
         2 => Just(Step::Crash),
     ];
     prop::collection::vec(step, 1..120)
+}
+
+/// How a run ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Close,
+    CloseQuickly,
+    Crash,
 }
 
 struct Live {
@@ -321,7 +329,8 @@ impl World {
     }
 
     /// Closes (or not) and opens again.
-    fn reopen(&mut self, slots: u64, clean: bool) {
+    fn reopen(&mut self, slots: u64, end: End) {
+        let clean = end != End::Crash;
         self.writing.clear();
         self.reading.clear();
         self.leaving.clear();
@@ -331,7 +340,7 @@ impl World {
                 self.tier.note_flushed(self.handles[s]);
                 self.tier.set_stamp(self.handles[s], Some(self.stamps[s]));
             }
-            self.tier.close().unwrap();
+            if end == End::CloseQuickly { self.tier.close_quickly() } else { self.tier.close() }.unwrap();
             assert!((0..STORAGES).all(|s| self.tier.lookup(self.handles[s], BlockIndex(0)).is_empty()));
             assert!(self.tier.begin_insert(self.handles[0], BlockIndex(0), PageMask::ALL).is_none());
         }
@@ -402,9 +411,9 @@ impl World {
                 self.tier.drop_all();
                 (0..STORAGES).for_each(|s| self.lose_storage(s));
             }
-            Step::Reopen { slots } => self.reopen(slots, true),
+            Step::Reopen { slots, quickly } => self.reopen(slots, if quickly { End::CloseQuickly } else { End::Close }),
             Step::Checkpoint { flushed } => self.checkpoint(flushed),
-            Step::Crash => self.reopen(self.slots, false),
+            Step::Crash => self.reopen(self.slots, End::Crash),
         }
     }
 }

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 const DISKS_CLOSE: Duration = Duration::from_secs(80);
 /// How long the cache's threads may take to end while guests wait. They wait only for what the kernel cannot cancel.
 const SHARDS_END: Duration = Duration::from_millis(600);
+/// How long the SSD tier may take to write down what it holds while guests are still served: longer than it waits for stores.
+const CHECKPOINT: Duration = Duration::from_secs(15);
 /// How long the database may take over its last writes.
 const DATABASE_CLOSE: Duration = Duration::from_secs(10);
 
@@ -47,7 +49,7 @@ impl Threads {
         self.end_learner(daemon);
         let (cache, (done, ended)) = (daemon.cache.clone(), std::sync::mpsc::channel());
         std::thread::spawn(move || {
-            cache.shutdown();
+            cache.shutdown_quickly();
             let _ = done.send(());
         });
         if ended.recv_timeout(limit).is_err() {
@@ -113,6 +115,7 @@ pub(super) fn hand_over(
     if let Some(nbd) = &daemon.nbd {
         nbd.stop();
     }
+    write_ahead(daemon);
     let began = Instant::now();
     let mut disks = Disks::release_all(daemon, handover::DESTAGE);
     let late = disks.wait(handover::REQUESTS_END).clone();
@@ -139,6 +142,19 @@ pub(super) fn hand_over(
     let given = handover::bequeath(gate, successor, &legacy, own);
     tracing::info!(?released, ?closed, served = ?began.elapsed(), given, "handed over; times since requests were stopped");
     given
+}
+
+/// Writes down what the SSD tier holds, so that little is left for when guests wait. A device or a store that hangs is waited
+/// for only so long.
+fn write_ahead(daemon: &Shared) {
+    let (cache, (done, ended)) = (daemon.cache.clone(), std::sync::mpsc::channel());
+    std::thread::spawn(move || {
+        cache.checkpoint();
+        let _ = done.send(());
+    });
+    if ended.recv_timeout(CHECKPOINT).is_err() {
+        tracing::warn!("the SSD tier's index is not written ahead: its device or a store is slow");
+    }
 }
 
 /// An export that has been released: its disk and its socket.

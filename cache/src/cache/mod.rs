@@ -24,11 +24,11 @@ use crate::backend::{StoreError, StoreOptions, StoreSpec};
 use crate::counters::StorageCounters;
 use crate::disk::local;
 use crate::engine::{EngineKind, EngineMode, ShardConfig, ShardGone, ShardHandle};
-use crate::keeper::Keeper;
+use crate::keeper::{self, Keeper};
 use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
 };
-use crate::ssd::{SsdStats, SsdTier};
+use crate::ssd::{SsdError, SsdStats, SsdStorage, SsdTier};
 use crate::types::{BLOCK_BYTES, BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange, StorageId};
 use handle::HandleInner;
 use opening::{Started, Starting, identity, start};
@@ -337,11 +337,28 @@ impl Cache {
         true
     }
 
+    /// Writes down what the SSD tier holds, as is done every few seconds: its end has little to write then. Blocks for as long
+    /// as the device takes, and stores that have to flush, up to ten seconds.
+    pub fn checkpoint(&self) {
+        if let Some(tier) = self.0.shared.ssd() {
+            keeper::checkpoint(tier, &|unflushed: &[SsdStorage]| settle(&self.0.registry, unflushed), || false);
+        }
+    }
+
     /// Ends everything: the SSD tier is made ready for a later start, the shards stop. Storages must be closed.
     pub fn shutdown(&self) {
+        self.end(SsdTier::close);
+    }
+
+    /// [`Cache::shutdown`] for a successor that starts at once, while guests wait, see [`SsdTier::close_quickly`].
+    pub fn shutdown_quickly(&self) {
+        self.end(SsdTier::close_quickly);
+    }
+
+    fn end(&self, close: impl FnOnce(&SsdTier) -> Result<(), SsdError>) {
         drop(self.0.keeper.lock().take());
         if let Some(tier) = self.ssd()
-            && let Err(error) = tier.close()
+            && let Err(error) = close(tier)
         {
             tracing::error!(%error, "SSD tier not closed cleanly; the next start has what its last checkpoint vouches for");
         }

@@ -27,7 +27,7 @@ use std::io;
 
 /// Sectors of records encoded and written in one go: some 40 µs under the mutex.
 const SECTORS_A_WRITE: u32 = 16;
-const SECTORS_A_GROUP: u32 = (GROUP_META_BYTES as usize / SECTOR_BYTES) as u32;
+pub(super) const SECTORS_A_GROUP: u32 = (GROUP_META_BYTES as usize / SECTOR_BYTES) as u32;
 
 /// What is to be done next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -256,17 +256,13 @@ impl Checkpoint<'_> {
     fn write_records(&mut self, from: u32) -> io::Result<Option<u32>> {
         let mut state = self.shared.state.lock();
         let Some(first) = state.index.next_changed(from) else { return Ok(None) };
-        let last_of_group = first - first % SECTORS_A_GROUP + SECTORS_A_GROUP - 1;
-        let mut end = first + 1;
-        while end <= last_of_group && end - first < SECTORS_A_WRITE && state.index.next_changed(end) == Some(end) {
-            end += 1;
-        }
+        let end = state.index.changed_run(first, SECTORS_A_WRITE.min(SECTORS_A_GROUP - first % SECTORS_A_GROUP));
         let mut buf = AlignedBuf::zeroed((end - first) as usize * SECTOR_BYTES);
         let slab_id = state.superblock.slab_id;
         for sector in first..end {
             self.written.push(sector);
             let to = &mut buf.get_mut()[(sector - first) as usize * SECTOR_BYTES..][..SECTOR_BYTES];
-            state.index.take_sector(sector, self.number, |slot, record| {
+            state.index.take_sector(sector, self.number, self.number, |slot, record| {
                 let at = (slot % RECORDS_A_SECTOR) as usize * RECORD_BYTES;
                 record.encode(&slab_id, slot, &mut to[at..at + RECORD_BYTES]);
             });

@@ -71,6 +71,7 @@
 //! only then is the slab used. `used end` and `table end` are raised after all records and entries below them have been
 //! written and synced. Closing: records and table of a new checkpoint (its number is the generation of the superblock that
 //! will name it), sync (this also flushes the data slots), superblock A with the clean flag on, sync, B the same, sync.
+//! Closing quickly, for a successor, writes the records that have changed, and the superblock keeps the checkpoint that it named.
 //! The valid copy with the higher generation counts. Recovery itself writes a superblock that says the same as before;
 //! slots that it drops are rewritten by the next checkpoint, which is also the first that may clear a bit.
 //! A record whose checkpoint is below the superblock's is one that a device promised to write and did not: its slot

@@ -514,17 +514,47 @@ impl Index {
         Some(word as u32 * 64 + bits.trailing_zeros())
     }
 
+    /// Where a run of changed sectors ends that begins with `first`, of at most `most`.
+    pub(super) fn changed_run(&self, first: u32, most: u32) -> u32 {
+        (first + 1..first + most).find(|next| self.next_changed(*next) != Some(*next)).unwrap_or(first + most)
+    }
+
     /// Takes a sector of records: what is to be written, all zero where nothing is live. It counts as written.
-    pub(super) fn take_sector(&mut self, sector: u32, checkpoint: u64, mut encode: impl FnMut(u32, &SlotRecord)) {
+    pub(super) fn take_sector(
+        &mut self,
+        sector: u32,
+        sequence: u64,
+        checkpoint: u64,
+        mut encode: impl FnMut(u32, &SlotRecord),
+    ) {
         if let Some(word) = self.changed.get_mut(sector as usize / 64) {
             *word &= !(1 << (sector % 64));
         }
         let first = sector.saturating_mul(RECORDS_A_SECTOR);
         for number in first..first.saturating_add(RECORDS_A_SECTOR).min(self.slots.len()) {
-            if let Some(record) = self.record(number, checkpoint, checkpoint) {
+            if let Some(record) = self.record(number, sequence, checkpoint) {
                 encode(number, &record);
             }
         }
+    }
+
+    /// Makes room for so many blocks at once: growing step by step would hash every block again and again, each time with a
+    /// look at its slot, which is a third of the time of a start.
+    pub(super) fn reserve(&mut self, blocks: u64) {
+        // Blocks spread over the parts by chance: four standard deviations more than the mean.
+        let mean = blocks / PARTS as u64;
+        let each = (mean + 4 * mean.isqrt()) as usize;
+        let (slots, seed) = (&self.slots, self.seed);
+        self.parts.iter_mut().for_each(|part| part.reserve(each, |slot| mix(seed, Key(slots.get(*slot).key))));
+    }
+
+    /// Gives back what [`Index::reserve`] took and is of no use: the slab holds far fewer blocks than it once did.
+    pub(super) fn fit(&mut self, reserved: u64) {
+        if self.counters.used_slots >= reserved / 2 {
+            return;
+        }
+        let (slots, seed) = (&self.slots, self.seed);
+        self.parts.iter_mut().for_each(|part| part.shrink_to_fit(|slot| mix(seed, Key(slots.get(*slot).key))));
     }
 
     /// Restores the next slot in order from disk. `false`: its block is in an earlier slot already; with `recovering` it

@@ -1,12 +1,13 @@
 //! Opening, recovering and closing: from the slab to the index and back. Blocking I/O.
 
+use super::checkpoint::SECTORS_A_GROUP;
 use super::device::{AlignedBuf, Device};
 use super::foreign;
 use super::format::{
     self, Copy, ENTRY_BYTES, GROUP_SLOTS, RECORD_BYTES, SECTOR_BYTES, SlabId, SlotRecord, Superblock, TABLE_OFFSET,
     TableEntry,
 };
-use super::index::Index;
+use super::index::{Index, RECORDS_A_SECTOR};
 use super::intents::{self, Intents};
 use super::storages::Origin;
 use super::{Found, OpenReport, SsdError};
@@ -269,6 +270,7 @@ fn load(
     let end = found.used_end.min(format::slots_in(len)).min(u64::from(index.limit()));
     report.slots_beyond_end = found.used_end - end;
 
+    index.reserve(end);
     let mut buf = AlignedBuf::zeroed(format::GROUP_META_BYTES as usize);
     let mut first = 0u32;
     while u64::from(first) < end {
@@ -322,17 +324,37 @@ fn load(
         }
         first += count;
     }
+    index.fit(end);
     index.restore_hand(found.hand);
     Ok(newest)
 }
 
+/// What closing writes of the records.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Extent {
+    /// All of them, under a checkpoint that the superblock names: one that the device then loses is missed.
+    All,
+    /// What is not on the disk as it should be. For what is opened again at once, by whoever waits for it: a few sectors
+    /// after a checkpoint, where all would be 64 bytes for each block held.
+    Changed,
+}
+
 /// Writes the index to the slab and marks it clean last.
-pub(super) fn close(device: &Device, superblock: &mut Superblock, index: &Index) -> Result<(), SsdError> {
+pub(super) fn close(
+    device: &Device,
+    superblock: &mut Superblock,
+    index: &mut Index,
+    extent: Extent,
+) -> Result<(), SsdError> {
     // A number of its own for each try, so that records of one that failed half-way are not taken for this one's.
     superblock.generation += 1;
     // Named by the superblock `mark` is about to write.
     let checkpoint = superblock.generation + 1;
-    let used_end = index.used_end();
+    let used_end = match extent {
+        Extent::All => u64::from(index.used_end()),
+        // Not lowered: what lies above was written as free.
+        Extent::Changed => superblock.used_end.max(u64::from(index.used_end())),
+    };
     let mut table_end = 0;
     let table: Vec<_> = index.storages.kept().collect();
     if let Some((last, _)) = table.last() {
@@ -344,26 +366,39 @@ pub(super) fn close(device: &Device, superblock: &mut Superblock, index: &Index)
         }
         device.write(TABLE_OFFSET, buf.get()).map_err(|e| device.error("write the storage table of", e))?;
     }
-    let mut buf = AlignedBuf::zeroed(format::GROUP_META_BYTES as usize);
-    for first in (0..used_end).step_by(GROUP_SLOTS as usize) {
-        let count = (used_end - first).min(GROUP_SLOTS);
-        let bytes = (count as usize * RECORD_BYTES).next_multiple_of(SECTOR_BYTES);
-        let area = &mut buf.get_mut()[..bytes];
-        area.fill(0);
-        for (slot, to) in (first..first + count).zip(area.chunks_mut(RECORD_BYTES)) {
-            if let Some(record) = index.record(slot, superblock.next_sequence, checkpoint) {
-                record.encode(&superblock.slab_id, slot, to);
-            }
-        }
-        let offset = format::group_meta_offset(first / GROUP_SLOTS);
-        device.write(offset, area).map_err(|e| device.error("write slot metadata of", e))?;
+    if extent == Extent::All || used_end > superblock.used_end {
+        // What lies between the old end and the new one may be from before the slab was last opened.
+        let from = if extent == Extent::All { 0 } else { superblock.used_end / u64::from(RECORDS_A_SECTOR) };
+        let end = used_end.div_ceil(u64::from(RECORDS_A_SECTOR));
+        (from..end).for_each(|sector| index.touch_sector(sector as u32));
     }
-    device.sync().map_err(|e| device.error("sync", e))?;
+    let mut buf = AlignedBuf::zeroed(format::GROUP_META_BYTES as usize);
+    let mut next = index.next_changed(0);
+    while let Some(first) = next {
+        let end = index.changed_run(first, SECTORS_A_GROUP - first % SECTORS_A_GROUP);
+        let area = &mut buf.get_mut()[..(end - first) as usize * SECTOR_BYTES];
+        area.fill(0);
+        for (sector, to) in (first..end).zip(area.chunks_mut(SECTOR_BYTES)) {
+            index.take_sector(sector, superblock.next_sequence, checkpoint, |slot, record| {
+                let at = (slot % RECORDS_A_SECTOR) as usize * RECORD_BYTES;
+                record.encode(&superblock.slab_id, slot, &mut to[at..at + RECORD_BYTES]);
+            });
+        }
+        let within = u64::from(first % SECTORS_A_GROUP) * SECTOR_BYTES as u64;
+        let offset = format::group_meta_offset(first / SECTORS_A_GROUP) + within;
+        let written = device.write(offset, area);
+        // What the device has of it is not known, and so it is for those before: they were not synced.
+        written.inspect_err(|_| index.touch_all()).map_err(|e| device.error("write slot metadata of", e))?;
+        next = index.next_changed(end);
+    }
+    device.sync().inspect_err(|_| index.touch_all()).map_err(|e| device.error("sync", e))?;
 
-    superblock.used_end = u64::from(used_end);
+    superblock.used_end = used_end;
     superblock.table_end = table_end;
     superblock.hand = u64::from(index.hand());
     superblock.next_sequence = superblock.next_sequence.wrapping_add(1);
-    superblock.checkpoint = checkpoint;
+    if extent == Extent::All {
+        superblock.checkpoint = checkpoint;
+    }
     mark(device, superblock, Mark::Clean).map_err(|e| device.error("write the superblock of", e))
 }

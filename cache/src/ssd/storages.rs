@@ -33,6 +33,9 @@ struct Writes {
     under_way: u32,
     /// Something may have been written that the store's loss of power would take back.
     unflushed: bool,
+    /// The store was flushed for its end, and no write has come since: a checkpoint that asked it before, and had no answer,
+    /// does not make it unflushed.
+    durable: bool,
     /// Pages that were ever written to end here.
     end_page: u64,
 }
@@ -157,6 +160,7 @@ impl Storages {
             entry.writes.begun += 1;
             entry.writes.under_way += 1;
             entry.writes.unflushed = true;
+            entry.writes.durable = false;
             entry.writes.end_page = entry.writes.end_page.max(range.end());
         }
     }
@@ -166,6 +170,7 @@ impl Storages {
             entry.writes.under_way = entry.writes.under_way.saturating_sub(1);
             // A flush that began before its end says nothing of it.
             entry.writes.unflushed = true;
+            entry.writes.durable = false;
         }
     }
 
@@ -185,7 +190,7 @@ impl Storages {
 
     pub(super) fn not_flushed(&mut self, s: SsdStorage) {
         if let Some(entry) = self.entry_mut(s.index).filter(|e| e.incarnation == s.incarnation) {
-            entry.writes.unflushed = true;
+            entry.writes.unflushed = !entry.writes.durable;
         }
     }
 
@@ -193,6 +198,7 @@ impl Storages {
     pub(super) fn flushed(&mut self, s: SsdStorage) {
         if let Some(entry) = self.entry_mut(s.index).filter(|e| e.incarnation == s.incarnation) {
             entry.writes.unflushed = entry.writes.under_way > 0;
+            entry.writes.durable = entry.writes.under_way == 0;
         }
     }
 

@@ -13,7 +13,7 @@ use super::format::{
     Superblock, TableEntry,
 };
 use super::index::{Index, Key};
-use super::open::{self, Opened};
+use super::open::{self, Extent, Opened};
 use super::{Found, Stamp};
 use crate::types::{BLOCK_BYTES, BlockIndex, PageMask};
 use std::os::unix::fs::FileExt;
@@ -258,11 +258,20 @@ fn apply(path: &Path, writes: &[(u64, Vec<u8>)]) {
 
 #[test]
 fn a_crash_while_closing_leaves_all_or_nothing() {
+    crash_while_closing(Extent::All);
+}
+
+#[test]
+fn a_crash_while_closing_quickly_leaves_all_or_nothing() {
+    crash_while_closing(Extent::Changed);
+}
+
+fn crash_while_closing(extent: Extent) {
     let slab = Slab::new();
     // An earlier checkpoint, so that there are old records to mistake for new ones.
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 0, SLOTS);
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
     drop(device);
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 100, 140);
@@ -270,7 +279,7 @@ fn a_crash_while_closing_leaves_all_or_nothing() {
     assert_eq!(expected.len() as u64, SLOTS);
     let before = slab.copy("before");
     device.log.lock().clear();
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, extent).unwrap();
     let log = device.log.lock().clone();
     drop(device);
 
@@ -302,12 +311,54 @@ fn a_crash_while_closing_leaves_all_or_nothing() {
     assert!(kept >= 2 && recovered >= 9, "both ways: {kept}, {recovered}");
 }
 
+/// Where each write went, and how long it was.
+fn written(device: &Device) -> Vec<(u64, usize)> {
+    let log = std::mem::take(&mut *device.log.lock());
+    let write = |op: &Op| if let Op::Write(at, bytes) = op { Some((*at, bytes.len())) } else { None };
+    log.iter().filter_map(write).collect()
+}
+
+#[test]
+fn closing_quickly_writes_what_has_changed_and_leaves_all_of_it() {
+    let slab = Slab::new();
+    let (device, mut opened) = open(&slab.path);
+    fill(&mut opened.index, 0, SLOTS);
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
+    drop(device);
+    let (device, mut opened) = open(&slab.path);
+    let first = Key::new(0, BlockIndex(0)).unwrap();
+    opened.index.invalidate(first, PageMask::ALL);
+    let expected = contents(&opened.index);
+    assert_eq!(expected.len() as u64, SLOTS - 1);
+    written(&device);
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::Changed).unwrap();
+    let records: Vec<_> = written(&device).into_iter().filter(|(at, _)| *at >= format::GROUPS_OFFSET).collect();
+    assert_eq!(
+        records,
+        [(format::group_meta_offset(0), SECTOR_BYTES)],
+        "of {SLOTS} records the sector that has the one"
+    );
+    drop(device);
+    let (device, mut opened) = open(&slab.path);
+    assert_eq!((opened.report.found, opened.report.dropped_slots()), (Found::Clean, 0));
+    assert_eq!(contents(&opened.index), expected);
+    // A try that fails has written nobody knows what: all of it again.
+    fill(&mut opened.index, 0, 1);
+    let expected = contents(&opened.index);
+    device.fail_writes.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(open::close(&device, &mut opened.superblock, &mut opened.index, Extent::Changed).is_err());
+    device.fail_writes.store(false, std::sync::atomic::Ordering::Relaxed);
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::Changed).unwrap();
+    drop(device);
+    assert_eq!(contents(&open(&slab.path).1.index), expected);
+}
+
 #[test]
 fn a_crash_while_opening_leaves_everything() {
     let slab = Slab::new();
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 0, SLOTS);
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
     let expected = contents(&opened.index);
     drop(device);
     let before = slab.copy("before");
@@ -342,7 +393,7 @@ fn a_slab_left_by_a_program_that_keeps_no_records_is_dropped() {
     let slab = Slab::new();
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 0, SLOTS);
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
     open::mark(&device, &mut opened.superblock, open::Mark::Dropped).unwrap();
     let id = opened.superblock.slab_id;
     drop(device);
@@ -356,7 +407,7 @@ fn a_metadata_write_that_a_device_lost_drops_its_slots() {
     let slab = Slab::new();
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 0, SLOTS);
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
     drop(device);
     let mut old = vec![0; SECTOR_BYTES];
     let at = format::group_meta_offset(0);
@@ -365,7 +416,7 @@ fn a_metadata_write_that_a_device_lost_drops_its_slots() {
     let (device, mut opened) = open(&slab.path);
     fill(&mut opened.index, 100, 110);
     let expected = contents(&opened.index);
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
     drop(device);
     apply(&slab.path, &[(at, old)]);
     let (_device, opened) = open(&slab.path);
@@ -382,12 +433,12 @@ fn closing_on_a_failing_device_leaves_the_slab_dirty_and_can_be_tried_again() {
     fill(&mut opened.index, 0, 5);
     device.fail_writes.store(true, std::sync::atomic::Ordering::Relaxed);
     let generation = opened.superblock.generation;
-    assert!(open::close(&device, &mut opened.superblock, &opened.index).is_err());
+    assert!(open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).is_err());
     assert!(opened.superblock.generation > generation, "records of this try are not mistaken for the next one's");
     let crashed = slab.copy("crashed");
     assert_eq!(open(&crashed).1.report.found, Found::Recovered);
     device.fail_writes.store(false, std::sync::atomic::Ordering::Relaxed);
-    open::close(&device, &mut opened.superblock, &opened.index).unwrap();
+    open::close(&device, &mut opened.superblock, &mut opened.index, Extent::All).unwrap();
     drop(device);
     let (_device, again) = open(&slab.path);
     assert_eq!(contents(&again.index), contents(&opened.index));

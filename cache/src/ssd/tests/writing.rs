@@ -67,3 +67,39 @@ fn a_store_is_written_to_only_when_the_mark_is_on_the_disk() {
     cache.close(&store, Closing { drain: Duration::ZERO, parted: false });
     cache.shutdown();
 }
+
+#[test]
+fn a_checkpoint_that_a_store_has_closed_under_takes_nothing_from_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || {
+        let options = SsdOptions { preallocate: false, ..SsdOptions::default() };
+        SsdTier::open_with(&dir.path().join("slab"), 8 << 20, options).unwrap().0
+    };
+    let tier = open();
+    let ssd = tier.storage("file:/a", None).unwrap();
+    let insert = tier.begin_insert(ssd, BlockIndex(0), PageMask::ALL).unwrap();
+    assert!(tier.finish_insert(insert, 7, true));
+    tier.begin_write(ssd, 16, 1).end();
+    let mut checkpoint = tier.begin_checkpoint().unwrap();
+    assert_eq!(checkpoint.unflushed(), [ssd]);
+    // Flushed for its end; what the checkpoint asked came too late.
+    tier.note_flushed(ssd);
+    checkpoint.not_flushed(ssd);
+    drop(checkpoint);
+    tier.release_storage(ssd, None);
+    tier.close_quickly().unwrap();
+    drop(tier);
+    let tier = open();
+    let ssd = tier.storage("file:/a", None).unwrap();
+    assert_eq!(tier.lookup(ssd, BlockIndex(0)), PageMask::ALL);
+    // A write after it has to be flushed again.
+    tier.note_flushed(ssd);
+    tier.begin_write(ssd, 16, 1).end();
+    let mut checkpoint = tier.begin_checkpoint().unwrap();
+    checkpoint.not_flushed(ssd);
+    drop(checkpoint);
+    tier.close_quickly().unwrap();
+    drop(tier);
+    let tier = open();
+    assert_eq!(tier.stats().used_slots, 0);
+}
