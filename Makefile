@@ -1,7 +1,7 @@
 # make run     a real guest booted straight and through prestaged, and a table of what that changed
 # make bench-predict  recorded traces through the predictor and every peer, and what the figures say
 # make bench-datapath  requests, latency and processor time beside other block servers
-# make bench-callgrind  instructions and time that the predictor takes an access
+# make bench-callgrind  instructions and time that the predictor takes an access, instructions of a read that is in RAM
 # make test    everything that must hold: format, lints, dependencies, unit, property and end-to-end tests
 # make properties    the property tests with other seeds and PROPTEST_CASES cases each (500); make test has one seed
 # make fuzz    hostile guests, NBD clients and files, ten minutes each (SECONDS=); make test gives each half a minute
@@ -23,7 +23,7 @@ SUDO := sudo --preserve-env
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help setup build image run bench-predict bench-datapath bench-callgrind test properties fuzz torture check deny advisories
+.PHONY: help setup build image run bench-predict bench-datapath bench-callgrind instructions test properties fuzz torture check deny advisories
 
 help:
 	@sed -n '/^$$/q;s/^# \?//p' Makefile
@@ -58,6 +58,15 @@ bench-callgrind:
 	@scripts/setup.sh callgrind || true
 	env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER \
 	  cargo bench --locked -p prestage-predictor --bench instructions
+	$(HIT)
+
+# A read that is in RAM takes as many instructions as are on record, or fewer. Of one package: of the workspace it would be
+# built with all that models need.
+HIT := env -u CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER cargo bench --locked -p prestage-integration --bench hit
+instructions: setup
+	@scripts/setup.sh callgrind || true
+	@if command -v valgrind >/dev/null; then $(HIT); \
+	else echo 'instructions: SKIPPED, no valgrind: what a read that is in RAM takes is not compared'; fi
 
 check: setup
 	cargo fmt --all --check
@@ -77,7 +86,7 @@ fuzz: setup
 # One seed, so that a change is answered for what it changed; `make properties` goes on looking with others.
 test: export PROPTEST_RNG_SEED ?= 20260922
 # End-to-end tests find the programs beside themselves. The runner's summary stays the last thing on the screen.
-test: check deny image
+test: check deny image instructions
 	scripts/fuzz.sh 30
 	cargo build --locked --workspace --bins --tests
 	if cargo nextest --version >/dev/null 2>&1; then \
