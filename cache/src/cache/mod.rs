@@ -341,7 +341,7 @@ impl Cache {
     /// as the device takes, and stores that have to flush, up to ten seconds.
     pub fn checkpoint(&self) {
         if let Some(tier) = self.0.shared.ssd() {
-            keeper::checkpoint(tier, &|unflushed: &[SsdStorage]| settle(&self.0.registry, unflushed), || false);
+            keeper::checkpoint(&tier, &|unflushed: &[SsdStorage]| settle(&self.0.registry, unflushed), || false);
         }
     }
 
@@ -358,7 +358,7 @@ impl Cache {
     fn end(&self, close: impl FnOnce(&SsdTier) -> Result<(), SsdError>) {
         drop(self.0.keeper.lock().take());
         if let Some(tier) = self.ssd()
-            && let Err(error) = close(tier)
+            && let Err(error) = close(&tier)
         {
             tracing::error!(%error, "SSD tier not closed cleanly; the next start has what its last checkpoint vouches for");
         }
