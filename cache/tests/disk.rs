@@ -625,3 +625,27 @@ fn one_store_is_not_served_writable_twice() {
     cache.close(&again, closing(false));
     cache.shutdown();
 }
+
+/// The store may be ahead of the RAM tier while a guest's write is under way. Here somebody else's write stands for that.
+#[test]
+fn a_read_past_the_cache_shows_nothing_that_a_read_of_the_cache_then_takes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    std::fs::write(&path, vec![1; 2 << 20]).unwrap();
+    let cache = cache(1 << 20, None, EngineMode::Auto);
+    let store = open(&cache, &path);
+    let id = store.id();
+    let found = store.shard().call(move |_| async move {
+        let disk = Disk::new(local(id).unwrap(), 1, Arc::new(DiskCounters::default()));
+        read(&disk, 0, 4096).await;
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[2; 8192], 0).unwrap();
+        // Of more blocks than the tier has slots.
+        let past = read(&disk, 0, 17 << 16).await;
+        (past[0], past[4096], past[8192], read(&disk, 0, 4096).await[0])
+    });
+    assert_eq!(found.wait().unwrap(), (1, 2, 1, 1));
+    assert_eq!(store.stats().bypassed, 1);
+    cache.close(&store, closing(false));
+    cache.shutdown();
+}

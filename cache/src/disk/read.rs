@@ -243,8 +243,29 @@ impl Storage {
         add(&self.counters.bypassed, 1);
         let buffer = self.read_store(range, vec![IoBuf::heap(range.bytes() as usize)]).await?.pop();
         match buffer {
-            Some(IoBuf::Heap(buffer)) => Ok((ReadData { offset, len, held: Held::Buffer(buffer) }, Source::Store)),
+            Some(IoBuf::Heap(mut buffer)) => {
+                self.prefer_ram(range, &mut buffer);
+                Ok((ReadData { offset, len, held: Held::Buffer(buffer) }, Source::Store))
+            }
             _ => Err(StoreError::Closed { store: self.backend.info().identity }),
+        }
+    }
+
+    /// Puts what the RAM tier has of a range over what the store had. While a write is under way the store may be ahead of it,
+    /// and whoever has seen the new bytes must not find the old ones in RAM afterwards. `buffer`: the range's pages.
+    fn prefer_ram(&self, range: PageRange, buffer: &mut [u8]) {
+        let core = self.shared.core();
+        for (block, wanted) in range.blocks() {
+            let held = core.valid(self.id, block).filter(|(_, valid)| !(*valid & wanted).is_empty());
+            let Some((slot, valid)) = held else { continue };
+            let Some(pinned) = self.shared.arena().pin_under_lock(slot) else { continue };
+            for (first, count) in (valid & wanted).runs() {
+                let at = ((block.0 * PAGES_PER_BLOCK + first - range.first) as usize) * PAGE_BYTES;
+                let len = count as usize * PAGE_BYTES;
+                if let Some(to) = buffer.get_mut(at..at + len) {
+                    to.copy_from_slice(pinned.bytes(first as usize * PAGE_BYTES, len));
+                }
+            }
         }
     }
 
