@@ -292,6 +292,7 @@ fn all_other() -> Config {
             "\"qemu:///session\"",
             "\"127.0.0.1:1\"",
             "\"group\"",
+            "\"off\"",
         ];
         let fits = |other: &&&str| {
             let read = read(&format!("[{section}]\n{key} = {other}\n"));

@@ -44,8 +44,8 @@ const OPERATIONS: [u8; 14] = [
     opcode::PollAdd::CODE,
     opcode::AsyncCancel::CODE,
 ];
-/// `IORING_REGISTER_…` of <linux/io_uring.h>: buffers, their end, and how many workers.
-const REGISTRATIONS: [u8; 3] = [0, 1, 19];
+/// `IORING_REGISTER_…` of <linux/io_uring.h>: buffers, their end, other buffers in their place, and how many workers.
+const REGISTRATIONS: [u8; 4] = [0, 1, 16, 19];
 /// `IOSQE_…`: none of them lets a request do more.
 const FLAGS: u8 = u8::MAX;
 

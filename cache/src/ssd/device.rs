@@ -324,17 +324,23 @@ fn may_create(path: &Path) -> bool {
 fn create(path: &Path) -> Result<Metadata, SsdError> {
     let failed = |source| SsdError::Io { what: "create", path: path.to_owned(), source };
     // It will hold what guests read: nobody else's business.
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
-    file.metadata().map_err(failed)
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    let made = match made {
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && opener::opener().is_some() => {
+            opener::open(path, How { write: true, ..How::default() }).map(|(_, file)| file)
+        }
+        other => other,
+    };
+    made.and_then(|file| file.metadata()).map_err(failed)
 }
 
 fn open_for(path: &Path, is_block_device: bool, direct: bool) -> Result<(File, bool), SsdError> {
     // On a block device O_EXCL without O_CREAT refuses one that is mounted or part of an array, see open(2).
     let exclusive = if is_block_device { libc::O_EXCL } else { 0 };
     let open = |flags: i32| match OpenOptions::new().read(true).write(true).custom_flags(exclusive | flags).open(path) {
-        // A device is no file of ours: whoever opens stores may have the right to it.
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && is_block_device && opener::opener().is_some() => {
-            let how = How { write: true, direct: flags & libc::O_DIRECT != 0, exclusive: true };
+        // A device is no file of ours, nor is one on a disk that was mounted since: whoever opens stores may have the right.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && opener::opener().is_some() => {
+            let how = How { write: true, direct: flags & libc::O_DIRECT != 0, exclusive: is_block_device };
             opener::open(path, how).map(|(_, file)| file)
         }
         other => other,

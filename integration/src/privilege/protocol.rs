@@ -40,7 +40,8 @@ pub struct Request {
     pub body: Ask,
 }
 
-/// How a store is opened. It is never made and never cut.
+/// How a store is opened. It is never made and never cut; the SSD tier's file, which no guest sees, is made if it is to be
+/// written to and missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct How {
     pub write: bool,

@@ -136,7 +136,15 @@ fn find(rules: &Rules, path: &Path, write: bool) -> Result<Found, Refusal> {
 
 /// A store that the rules allow, and its path without links.
 pub(super) fn store(rules: &Rules, path: &Path, how: How) -> Result<(PathBuf, OwnedFd), Refusal> {
-    let Found { handle, real, is_block } = find(rules, path, how.write)?;
+    let found = match find(rules, path, how.write) {
+        // On a cache disk that was put in while the daemon ran, which it has no access to by itself.
+        Err(refusal) if refusal.errno == libc::ENOENT && how.write && rules.tier.as_deref() == Some(path) => {
+            make_tier(path)?;
+            find(rules, path, true)
+        }
+        other => other,
+    };
+    let Found { handle, real, is_block } = found?;
     let failed = |error: &io::Error| Refusal::os(&format!("open {}", path.display()), error);
     let flag = |set, flag| if set { flag } else { 0 };
     let flags = libc::O_NONBLOCK
@@ -145,6 +153,21 @@ pub(super) fn store(rules: &Rules, path: &Path, how: How) -> Result<(PathBuf, Ow
         | flag(how.exclusive && is_block, libc::O_EXCL);
     let opened = OpenOptions::new().read(true).write(how.write).custom_flags(flags).open(through(&handle));
     opened.map(|file| (real, file.into())).map_err(|error| failed(&error))
+}
+
+/// Makes the SSD tier's file. Nothing in its place is followed or cut.
+fn make_tier(path: &Path) -> Result<(), Refusal> {
+    let failed = |error: &io::Error| Refusal::os(&format!("create {}", path.display()), error);
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Refusal::rule(format!("{} names no file", path.display())));
+    };
+    if path.starts_with(DEVICES) && !path.starts_with(NO_DEVICES) {
+        return Err(failed(&io::Error::from_raw_os_error(libc::ENOENT)));
+    }
+    let parent = resolve(parent, Permit::Named)?;
+    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+    nix::fcntl::openat(&parent, name, flags, mode).map(drop).map_err(|error| failed(&error.into()))
 }
 
 /// What a `qemu-storage-daemon` is to open of a chain of images, all of which the rules must allow.

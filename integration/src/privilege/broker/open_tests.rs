@@ -70,6 +70,24 @@ fn links_lead_nowhere_out_of_the_folder() {
 }
 
 #[test]
+fn of_files_that_are_missing_the_ssd_tiers_alone_is_made_and_nothing_in_its_place_is_followed() {
+    let place = place();
+    let tier = place.path.join("images/tier");
+    let rules = Rules { tier: Some(tier.clone()), ..place.rules.clone() };
+    assert_eq!(store(&rules, &tier, READ).unwrap_err().errno, libc::ENOENT);
+    assert_eq!(store(&rules, &place.path.join("images/other"), WRITE).unwrap_err().errno, libc::ENOENT);
+    symlink(place.path.join("elsewhere"), &tier).unwrap();
+    assert_eq!(store(&rules, &tier, WRITE).unwrap_err().errno, libc::EEXIST);
+    assert!(!place.path.join("elsewhere").exists());
+    fs::remove_file(&tier).unwrap();
+    assert_eq!(store(&rules, &tier, WRITE).unwrap().0, tier);
+    assert_eq!(fs::metadata(&tier).unwrap().permissions().mode() & 0o7777, 0o600);
+    fs::write(&tier, "held").unwrap();
+    assert!(store(&rules, &tier, WRITE).is_ok());
+    assert_eq!(fs::read(&tier).unwrap(), b"held");
+}
+
+#[test]
 fn only_files_and_devices_are_stores() {
     let place = place();
     let pipe = place.path.join("images/pipe");
