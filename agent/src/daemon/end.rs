@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 const DISKS_CLOSE: Duration = Duration::from_secs(80);
 /// How long the cache's threads may take to end while guests wait. They wait only for what the kernel cannot cancel.
 const SHARDS_END: Duration = Duration::from_millis(600);
-/// How long the SSD tier may take to write down what it holds while guests are still served: longer than it waits for stores.
-const CHECKPOINT: Duration = Duration::from_secs(15);
+/// How long the SSD tier may take to write down what it holds while guests are still served. A store that hangs has it wait for
+/// longer; then there is more to write when they wait.
+const CHECKPOINT: Duration = Duration::from_secs(2);
 /// How long the database may take over its last writes.
 const DATABASE_CLOSE: Duration = Duration::from_secs(10);
 
@@ -144,8 +145,7 @@ pub(super) fn hand_over(
     given
 }
 
-/// Writes down what the SSD tier holds, so that little is left for when guests wait. A device or a store that hangs is waited
-/// for only so long.
+/// Writes down what the SSD tier holds, so that little is left for when guests wait.
 fn write_ahead(daemon: &Shared) {
     let (cache, (done, ended)) = (daemon.cache.clone(), std::sync::mpsc::channel());
     std::thread::spawn(move || {

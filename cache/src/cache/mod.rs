@@ -24,7 +24,7 @@ use crate::backend::{StoreError, StoreOptions, StoreSpec};
 use crate::counters::StorageCounters;
 use crate::disk::local;
 use crate::engine::{EngineKind, EngineMode, ShardConfig, ShardGone, ShardHandle};
-use crate::keeper::{self, Keeper};
+use crate::keeper::{self, Keeper, Unsettled};
 use crate::policy::{
     BudgetState, Core, CoreConfig, Occupancy, Outcome, PrefetchCounters, PrefetchRequest, Whereabouts,
 };
@@ -337,11 +337,15 @@ impl Cache {
         true
     }
 
-    /// Writes down what the SSD tier holds, as is done every few seconds: its end has little to write then. Blocks for as long
-    /// as the device takes, and stores that have to flush, up to ten seconds.
+    /// Writes down what the SSD tier holds, as is done every few seconds, but for what stores would have to flush before: its
+    /// end has little to write then. Blocks for as long as the device takes, and for a checkpoint that is under way.
     pub fn checkpoint(&self) {
         if let Some(tier) = self.0.shared.ssd() {
-            keeper::checkpoint(&tier, &|unflushed: &[SsdStorage]| settle(&self.0.registry, unflushed), || false);
+            let unsettled = |unflushed: &[SsdStorage]| {
+                let all = unflushed.to_vec();
+                Box::new(move || all) as Unsettled
+            };
+            keeper::checkpoint(&tier, &unsettled, || false);
         }
     }
 
