@@ -19,10 +19,7 @@ impl TierControl for Handle {
     fn cache_resize(&self, request: ResizeRequest) -> Reply<'_, Resized> {
         Box::pin(async move {
             let sizes = Sizes { ram_bytes: request.ram_bytes, ssd_bytes: request.ssd_bytes };
-            if sizes.ram_bytes.is_some() && self.0.tiers.lock().ram_bytes.is_some() {
-                return Err(unavailable("the RAM tier is out of service; `prestagectl cache resume --ram` first"));
-            }
-            let changes = change(&self.0, sizes).await?;
+            let changes = change(&self.0, sizes, Wanted::Now).await?;
             let config = self.0.config.lock().clone();
             Ok(Resized { tiers: changes.into_iter().map(|change| told(change, &config)).collect() })
         })
@@ -150,6 +147,13 @@ impl Sizes {
     }
 }
 
+/// When a tier that is out of service is to have its size.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Wanted {
+    Now,
+    WhenInService,
+}
+
 /// A tier that has another size now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Change {
@@ -171,15 +175,18 @@ fn told(change: Change, config: &Config) -> TierResized {
 
 /// Gives the tiers other sizes: all that is asked for, or none.
 pub(super) async fn change_sizes(daemon: &Shared, sizes: Sizes) -> Result<(), ApiError> {
-    change(daemon, sizes).await.map(drop)
+    change(daemon, sizes, Wanted::WhenInService).await.map(drop)
 }
 
-async fn change(daemon: &Shared, sizes: Sizes) -> Result<Vec<Change>, ApiError> {
+async fn change(daemon: &Shared, sizes: Sizes, wanted: Wanted) -> Result<Vec<Change>, ApiError> {
     let shared = daemon.clone();
     blocking(move || {
         let mut away = shared.tiers.lock();
         // One that is out of service takes its size when it comes back.
         let later = sizes.ram_bytes.filter(|_| away.ram_bytes.is_some());
+        if later.is_some() && wanted == Wanted::Now {
+            return Err(unavailable("the RAM tier is out of service; `prestagectl cache resume --ram` first"));
+        }
         let sizes = Sizes { ram_bytes: sizes.ram_bytes.filter(|_| later.is_none()), ..sizes };
         let changes = all_or_none(&shared.cache, sizes)?;
         away.ram_bytes = later.or(away.ram_bytes);
