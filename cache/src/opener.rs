@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::{fmt, io};
 
-/// What a store is opened for. It is never made and never cut; the SSD tier's file is made if it is opened to be written to and
-/// missing.
+/// What a store is opened for. It is never made and never cut; the SSD tier's file is made, and its folder
+/// synced, if it is opened to be written to and missing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct How {
     pub write: bool,

@@ -247,8 +247,10 @@ fn all_other() -> Config {
             about.push(' ');
             continue;
         }
-        // Of those without a default.
-        if let Some((_, example)) = std::mem::take(&mut about).split_once("Example: ") {
+        // Of those without a default, and of lists.
+        let about = std::mem::take(&mut about);
+        let example = about.split_once("Example: ").map(|(_, example)| example.trim());
+        if let Some(example) = example {
             other += &format!("{example}\n");
         }
         if line.starts_with('[') {
@@ -263,6 +265,9 @@ fn all_other() -> Config {
         else {
             continue;
         };
+        if example.and_then(|example| example.split_once(" = ")).is_some_and(|(named, _)| named == key) {
+            continue;
+        }
         let tried = [
             "true",
             "false",
@@ -293,6 +298,7 @@ fn all_other() -> Config {
             "\"127.0.0.1:1\"",
             "\"group\"",
             "\"off\"",
+            "[\"/other\"]",
         ];
         let fits = |other: &&&str| {
             let read = read(&format!("[{section}]\n{key} = {other}\n"));

@@ -167,7 +167,8 @@ fn make_tier(path: &Path) -> Result<(), Refusal> {
     let parent = resolve(parent, Permit::Named)?;
     let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
-    nix::fcntl::openat(&parent, name, flags, mode).map(drop).map_err(|error| failed(&error.into()))
+    nix::fcntl::openat(&parent, name, flags, mode).map_err(|error| failed(&error.into()))?;
+    File::open(through(&parent)).and_then(|folder| folder.sync_all()).map_err(|error| failed(&error))
 }
 
 /// What a `qemu-storage-daemon` is to open of a chain of images, all of which the rules must allow.
