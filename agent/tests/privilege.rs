@@ -58,7 +58,8 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 fn attempt(host: &Host, sandbox: &str, more: &[&str], act: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_prestaged"));
     command.arg("--config").arg(host.path("prestaged.toml"));
-    let set = [host.allowed(), format!("daemon.sandbox=\"{sandbox}\"")];
+    let user = "daemon.user=\"nobody-of-this-name\"".to_owned();
+    let set = [host.allowed(), user, format!("daemon.sandbox=\"{sandbox}\"")];
     for set in set.iter().map(String::as_str).chain(more.iter().copied()) {
         command.arg("--set").arg(set);
     }

@@ -39,6 +39,8 @@ impl Host {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_prestaged"));
         command.arg("--config").arg(config).arg("--set").arg(self.allowed());
+        // A host that has a package's user runs the same tests.
+        command.args(["--set", "daemon.user=\"nobody-of-this-name\""]);
         for also in &self.also {
             command.arg("--set").arg(also);
         }
