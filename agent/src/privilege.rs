@@ -6,7 +6,7 @@
 //! - [`Sandbox`]: what holds, for whoever asks
 
 use std::ffi::OsString;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -93,7 +93,11 @@ pub fn enter(path: &Path, overrides: &[String], config: &Config, take_over: bool
         Ok(account) => (Some(account), String::new()),
         Err(why) => (None, why),
     };
-    let write = make_folders(config, account.as_ref());
+    // Whose user is gone goes on as root, without root's right to what was that user's.
+    let root = Account { name: "root".to_owned(), user: 0, group: 0 };
+    let owner = account.as_ref().or(nix::unistd::geteuid().is_root().then_some(&root));
+    // The predecessor has what it needs, and lives: nothing is given away beside it.
+    let write = make_folders(config, owner.filter(|_| !take_over));
     let started = Broker::start(command(path, overrides, account.as_ref()))
         .map_err(|error| format!("the broker does not start: {error}"));
     let broker = started.map_err(without)?;
@@ -140,7 +144,9 @@ pub fn foresee(config: &Config) -> Vec<String> {
 /// The user to become. That of the prestaged that runs, if it is to be succeeded: its files are that user's, it goes on with them
 /// if nothing comes of it, and lets nobody else take over. Another user is for the next restart.
 fn account(config: &Config, take_over: bool) -> Result<Account, String> {
-    let predecessor = take_over.then(|| door_path(config).metadata().ok()).flatten().map(|door| door.uid());
+    // It lies in a folder of the predecessor's, which may have put anything there.
+    let door = take_over.then(|| door_path(config).symlink_metadata().ok()).flatten();
+    let predecessor = door.filter(|door| door.file_type().is_socket()).map(|door| door.uid());
     match predecessor {
         Some(0) => {
             Err("the prestaged that ran before is root, too; it takes a restart to become another user".to_owned())
@@ -217,7 +223,6 @@ fn tier_place(tier: &Path, account: Option<&Account>) -> PathBuf {
 }
 
 fn is_device(path: &Path) -> bool {
-    use std::os::unix::fs::FileTypeExt;
     path.metadata().is_ok_and(|meta| meta.file_type().is_block_device())
 }
 

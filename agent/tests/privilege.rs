@@ -454,4 +454,14 @@ fn as_another_user_it_serves_what_only_the_broker_may_open() {
     host.stop();
     let bytes = std::fs::read(&store).unwrap();
     assert_eq!(bytes[4096], 9);
+
+    // And back: the user is gone, and root without capabilities has no right to what was that user's.
+    host.also.clear();
+    host.start(&format!("{user}[[disk]]\nname = \"e\"\nstore = \"{second}\"\n"));
+    for own in ["state", "state/prestage.db", "run/vm/d.sock", "ssd/tier"] {
+        assert_eq!(host.path(own).metadata().unwrap().uid(), 0, "{own}");
+    }
+    assert_eq!(host.does(&["disk", "list"]).matches(" ok").count(), 2);
+    assert!(host.does(&["status"]).contains("health:     ok"), "{}", host.does(&["status"]));
+    host.stop();
 }

@@ -155,7 +155,7 @@ fn recovery(recovery: &Recovery) -> Option<String> {
         SlabFound::Clean => "after a clean stop",
         SlabFound::Recovered => "after a crash",
         SlabFound::Unclean => "after a crash of a version that keeps no records",
-        SlabFound::Vetoed => "after its device had failed",
+        SlabFound::Vetoed => "after it had been out of service",
         SlabFound::Damaged => "from a damaged file",
     };
     let dropped = [

@@ -142,7 +142,9 @@ impl Sizes {
     /// What a new configuration changes. An SSD tier that is not in use takes its size when it is opened.
     pub(super) fn changed(cache: &Cache, old: &Config, new: &Config) -> std::io::Result<Sizes> {
         let ram_bytes = (old.cache.ram_size != new.cache.ram_size).then(|| new.ram_bytes()).transpose()?;
-        let ssd = old.cache.ssd_size != new.cache.ssd_size && cache.ssd().is_some();
+        // With another path, or none, the size is that of a tier which a restart opens.
+        let same = old.cache.ssd_path == new.cache.ssd_path;
+        let ssd = same && old.cache.ssd_size != new.cache.ssd_size && cache.ssd().is_some();
         Ok(Sizes { ram_bytes, ssd_bytes: ssd.then_some(new.cache.ssd_size.0) })
     }
 }
@@ -187,7 +189,12 @@ async fn change(daemon: &Shared, sizes: Sizes, wanted: Wanted) -> Result<Vec<Cha
         if later.is_some() && wanted == Wanted::Now {
             return Err(unavailable("the RAM tier is out of service; `prestagectl cache resume --ram` first"));
         }
-        let sizes = Sizes { ram_bytes: sizes.ram_bytes.filter(|_| later.is_none()), ..sizes };
+        // Looked at again with the tiers in hand: it may have gone since.
+        let there = wanted == Wanted::Now || shared.cache.ssd().is_some();
+        let sizes = Sizes {
+            ram_bytes: sizes.ram_bytes.filter(|_| later.is_none()),
+            ssd_bytes: sizes.ssd_bytes.filter(|_| there),
+        };
         let changes = all_or_none(&shared.cache, sizes)?;
         away.ram_bytes = later.or(away.ram_bytes);
         for Change { tier, before, after, .. } in &changes {

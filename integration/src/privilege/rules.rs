@@ -44,6 +44,8 @@ pub enum Permit<'a> {
     Named,
     /// Links may lead nowhere out of this folder.
     Below(&'a Path),
+    /// Named, in a folder that is the daemon's: no link counts, nor a file with other names.
+    Tier,
 }
 
 impl Rules {
@@ -54,6 +56,9 @@ impl Rules {
     pub fn store(&self, path: &Path, write: bool) -> Result<Permit<'_>, Refusal> {
         plain(path)?;
         let named = self.named.iter().any(|(name, writable)| name == path && (*writable || !write));
+        if self.tier.as_deref() == Some(path) && !path.starts_with("/dev") {
+            return Ok(Permit::Tier);
+        }
         if named || self.tier.as_deref() == Some(path) || self.allowed.iter().any(|name| name == path) {
             return Ok(Permit::Named);
         }

@@ -43,6 +43,8 @@ fn resolve(path: &Path, permit: Permit<'_>) -> Result<File, Refusal> {
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
     let handle = match permit {
         Permit::Named => openat2(folder(Path::new("/"))?, path, how.resolve(ResolveFlag::RESOLVE_NO_MAGICLINKS)),
+        // The daemon may put there what it likes.
+        Permit::Tier => openat2(folder(Path::new("/"))?, path, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS)),
         Permit::Below(base) => {
             let rest = path.strip_prefix(base).map_err(|_| Refusal::rule("it is not below its folder"))?;
             let how = how.resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -119,6 +121,10 @@ fn find(rules: &Rules, path: &Path, write: bool) -> Result<Found, Refusal> {
         let reason = format!("{} is neither a regular file nor a block device", path.display());
         return Err(Refusal { errno: libc::ENOTBLK, reason });
     }
+    if permit == Ok(Permit::Tier) && !(found.is_file() && found.nlink() == 1 && [0, rules.user].contains(&found.uid()))
+    {
+        return Err(Refusal::rule(format!("{} is not a file that prestaged made for its SSD tier", path.display())));
+    }
     let failed = |error: &io::Error| Refusal::os(&format!("open {}", path.display()), error);
     if is_block && !named {
         if !rules.device(&names(path, &real, found.rdev())) {
@@ -164,7 +170,7 @@ fn make_tier(path: &Path) -> Result<(), Refusal> {
     if path.starts_with(DEVICES) && !path.starts_with(NO_DEVICES) {
         return Err(failed(&io::Error::from_raw_os_error(libc::ENOENT)));
     }
-    let parent = resolve(parent, Permit::Named)?;
+    let parent = resolve(parent, Permit::Tier)?;
     let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
     nix::fcntl::openat(&parent, name, flags, mode).map_err(|error| failed(&error.into()))?;
@@ -187,6 +193,10 @@ pub(super) fn images(rules: &Rules, chain: &Chain) -> Result<Vec<Option<Handle>>
         }
         Image::NbdTcp { .. } => Ok(None),
     };
+    // Its owner is whom the program runs as.
+    if !matches!(chain.images.first(), Some(Image::Qcow2 { .. } | Image::Raw { .. })) {
+        return Err(Refusal::rule("a chain of images begins with an image"));
+    }
     chain.images.iter().enumerate().map(find).collect()
 }
 

@@ -77,7 +77,7 @@ fn of_files_that_are_missing_the_ssd_tiers_alone_is_made_and_nothing_in_its_plac
     assert_eq!(store(&rules, &tier, READ).unwrap_err().errno, libc::ENOENT);
     assert_eq!(store(&rules, &place.path.join("images/other"), WRITE).unwrap_err().errno, libc::ENOENT);
     symlink(place.path.join("elsewhere"), &tier).unwrap();
-    assert_eq!(store(&rules, &tier, WRITE).unwrap_err().errno, libc::EEXIST);
+    assert_eq!(store(&rules, &tier, WRITE).unwrap_err().errno, libc::ELOOP);
     assert!(!place.path.join("elsewhere").exists());
     fs::remove_file(&tier).unwrap();
     assert_eq!(store(&rules, &tier, WRITE).unwrap().0, tier);
@@ -85,6 +85,18 @@ fn of_files_that_are_missing_the_ssd_tiers_alone_is_made_and_nothing_in_its_plac
     fs::write(&tier, "held").unwrap();
     assert!(store(&rules, &tier, WRITE).is_ok());
     assert_eq!(fs::read(&tier).unwrap(), b"held");
+    // What a daemon that was taken over would put in its place.
+    fs::remove_file(&tier).unwrap();
+    symlink(place.path.join("secret"), &tier).unwrap();
+    assert_eq!(store(&rules, &tier, WRITE).unwrap_err().errno, libc::ELOOP);
+    fs::remove_file(&tier).unwrap();
+    fs::hard_link(place.path.join("secret"), &tier).unwrap();
+    assert!(store(&rules, &tier, WRITE).unwrap_err().reason.contains("is not a file that prestaged made"));
+    symlink(place.path.join("images"), place.path.join("way")).unwrap();
+    fs::remove_file(&tier).unwrap();
+    let through = Rules { tier: Some(place.path.join("way/tier")), ..place.rules.clone() };
+    assert_eq!(store(&through, &place.path.join("way/tier"), WRITE).unwrap_err().errno, libc::ELOOP);
+    assert!(!tier.exists());
 }
 
 #[test]
@@ -234,5 +246,9 @@ fn every_image_of_a_chain_must_be_allowed_and_only_the_uppermost_is_written_to()
         assert!(images(&rules, &chain(&[qcow2(&top), outside.clone()], true)).is_err(), "{outside:?}");
     }
     let server = Image::NbdUnix { path: top.as_path().into(), export: String::new() };
-    assert!(images(&rules, &chain(&[server], true)).unwrap_err().reason.contains("no socket"));
+    assert!(images(&rules, &chain(&[qcow2(&top), server.clone()], true)).unwrap_err().reason.contains("no socket"));
+    // The uppermost's owner is whom the program runs as: without one it would be root.
+    for nobodys in [vec![], vec![server], vec![Image::NbdTcp { host: "h".into(), port: 1, export: String::new() }]] {
+        assert!(images(&rules, &chain(&nobodys, true)).unwrap_err().reason.contains("begins with an image"));
+    }
 }

@@ -209,6 +209,14 @@ const OLDER: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[libc::c_long] = &[];
 
+/// Calls that set permissions, and which of their arguments is the mode.
+const CHMOD: &[(libc::c_long, u8)] = &[
+    (libc::SYS_fchmod, 1),
+    (libc::SYS_fchmodat, 2),
+    #[cfg(target_arch = "x86_64")]
+    (libc::SYS_chmod, 1),
+];
+
 /// What no daemon of ours ever does.
 const DEADLY: &[libc::c_long] = &[
     libc::SYS_execve,
@@ -282,6 +290,12 @@ fn allowed() -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX as u64])?);
     rules.insert(libc::SYS_prctl, one_of(0, &PRCTL)?);
     rules.insert(libc::SYS_ioctl, one_of(1, &IOCTL)?);
+    // Nothing of this user's becomes a program that others start with its rights: it may be root.
+    let set_id = u64::from(libc::S_ISUID | libc::S_ISGID);
+    for (call, mode) in CHMOD {
+        let plain = SeccompCondition::new(*mode, Dword, MaskedEq(set_id), 0)?;
+        rules.insert(*call, vec![SeccompRule::new(vec![plain])?]);
+    }
     // Its own, by its number: glibc's abort and Rust's. Another process may have that number later, but then this one is gone.
     let own = one_of(0, &[u64::from(std::process::id())])?;
     rules.insert(libc::SYS_tgkill, own);

@@ -3,13 +3,14 @@
 use std::ffi::CString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use caps::{CapSet, Capability};
-use nix::fcntl::AtFlags;
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, User, fchownat, geteuid, initgroups, setresgid, setresuid};
 
 use super::{Layer, Plan};
@@ -97,26 +98,47 @@ fn raise_limits() {
 pub fn own(folder: &Path, mode: u32, account: Option<&Account>) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(mode).create(folder)?;
     match account {
-        Some(account) if folder.metadata()?.uid() != account.user => own_tree(folder, account),
+        Some(account) if fs::symlink_metadata(folder)?.uid() != account.user => own_tree(folder, account),
         _ => Ok(()),
     }
 }
 
-/// Gives a file, or a folder with all that is in it, to the user, and to its group what is root's group's. Links are not followed.
-/// The top goes last: until then nobody but root can have put anything there.
+/// Gives a file, or a folder with all that is in it, to the user, and to its group what is root's group's. Only what is root's is
+/// given away, and a folder that is the user's already is not entered: what lies there may be the user's doing. To root comes
+/// everything. Links are not followed, files with several names are left alone; each step goes from a descriptor to the next, so
+/// that nothing comes of exchanging a folder meanwhile.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn own_tree(path: &Path, account: &Account) -> io::Result<()> {
-    let meta = fs::symlink_metadata(path)?;
+    own_one(&OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?, account)
+}
+
+fn own_one(meant: &File, account: &Account) -> io::Result<()> {
+    let meta = meant.metadata()?;
+    let to_root = account.user == 0;
+    let movable = meta.is_dir() || meta.nlink() == 1;
+    if meta.is_symlink() || !movable || (!to_root && meta.uid() != 0) {
+        return Ok(());
+    }
+    let give = || {
+        let group = (meta.gid() == 0).then(|| Gid::from_raw(account.group));
+        fchownat(meant.as_fd(), "", Some(Uid::from_raw(account.user)), group, AtFlags::AT_EMPTY_PATH)
+    };
+    // To root the folder comes first, from root it goes last: nobody but root can put anything there meanwhile.
+    if to_root {
+        give()?;
+    }
     if meta.is_dir() {
-        for entry in fs::read_dir(path)? {
-            own_tree(&entry?.path(), account)?;
+        let through = format!("/proc/self/fd/{}", meant.as_raw_fd());
+        for entry in fs::read_dir(through)? {
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let inner = openat(meant, entry?.file_name().as_os_str(), flags, Mode::empty())?;
+            own_one(&File::from(inner), account)?;
         }
     }
-    let flags = libc::O_PATH | libc::O_NOFOLLOW;
-    let meant: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    let group = (meta.gid() == 0).then(|| Gid::from_raw(account.group));
-    fchownat(meant.as_fd(), "", Some(Uid::from_raw(account.user)), group, AtFlags::AT_EMPTY_PATH)?;
+    if !to_root {
+        give()?;
+    }
     Ok(())
 }
