@@ -276,6 +276,7 @@ fn what_is_forbidden_fails_and_would_work_without_the_sandbox() {
         &["write", &secret],
         &["read", &secret],
         &["link", &secret, &link],
+        &["set-id", &inside],
         &["socket", &packet],
         &["spawn"],
         &["fork"],
@@ -294,6 +295,7 @@ fn what_is_forbidden_fails_and_would_work_without_the_sandbox() {
             let _ = std::fs::remove_file(trace);
         }
         std::fs::write(&secret, "secret").unwrap();
+        std::fs::set_permissions(&inside, PermissionsExt::from_mode(0o644)).unwrap();
         let confined = attempt(&host, "full", &[], act);
         match deadly.contains(act) {
             true => assert_eq!(confined.status.signal(), Some(Signal::SIGSYS as i32), "{act:?}: {}", said(&confined)),
@@ -301,6 +303,7 @@ fn what_is_forbidden_fails_and_would_work_without_the_sandbox() {
         }
         assert!(!Path::new(&new).exists() && !Path::new(&link).exists(), "{act:?}");
         assert_eq!(std::fs::read_to_string(&secret).unwrap(), "secret", "{act:?}");
+        assert_eq!(std::fs::metadata(&inside).unwrap().mode() & 0o7000, 0, "{act:?}");
     }
 }
 

@@ -4,15 +4,17 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
 /// What can be tried, each with its words.
-pub const ACTS: [&str; 13] = [
+pub const ACTS: [&str; 14] = [
     "write PATH",
     "read PATH",
     "link PATH PATH",
+    "set-id PATH",
     "socket FAMILY",
     "exec",
     "spawn",
@@ -48,6 +50,7 @@ pub fn attempt(words: &[String]) -> io::Result<()> {
         Some("write") => fs::write(path(words.get(1))?, "probe"),
         Some("read") => fs::read(path(words.get(1))?).map(drop),
         Some("link") => fs::hard_link(path(words.get(1))?, path(words.get(2))?),
+        Some("set-id") => fs::set_permissions(path(words.get(1))?, PermissionsExt::from_mode(0o4755)),
         Some("socket") => {
             // SAFETY: takes numbers only; the descriptor is left to the end of this process.
             outcome(unsafe { libc::socket(number(words.get(1))?, libc::SOCK_RAW, 0) }.into())
