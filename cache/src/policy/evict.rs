@@ -130,21 +130,8 @@ impl Core {
             }
         };
         let version = self.entries[slot as usize].version.wrapping_add(1);
-        self.entries[slot as usize] = Entry {
-            key,
-            version,
-            entered_ds: (now.as_millis() / 100) as u32,
-            valid: PageMask::NONE,
-            filling: PageMask::NONE,
-            cancelled: PageMask::NONE,
-            unused: PageMask::NONE,
-            on_ssd: PageMask::NONE,
-            place: Place::Free,
-            frequency: 0,
-            tag: 0,
-            likely: 0,
-            destage_queued: false,
-        };
+        self.entries[slot as usize] =
+            Entry { key, version, entered_ds: (now.as_millis() / 100) as u32, ..Entry::BLANK };
         self.insertions += 1;
         let entries = &self.entries;
         self.table.insert_unique(key.hash64(), slot, |s| entries[*s as usize].key.hash64());
