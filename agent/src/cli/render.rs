@@ -169,6 +169,10 @@ fn recovery(recovery: &Recovery) -> Option<String> {
     let dropped: Vec<_> =
         dropped.iter().filter(|(blocks, _)| *blocks > 0).map(|(blocks, why)| format!("{blocks} {why}")).collect();
     let dropped = if dropped.is_empty() { String::new() } else { format!("; dropped: {}", dropped.join(", ")) };
+    if recovery.unread_blocks > 0 {
+        let left = count(recovery.unread_blocks, "record", "records");
+        return Some(format!("the SSD's index is being read, {left} to go{dropped}"));
+    }
     Some(format!("{} on the SSD {how}{dropped}", count(recovery.kept_blocks, "block", "blocks")))
 }
 

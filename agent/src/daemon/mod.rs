@@ -30,6 +30,7 @@ mod models;
 mod programs;
 mod qsd;
 mod questions;
+mod records;
 mod reload;
 mod report;
 mod rows;

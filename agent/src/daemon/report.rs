@@ -91,6 +91,7 @@ fn recovery(stats: &SsdStats) -> Recovery {
         dropped_damaged: opened.dropped_slots() - opened.marked_slots - opened.unvouched_slots,
         bad_checksums: stats.bad_checksums,
         marked_regions: stats.marked_regions,
+        unread_blocks: stats.unread_slots,
     }
 }
 

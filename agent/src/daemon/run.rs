@@ -22,7 +22,7 @@ use nix::fcntl::{Flock, FlockArg};
 use parking_lot::Mutex;
 use prestage_cache::engine::EngineMode;
 use prestage_cache::policy::{BudgetConfig, CoreConfig};
-use prestage_cache::ssd::{self, Found, SsdError, SsdOptions, SsdTier};
+use prestage_cache::ssd::{self, SsdError, SsdOptions, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
 use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
@@ -527,34 +527,9 @@ fn try_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
         tracing::error!(%error, "no SSD tier");
         return (None, Some(error.to_string()));
     }
-    match SsdTier::open_with(path, config.cache.ssd_size.0, ssd_options(config)) {
-        Ok((tier, report)) => {
-            let (path, kept_bytes, dropped) = (path.display(), report.kept_pages * 4096, report.dropped_slots());
-            match report.found {
-                Found::Created => tracing::info!(%path, slots = report.slots, "SSD tier made"),
-                Found::Clean => tracing::info!(%path, slots = report.slots, kept_bytes, "SSD tier kept"),
-                Found::Recovered => tracing::warn!(
-                    %path, kept_bytes, kept_blocks = report.kept_slots, dropped, written = report.marked_slots,
-                    damaged = dropped - report.marked_slots - report.unvouched_slots,
-                    "SSD tier recovered: prestaged was not stopped cleanly; blocks in regions that were being written to are dropped"
-                ),
-                Found::Unclean => tracing::warn!(
-                    %path,
-                    "SSD tier starts empty: a prestaged that keeps no records while it runs was not stopped cleanly"
-                ),
-                Found::Vetoed => tracing::warn!(
-                    %path, "SSD tier starts empty: its device had failed before prestaged was cut off"
-                ),
-                Found::Damaged => tracing::warn!(%path, "SSD tier starts empty: its file is damaged"),
-            }
-            if report.unvouched_slots > 0 {
-                tracing::warn!(
-                    %path, dropped = report.unvouched_slots,
-                    "SSD tier: prestaged ran without it, or with another, since it was last in use; what it has of NBD stores and \
-                     block devices is dropped"
-                );
-            }
-            tracing::debug!(?report, "SSD tier opened");
+    match SsdTier::open_at_once(path, config.cache.ssd_size.0, ssd_options(config)) {
+        Ok(tier) => {
+            super::records::read(path, &tier);
             (Some(tier), None)
         }
         Err(error) => {

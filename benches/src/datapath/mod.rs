@@ -162,6 +162,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     claims.push(verdict::at_most("Idle: at most .5 % of a core with 50 disks", figures, idle::FIGURE, 0.5));
     claims.push(verdict::at_most("At most 64 bytes of index a block of 64 KiB", figures, fill::FIGURE, 64.0));
     claims.push(verdict::at_most("Start with an SSD tier of 1 TiB within 2 s", figures, launch::FIGURE, 2.0));
+    claims.push(verdict::at_most("An upgrade takes at most 1 s from guests", figures, launch::UPGRADE, 1.0));
     report.claims = claims;
     print!("{}{}", report::render(&report), verdict::render(&report.claims));
     write_json(&report, &options.json)?;

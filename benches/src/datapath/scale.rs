@@ -33,6 +33,11 @@ pub(super) fn run(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
         places.push(place(bench, disks).with_context(|| format!("{disks} disks"))?);
     }
     bench.progress.step("disks are made");
+    for (disks, place) in DISKS.iter().zip(&places) {
+        bench
+            .progress
+            .step(&format!("{disks} disks: {}", huge_pages(place.daemon.pid().context("prestaged has ended")?)?));
+    }
     for round in 0..bench.options.rounds {
         for (at, place) in places.iter_mut().enumerate() {
             bench.progress.now(&format!("round {}: {}", round + 1, cases::ALL_SCALES[at]));
@@ -56,6 +61,14 @@ pub(super) fn run(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
         report.rows.push(Row::new(case, Who::Prestaged, PAGE_BYTES, samples));
     }
     Ok(())
+}
+
+/// How much of a process's memory is in huge pages: with small ones a request takes longer, whatever the number of disks.
+fn huge_pages(pid: i32) -> Result<String> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let of = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).unwrap_or("?").trim().to_owned();
+    Ok(format!("{} of {} in transparent huge pages", of("AnonHugePages:"), of("Anonymous:")))
 }
 
 /// Starts a daemon of its own with `disks` disks, and reads the clients' parts until they are in RAM.

@@ -42,7 +42,7 @@ impl Storage {
 
     /// Writes one block that has waited since before `before`; false if there is none.
     async fn destage_one(&self, before: Duration) -> bool {
-        let Some(part) = self.ssd().filter(|part| part.settled.get()) else { return false };
+        let Some(part) = self.ssd().filter(|part| part.settled.get() && !part.tier.is_loading()) else { return false };
         let (tier, storage) = (&part.tier, &part.storage);
         let Some((block, version, mask, mut copy)) = self.copy_next(before) else { return false };
         let held = tier.lookup(*storage, block);

@@ -83,7 +83,12 @@ impl Shared {
             && !state.index.storages.has_changed()
             && !state.index.storages.any_unflushed()
             && state.intents.marked() == 0;
-        if state.closed || state.trust != Trust::Ok || idle || !state.health.usable(|| (self.clock)()) {
+        if state.closed
+            || state.missed.is_some()
+            || state.trust != Trust::Ok
+            || idle
+            || !state.health.usable(|| (self.clock)())
+        {
             return None;
         }
         state.superblock.generation += 1;

@@ -14,6 +14,7 @@ use super::slots::{ABORTED, FAILED, NO_SLOT, RECOVERED, REFERENCED, Slot, SlotSt
 use super::storages::Storages;
 use crate::types::{BlockIndex, PageMask};
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use std::hash::{BuildHasher, RandomState};
 
 const PARTS: usize = 256;
@@ -538,23 +539,26 @@ impl Index {
         }
     }
 
-    /// Makes room for so many blocks at once: growing step by step would hash every block again and again, each time with a
-    /// look at its slot, which is a third of the time of a start.
-    pub(super) fn reserve(&mut self, blocks: u64) {
+    /// Makes room for so many blocks in one part of the table: growing step by step would hash every block again and again, each
+    /// time with a look at its slot, which is a third of the time of a start. Returns the next part.
+    pub(super) fn reserve(&mut self, part: usize, blocks: u64) -> Option<usize> {
         // Blocks spread over the parts by chance: four standard deviations more than the mean.
         let mean = blocks / PARTS as u64;
         let each = (mean + 4 * mean.isqrt()) as usize;
         let (slots, seed) = (&self.slots, self.seed);
-        self.parts.iter_mut().for_each(|part| part.reserve(each, |slot| mix(seed, Key(slots.get(*slot).key))));
+        self.parts[part].reserve(each, |slot| mix(seed, Key(slots.get(*slot).key)));
+        Some(part + 1).filter(|next| *next < PARTS)
     }
 
-    /// Gives back what [`Index::reserve`] took and is of no use: the slab holds far fewer blocks than it once did.
-    pub(super) fn fit(&mut self, reserved: u64) {
+    /// Gives back what [`Index::reserve`] took of a part and is of no use: the slab holds far fewer blocks than it once did.
+    /// Returns the next part.
+    pub(super) fn fit(&mut self, part: usize, reserved: u64) -> Option<usize> {
         if self.counters.used_slots >= reserved / 2 {
-            return;
+            return None;
         }
         let (slots, seed) = (&self.slots, self.seed);
-        self.parts.iter_mut().for_each(|part| part.shrink_to_fit(|slot| mix(seed, Key(slots.get(*slot).key))));
+        self.parts[part].shrink_to_fit(|slot| mix(seed, Key(slots.get(*slot).key)));
+        Some(part + 1).filter(|next| *next < PARTS)
     }
 
     /// Restores the next slot in order from disk. `false`: its block is in an earlier slot already; with `recovering` it
@@ -568,15 +572,23 @@ impl Index {
             self.release(number);
             return true;
         };
-        if recovering && self.live(key).is_some() {
-            self.release(number);
-            return false;
-        }
-        if let Some(other) = self.live(key) {
-            // Only one of them can be right, and nothing says which.
-            self.drop_live(other);
-            self.release(number);
-            return false;
+        let (slots, seed) = (&self.slots, self.seed);
+        let hash = mix(seed, key);
+        let hash_of = |slot: &u32| mix(seed, Key(slots.get(*slot).key));
+        // One look at the table for both questions: of a large one each is a miss of the processor's caches.
+        match self.parts[part_of(hash)].entry(hash, |slot| slots.get(*slot).key == key.0, hash_of) {
+            Entry::Vacant(place) => drop(place.insert(number)),
+            Entry::Occupied(_) if recovering => {
+                self.release(number);
+                return false;
+            }
+            Entry::Occupied(other) => {
+                // Only one of them can be right, and nothing says which.
+                let other = *other.get();
+                self.drop_live(other);
+                self.release(number);
+                return false;
+            }
         }
         let slot = self.slots.get_mut(number);
         slot.key = key.0;
@@ -589,7 +601,6 @@ impl Index {
         self.counters.used_slots += 1;
         self.counters.valid_pages += record.valid.count();
         self.storages.count_slots(record.storage, 1);
-        self.add_live(number);
         true
     }
 

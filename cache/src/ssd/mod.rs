@@ -13,6 +13,7 @@
 //! - `own`, `veto`, `lineage`: what is known of an earlier run outside of the slab
 //! - `health`: when a failing device is bypassed, and when it is tried again; sans-I/O
 //! - `open`, `device`, `foreign`: opening, recovering, closing, and refusing to overwrite what is not ours; blocking I/O
+//! - `load`, `missed`: the records of a slab are read while guests are served, and what must not be believed of them then
 //!
 //! The tier does the I/O of its metadata: slots are read and written by the engine, through [`SsdTier::data_fd`], between
 //! `begin_…` and `end_read` or `finish_insert`. Somebody must lend it threads for [`SsdTier::write_intents`] and
@@ -36,6 +37,8 @@ mod health;
 mod index;
 mod intents;
 mod lineage;
+mod load;
+mod missed;
 mod open;
 mod own;
 mod resize;
@@ -267,6 +270,8 @@ pub struct SsdStats {
     /// Regions of 64 MiB that would be dropped if the power failed now.
     pub marked_regions: u64,
     pub checkpoints: u64,
+    /// Slots whose records are still to be read, see [`SsdTier::load`].
+    pub unread_slots: u64,
     /// What opening found.
     pub opened: OpenReport,
     pub state: SsdState,

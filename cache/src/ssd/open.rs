@@ -1,17 +1,13 @@
-//! Opening, recovering and closing: from the slab to the index and back. Blocking I/O.
+//! Opening, but for the records ([`super::load`]), and closing. Blocking I/O.
 
 use super::checkpoint::SECTORS_A_GROUP;
 use super::device::{AlignedBuf, Device};
 use super::foreign;
-use super::format::{
-    self, Copy, ENTRY_BYTES, GROUP_SLOTS, RECORD_BYTES, SECTOR_BYTES, SlabId, SlotRecord, Superblock, TABLE_OFFSET,
-    TableEntry,
-};
+use super::format::{self, Copy, ENTRY_BYTES, RECORD_BYTES, SECTOR_BYTES, SlabId, Superblock, TABLE_OFFSET};
 use super::index::{Index, RECORDS_A_SECTOR};
 use super::intents::{self, Intents};
-use super::storages::Origin;
+use super::load::Loading;
 use super::{Found, OpenReport, SsdError};
-use crate::types::{PAGES_PER_BLOCK, PageRange};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 
@@ -51,6 +47,8 @@ pub(super) struct Opened {
     pub(super) intents: Intents,
     pub(super) superblock: Superblock,
     pub(super) report: OpenReport,
+    /// Records that are still to be read.
+    pub(super) loading: Option<Loading>,
 }
 
 /// Opens what is on the device, or makes a slab there. `size_bytes` 0: the whole block device. `standing` is asked about a
@@ -68,6 +66,7 @@ pub(super) fn open(
     let mut report = OpenReport::new(device, u64::from(slots));
     let mut index = Index::new(slots);
     let mut intents = Intents::new();
+    let mut loading = None;
     let mut superblock = match existing {
         Existing::Blank => new_superblock(slots, 0),
         Existing::Damaged => {
@@ -88,8 +87,7 @@ pub(super) fn open(
                     if report.found == Found::Recovered {
                         load_intents(device, &found, &mut intents, &mut report);
                     }
-                    let newest = load(device, len, &found, standing, &mut index, &intents, &mut report)?;
-                    found.generation = found.generation.max(newest);
+                    loading = Some(Loading::begin(device, len, &found, standing, &mut index, &mut report)?);
                     found.used_end = found.used_end.min(u64::from(slots));
                     found
                 }
@@ -98,8 +96,6 @@ pub(super) fn open(
             }
         }
     };
-    report.kept_slots = index.counters.used_slots;
-    report.kept_pages = index.counters.valid_pages;
 
     superblock.slots = u64::from(slots);
     if report.found == Found::Created {
@@ -120,7 +116,7 @@ pub(super) fn open(
         write_bitmap(device, &superblock.slab_id, &mut intents).map_err(failed)?;
     }
     mark(device, &mut superblock, Mark::Kept).map_err(|e| device.error("write the superblock of", e))?;
-    Ok(Opened { index, intents, superblock, report })
+    Ok(Opened { index, intents, superblock, report, loading })
 }
 
 /// Writes the whole bitmap and syncs.
@@ -228,105 +224,6 @@ pub(super) fn mark(device: &Device, superblock: &mut Superblock, mark: Mark) -> 
         device.sync()?;
     }
     Ok(())
-}
-
-/// Fills the index from a slab that was closed, or kept and not closed. Returns the highest checkpoint that a record names.
-fn load(
-    device: &Device,
-    len: u64,
-    found: &Superblock,
-    standing: Standing,
-    index: &mut Index,
-    intents: &Intents,
-    report: &mut OpenReport,
-) -> Result<u64, SsdError> {
-    let recovering = !found.clean;
-    let mut newest = 0;
-    let table_bytes = (found.table_end as usize * ENTRY_BYTES).next_multiple_of(SECTOR_BYTES);
-    let mut buf = AlignedBuf::zeroed(table_bytes);
-    device.read_what_can_be(TABLE_OFFSET, buf.get_mut());
-    let mut epochs = vec![None; found.table_end as usize];
-    let mut unvouched = vec![None; found.table_end as usize];
-    for (i, bytes) in buf.get_mut().chunks_mut(ENTRY_BYTES).take(found.table_end as usize).enumerate() {
-        match TableEntry::decode(&found.slab_id, i as u16, bytes) {
-            format::Found::Valid(entry) if entry.stamp.is_none() && standing == Standing::Stranger => {
-                unvouched[i] = Some(entry.epoch);
-                bytes.fill(0);
-            }
-            format::Found::Valid(entry) if !index.storages.knows(&entry.identity) => {
-                epochs[i] = Some(entry.epoch);
-                index.storages.put(i as u16, entry, if recovering { Origin::Recovered } else { Origin::Closed });
-            }
-            format::Found::Free => {}
-            format::Found::Valid(_) | format::Found::Damaged => report.damaged_records += 1,
-        }
-    }
-    // On the disk before the next run takes this one for the last that there was.
-    if unvouched.iter().any(Option::is_some) {
-        let written = device.write(TABLE_OFFSET, buf.get()).and_then(|()| device.sync());
-        written.map_err(|e| device.error("write the storage table of", e))?;
-    }
-    // A slab cut short, or configured smaller than it was: what lies beyond the end is lost.
-    let end = found.used_end.min(format::slots_in(len)).min(u64::from(index.limit()));
-    report.slots_beyond_end = found.used_end - end;
-
-    index.reserve(end);
-    let mut buf = AlignedBuf::zeroed(format::GROUP_META_BYTES as usize);
-    let mut first = 0u32;
-    while u64::from(first) < end {
-        let count = (end - u64::from(first)).min(u64::from(GROUP_SLOTS)) as u32;
-        let bytes = (count as usize * RECORD_BYTES).next_multiple_of(SECTOR_BYTES);
-        let area = &mut buf.get_mut()[..bytes];
-        device.read_what_can_be(format::group_meta_offset(first / GROUP_SLOTS), area);
-        for (i, bytes) in area.chunks(RECORD_BYTES).take(count as usize).enumerate() {
-            let number = first + i as u32;
-            let record = match SlotRecord::decode(&found.slab_id, number, bytes) {
-                format::Found::Free => {
-                    index.restore(None, recovering);
-                    continue;
-                }
-                format::Found::Valid(record) => Some(record),
-                format::Found::Damaged => None,
-            };
-            let record =
-                record.filter(|r| r.checkpoint >= found.checkpoint && (recovering || r.checkpoint <= found.generation));
-            newest = newest.max(record.as_ref().map_or(0, |r| r.checkpoint));
-            let Some(record) = record else {
-                report.damaged_records += 1;
-                index.restore(None, recovering);
-                index.touch(number);
-                continue;
-            };
-            let is_owned = epochs.get(usize::from(record.storage)).copied().flatten() == Some(record.epoch);
-            let pages = PageRange { first: record.block * PAGES_PER_BLOCK, count: 1 };
-            if unvouched.get(usize::from(record.storage)).copied().flatten() == Some(record.epoch) {
-                report.unvouched_slots += 1;
-            } else if !is_owned {
-                // After a crash its entry is older or newer than the record; a clean slab has them all.
-                match recovering {
-                    true => report.orphaned_slots += 1,
-                    false => report.damaged_records += 1,
-                }
-            } else if recovering && intents.is_wanted(index.storages.regions(record.storage, pages)) {
-                report.marked_slots += 1;
-            } else if index.restore(Some(&record), recovering) {
-                continue;
-            } else {
-                index.touch(number);
-                match recovering {
-                    true => report.duplicate_slots += 1,
-                    false => report.damaged_records += 1,
-                }
-                continue;
-            }
-            index.restore(None, recovering);
-            index.touch(number);
-        }
-        first += count;
-    }
-    index.fit(end);
-    index.restore_hand(found.hand);
-    Ok(newest)
 }
 
 /// What closing writes of the records.

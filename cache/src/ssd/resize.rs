@@ -68,6 +68,7 @@ impl SsdTier {
     pub fn begin_resize(&self, size_bytes: u64) -> Result<Resize<'_>, SsdError> {
         let shared = &*self.shared;
         let alone = shared.resizing.lock();
+        shared.load();
         let len = shared.device.len()?;
         let after = open::wanted_slots(&shared.device, size_bytes, len)?;
         shared.fit_to_resize()?;

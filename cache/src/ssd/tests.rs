@@ -1,7 +1,9 @@
 //! Promises of the format, and what a crash at any point of opening and closing leaves.
 
 mod crashes;
+mod loading;
 mod resizing;
+mod rig;
 mod sim;
 mod writing;
 
@@ -201,7 +203,8 @@ impl Slab {
 
 fn open(path: &Path) -> (Device, Opened) {
     let device = Device::open(path, true).unwrap();
-    let opened = open::open(&device, format::slab_bytes(SLOTS), false, |_| open::Standing::Ours).unwrap();
+    let mut opened = open::open(&device, format::slab_bytes(SLOTS), false, |_| open::Standing::Ours).unwrap();
+    opened.load(&device);
     (device, opened)
 }
 

@@ -9,6 +9,8 @@ use super::health::{Health, Phase, Work};
 use super::index::{Index, Key, ReadTicket};
 use super::intents::Intents;
 use super::lineage;
+use super::load::Loading;
+use super::missed::Missed;
 use super::open::{self, Extent, Mark, Opened, Standing};
 use super::own::OwnWrites;
 use super::storages::Registration;
@@ -22,7 +24,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::time::Duration;
@@ -51,10 +53,14 @@ pub(super) struct Shared {
     pub(super) preallocate: bool,
     /// Held by whoever writes the bitmap.
     pub(super) intents_io: Mutex<()>,
+    /// Held by whoever reads records. Taken before `state`.
+    pub(super) loading: Mutex<Option<Loading>>,
+    pub(super) is_loading: AtomicBool,
+    pub(super) unread: AtomicU64,
     pub(super) own: OwnWrites,
     pub(super) veto: Option<PathBuf>,
     pub(super) lineage: Option<PathBuf>,
-    pub(super) report: OpenReport,
+    pub(super) found: Found,
     pub(super) me: Weak<Shared>,
 }
 
@@ -67,10 +73,13 @@ pub(super) struct State {
     /// Guests' writes that wait for their intents.
     pub(super) waiting: Vec<Waker>,
     pub(super) closed: bool,
+    pub(super) report: OpenReport,
+    /// While records are being read.
+    pub(super) missed: Option<Missed>,
     on_disk: OnDisk,
     bad_checksums: u64,
     pub(super) io_errors: u64,
-    dropped_changed_store: u64,
+    pub(super) dropped_changed_store: u64,
     dropped_overtaken: u64,
     pub(super) checkpoints: u64,
 }
@@ -112,11 +121,15 @@ impl SsdTier {
 
     /// [`SsdTier::open`] with options.
     pub fn open_with(path: &Path, size_bytes: u64, options: SsdOptions) -> Result<(SsdTier, OpenReport), SsdError> {
-        let device = Device::open(path, options.direct)?;
-        SsdTier::start(device, size_bytes, options)
+        let tier = SsdTier::open_at_once(path, size_bytes, options)?;
+        let report = tier.load();
+        Ok((tier, report))
     }
 
-    fn start(device: Device, size_bytes: u64, options: SsdOptions) -> Result<(SsdTier, OpenReport), SsdError> {
+    /// [`SsdTier::open_with`] that leaves the slots' records to [`SsdTier::load`], during which the tier may be used: until
+    /// they are read it finds less than it has, and takes nothing. Blocking I/O: a few megabytes at most.
+    pub fn open_at_once(path: &Path, size_bytes: u64, options: SsdOptions) -> Result<SsdTier, SsdError> {
+        let device = Device::open(path, options.direct)?;
         let standing = |found: &Superblock| match (&options.veto, &options.lineage) {
             _ if options.empty => Standing::Vetoed,
             (Some(veto), _) if veto::stands_against(veto, &found.slab_id) => Standing::Vetoed,
@@ -131,17 +144,14 @@ impl SsdTier {
             tracing::debug!(%error, "SSD tier: its veto stays; it is against a slab that is no more");
         }
         let own = own_writes(&options, &opened);
-        let (tier, report) = SsdTier::made_of(device, opened, own, options);
+        let tier = SsdTier::made_of(device, opened, own, options);
         tier.shared.note_lineage();
-        Ok((tier, report))
+        Ok(tier)
     }
 
-    pub(super) fn made_of(
-        device: Device,
-        opened: Opened,
-        own: OwnWrites,
-        options: SsdOptions,
-    ) -> (SsdTier, OpenReport) {
+    pub(super) fn made_of(device: Device, opened: Opened, own: OwnWrites, options: SsdOptions) -> SsdTier {
+        let (found, is_loading) = (opened.report.found, opened.loading.is_some());
+        let unread = opened.loading.as_ref().map_or(0, Loading::unread);
         let state = State {
             index: opened.index,
             intents: opened.intents,
@@ -150,6 +160,8 @@ impl SsdTier {
             trust: Trust::Ok,
             waiting: Vec::new(),
             closed: false,
+            report: opened.report,
+            missed: is_loading.then(Missed::new),
             on_disk: OnDisk::Dirty,
             bad_checksums: 0,
             io_errors: 0,
@@ -167,13 +179,16 @@ impl SsdTier {
             resizing: Mutex::default(),
             preallocate: options.preallocate,
             intents_io: Mutex::default(),
+            loading: Mutex::new(opened.loading),
+            is_loading: AtomicBool::new(is_loading),
+            unread: AtomicU64::new(unread),
             own,
             veto: options.veto,
             lineage: options.lineage,
-            report: opened.report.clone(),
+            found,
             me: me.clone(),
         });
-        (SsdTier { shared }, opened.report)
+        SsdTier { shared }
     }
 
     /// Whether transfers of slots must be run aside, see [`crate::engine::blocks_in_kernel`].
@@ -212,12 +227,12 @@ impl SsdTier {
                 Registration::New => {
                     state.index.sweep(0, u32::MAX, |key| all_if(key.storage() == s.index));
                 }
-                Registration::Changed if state.index.storages.slots(s.index) == 0 => {
+                Registration::Changed if state.index.storages.slots(s.index) == 0 && state.missed.is_none() => {
                     state.index.storages.renew_epoch(s.index);
                 }
                 Registration::Changed => {
                     drop(state);
-                    let dropped = self.shared.sweep(|key| all_if(key.storage() == s.index));
+                    let dropped = self.shared.sweep_storage(s.index);
                     let mut state = self.shared.state.lock();
                     state.dropped_changed_store += dropped;
                     if self.is_recovered() && !own.knows() {
@@ -303,10 +318,12 @@ impl SsdTier {
     /// Begins to write pages of a block to a slot: a free one, or that of a victim (FIFO with one second chance;
     /// slots being read are passed over). The block's present slot, if any, serves until the new one is complete and
     /// then leaves, so `mask` should have its pages too. `None` if the tier has all of `mask` or is writing the block
-    /// already, if nothing can be replaced, or if the tier is degraded or closed.
+    /// already, if nothing can be replaced, or if the tier is degraded, closed or [loading](SsdTier::is_loading).
     pub fn begin_insert(&self, s: SsdStorage, block: BlockIndex, mask: PageMask) -> Option<SlotWrite> {
         let key = Key::new(s.index, block)?;
-        let (slot, _generation) = self.shared.usable(s)?.index.begin_insert(key, mask)?;
+        let mut state = self.shared.usable(s).filter(|state| state.missed.is_none())?;
+        let (slot, _generation) = state.index.begin_insert(key, mask)?;
+        drop(state);
         Some(SlotWrite { shared: self.shared.clone(), slot, key, mask, ended: false })
     }
 
@@ -328,13 +345,13 @@ impl SsdTier {
     /// not for an event loop.
     pub fn drop_storage(&self, s: SsdStorage) {
         if self.shared.state.lock().index.storages.is_current(s) {
-            self.shared.sweep(|key| all_if(key.storage() == s.index));
+            self.shared.sweep_storage(s.index);
         }
     }
 
     /// Drops all that the tier holds. Goes through the whole index, as [`SsdTier::drop_storage`] does.
     pub fn drop_all(&self) {
-        self.shared.sweep(|_| PageMask::ALL);
+        self.shared.sweep_all();
     }
 
     /// Writes the index to the slab and marks it clean; from here on the tier finds nothing and takes nothing. To be
@@ -488,6 +505,13 @@ impl Shared {
         if range.count == 0 {
             return;
         }
+        {
+            let mut state = self.state.lock();
+            let current = state.index.storages.is_current(s);
+            if let Some(missed) = state.missed.as_mut().filter(|_| current) {
+                missed.pages(s.index, range);
+            }
+        }
         let last = ((range.end() - 1) / PAGES_PER_BLOCK).min(MAX_BLOCK);
         let mut next = range.first / PAGES_PER_BLOCK;
         let pages_in = |block: u64| {
@@ -521,8 +545,24 @@ impl Shared {
         }
     }
 
+    /// Drops what there is of a storage, or will be found of it on the disk. Returns how many slots went.
+    pub(super) fn sweep_storage(&self, index: u16) -> u64 {
+        if let Some(missed) = self.state.lock().missed.as_mut() {
+            missed.storage(index);
+        }
+        self.sweep(|key| all_if(key.storage() == index))
+    }
+
+    /// Drops all that there is, or will be found on the disk.
+    pub(super) fn sweep_all(&self) {
+        if let Some(missed) = self.state.lock().missed.as_mut() {
+            missed.everything();
+        }
+        self.sweep(|_| PageMask::ALL);
+    }
+
     /// Invalidates what `which` names for each key. Returns how many slots went.
-    pub(super) fn sweep(&self, which: impl Fn(Key) -> PageMask) -> u64 {
+    fn sweep(&self, which: impl Fn(Key) -> PageMask) -> u64 {
         let (mut at, mut dropped) = (Some(0), 0);
         while let Some(from) = at {
             let (next, count) = self.change(|state| state.index.sweep(from, CHUNK, &which));
@@ -556,6 +596,8 @@ impl Shared {
     }
 
     fn close(&self, extent: Extent) -> Result<(), SsdError> {
+        // What is not known of the slab cannot be said to be true.
+        self.load();
         self.closed.store(true, Ordering::Release);
         let _alone = self.keeping.lock();
         let _writing = self.intents_io.lock();
@@ -618,7 +660,8 @@ impl Shared {
             index_bytes: state.index.bytes() + state.intents.bytes(),
             marked_regions: state.intents.marked(),
             checkpoints: state.checkpoints,
-            opened: self.report.clone(),
+            unread_slots: self.unread.load(Ordering::Relaxed),
+            opened: state.report.clone(),
             state: match state.health.phase() {
                 _ if state.closed => SsdState::Closed,
                 Phase::Ok => SsdState::Ok,

@@ -6,7 +6,7 @@ use super::open::{self, Mark};
 use super::storages::Unflushed;
 use super::tier::{Shared, State, Trust};
 use super::{SsdStorage, SsdTier, Stamp, device::AlignedBuf, format::SECTOR_BYTES, intents::Regions, veto};
-use crate::types::{PAGES_PER_BLOCK, PageMask, PageRange};
+use crate::types::{PAGES_PER_BLOCK, PageRange};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -110,7 +110,7 @@ impl SsdTier {
     /// Whether the slab was recovered from a crash: what an earlier run wrote to stores may not be durable there. Whoever
     /// opens a store flushes it before anything of it is inserted.
     pub fn is_recovered(&self) -> bool {
-        self.shared.report.found == super::Found::Recovered
+        self.shared.found == super::Found::Recovered
     }
 
     /// A store that is to be closed has been flushed, with no write under way. Without it what was written to is dropped
@@ -265,7 +265,7 @@ impl Shared {
             }
         }
         // Writes go on meanwhile; what they mark is written with the first batch, before any record is.
-        self.sweep(|_| PageMask::ALL);
+        self.sweep_all();
         let (mut superblock, batch, bytes) = {
             let mut state = self.state.lock();
             let superblock = open::new_superblock(state.index.limit(), state.superblock.generation);
@@ -307,9 +307,11 @@ impl Shared {
         if !self.state.lock().index.storages.is_current(s) {
             return;
         }
+        // The table is written, which names what has slots: all of them must be known.
+        self.load();
         let _alone = self.keeping.lock();
         loop {
-            self.sweep(|key| super::tier::all_if(key.storage() == s.index));
+            self.sweep_storage(s.index);
             let mut state = self.state.lock();
             if state.index.storages.slots(s.index) > 0 {
                 // A slot that was being written; it has been told that it is not wanted.

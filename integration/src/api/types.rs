@@ -145,6 +145,9 @@ pub struct Recovery {
     pub bad_checksums: u64,
     /// Regions whose blocks would be dropped if the power failed now.
     pub marked_regions: u64,
+    /// Blocks that the file may have and that are not in use yet: their records are still being read.
+    #[serde(default)]
+    pub unread_blocks: u64,
 }
 
 /// How the SSD tier's file was found at the start.

@@ -48,6 +48,7 @@ fn pristine() -> &'static Pristine {
         let path = folder.join("slab");
         let store = BLOCKS.map(|block| (block, content(block))).to_vec();
         let tier = open(&path, LEN).expect("a slab can be made");
+        tier.load();
         let storage = tier.storage("file:/a", Some(STAMP)).expect("there is room for a storage");
         // Whole blocks, runs, single pages: one apiece, since whatever is there is read four times an input.
         let masks = [0xFFFF, 0x8001, 0x0001, 0x00F0, 0x8000, 0x5005, 0x0FF0, 0x0002, 0x0300, 0x4000];
@@ -67,7 +68,7 @@ fn pristine() -> &'static Pristine {
 
 fn open(path: &Path, len: u64) -> std::result::Result<SsdTier, SsdError> {
     let options = SsdOptions { preallocate: false, direct: false, ..SsdOptions::default() };
-    SsdTier::open_with(path, len, options).map(|(tier, _)| tier)
+    SsdTier::open_at_once(path, len, options)
 }
 
 /// What of a file is not zero: runs of sectors, so that putting it back takes few writes.
@@ -153,6 +154,19 @@ fn play(bytes: &mut Unstructured<'_>) -> Result<()> {
     for _ in 0..2 {
         let Ok(tier) = open(path, len) else { return Ok(()) };
         if let Ok(storage) = tier.storage("file:/a", Some(STAMP)) {
+            // What comes before the records are read must not be undone by them.
+            if bytes.ratio(1, 4)? {
+                let (page, pages) = (u64::from(bytes.arbitrary::<u8>()?), u64::from(bytes.arbitrary::<u8>()?));
+                tier.begin_write(storage, page, pages).end();
+                tier.load();
+                let gone = |block: &u64| *block * 16 >= page && (*block + 1) * 16 <= page + pages;
+                let found = store
+                    .iter()
+                    .filter(|(block, _)| gone(block))
+                    .any(|(block, _)| !tier.lookup(storage, BlockIndex(*block)).is_empty());
+                assert!(!found, "what was written to is found");
+            }
+            tier.load();
             read_all(&tier, storage, store);
             for _ in 0..bytes.int_in_range(0..=3_u8)? {
                 insert(&tier, storage, bytes.choose(store)?, PageMask(bytes.arbitrary()?));

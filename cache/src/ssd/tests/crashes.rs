@@ -137,9 +137,10 @@ fn start(disk: &Arc<Disk<Event>>, block: bool, slots: u64, ours: bool, standing:
     let device = device(disk, block);
     let mut opened = open::open(&device, slab_bytes(slots), false, |_| standing).unwrap();
     opened.index.storages.limit = TABLE;
-    let (tier, report) = SsdTier::made_of(device, opened, OwnWrites::saying(ours), SsdOptions::default());
+    let tier = SsdTier::made_of(device, opened, OwnWrites::saying(ours), SsdOptions::default());
     disk.note(Event::Noted);
-    (tier, report.found)
+    let found = tier.stats().opened.found;
+    (tier, found)
 }
 
 struct Writing {
@@ -170,6 +171,9 @@ struct Tally {
     grown: u64,
     shrunk: u64,
     cut_off: u64,
+    /// Steps while records were being read, and slabs that were closed for a successor.
+    loading: u64,
+    handed_over: u64,
 }
 
 struct World {
@@ -509,6 +513,12 @@ impl World {
     }
 
     fn step(&mut self) {
+        if self.tier.is_loading() {
+            self.tally.loading += 1;
+            if self.random.one_in(4) {
+                self.tier.shared.load_some(1 + self.random.below(2) as u32);
+            }
+        }
         match self.random.below(20) {
             0..6 => self.begin_insert(),
             6..11 => self.write_slot(),
@@ -537,6 +547,26 @@ impl World {
                 judge(&self.tier, image.0, &image.1, *block, &stores);
             }
         }
+    }
+
+    /// Everything ends in order, and the slab is closed for a successor. What it finds.
+    fn hand_over(&mut self) -> (Image, Stores) {
+        while !self.guests.is_empty() || !self.writing.is_empty() {
+            self.step_guest();
+            self.write_slot();
+            self.tier.write_intents();
+        }
+        for (store, handle) in
+            self.handles.iter().enumerate().filter_map(|(store, h)| Some((store, (*h)?))).collect::<Vec<_>>()
+        {
+            self.flush_store(store);
+            self.tier.note_flushed(handle);
+            self.tier.set_stamp(handle, stamp(store, &self.stores));
+        }
+        self.tier.close_quickly().unwrap();
+        self.tally.handed_over += 1;
+        let (image, _, stores) = self.crash(self.disk.log().len(), Crash::Killed);
+        (image, stores)
     }
 
     /// A crash at a point of the log: the device, and the stores.
@@ -603,7 +633,8 @@ impl World {
             Err(_) if rotten => return (kept, kept_stores),
             Err(error) => panic!("{error}"),
         };
-        let (tier, report) = SsdTier::made_of(device, opened, OwnWrites::saying(ours), SsdOptions::default());
+        let tier = SsdTier::made_of(device, opened, OwnWrites::saying(ours), SsdOptions::default());
+        let report = tier.load();
         self.tally.crashes += 1;
         self.tally.recovered += u64::from(report.found == Found::Recovered);
         let mut served = BTreeMap::new();
@@ -716,7 +747,7 @@ fn run(seed: u64, crashes: u64) -> Tally {
             for _ in 0..11 {
                 world.probe();
             }
-            let (image, stores) = world.probe();
+            let (image, stores) = if world.random.one_in(2) { world.probe() } else { world.hand_over() };
             world.go_on(image, stores);
         }
         let Tally { crashes, served_blocks, stable_blocks, stable_served, recovered, overtaken, rotten, .. } =
@@ -724,6 +755,8 @@ fn run(seed: u64, crashes: u64) -> Tally {
         tally.grown += world.tally.grown;
         tally.shrunk += world.tally.shrunk;
         tally.cut_off += world.tally.cut_off;
+        tally.loading += world.tally.loading;
+        tally.handed_over += world.tally.handed_over;
         tally.crashes += crashes;
         tally.served_blocks += served_blocks;
         tally.stable_blocks += stable_blocks;
@@ -748,5 +781,6 @@ fn a_crash_at_any_point_leaves_nothing_stale_and_keeps_what_was_stable() {
     assert!(tally.stable_served * 100 >= tally.stable_blocks * 95, "what was stable is lost: {tally:?}");
     assert!(tally.recovered * 10 > tally.crashes * 7, "{tally:?}");
     assert!(tally.grown.min(tally.shrunk).min(tally.cut_off) * 40 > tally.crashes, "hardly ever resized: {tally:?}");
+    assert!(tally.loading * 2 > tally.crashes && tally.handed_over * 40 > tally.crashes, "{tally:?}");
     assert!(tally.overtaken > 0 && tally.rotten < tally.crashes, "{tally:?}");
 }
