@@ -410,10 +410,11 @@ impl World {
             .collect()
     }
 
-    /// Whether a block's data matches its record, without telling the tier.
+    /// Whether a block's data matches its record, without telling the tier, and it is not about to go with the end of the slab.
     fn is_sound(&self, block: Block) -> bool {
         let handle = self.handles[block.0];
         let read = handle.and_then(|handle| self.tier.begin_read(handle, BlockIndex(block.1)));
+        let read = read.filter(|read| u64::from(read.slot()) < self.tier.stats().slots);
         read.is_some_and(|read| {
             let mut bytes = vec![0; BLOCK_BYTES];
             super::sim::Simulated::read(&*self.disk, read.offset(), &mut bytes).unwrap();
