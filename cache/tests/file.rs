@@ -348,6 +348,45 @@ fn a_file_that_grows_is_larger_after_a_refresh() {
 }
 
 #[test]
+fn a_file_is_made_larger_and_never_smaller() {
+    let folder = folder();
+    for mode in [EngineMode::Auto, EngineMode::ThreadPool] {
+        let path = disk(folder.path(), &format!("{mode:?}"), 8192);
+        on(mode, move |shard| async move {
+            let store = open(&shard, &name(&path), &StoreOptions::default()).await.unwrap();
+            write(&store, 4096, &[7; 4096], true).await.unwrap();
+            assert_eq!(store.grow(64 << 20).await.unwrap(), 64 << 20);
+            assert_eq!((store.info().size_bytes, path.metadata().unwrap().len()), (64 << 20, 64 << 20));
+            assert!(
+                std::os::unix::fs::MetadataExt::blocks(&path.metadata().unwrap()) * 512 < 1 << 20,
+                "space is taken when it is written to"
+            );
+            let whole = read(&store, 0, 16384).await.unwrap();
+            assert!(whole[4096..8192].iter().all(|b| *b == 7) && whole[8192..].iter().all(|b| *b == 0));
+            write(&store, (64 << 20) - 512, &[9; 512], true).await.unwrap();
+            assert_eq!(store.grow(64 << 20).await.unwrap(), 64 << 20, "as it is");
+            let error = store.grow(8192).await.unwrap_err();
+            assert!(matches!(error, StoreError::Smaller { now_bytes: 0x400_0000, asked_bytes: 8192, .. }), "{error}");
+            // Somebody else has made it larger still: what is there now is what counts, not what was there once.
+            std::fs::File::options().write(true).open(&path).unwrap().set_len(96 << 20).unwrap();
+            assert!(matches!(store.grow(80 << 20).await, Err(StoreError::Smaller { now_bytes: 0x600_0000, .. })));
+            assert_eq!(store.grow(96 << 20).await.unwrap(), 96 << 20);
+            for odd in [0, 1000, u64::MAX] {
+                assert!(matches!(store.grow(odd).await, Err(StoreError::BadSize { .. })), "{odd}");
+            }
+            let error = store.grow(1 << 62).await.unwrap_err();
+            assert!(error.to_string().contains("grow on file:") && error.to_string().contains("too large"), "{error}");
+            assert_eq!(path.metadata().unwrap().len(), 96 << 20);
+            assert_eq!(read(&store, (64 << 20) - 512, 512).await.unwrap(), [9; 512]);
+            let reader = StoreOptions { read_only: true, ..StoreOptions::default() };
+            store.close().await;
+            let store = open(&shard, &name(&path), &reader).await.unwrap();
+            assert!(matches!(store.grow(128 << 20).await, Err(StoreError::ReadOnly { .. })));
+        });
+    }
+}
+
+#[test]
 fn one_file_has_one_identity_by_whatever_name() {
     let folder = folder();
     let path = disk(folder.path(), "d", 4096);

@@ -81,6 +81,14 @@ pub struct Verified {
     pub errors: u64,
 }
 
+/// A disk that became larger while a guest's verifier ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sized {
+    pub bytes: u64,
+    /// Lines of the kernel's log that tell of a new size.
+    pub told: u64,
+}
+
 /// One line of the guest's report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {
@@ -123,6 +131,11 @@ pub enum Line {
     Touched(Touched),
     /// A disk's answers were checked.
     Verified(Verified),
+    Sized(Sized),
+    /// A disk's last block was written and read back; where it ends.
+    Ended {
+        bytes: u64,
+    },
     /// The guest powers off now.
     End,
     /// The guest can't go on.
@@ -169,6 +182,8 @@ impl Line {
                 gap: Duration::from_millis(value(rest, "gap_ms")?),
                 errors: value(rest, "errors")?,
             }),
+            "sized" => Self::Sized(Sized { bytes: value(rest, "bytes")?, told: value(rest, "told")? }),
+            "ended" => Self::Ended { bytes: value(rest, "bytes")? },
             "end" => Self::End,
             "failed" => Self::Failed(rest.to_owned()),
             _ => return None,

@@ -129,6 +129,21 @@ pub enum DiskCommand {
         #[arg(value_parser = disk_name)]
         name: String,
     },
+    /// Make a disk larger while its guest runs, or tell the guest of a store that has become larger
+    #[command(
+        long_about = "Make a disk larger while its guest runs. Other disks are not disturbed.\n\nWith SIZE a raw file is made so large; space is taken \
+        when it is written to. Nothing is ever made smaller. Block devices, NBD exports and images are made larger where they are, and the refusal says how; \
+        then, without SIZE, the store is looked at and the guest told. Files and devices are looked at every few seconds anyway.\n\nThe guest's kernel \
+        says that the disk has a new size; its partition and file system are the guest's to make larger."
+    )]
+    Resize {
+        /// Name of the disk
+        #[arg(value_parser = disk_name)]
+        name: String,
+        /// New size, such as 20GiB [default: what the store has now]
+        #[arg(value_parser = parse_bytes)]
+        size: Option<u64>,
+    },
     /// Stop serving a disk; its data stays where it is
     Remove {
         /// Name of the disk

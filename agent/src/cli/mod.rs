@@ -9,7 +9,7 @@
 //! - `record.rs`: `trace record`
 //! - `explain.rs`: `explain`
 //! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
-//! - `tiers.rs`: `cache resize`, `cache drain`, `cache resume`
+//! - `tiers.rs`: `cache resize`, `cache drain`, `cache resume`, `disk resize`
 //! - `templates.rs`: `vm save-template`, `vm start-from-template`
 //! - `when.rs`: points in time
 //! - `forecast.rs`: `forecast`, which needs no daemon
@@ -42,8 +42,8 @@ use clap::FromArgMatches;
 use prestage_cache::backend::StoreSpec;
 use prestage_integration::api::tiers::{ResizeRequest, Resized, Service, ServiceRequest};
 use prestage_integration::api::types::{
-    AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile, ProfileList,
-    Saved, Status, Vm, VmList, WarmRequest, Warmed,
+    AttachRequest, Attached, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskResize, DiskResized, DropRequest,
+    Dropped, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 use serde::Serialize;
 use serde_json::json;
@@ -205,6 +205,11 @@ async fn disk(command: DiskCommand, client: &Client, json: bool, out: &mut impl 
         DiskCommand::List => answer(out, json, &client.get::<DiskList>("/v1/disks").await?, render::disks),
         DiskCommand::Show { name } => {
             answer(out, json, &client.get::<Disk>(&format!("/v1/disks/{}", encode(&name))).await?, render::disk)
+        }
+        DiskCommand::Resize { name, size } => {
+            let request = DiskResize { size_bytes: size };
+            let reply: DiskResized = client.post(&format!("/v1/disks/{}/resize", encode(&name)), &request).await?;
+            answer(out, json, &reply, tiers::disk_resized)
         }
         DiskCommand::Remove { name, force } => {
             let query = if force { "?force=true" } else { "" };

@@ -1,9 +1,10 @@
-//! What is said of the tiers' upkeep.
+//! What is said of the tiers' upkeep, and of disks that become larger.
 
+use super::render::notes;
 use super::table::printable;
-use crate::config::units::human_bytes;
+use crate::config::units::{exact_bytes, human_bytes};
 use prestage_integration::api::tiers::{Resized, Service, TierResized, TierService};
-use prestage_integration::api::types::TierName;
+use prestage_integration::api::types::{DiskResized, TierName};
 
 fn name(tier: TierName) -> &'static str {
     match tier {
@@ -43,4 +44,21 @@ fn state(tier: &TierService) -> String {
         ),
         (false, TierName::Ssd, _) => format!("{name} tier out of service; {path} is closed\n"),
     }
+}
+
+pub(super) fn disk_resized(reply: &DiskResized) -> String {
+    let DiskResized { disk, before_bytes, after_bytes, told, notes: more } = reply;
+    // Sizes that differ are not to look the same.
+    let show = |bytes| match human_bytes(*before_bytes) == human_bytes(*after_bytes) && before_bytes != after_bytes {
+        true => exact_bytes(bytes),
+        false => human_bytes(bytes),
+    };
+    let first = match (before_bytes == after_bytes, told) {
+        (true, _) => format!("disk {disk} has {}, as its guest was told before\n", show(*after_bytes)),
+        (false, true) => {
+            format!("disk {disk}: {} -> {}, and its guest is told\n", show(*before_bytes), show(*after_bytes))
+        }
+        (false, false) => format!("disk {disk}: {} -> {}\n", show(*before_bytes), show(*after_bytes)),
+    };
+    format!("{first}{}", notes(more))
 }

@@ -11,7 +11,8 @@ use prestage_cache::types::PageRange;
 use prestage_integration::api::history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use prestage_integration::api::types::{
     AttachRequest, Attached, ByteRange, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskOrigin,
-    DropRequest, DropTier, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
+    DiskResize, DiskResized, DropRequest, DropTier, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm,
+    VmList, WarmRequest, Warmed,
 };
 use prestage_integration::api::{ApiError, Control, ErrorCode, Reply, Rows};
 use std::sync::Arc;
@@ -96,6 +97,14 @@ impl Control for Handle {
                 ));
             }
             remove_disk(&self.0, &name).await
+        })
+    }
+
+    fn disk_resize(&self, name: String, request: DiskResize) -> Reply<'_, DiskResized> {
+        Box::pin(async move {
+            // Not reserved: a store that does not answer is not to keep its disk from being removed.
+            let shared = self.0.clone();
+            blocking(move || shared.disks.resize(&shared.host(), &name, request.size_bytes)).await?
         })
     }
 

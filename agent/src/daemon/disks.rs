@@ -57,8 +57,10 @@ pub(super) struct Served {
     pub(super) runner: Arc<DiskRunner>,
     pub(super) export: Mutex<Option<Export>>,
     pub(super) nbd: Option<Arc<NbdExport>>,
+    /// Held by whoever looks at the store's size, and changes it.
+    pub(super) sizing: Mutex<()>,
     /// What the guest was told.
-    capacity_bytes: AtomicU64,
+    pub(super) capacity_bytes: AtomicU64,
     /// Why the store's size could not be had when it was last asked for; empty if it could.
     pub(super) size_trouble: Mutex<String>,
 }
@@ -417,47 +419,10 @@ impl Disks {
             runner,
             export,
             nbd,
+            sizing: Mutex::default(),
             capacity_bytes,
             size_trouble: Mutex::default(),
         }))
-    }
-
-    /// Asks stores for their size and tells the guests of those that have grown. Blocks. Asking an NBD server takes a new
-    /// connection, so that is only done when somebody wants it (`ask_servers`).
-    pub(super) fn refresh_sizes(&self, host: &Host, ask_servers: bool) {
-        for entry in self.list() {
-            let Ok(served) = &entry.state else { continue };
-            if !ask_servers && !["file:", "qcow2:"].iter().any(|scheme| served.storage.identity().starts_with(scheme)) {
-                continue;
-            }
-            let name = &entry.definition.name;
-            match served.storage.refresh_size() {
-                Ok(size) => {
-                    served.size_trouble.lock().clear();
-                    let before = served.capacity_bytes.swap(size, Ordering::Relaxed);
-                    if before == size {
-                        continue;
-                    }
-                    // The learner takes note of the new end.
-                    host.learner.add_storage(served.storage.clone());
-                    let told = served.export.lock().as_ref().map(|export| export.resize(size));
-                    match told {
-                        Some(Ok(told)) => tracing::info!(disk = name, before, size, told, "disk has a new size"),
-                        Some(Err(error)) => tracing::error!(disk = name, %error, "new size not offered"),
-                        None => {}
-                    }
-                }
-                Err(error) => {
-                    // Every few seconds the same: loud once, and in `status` for as long as it lasts.
-                    let text = error.to_string();
-                    let mut told = served.size_trouble.lock();
-                    if *told != text {
-                        tracing::warn!(disk = name, %error, "the store's size");
-                        *told = text;
-                    }
-                }
-            }
-        }
     }
 
     /// Ends a disk's export, waits for its requests and closes its storage if no other disk uses it. Blocks. With `parted`

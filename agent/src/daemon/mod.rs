@@ -9,6 +9,7 @@
 //! - `handover.rs`: a new prestaged takes over from the one that runs
 //! - `models.rs`: models and thresholds
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
+//! - `sizes.rs`: disks that become larger
 //! - `reload.rs`: a changed configuration, applied whole or not at all
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
@@ -35,6 +36,7 @@ mod reload;
 mod report;
 mod rows;
 mod run;
+mod sizes;
 mod templates;
 mod tiers;
 mod webhooks;

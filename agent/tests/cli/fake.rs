@@ -270,6 +270,13 @@ impl Control for Fake {
         })
     }
 
+    fn disk_resize(&self, name: String, request: DiskResize) -> Reply<'_, DiskResized> {
+        self.note(format!("resize {name} {request:?}"));
+        let (after_bytes, told) = request.size_bytes.map_or((20 << 30, false), |bytes| (bytes, bytes > 20 << 30));
+        let notes = if told { vec!["NBD clients see the size when they connect anew".into()] } else { vec![] };
+        done(Ok(DiskResized { disk: name, before_bytes: 20 << 30, after_bytes, told, notes }))
+    }
+
     fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()> {
         self.note(format!("remove {name} {force}"));
         done(if force {

@@ -148,12 +148,24 @@ accesses dropped:   0
         &["disk", "remove", "web1-vda", "--force"],
         "disk web1-vda is no longer served; its data stays where it is\n",
     );
+    prints(
+        &daemon,
+        &["disk", "resize", "web1-vda", "30GiB"],
+        "disk web1-vda: 20 GiB -> 30 GiB, and its guest is told\nNote: NBD clients see the size when they connect anew\n",
+    );
+    prints(&daemon, &["disk", "resize", "web1-vda"], "disk web1-vda has 20 GiB, as its guest was told before\n");
+    prints(
+        &daemon,
+        &["disk", "resize", "web1-vda", "21474836992B"],
+        "disk web1-vda: 20GiB -> 21474836992B, and its guest is told\nNote: NBD clients see the size when they connect anew\n",
+    );
     let asked = daemon.control.asked.lock().clone();
     assert_eq!(
         asked[0],
         "add DiskAdd { name: \"db1\", store: \"/srv/db1.raw\", read_only: true, socket: None, nbd: false }"
     );
-    assert_eq!(asked[2..], ["remove web1-vda false", "remove web1-vda true"]);
+    assert_eq!(asked[2..4], ["remove web1-vda false", "remove web1-vda true"]);
+    assert_eq!(asked[4], "resize web1-vda DiskResize { size_bytes: Some(32212254720) }");
 }
 
 #[test]
@@ -372,6 +384,7 @@ fn json_is_the_daemons_own_and_failures_too() {
         &["disk", "show", "web1-vda"],
         &["disk", "add", "db1", "/x"],
         &["disk", "remove", "x", "--force"],
+        &["disk", "resize", "x", "1TiB"],
         &["vm", "list"],
         &["vm", "attach", "a", "b", "--enable-shared-memory"],
         &["vm", "detach", "a", "b"],

@@ -40,11 +40,23 @@ impl Guest {
     }
 
     fn wait(&mut self) {
+        assert_eq!(self.outcome(), 0);
+    }
+
+    /// How the request under way has ended: 0, or an errno below it.
+    fn outcome(&mut self) -> i32 {
         let mut done: [MaybeUninit<Completion>; 1] = [const { MaybeUninit::uninit() }];
         let mut timeout = LIMIT;
         assert_eq!(self.queue.do_io(&mut done, 1, Some(&mut timeout), None).unwrap(), 1);
         // SAFETY: do_io has filled in the first.
-        assert_eq!(unsafe { done[0].assume_init_ref() }.ret, 0);
+        unsafe { done[0].assume_init_ref() }.ret
+    }
+
+    /// Whether a read is answered without an error.
+    pub(crate) fn try_read(&mut self, offset: u64, len: usize) -> bool {
+        assert!(len <= BUFFER);
+        self.queue.read(offset, self.buffer as *mut u8, len, 0, ReqFlags::empty());
+        self.outcome() == 0
     }
 
     /// The bytes at an offset.

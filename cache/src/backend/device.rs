@@ -4,6 +4,7 @@
 //! - [`Opened`] and [`open`]: descriptors, size, alignment, lock
 //! - [`measure`]: size and stamp again
 //! - [`size_now`]: a regular file's size, at once
+//! - [`grow`]: a regular file made larger
 //! - [`discard`] by `BLKDISCARD`; [`extents`] by `SEEK_DATA` and `SEEK_HOLE`
 //!
 //! Leaf module: `statx` and `ioctl` are called here.
@@ -21,7 +22,7 @@ use super::{Extent, SECTOR_BYTES, Stamp, StoreOptions};
 use crate::engine::blocks_in_kernel;
 use crate::opener::{self, How};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, fcntl};
 use nix::unistd::{Whence, lseek};
 use std::fs::{File, TryLockError};
 use std::io::{Seek, SeekFrom};
@@ -257,6 +258,23 @@ fn probe_align(file: &File) -> io::Result<u32> {
             Ok(super::PAGE as u32)
         }
         Err(error) => Err(error),
+    }
+}
+
+/// Makes a regular file end at `size` if it ends before. By fallocate(2) of its last sector, which never cuts: somebody else may make it
+/// larger at the same time. Where the file system has no such call the size is looked at and set, with a moment in between.
+///
+/// # Errors
+/// What the kernel says: `ENOSPC`, `EFBIG`.
+pub(super) fn grow(fd: &OwnedFd, size: u64) -> io::Result<()> {
+    let offset = |bytes: u64| libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG));
+    let last = offset(size.saturating_sub(SECTOR_BYTES))?;
+    match nix::fcntl::fallocate(fd, FallocateFlags::empty(), last, offset(SECTOR_BYTES)?) {
+        Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL) => {
+            let file = File::from(fd.try_clone()?);
+            if file.metadata()?.len() < size { file.set_len(size) } else { Ok(()) }
+        }
+        other => Ok(other?),
     }
 }
 

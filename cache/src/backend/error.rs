@@ -26,6 +26,12 @@ pub enum StoreError {
         "{store} has shrunk from {was_bytes} to {now_bytes} bytes; take its disks offline and check who resized it"
     )]
     Shrunk { store: String, was_bytes: u64, now_bytes: u64 },
+    #[error(
+        "{store} has {now_bytes} bytes and is not cut to {asked_bytes}: what lies beyond would be lost, and its guest would not be asked"
+    )]
+    Smaller { store: String, now_bytes: u64, asked_bytes: u64 },
+    #[error("{store} is not made larger from here: {why}")]
+    NotGrown { store: String, why: &'static str },
     #[error("{store} is read-only")]
     ReadOnly { store: String },
     #[error("{len} bytes at {offset} do not lie within the store of {size_bytes} bytes")]

@@ -430,7 +430,32 @@ impl Inner {
         self.stamp.set(now);
         Ok(now.size_bytes)
     }
+
+    async fn grow(&self, size_bytes: u64) -> Result<u64, StoreError> {
+        let store = || self.identity.clone();
+        let (files, _under_way) = self.begin(Access::Write, 0, 0)?;
+        if self.is_block {
+            return Err(StoreError::NotGrown { store: store(), why: DEVICE_GROWS });
+        }
+        if self.content == Content::Image || size_bytes == 0 || !size_bytes.is_multiple_of(super::SECTOR_BYTES) {
+            return Err(StoreError::BadSize { store: store(), size_bytes });
+        }
+        let now_bytes = self.measure().await?.size_bytes;
+        if size_bytes < now_bytes {
+            return Err(StoreError::Smaller { store: store(), now_bytes, asked_bytes: size_bytes });
+        }
+        if size_bytes > now_bytes {
+            let fd = files.buffered.try_clone().map_err(|error| self.failed("grow", &error))?;
+            let grown = self.shard.blocking(move || device::grow(&fd, size_bytes)).await;
+            grown.and_then(|grown| grown).map_err(|error| self.failed("grow", &error))?;
+            self.shard.fdatasync(&files.buffered).await.map_err(|error| self.failed("grow", &error))?;
+        }
+        self.refresh_size().await
+    }
 }
+
+const DEVICE_GROWS: &str =
+    "a device has the size of what it is made of (a logical volume, an RBD image, a partition): make that larger";
 
 fn unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL | libc::ENODEV))
@@ -492,6 +517,15 @@ impl Backend for FileBackend {
     fn refresh_size(&self) -> LocalBoxFuture<Result<u64, StoreError>> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move { inner.refresh_size().await })
+    }
+
+    fn grow(&self, size_bytes: u64) -> LocalBoxFuture<Result<u64, StoreError>> {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(async move { inner.grow(size_bytes).await })
+    }
+
+    fn who_grows(&self) -> &'static str {
+        DEVICE_GROWS
     }
 
     fn close(&self) -> LocalBoxFuture<()> {

@@ -170,6 +170,19 @@ pub trait Backend: fmt::Debug {
     /// [`StoreError`], `Shrunk` when it has become smaller.
     fn refresh_size(&self) -> LocalBoxFuture<Result<u64, StoreError>>;
 
+    /// Makes the store as large as this, durably, and returns its size. What is new reads as zeroes and takes no space but for
+    /// its last block. Nothing is ever cut. Only a raw file is its own to make larger.
+    ///
+    /// # Errors
+    /// `NotGrown` with who has it to do, `Smaller`, or what the file system says.
+    fn grow(&self, _size_bytes: u64) -> LocalBoxFuture<Result<u64, StoreError>> {
+        let error = StoreError::NotGrown { store: self.info().identity, why: self.who_grows() };
+        Box::pin(std::future::ready(Err(error)))
+    }
+
+    /// Who makes such a store larger, if it cannot itself.
+    fn who_grows(&self) -> &'static str;
+
     /// Waits for requests under way, then lets go of files and connections. Requests that come later fail.
     fn close(&self) -> LocalBoxFuture<()>;
 

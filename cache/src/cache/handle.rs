@@ -3,12 +3,13 @@
 use super::OpenError;
 use crate::backend::{LayerMap, StoreError, StoreInfo};
 use crate::counters::{StorageCounters, StorageStats};
-use crate::disk::local;
+use crate::disk::{Storage, local};
 use crate::engine::ShardHandle;
 use crate::ssd::{SsdStorage, SsdTier};
 use crate::types::{PageRange, StorageId};
 use parking_lot::Mutex;
 use std::fmt;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -80,10 +81,25 @@ impl StorageHandle {
     /// # Errors
     /// The store cannot be asked or has shrunk.
     pub fn refresh_size(&self) -> Result<u64, OpenError> {
+        self.sized(|storage| async move { storage.refresh_size().await })
+    }
+
+    /// Makes the store as large as this: a raw file. What it had stays, and nothing is ever cut. Blocks: not for shard threads.
+    ///
+    /// # Errors
+    /// `NotGrown` with who has it to do, `Smaller`, or what the file system says.
+    pub fn grow(&self, size_bytes: u64) -> Result<u64, OpenError> {
+        self.sized(move |storage| async move { storage.grow(size_bytes).await })
+    }
+
+    fn sized<F>(&self, change: impl FnOnce(Rc<Storage>) -> F + Send + 'static) -> Result<u64, OpenError>
+    where
+        F: Future<Output = Result<u64, StoreError>> + 'static,
+    {
         let id = self.0.id;
         let asked = self.0.shard.call(move |_| async move {
             match local(id) {
-                Some(storage) => storage.refresh_size().await.map(|size| (size, storage.info())),
+                Some(storage) => change(Rc::clone(&storage)).await.map(|size| (size, storage.info())),
                 None => Err(StoreError::Closed { store: "the store".into() }),
             }
         });

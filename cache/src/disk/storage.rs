@@ -144,6 +144,16 @@ impl Storage {
         Ok(size)
     }
 
+    /// Makes the store larger and takes note of it.
+    ///
+    /// # Errors
+    /// See [`Backend::grow`].
+    pub async fn grow(&self, size_bytes: u64) -> Result<u64, StoreError> {
+        let size = self.backend.grow(size_bytes).await?;
+        self.shared.core().add_storage(self.id, self.pages());
+        Ok(size)
+    }
+
     /// Ends background work, lets go of the store and forgets what is cached in RAM. Guest requests must have ended. With
     /// `parted` others may write to the store from now on: what the SSD tier holds of it is dropped, unless the store
     /// has a version by which a change would be noticed.

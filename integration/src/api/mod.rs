@@ -40,8 +40,8 @@ pub use server::{ApiListener, Heirloom, Peer, ServeError, SocketOptions, adopt, 
 
 use history::{HistoryStatus, HotList, HotQuery, Near, NearQuery, RunList, RunsQuery};
 use types::{
-    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Explained,
-    Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskResize, DiskResized,
+    DropRequest, Dropped, Explained, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed,
 };
 
 /// What a [`Control`] method gives back; make one with `Box::pin(async move { … })`.
@@ -64,6 +64,9 @@ pub trait Control:
     fn disk_add(&self, request: DiskAdd) -> Reply<'_, Disk>;
     /// Errors: `NotFound`; `InUse` when a hypervisor is connected and not `force`, or when the configuration or a machine owns it.
     fn disk_remove(&self, name: String, force: bool) -> Reply<'_, ()>;
+    /// Looks at the size of a disk's store, or makes a raw file larger, and tells the guest. Other disks are undisturbed.
+    /// Errors: `NotFound`, `InvalidRequest` (smaller than it is), `NotPossible` (with who makes such a store larger), `StoreFailed`, `NoSpace`.
+    fn disk_resize(&self, name: String, request: DiskResize) -> Reply<'_, DiskResized>;
     /// The disk's requests from now on. Errors: `NotFound`, `StoreFailed` (not served), `Unavailable` (too many readers).
     fn disk_trace(&self, name: String) -> Reply<'_, Rows>;
     /// The disk's requests in the database, from `since_us` (Unix time) on. Errors: `NotFound`, `StoreFailed`, `Unavailable`.

@@ -27,8 +27,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::types::{
-    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DropRequest, Dropped, Profile,
-    ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed, validate_name,
+    AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskResize, DiskResized,
+    DropRequest, Dropped, Profile, ProfileList, Saved, Status, Vm, VmList, WarmRequest, Warmed, validate_name,
 };
 use super::{ApiError, Control, ErrorCode, Peer, Problem, explain, rows};
 
@@ -102,6 +102,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(status))
         .routes(routes!(disks, disk_add))
         .routes(routes!(disk, disk_remove))
+        .routes(routes!(disk_resize))
         .routes(routes!(rows::disk_trace))
         .routes(routes!(rows::disk_history))
         .routes(routes!(explain::disk_explain))
@@ -305,6 +306,20 @@ async fn disk_remove(
     validate_name(&name).map_err(ApiError::invalid)?;
     change(async move { control.disk_remove(name, query.force).await }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes a disk larger, or looks whether its store has become larger, and tells its guest.
+#[utoipa::path(post, path = "/v1/disks/{name}/resize", tag = "disks", request_body = DiskResize,
+    params(("name" = String, Path, description = "Name of the disk")),
+    responses((status = 200, body = DiskResized), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn disk_resize(
+    State(control): State<Shared>,
+    At(name): At<String>,
+    Body(request): Body<DiskResize>,
+) -> Answer<DiskResized> {
+    validate_name(&name).map_err(ApiError::invalid)?;
+    request.validate().map_err(ApiError::invalid)?;
+    change(async move { control.disk_resize(name, request).await }).await.map(Json)
 }
 
 /// Machines known to libvirt.

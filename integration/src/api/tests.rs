@@ -102,6 +102,10 @@ impl Control for Fake {
             Ok(Disk { name: request.name, ..Disk::default() })
         })
     }
+    fn disk_resize(&self, disk: String, request: DiskResize) -> Reply<'_, DiskResized> {
+        let after_bytes = request.size_bytes.unwrap_or(512);
+        Box::pin(async move { Ok(DiskResized { disk, after_bytes, ..DiskResized::default() }) })
+    }
     fn disk_remove(&self, _: String, force: bool) -> Reply<'_, ()> {
         Box::pin(async move { if force { Ok(()) } else { Err(ApiError::new(ErrorCode::InUse, "connected")) } })
     }
@@ -323,6 +327,7 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "post /v1/vms/{vm}/disks/{target}/detach",
         "post /v1/vms/{vm}/template",
         "post /v1/clones",
+        "post /v1/disks/{name}/resize",
     ];
     let mut sorted = operations.clone();
     sorted.sort();
@@ -382,6 +387,9 @@ fn every_failure_is_a_problem_with_a_stable_code() {
         ("POST", "/v1/disks", "", 400, "invalid_request", "missing field `name`"),
         ("POST", "/v1/disks", big.as_str(), 413, "too_large", "length limit exceeded"),
         ("POST", "/v1/disks", "{\"name\": \"panic\", \"store\": \"/x\"}", 500, "internal", "failed half way"),
+        ("POST", "/v1/disks/a/resize", "{\"size_bytes\": 1000}", 400, "invalid_request", "multiple of 512 bytes"),
+        ("POST", "/v1/disks/a/resize", "{\"size_bytes\": 0}", 400, "invalid_request", "512 bytes at least"),
+        ("POST", "/v1/disks/a/resize", "{\"size\": 512}", 400, "invalid_request", "unknown field `size`"),
         ("DELETE", "/v1/disks/a", "", 409, "in_use", "connected"),
         ("DELETE", "/v1/disks/a?forse=true", "", 400, "invalid_request", "unknown field `forse`"),
         ("GET", "/v1/disks/%2e%2e%2fx", "", 400, "invalid_request", "`../x` is not a disk name"),

@@ -4,7 +4,8 @@
 //! Sizes are bytes (`_bytes`), times are microseconds or milliseconds by suffix, points in time are Unix milliseconds (`_unix_ms`).
 //!
 //! - status: [`Status`], [`Problem`](super::Problem) is in `error.rs`
-//! - disks: [`Disk`], [`DiskList`], [`DiskAdd`]; over NBD: [`DiskNbd`] in `types/nbd.rs`
+//! - disks: [`Disk`], [`DiskList`], [`DiskAdd`]; their size: [`DiskResize`], [`DiskResized`] in `types/resize.rs`; over NBD: [`DiskNbd`] in
+//!   `types/nbd.rs`
 //! - machines: [`Vm`], [`VmDisk`], [`VmList`], [`AttachRequest`], [`Attached`], [`Detached`]
 //! - cache: [`CacheTiers`], [`CacheStat`], [`WarmRequest`], [`Warmed`], [`DropRequest`], [`Dropped`]
 //! - profiles: [`Profile`], [`ProfileList`], [`Saved`]
@@ -15,6 +16,7 @@
 mod explained;
 mod nbd;
 mod pages;
+mod resize;
 
 use std::collections::BTreeMap;
 
@@ -27,6 +29,7 @@ pub use super::counters::Counters;
 pub use explained::{Attempt, BudgetUse, Explained, Fate, Governor, Place, Touch, Vote};
 pub use nbd::{DiskNbd, NbdClient};
 pub use pages::{MemoryStatus, PagesSet, PassedOver, VmPages};
+pub use resize::{DiskResize, DiskResized};
 
 /// Whether a part works as it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]

@@ -15,7 +15,7 @@ use crate::guest::{Guest, Run, STEP_LIMIT, escape};
 use crate::image::Image;
 use crate::libvirt::Libvirt;
 use crate::paths::Scratch;
-use crate::report::{Line, Verified};
+use crate::report::{Line, Sized, Verified};
 use crate::rig::alone;
 use crate::toucher::feed;
 
@@ -31,7 +31,9 @@ while read -r module; do insmod "/modules/$module"; done </modules/order
 until [ -b /dev/vda ]; do usleep 20000; done
 read -r cmdline </proc/cmdline
 depth=${cmdline##* prestage.depth=}
-exec /verifier /dev/vda "${depth%% *}"
+other=
+[ -b /dev/vdb ] && other=vdb
+exec /verifier /dev/vda "${depth%% *}" $other
 "#;
 
 /// What such a guest stands on.
@@ -65,10 +67,17 @@ impl VerifierRig {
     /// A domain of `queues` processors on the vhost-user-blk export at `socket`, with as many queues and `depth` requests
     /// under way on each.
     pub fn guest(&self, name: &str, socket: &Path, queues: u32, depth: u32) -> Result<Guest> {
-        Guest::define_as(&self.libvirt, &self.scratch, name, |console| self.xml(name, socket, queues, depth, console))
+        let disks = disk_xml("vda", socket, queues);
+        Guest::define_as(&self.libvirt, &self.scratch, name, |console| self.xml(name, &disks, queues, depth, console))
     }
 
-    fn xml(&self, name: &str, socket: &Path, queues: u32, depth: u32, console: &str) -> String {
+    /// [`VerifierRig::guest`] with a second disk, of one queue, that is left alone but for [`Run::sized`] and [`Run::write_last`].
+    pub fn guest_beside(&self, name: &str, socket: &Path, other: &Path, queues: u32, depth: u32) -> Result<Guest> {
+        let disks = disk_xml("vda", socket, queues) + &disk_xml("vdb", other, 1);
+        Guest::define_as(&self.libvirt, &self.scratch, name, |console| self.xml(name, &disks, queues, depth, console))
+    }
+
+    fn xml(&self, name: &str, disks: &str, queues: u32, depth: u32, console: &str) -> String {
         let (kind, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host-passthrough"),
             Accelerator::Tcg => ("qemu", "maximum"),
@@ -88,11 +97,7 @@ impl VerifierRig {
   <cpu mode='{cpu}'/>
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
-    <disk type='vhostuser' device='disk'>
-      <driver name='qemu' type='raw' queues='{queues}'/>
-      <source type='unix' path='{socket}'><reconnect enabled='yes' timeout='1'/></source>
-      <target dev='vda' bus='virtio'/>
-    </disk>
+    {disks}
     <controller type='usb' model='none'/>
     <serial type='unix'><source mode='connect' path='{console}'/><target port='0'/></serial>
     <memballoon model='none'/>
@@ -102,10 +107,20 @@ impl VerifierRig {
             name = escape(name),
             kernel = escape(&self.image.kernel.display().to_string()),
             initrd = escape(&self.initrd.display().to_string()),
-            socket = escape(&socket.display().to_string()),
             console = escape(console),
         )
     }
+}
+
+fn disk_xml(target: &str, socket: &Path, queues: u32) -> String {
+    format!(
+        "<disk type='vhostuser' device='disk'>
+      <driver name='qemu' type='raw' queues='{queues}'/>
+      <source type='unix' path='{socket}'><reconnect enabled='yes' timeout='1'/></source>
+      <target dev='{target}' bus='virtio'/>
+    </disk>",
+        socket = escape(&socket.display().to_string()),
+    )
 }
 
 impl Run<'_> {
@@ -122,6 +137,27 @@ impl Run<'_> {
     /// Ends the load, has everything read back, and says what has been verified in all.
     pub fn end_load(&mut self) -> Result<Verified> {
         self.ask_verified("end")
+    }
+
+    /// What the guest's kernel takes the second disk's size for, and how often it told of a new one.
+    pub fn sized(&mut self) -> Result<Sized> {
+        self.say("size")?;
+        let (_, sized) = self.wait("the disk's size", STEP_LIMIT, |line| match line {
+            Line::Sized(sized) => Some(sized),
+            _ => None,
+        })?;
+        Ok(sized)
+    }
+
+    /// Has the second disk's last block written, synced, read back and compared: words of 64 bits that count up from `seed`. Returns where
+    /// it ends, in bytes.
+    pub fn write_last(&mut self, seed: u64) -> Result<u64> {
+        self.say(&format!("last {seed}"))?;
+        let (_, bytes) = self.wait("the disk's last block", STEP_LIMIT, |line| match line {
+            Line::Ended { bytes } => Some(bytes),
+            _ => None,
+        })?;
+        Ok(bytes)
     }
 
     fn ask_verified(&mut self, order: &str) -> Result<Verified> {

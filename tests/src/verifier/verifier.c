@@ -3,12 +3,15 @@
  * block has a version that every write raises, no two writes of a block are under way at once, and a read may see any
  * version from the last known to be there when it began to the newest begun when it ended.
  *
- *   verifier DISK DEPTH    talks on the first serial port
+ *   verifier DISK DEPTH [OTHER]    talks on the first serial port; /dev/OTHER is a disk that becomes larger meanwhile
  *
  *   PRESTAGE alive                             the disk is written once and the load begins
  *   count → PRESTAGE verified reads=N writes=N gap_ms=N errors=N     so far, and goes on; gap_ms: the longest time in which
  *                                              no request of a thread with requests under way was answered, since the last
  *                                              count; errors: lines of the kernel's log that tell of failed I/O
+ *   size → PRESTAGE sized bytes=N told=N       of OTHER: its size, and lines of the kernel's log that tell of a new one
+ *   last SEED → PRESTAGE ended bytes=N         OTHER's last block is written (word i is SEED + i), synced and read back; bytes:
+ *                                              where it ends
  *   end → PRESTAGE verified …                  lets all end, reads everything back, powers off
  *   PRESTAGE failed WHY                        the first answer that may not be; powers off
  */
@@ -240,29 +243,74 @@ static void *run(void *of) {
   return NULL;
 }
 
-/* Lines of the kernel's log that tell of failed I/O, or of requests that took too long to be believed. */
-static unsigned kernel_errors(void) {
-  static const char *const words[] = {"I/O error", "Buffer I/O", "blocked for more than", "virtio_blk", "critical target", "critical medium"};
+/* Calls `of` for each line of the kernel's log; its sum. */
+static unsigned kernel_log(unsigned (*of)(const char *line)) {
   int log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK);
   if (log < 0) fail("/dev/kmsg: %s", strerror(errno));
   char line[8192];
-  unsigned errors = 0;
+  unsigned sum = 0;
   for (;;) {
     ssize_t length = read(log, line, sizeof line - 1);
     if (length < 0 && errno == EPIPE) continue; /* overwritten meanwhile: go on at the oldest */
     if (length <= 0) break;
     line[length] = 0;
-    for (unsigned i = 0; i < sizeof words / sizeof *words; i++) {
-      /* the driver's greeting has its name too */
-      if (strstr(line, words[i]) == NULL || strstr(line, "logical blocks") != NULL || strstr(line, "queues") != NULL)
-        continue;
-      errors++;
-      printf("PRESTAGE note %.120s\n", strchr(line, ';') ? strchr(line, ';') + 1 : line);
-      break;
-    }
+    sum += of(line);
   }
   close(log);
-  return errors;
+  return sum;
+}
+
+/* Lines that tell of failed I/O, or of requests that took too long to be believed. */
+static unsigned tells_of_error(const char *line) {
+  static const char *const words[] = {"I/O error", "Buffer I/O", "blocked for more than", "virtio_blk", "critical target", "critical medium"};
+  /* the driver's greeting has its name too */
+  if (strstr(line, "logical blocks") != NULL || strstr(line, "queues") != NULL) return 0;
+  for (unsigned i = 0; i < sizeof words / sizeof *words; i++) {
+    if (strstr(line, words[i]) == NULL) continue;
+    printf("PRESTAGE note %.120s\n", strchr(line, ';') ? strchr(line, ';') + 1 : line);
+    return 1;
+  }
+  return 0;
+}
+
+static const char *other;
+
+/* As the driver words it: "[vdb] new size: 98304 512-byte logical blocks (50.3 MB/48.0 MiB)". */
+static unsigned tells_of_size(const char *line) {
+  char words[64];
+  snprintf(words, sizeof words, "[%s] new size:", other);
+  return strstr(line, words) != NULL;
+}
+
+static uint64_t size_of_other(void) {
+  char path[64];
+  snprintf(path, sizeof path, "/sys/block/%s/size", other);
+  FILE *file = fopen(path, "r");
+  unsigned long long sectors = 0;
+  if (file == NULL || fscanf(file, "%llu", &sectors) != 1) fail("%s: no number", path);
+  fclose(file);
+  return sectors * 512;
+}
+
+static void write_last(uint64_t seed) {
+  char path[64];
+  snprintf(path, sizeof path, "/dev/%s", other);
+  uint64_t end = size_of_other();
+  int disk = open(path, O_RDWR | O_DIRECT);
+  uint64_t *written, *found;
+  if (disk < 0) fail("%s: %s", path, strerror(errno));
+  if (posix_memalign((void **)&written, BLOCK, BLOCK) != 0 || posix_memalign((void **)&found, BLOCK, BLOCK) != 0) fail("no memory");
+  for (unsigned i = 0; i < WORDS; i++) written[i] = seed + i;
+  memset(found, 0, BLOCK);
+  off_t at = (off_t)(end - BLOCK);
+  if (pwrite(disk, written, BLOCK, at) != BLOCK) fail("write of the last block of %s: %s", path, strerror(errno));
+  if (fsync(disk) != 0) fail("fsync of %s: %s", path, strerror(errno));
+  if (pread(disk, found, BLOCK, at) != BLOCK) fail("read of the last block of %s: %s", path, strerror(errno));
+  if (memcmp(written, found, BLOCK) != 0) fail("the last block of %s is not what was written", path);
+  close(disk);
+  free(written);
+  free(found);
+  printf("PRESTAGE ended bytes=%llu\n", (unsigned long long)end);
 }
 
 static struct part parts[THREADS_MAX];
@@ -275,7 +323,7 @@ static void report(unsigned count) {
     uint64_t gap = atomic_exchange(&parts[i].gap_ms, 0);
     if (gap > gap_ms) gap_ms = gap;
   }
-  unsigned errors = kernel_errors();
+  unsigned errors = kernel_log(tells_of_error);
   printf("PRESTAGE verified reads=%llu writes=%llu gap_ms=%llu errors=%u\n", (unsigned long long)reads,
          (unsigned long long)writes, (unsigned long long)gap_ms, errors);
 }
@@ -289,7 +337,8 @@ int main(int arguments, char **argument) {
   }
   for (int fd = 0; port >= 0 && fd < 3; fd++) dup2(port, fd);
   setvbuf(stdout, NULL, _IOLBF, 0);
-  if (arguments != 3) fail("verifier DISK DEPTH");
+  if (arguments != 3 && arguments != 4) fail("verifier DISK DEPTH [OTHER]");
+  other = arguments == 4 ? argument[3] : NULL;
   unsigned depth = (unsigned)atoi(argument[2]);
   long cpus = sysconf(_SC_NPROCESSORS_ONLN);
   unsigned count = cpus < 1 ? 1 : cpus > THREADS_MAX ? THREADS_MAX : (unsigned)cpus;
@@ -317,7 +366,14 @@ int main(int arguments, char **argument) {
   pthread_barrier_wait(&begun);
   printf("PRESTAGE alive\n");
   char line[32];
-  while (fgets(line, sizeof line, stdin) != NULL && strncmp(line, "end", 3) != 0) report(count);
+  while (fgets(line, sizeof line, stdin) != NULL && strncmp(line, "end", 3) != 0) {
+    if (other != NULL && strncmp(line, "size", 4) == 0)
+      printf("PRESTAGE sized bytes=%llu told=%u\n", (unsigned long long)size_of_other(), kernel_log(tells_of_size));
+    else if (other != NULL && strncmp(line, "last ", 5) == 0)
+      write_last(strtoull(line + 5, NULL, 10));
+    else
+      report(count);
+  }
   ending = 1;
   for (unsigned i = 0; i < count; i++) pthread_join(parts[i].thread, NULL);
   report(count);

@@ -479,6 +479,10 @@ impl Backend for NbdBackend {
         Box::pin(async move { inner.refresh_size().await })
     }
 
+    fn who_grows(&self) -> &'static str {
+        "its server decides how large it is: make it larger there"
+    }
+
     fn close(&self) -> LocalBoxFuture<()> {
         let (inner, tasks) = (Rc::clone(&self.inner), Rc::clone(&self.tasks));
         Box::pin(async move {

@@ -362,6 +362,10 @@ impl Backend for Qcow2Backend {
         })
     }
 
+    fn who_grows(&self) -> &'static str {
+        "an image is resized while nobody has it open: take the disk away (`disk remove`, `vm detach`), `qemu-img resize`, and add it again"
+    }
+
     fn close(&self) -> LocalBoxFuture<()> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move {

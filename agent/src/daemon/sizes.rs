@@ -1,0 +1,159 @@
+//! Sizes of disks: stores that somebody has made larger, and those that are made larger from here, while guests use them.
+//!
+//! - [`Disks::refresh_sizes`]: the regular look
+//! - [`Disks::resize`]: an operator's order
+//!
+//! A guest is told of a size once its store has it. Nothing here makes a store smaller.
+
+use super::disks::{Disks, Entry, Host, Served};
+use crate::config::units::{exact_bytes, human_bytes};
+use prestage_cache::OpenError;
+use prestage_cache::backend::StoreError;
+use prestage_cache::types::PAGE_BYTES;
+use prestage_integration::api::types::DiskResized;
+use prestage_integration::api::{ApiError, ErrorCode};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What a look at a store's size has found.
+struct Look {
+    before: u64,
+    size: u64,
+    /// The hypervisor has taken note; `None`: nothing was to be told.
+    told: Option<bool>,
+}
+
+impl Disks {
+    /// Asks stores for their size and tells the guests of those that have grown. Blocks. Asking an NBD server takes a new
+    /// connection, so that is only done when somebody wants it (`ask_servers`).
+    pub(super) fn refresh_sizes(&self, host: &Host, ask_servers: bool) {
+        for entry in self.list() {
+            let Ok(served) = &entry.state else { continue };
+            if !ask_servers && !["file:", "qcow2:"].iter().any(|scheme| served.storage.identity().starts_with(scheme)) {
+                continue;
+            }
+            // Whoever is at it tells what there is to tell.
+            let Some(_alone) = served.sizing.try_lock() else { continue };
+            let name = &entry.definition.name;
+            if let Err(error) = look(host, name, served) {
+                // Every few seconds the same: loud once, and in `status` for as long as it lasts.
+                let text = error.to_string();
+                let mut told = served.size_trouble.lock();
+                if *told != text {
+                    tracing::warn!(disk = name, %error, "the store's size");
+                    *told = text;
+                }
+            }
+        }
+    }
+
+    /// Looks at the size of a disk's store, after making it `grow_to` bytes large if that is asked for, and tells the guests of all disks on
+    /// it. Blocks.
+    ///
+    /// # Errors
+    /// The store cannot be made larger, or asked; then nobody is told anything.
+    pub(super) fn resize(&self, host: &Host, name: &str, grow_to: Option<u64>) -> Result<DiskResized, ApiError> {
+        let entry = self.get(name)?;
+        let served = served(&entry)?;
+        let alone = served.sizing.lock();
+        if let Some(size) = grow_to {
+            served.storage.grow(size).map_err(|error| refused(name, size, &error))?;
+        }
+        let Look { before, size, told } = look(host, name, served).map_err(|error| store_failed(&error))?;
+        drop(alone);
+        self.tell_others(host, name, served);
+        let mut notes = Vec::new();
+        if told == Some(false) && entry.is_connected() {
+            notes.push(
+                "its hypervisor cannot be told while it is connected: the guest sees the size when its machine is started anew"
+                    .to_owned(),
+            );
+        }
+        if before != size && served.nbd.as_ref().is_some_and(|nbd| !nbd.clients().is_empty()) {
+            notes.push("NBD clients see the size when they connect anew".to_owned());
+        }
+        if grow_to.is_none() && before == size && served.storage.identity().starts_with("qcow2:") {
+            notes.push("the size of an image is looked at when its disk is opened".to_owned());
+        }
+        let told = told == Some(true);
+        Ok(DiskResized { disk: name.to_owned(), before_bytes: before, after_bytes: size, told, notes })
+    }
+
+    /// Has those look who are on the same store.
+    fn tell_others(&self, host: &Host, name: &str, served: &Served) {
+        for entry in self.list() {
+            let Ok(other) = &entry.state else { continue };
+            let same = entry.definition.name != name && other.storage.id() == served.storage.id();
+            let Some(_alone) = same.then(|| other.sizing.lock()) else { continue };
+            if let Err(error) = look(host, &entry.definition.name, other) {
+                tracing::warn!(disk = entry.definition.name, %error, "the store's size");
+            }
+        }
+    }
+}
+
+fn served(entry: &Entry) -> Result<&Arc<Served>, ApiError> {
+    entry.state.as_ref().map_err(|reason| {
+        let detail = format!("disk `{}` is not served: {reason}", entry.definition.name);
+        ApiError::new(ErrorCode::StoreFailed, detail)
+    })
+}
+
+/// Asks the store for its size, and tells the guest of another one. The caller holds `sizing`.
+fn look(host: &Host, name: &str, served: &Served) -> Result<Look, OpenError> {
+    let size = served.storage.refresh_size()?;
+    served.size_trouble.lock().clear();
+    let before = served.capacity_bytes.swap(size, Ordering::Relaxed);
+    if before == size {
+        return Ok(Look { before, size, told: None });
+    }
+    if !before.is_multiple_of(PAGE_BYTES as u64) {
+        // A page of which the store had a part was kept with zeroes behind it, where there may be something now.
+        host.cache.drop_ram(Some(&served.storage));
+        host.cache.drop_ssd(Some(&served.storage));
+    }
+    // The learner takes note of the new end.
+    host.learner.add_storage(served.storage.clone());
+    let told = served.export.lock().as_ref().map(|export| export.resize(size));
+    let told = match told {
+        Some(Ok(told)) => {
+            tracing::info!(disk = name, before, size, told, "disk has a new size");
+            Some(told)
+        }
+        Some(Err(error)) => {
+            tracing::error!(disk = name, %error, "new size not offered");
+            Some(false)
+        }
+        None => None,
+    };
+    Ok(Look { before, size, told })
+}
+
+fn store_failed(error: &OpenError) -> ApiError {
+    ApiError::new(ErrorCode::StoreFailed, error.to_string())
+}
+
+/// Why a store was not made larger, in the words of the command.
+fn refused(name: &str, asked: u64, error: &OpenError) -> ApiError {
+    match error {
+        OpenError::Store(StoreError::Smaller { now_bytes, .. }) => ApiError::invalid(format!(
+            "disk `{name}` has {} ({}) and is not made smaller: {} would cut off what its guest has there",
+            human_bytes(*now_bytes),
+            exact_bytes(*now_bytes),
+            exact_bytes(asked)
+        )),
+        OpenError::Store(StoreError::NotGrown { .. }) => ApiError::new(
+            ErrorCode::NotPossible,
+            format!("{error}; then `prestagectl disk resize {name}` without a size tells the guest"),
+        ),
+        OpenError::Store(StoreError::ReadOnly { .. }) => ApiError::new(
+            ErrorCode::NotPossible,
+            format!(
+                "disk `{name}` is read-only, and so is its store to prestaged: make that larger elsewhere; then `prestagectl disk \
+                 resize {name}` without a size tells the guest"
+            ),
+        ),
+        OpenError::Store(StoreError::NoSpace { .. }) => ApiError::new(ErrorCode::NoSpace, error.to_string()),
+        other => store_failed(other),
+    }
+}
