@@ -288,12 +288,13 @@ pub enum CacheCommand {
     Resize(ResizeArgs),
     /// Take tiers out of service while guests are served: memory is given back, the SSD tier's file or device closed
     #[command(
-        long_about = "Take tiers out of service while guests are served, until `cache resume` or the next start: the RAM tier gives its \
-        memory back; the SSD tier's file or device is closed, so that it can be unmounted or replaced. What they hold is forgotten; it is all in the \
-        stores too, from which guests are served meanwhile. `cache tiers` and `status` say so."
+        long_about = "Take tiers out of service while guests are served, until `cache resume`: the RAM tier gives its memory back; the SSD \
+        tier's file or device is closed, so that it can be unmounted or replaced. What they hold is forgotten; it is all in the stores too, from which guests \
+        are served meanwhile. A restart leaves them out as well, unless the configuration names another file or device by then. `cache tiers` and `status` \
+        say since when; health stays ok."
     )]
     Drain(ServiceArgs),
-    /// Bring tiers back into service, empty; also an SSD tier that could not be opened
+    /// Bring tiers back into service, empty, as large as they were; also an SSD tier that could not be opened
     Resume(ServiceArgs),
     /// Take blocks out of the cache, of all disks unless --disk names one; no guest data is lost
     Drop {

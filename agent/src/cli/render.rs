@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prestage_integration::api::types::{
     Attached, CacheTiers, CacheUse, Counters, Detached, Disk, DiskList, DiskState, Dropped, Health, PassedOver,
-    Profile, ProfileList, Recovery, Sandbox, Saved, SlabFound, Status, StoreState, TakesEffect, TierName, Vm, VmList,
-    VmPages, Warmed,
+    Profile, ProfileList, Recovery, Sandbox, Saved, SlabFound, Status, StoreState, TakesEffect, TierName, Trouble, Vm,
+    VmList, VmPages, Warmed,
 };
 
 use super::table::{Align, Fields, Table, printable};
@@ -117,10 +117,12 @@ pub(super) fn status(status: &Status) -> String {
     );
     fields.add("db writes", format!("{} waiting, {} lost", store.queued, store.writes_dropped));
     let mut text = fields.render();
-    if !status.troubles.is_empty() {
-        text.push_str("\nneeds attention:\n");
-        for trouble in &status.troubles {
-            text.push_str(&format!("  {}: {}\n", printable(&trouble.subject), printable(&trouble.detail)));
+    for (head, list) in [("needs attention", &status.troubles), ("for the time being", &status.notices)] {
+        if !list.is_empty() {
+            text.push_str(&format!("\n{head}:\n"));
+        }
+        for Trouble { subject, detail } in list {
+            text.push_str(&format!("  {}: {}\n", printable(subject), printable(detail)));
         }
     }
     text
@@ -487,6 +489,9 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
     let mut states = Fields::default();
     for tier in &tiers.tiers {
         states.add(name(tier.tier), with_detail(tier.health, tier.detail.as_deref()));
+        if let Some(note) = &tier.size_note {
+            states.add(&format!("{} size", name(tier.tier)), note);
+        }
         if let Some(text) = tier.recovery.as_ref().and_then(recovery) {
             states.add("ssd kept", text);
         }

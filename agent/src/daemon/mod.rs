@@ -16,13 +16,14 @@
 //! - `check.rs`: files that the configuration names
 //! - `webhooks.rs`: who is told
 //! - `templates.rs`: templates saved, clones started
-//! - `tiers.rs`: other sizes for the tiers, out of service and back
+//! - `tiers.rs`: other sizes for the tiers, out of service and back; `drained.rs`: what is out, on record
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod check;
 mod control;
 mod demand;
 mod disks;
+mod drained;
 mod end;
 mod handover;
 mod history;
@@ -73,8 +74,7 @@ struct Daemon {
     /// What was given up at the start.
     sandbox: Arc<Sandbox>,
     cache: Cache,
-    /// Held by whoever changes a tier.
-    tiers: Mutex<tiers::Away>,
+    tiers: tiers::Tiers,
     store: Store,
     learner: LearnerHandle,
     models: ModelsHandle,

@@ -38,7 +38,7 @@ pub(super) async fn reload(daemon: &Shared, options: &Options, set_log: &SetLog)
 async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) -> Result<(), String> {
     let old = daemon.config.lock().clone();
     let changes = diff(&old, &new);
-    let sizes = Sizes::changed(&daemon.cache, &old, &new).map_err(|error| {
+    let sizes = Sizes::changed(&old, &new).map_err(|error| {
         format!("cannot find out how much memory this host has: {error}; set cache.ram_size to a size")
     })?;
     change_sizes(daemon, sizes).await.map_err(|error| error.detail)?;

@@ -2,8 +2,9 @@
 
 use super::Daemon;
 use super::disks::{Entry, Served};
+use super::drained::Drained;
 use super::qsd::Qsd;
-use super::tiers::Away;
+use crate::config::Config;
 use crate::learner::HeldProfile;
 use crate::nbd::NbdExport;
 use crate::store::ProfileRow;
@@ -198,10 +199,8 @@ impl Daemon {
                 trouble(&format!("disk {}", entry.definition.name), reason);
             }
         }
-        if let Some(reason) = self.ram_reason() {
-            trouble("ram tier", &reason);
-        }
-        if let Some(reason) = self.ssd_reason() {
+        let drained = self.tiers.now().drained;
+        if let Some(reason) = self.ssd_reason().filter(|_| drained.ssd.is_none()) {
             trouble("ssd tier", &reason);
         }
         if let Some(reason) = &self.nbd_trouble {
@@ -260,6 +259,7 @@ impl Daemon {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             health: if troubles.is_empty() { Health::Ok } else { Health::Degraded },
             troubles,
+            notices: self.notices(&config),
             sandbox: self.sandbox.report(),
             engine: EngineStatus {
                 mode: match self.cache.engine() {
@@ -328,11 +328,8 @@ impl Daemon {
         }
     }
 
-    /// Why the SSD tier does not work although it is configured.
+    /// Why the SSD tier does not work although it is configured and nobody took it out of service.
     fn ssd_reason(&self) -> Option<String> {
-        if self.tiers_away().ssd.is_some() {
-            return Some("taken out of service; `prestagectl cache resume --ssd` brings it back, empty".to_owned());
-        }
         if let Some(reason) = &*self.ssd_trouble.lock() {
             return Some(reason.clone());
         }
@@ -342,14 +339,22 @@ impl Daemon {
         }
     }
 
-    /// What is out of service. While a tier is being changed: as nobody knows better, nothing.
-    fn tiers_away(&self) -> Away {
-        self.tiers.try_lock().map_or_else(Away::default, |away| away.clone())
+    /// What is said of a tier that an operator took out of service.
+    fn drained(&self, tier: TierName) -> Option<String> {
+        let drained = self.tiers.now().drained;
+        match tier {
+            TierName::Ram => Some(Drained::words(drained.ram?, "ram")),
+            TierName::Ssd => Some(Drained::words(drained.ssd?.since_unix_ms, "ssd")),
+        }
     }
 
-    fn ram_reason(&self) -> Option<String> {
-        let text = "taken out of service; `prestagectl cache resume --ram` brings it back, empty";
-        self.tiers_away().ram_bytes.map(|_| text.to_owned())
+    /// What is as an operator wanted it, for the time being, and is not to be forgotten. Nothing of it is out of order.
+    fn notices(&self, config: &Config) -> Vec<Trouble> {
+        let now = self.tiers.now();
+        let tiers = [(TierName::Ram, "ram tier"), (TierName::Ssd, "ssd tier")];
+        let said = |tier| self.drained(tier).into_iter().chain(now.size_note(tier, config));
+        let notice = |subject: &str, detail| Trouble { subject: subject.to_owned(), detail };
+        tiers.into_iter().flat_map(|(tier, name)| said(tier).map(move |detail| notice(name, detail))).collect()
     }
 
     pub(super) fn tiers_report(&self) -> CacheTiers {
@@ -378,11 +383,13 @@ impl Daemon {
             });
         }
         storages.sort_by_key(|storage| std::cmp::Reverse(storage.used_bytes));
-        let ram_reason = self.ram_reason();
+        let now = self.tiers.now();
+        let drained = self.drained(TierName::Ram);
         let ram = Tier {
             tier: TierName::Ram,
-            health: if ram_reason.is_some() { Health::Off } else { Health::Ok },
-            detail: ram_reason.or_else(|| Some(format!("{:?} pages", self.cache.arena().page_kind()).to_lowercase())),
+            health: if drained.is_some() { Health::Off } else { Health::Ok },
+            size_note: now.size_note(TierName::Ram, &config),
+            detail: drained.or_else(|| Some(format!("{:?} pages", self.cache.arena().page_kind()).to_lowercase())),
             path: None,
             capacity_bytes: u64::from(occupancy.slots) * block,
             used_bytes: u64::from(occupancy.used_slots) * block,
@@ -395,12 +402,14 @@ impl Daemon {
             recovery: None,
             storages,
         };
-        let reason = self.ssd_reason();
+        let (drained, reason) = (self.drained(TierName::Ssd), self.ssd_reason());
+        let size_note = now.size_note(TierName::Ssd, &config);
         let ssd = match self.cache.ssd_stats() {
             Some(stats) => Tier {
                 tier: TierName::Ssd,
                 health: if reason.is_some() { Health::Degraded } else { Health::Ok },
                 detail: reason,
+                size_note,
                 path: config.cache.ssd_path.map(|path| path.display().to_string()),
                 capacity_bytes: stats.slots * block,
                 used_bytes: stats.used_slots * block,
@@ -415,12 +424,9 @@ impl Daemon {
             },
             None => Tier {
                 tier: TierName::Ssd,
-                health: if reason.is_some() && self.tiers_away().ssd.is_none() {
-                    Health::Degraded
-                } else {
-                    Health::Off
-                },
-                detail: reason,
+                health: if reason.is_some() && drained.is_none() { Health::Degraded } else { Health::Off },
+                detail: drained.or(reason),
+                size_note,
                 path: config.cache.ssd_path.map(|path| path.display().to_string()),
                 ..Tier::default()
             },

@@ -5,9 +5,11 @@
 //! written, profiles saved, the SSD tier marked clean.
 
 use super::disks::Definition;
+use super::drained::Drained;
 use super::end::{Threads, hand_over, shut_down};
 use super::handover::{self, Gate, Invitation, Locks};
 use super::questions::Questions;
+use super::tiers::Tiers;
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models, reload};
 use crate::config::{Config, ConfigError, Engine, HugePages, RateLimit};
 use crate::demand::run::Demand;
@@ -375,7 +377,8 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
     if let Some(trouble) = &store_trouble {
         tracing::error!("{trouble}");
     }
-    let (ssd, ssd_trouble) = open_ssd(&config);
+    let drained = Drained::load(&config);
+    let (ssd, ssd_trouble) = open_ssd(&config, &drained);
     let ram_bytes = config.ram_bytes().map_err(RunError::HostMemory)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let cache = CacheConfig {
@@ -391,6 +394,12 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
         policy: CoreConfig { budget: budget(&config), ..CoreConfig::with_slots(0) },
     };
     let cache = Cache::new(cache, ssd).map_err(|source| RunError::Ram { bytes: ram_bytes, source })?;
+    if let Some(since) = drained.ram {
+        tracing::warn!("RAM tier: {}", Drained::words(since, "ram"));
+        if let Err(error) = cache.resize_ram(0) {
+            tracing::error!(%error, "the RAM tier could not be left out");
+        }
+    }
     let (nbd, nbd_trouble) = start_nbd(&config);
     // Rings are there, and no more will be.
     sandbox.seal();
@@ -434,7 +443,7 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
         config: Mutex::new(config),
         sandbox,
         cache,
-        tiers: Mutex::default(),
+        tiers: Tiers::new(drained),
         store,
         learner,
         models,
@@ -487,9 +496,15 @@ fn start_memory(
 
 /// Opens the SSD tier. Without it guests are served all the same, only slower: a sick cache disk is no reason to leave
 /// machines without their disks.
-fn open_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
+fn open_ssd(config: &Config, drained: &Drained) -> (Option<SsdTier>, Option<String>) {
     let lineage = config.daemon.state_dir.join("ssd.last");
-    let (tier, trouble) = try_ssd(config);
+    let (tier, trouble) = match &drained.ssd {
+        None => try_ssd(config),
+        Some(ssd) => {
+            tracing::warn!(path = %ssd.path.display(), "SSD tier: {}", Drained::words(ssd.since_unix_ms, "ssd"));
+            (None, None)
+        }
+    };
     if tier.is_none()
         && let Err(error) = ssd::run_without(&lineage)
     {
@@ -513,10 +528,10 @@ fn ssd_options(config: &Config) -> SsdOptions {
 }
 
 /// Opens the SSD tier while guests are served: what is found there counts for nothing, since nobody marked their writes.
-pub(super) fn open_empty_ssd(config: &Config) -> Result<SsdTier, SsdError> {
+pub(super) fn open_empty_ssd(config: &Config, size_bytes: u64) -> Result<SsdTier, SsdError> {
     let path = config.cache.ssd_path.as_deref().unwrap_or(Path::new(""));
     let options = SsdOptions { empty: true, ..ssd_options(config) };
-    SsdTier::open_with(path, config.cache.ssd_size.0, options).map(|(tier, _)| tier)
+    SsdTier::open_with(path, size_bytes, options).map(|(tier, _)| tier)
 }
 
 fn try_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {

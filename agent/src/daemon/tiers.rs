@@ -1,10 +1,13 @@
 //! The tiers' upkeep: other sizes, out of service and back, while guests are served.
 
 use super::control::{Handle, blocking};
+use super::drained::{Drained, DrainedSsd};
 use super::run::open_empty_ssd;
 use super::{Daemon, Shared};
 use crate::config::Config;
-use crate::config::units::exact_bytes;
+use crate::config::units::{exact_bytes, human_bytes};
+use crate::learner::run::unix_ms;
+use parking_lot::Mutex;
 use prestage_cache::ssd::{SsdError, SsdTier};
 use prestage_cache::{Cache, ResizeError};
 use prestage_integration::api::tiers::{
@@ -36,13 +39,62 @@ impl TierControl for Handle {
     }
 }
 
-/// Tiers that an operator took out of service.
+/// What an operator has made of the tiers.
+#[derive(Default, Debug)]
+pub(super) struct Tiers {
+    /// Held by whoever changes a tier, for as long as that takes.
+    changing: Mutex<()>,
+    now: Mutex<Upkeep>,
+}
+
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub(super) struct Away {
-    /// What it had.
-    pub(super) ram_bytes: Option<u64>,
-    /// The SSD tier's file, as the kernel names it.
-    pub(super) ssd: Option<PathBuf>,
+pub(super) struct Upkeep {
+    /// Out of service, as it is on record.
+    pub(super) drained: Drained,
+    /// The file of the SSD tier that was taken out of service, as the kernel names it; none if that was before the start.
+    ssd_file: Option<PathBuf>,
+    /// Asked for by `cache resize`, in place of the configuration's, until the next start.
+    by_hand: Sizes,
+}
+
+impl Tiers {
+    pub(super) fn new(drained: Drained) -> Tiers {
+        Tiers { changing: Mutex::default(), now: Mutex::new(Upkeep { drained, ..Upkeep::default() }) }
+    }
+
+    pub(super) fn now(&self) -> Upkeep {
+        self.now.lock().clone()
+    }
+
+    /// Puts on record what is out of service.
+    fn note(&self, state_dir: &Path, change: impl FnOnce(&mut Drained)) -> Result<(), ApiError> {
+        let mut drained = self.now.lock().drained.clone();
+        change(&mut drained);
+        drained.save(state_dir).map_err(|error| {
+            let record = Drained::path(state_dir);
+            unavailable(format!("it cannot be noted in {} what is out of service: {error}", record.display()))
+        })?;
+        self.now.lock().drained = drained;
+        Ok(())
+    }
+}
+
+impl Upkeep {
+    /// What is said of a size that is not the configuration's.
+    pub(super) fn size_note(&self, tier: TierName, config: &Config) -> Option<String> {
+        let (key, asked, configured) = match tier {
+            TierName::Ram => ("cache.ram_size", self.by_hand.ram_bytes?, config.ram_bytes().ok()?),
+            TierName::Ssd => ("cache.ssd_size", self.by_hand.ssd_bytes?, config.cache.ssd_size.0),
+        };
+        (asked != configured).then(|| {
+            format!(
+                "{} by `cache resize`, {} configured, which the next start takes; set {key} = \"{}\" to keep it",
+                human_bytes(asked),
+                human_bytes(configured),
+                exact_bytes(asked)
+            )
+        })
+    }
 }
 
 /// What the kernel calls the tier's file. Asks no file system, which may hang.
@@ -70,65 +122,110 @@ fn unavailable(detail: impl Into<String>) -> ApiError {
     ApiError::new(ErrorCode::Unavailable, detail)
 }
 
-/// Takes a tier out of service. One that is out already stays so.
+/// Takes a tier out of service, until it is brought back. One that is out already stays so.
 fn drain(daemon: &Daemon, tier: TierName) -> Result<TierService, ApiError> {
-    let mut away = daemon.tiers.lock();
+    let _alone = daemon.tiers.changing.lock();
+    let config = daemon.config.lock().clone();
+    let (before, now_unix_ms) = (daemon.tiers.now(), unix_ms());
+    let note = |change: &dyn Fn(&mut Drained)| daemon.tiers.note(&config.daemon.state_dir, |drained| change(drained));
+    // A tier that stays in service is not to be missing after the next start.
+    let undo = || {
+        if let Err(error) = note(&|drained| *drained = before.drained.clone()) {
+            tracing::error!(%error, "the next start leaves out a tier that is in service");
+        }
+    };
     let mut service = TierService { tier, ..TierService::default() };
     match tier {
         TierName::Ram => {
-            if away.ram_bytes.is_none() {
-                let resized = daemon.cache.resize_ram(0).map_err(|error| problem(&error))?;
-                away.ram_bytes = Some(resized.before);
+            service.size_bytes = ram_to_have(&before, &config)?;
+            if before.drained.ram.is_none() {
+                note(&|drained| drained.ram = Some(now_unix_ms))?;
+                let resized = daemon.cache.resize_ram(0).inspect_err(|_| undo()).map_err(|error| problem(&error))?;
+                service.size_bytes = resized.before;
                 tracing::warn!(bytes = resized.before, "RAM tier taken out of service");
             }
-            service.size_bytes = away.ram_bytes.unwrap_or(0);
         }
         TierName::Ssd => {
-            service.path = daemon.config.lock().cache.ssd_path.as_ref().map(|path| path.display().to_string());
+            let path = config.cache.ssd_path.clone().ok_or_else(|| problem(&ResizeError::NoSsd))?;
+            service.path = Some(path.display().to_string());
             service.size_bytes = daemon.cache.ssd().map_or(0, |tier| tier.size_bytes());
-            let name = daemon.cache.ssd().as_ref().map(name_of);
-            let drained = daemon.cache.drain_ssd().map_err(|error| unavailable(error.to_string()))?;
-            if drained {
-                away.ssd = Some(name.unwrap_or_default());
+            // One that is not in use, since its disk is sick, is left out by the next start too.
+            if before.drained.ssd.is_none() {
+                note(&|drained| drained.ssd = Some(DrainedSsd { since_unix_ms: now_unix_ms, path: path.clone() }))?;
+                daemon.tiers.now.lock().ssd_file = daemon.cache.ssd().as_ref().map(name_of);
+                daemon.cache.drain_ssd().inspect_err(|_| undo()).map_err(|error| unavailable(error.to_string()))?;
                 tracing::warn!(path = service.path, "SSD tier taken out of service; what it had is forgotten");
             }
-            let name = away.ssd.as_ref().ok_or_else(|| problem(&ResizeError::NoSsd))?;
-            service.closed = Some(!is_open(name));
+            service.closed = Some(!daemon.tiers.now().ssd_file.is_some_and(|name| is_open(&name)));
         }
     }
     Ok(service)
 }
 
-/// Brings a tier back into service, empty.
+/// What the RAM tier has when it is in service.
+fn ram_to_have(now: &Upkeep, config: &Config) -> Result<u64, ApiError> {
+    let unknown = |error| {
+        unavailable(format!(
+            "cannot find out how much memory this host has: {error}; give it a size by `cache resize --ram`"
+        ))
+    };
+    now.by_hand.ram_bytes.map_or_else(|| config.ram_bytes().map_err(unknown), Ok)
+}
+
+/// Brings a tier back into service, empty, with the size that it had.
 fn resume(daemon: &Daemon, tier: TierName) -> Result<TierService, ApiError> {
-    let mut away = daemon.tiers.lock();
+    let _alone = daemon.tiers.changing.lock();
+    let config = daemon.config.lock().clone();
+    let now = daemon.tiers.now();
     let mut service = TierService { tier, in_service: true, ..TierService::default() };
     match tier {
         TierName::Ram => {
-            if let Some(bytes) = away.ram_bytes {
+            if now.drained.ram.is_some() {
+                let bytes = ram_to_have(&now, &config)?;
                 daemon.cache.resize_ram(bytes).map_err(|error| problem(&error))?;
-                away.ram_bytes = None;
                 tracing::info!(bytes, "RAM tier in service again");
             }
             service.size_bytes = daemon.cache.ram_bytes();
         }
         TierName::Ssd => {
-            let config = daemon.config.lock().clone();
             let Some(path) = &config.cache.ssd_path else {
                 return Err(unavailable("no SSD tier is configured; set cache.ssd_path and restart prestaged"));
             };
             service.path = Some(path.display().to_string());
             if daemon.cache.ssd().is_none() {
-                let tier = open_empty_ssd(&config).map_err(|error| unavailable(error.to_string()))?;
+                let size = now.by_hand.ssd_bytes.unwrap_or(config.cache.ssd_size.0);
+                let tier = open_empty_ssd(&config, size).map_err(|error| unavailable(error.to_string()))?;
                 daemon.cache.resume_ssd(tier).map_err(|error| unavailable(error.to_string()))?;
-                away.ssd = None;
                 *daemon.ssd_trouble.lock() = None;
                 tracing::info!(path = service.path, "SSD tier in service again, empty");
             }
             service.size_bytes = daemon.cache.ssd().map_or(0, |tier| tier.size_bytes());
         }
     }
+    let noted = daemon.tiers.note(&config.daemon.state_dir, |drained| match tier {
+        TierName::Ram => drained.ram = None,
+        TierName::Ssd => drained.ssd = None,
+    });
+    if let Err(error) = noted {
+        // It is in service, whatever the record says.
+        let mut now = daemon.tiers.now.lock();
+        match tier {
+            TierName::Ram => now.drained.ram = None,
+            TierName::Ssd => now.drained.ssd = None,
+        }
+        return Err(unavailable(format!(
+            "the {} is in service again, but the next start leaves it out: {error}",
+            name(tier)
+        )));
+    }
     Ok(service)
+}
+
+fn name(tier: TierName) -> &'static str {
+    match tier {
+        TierName::Ram => "RAM tier",
+        TierName::Ssd => "SSD tier",
+    }
 }
 
 /// Sizes to be had; `None`: as it is.
@@ -139,12 +236,12 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    /// What a new configuration changes. An SSD tier that is not in use takes its size when it is opened.
-    pub(super) fn changed(cache: &Cache, old: &Config, new: &Config) -> std::io::Result<Sizes> {
+    /// What a new configuration changes.
+    pub(super) fn changed(old: &Config, new: &Config) -> std::io::Result<Sizes> {
         let ram_bytes = (old.cache.ram_size != new.cache.ram_size).then(|| new.ram_bytes()).transpose()?;
         // With another path, or none, the size is that of a tier which a restart opens.
         let same = old.cache.ssd_path == new.cache.ssd_path;
-        let ssd = same && old.cache.ssd_size != new.cache.ssd_size && cache.ssd().is_some();
+        let ssd = same && old.cache.ssd_size != new.cache.ssd_size;
         Ok(Sizes { ram_bytes, ssd_bytes: ssd.then_some(new.cache.ssd_size.0) })
     }
 }
@@ -180,23 +277,28 @@ pub(super) async fn change_sizes(daemon: &Shared, sizes: Sizes) -> Result<(), Ap
     change(daemon, sizes, Wanted::WhenInService).await.map(drop)
 }
 
-async fn change(daemon: &Shared, sizes: Sizes, wanted: Wanted) -> Result<Vec<Change>, ApiError> {
+async fn change(daemon: &Shared, asked: Sizes, wanted: Wanted) -> Result<Vec<Change>, ApiError> {
     let shared = daemon.clone();
     blocking(move || {
-        let mut away = shared.tiers.lock();
-        // One that is out of service takes its size when it comes back.
-        let later = sizes.ram_bytes.filter(|_| away.ram_bytes.is_some());
-        if later.is_some() && wanted == Wanted::Now {
+        let _alone = shared.tiers.changing.lock();
+        let drained = shared.tiers.now().drained;
+        if asked.ram_bytes.is_some() && drained.ram.is_some() && wanted == Wanted::Now {
             return Err(unavailable("the RAM tier is out of service; `prestagectl cache resume --ram` first"));
         }
-        // Looked at again with the tiers in hand: it may have gone since.
+        // One that is out of service takes its size when it comes back.
         let there = wanted == Wanted::Now || shared.cache.ssd().is_some();
         let sizes = Sizes {
-            ram_bytes: sizes.ram_bytes.filter(|_| later.is_none()),
-            ssd_bytes: sizes.ssd_bytes.filter(|_| there),
+            ram_bytes: asked.ram_bytes.filter(|_| drained.ram.is_none()),
+            ssd_bytes: asked.ssd_bytes.filter(|_| there),
         };
         let changes = all_or_none(&shared.cache, sizes)?;
-        away.ram_bytes = later.or(away.ram_bytes);
+        let by_hand = &mut shared.tiers.now.lock().by_hand;
+        for (of, asked) in [(&mut by_hand.ram_bytes, asked.ram_bytes), (&mut by_hand.ssd_bytes, asked.ssd_bytes)] {
+            if asked.is_some() {
+                // What a reload asks for is the configuration's.
+                *of = asked.filter(|_| wanted == Wanted::Now);
+            }
+        }
         for Change { tier, before, after, .. } in &changes {
             tracing::info!(?tier, before, after, "tier has a new size");
         }

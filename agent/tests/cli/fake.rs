@@ -194,6 +194,7 @@ impl Control for Fake {
                 subject: "disk old".into(),
                 detail: "store shrunk;\u{1b}[31m restore its size".into(),
             }],
+            notices: vec![Trouble { subject: "ram tier".into(), detail: "drained by an operator".into() }],
             sandbox: Sandbox {
                 mode: "full".into(),
                 layers: vec![
@@ -407,6 +408,7 @@ impl Control for Fake {
         let ram = Tier {
             tier: TierName::Ram,
             capacity_bytes: 512 << 20,
+            size_note: Some("512 MiB by `cache resize`, 1.0 GiB configured".into()),
             used_bytes: 128 << 20,
             blocks: 2048,
             valid_bytes: 120 << 20,

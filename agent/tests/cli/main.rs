@@ -80,6 +80,9 @@ db writes:  0 waiting, 0 lost
 
 needs attention:
   disk old: store shrunk;\\u{1b}[31m restore its size
+
+for the time being:
+  ram tier: drained by an operator
 ",
     );
 }
@@ -244,8 +247,9 @@ TIER     SIZE     USED  USED %  BLOCKS     DATA   UNREAD  HITS  EVICTED
 ram   512 MiB  128 MiB    25.0    2048  120 MiB  1.0 MiB  1900        7
 ssd    16 GiB      0 B     0.0       0      0 B      0 B     0        0
 
-ram:  ok
-ssd:  DEGRADED: no space left on /var/cache; free 4 GiB
+ram:       ok
+ram size:  512 MiB by `cache resize`, 1.0 GiB configured
+ssd:       DEGRADED: no space left on /var/cache; free 4 GiB
 
 TIER   CACHED  DISKS     STORAGE
 ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1

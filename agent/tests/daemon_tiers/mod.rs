@@ -170,8 +170,13 @@ fn a_cache_disk_is_replaced_under_a_guest() {
     assert_eq!(host.does(&["cache", "drain", "--ssd"]), said, "twice is once");
     for words in [&["cache", "tiers"][..], &["status"]] {
         let said = host.does(words);
-        assert!(said.contains("`prestagectl cache resume --ssd` brings it back"), "{said}");
+        assert!(
+            said.contains("drained by an operator at 20")
+                && said.contains("`prestagectl cache resume --ssd` brings it back"),
+            "{said}"
+        );
     }
+    assert!(host.does(&["status"]).contains("health:     ok"), "it is as it was ordered");
     host.refuses(&["cache", "resize", "--ssd", "128MiB"], 1, &["no SSD tier in use"]);
     let again = match mounted {
         Some(mount) => {
@@ -205,12 +210,27 @@ fn a_cache_disk_is_replaced_under_a_guest() {
         check(&mut guest, 300..310);
         std::thread::sleep(Duration::from_millis(200));
     }
-    // Killed while it is out of service, with writes that it has not heard of.
+    // Killed while it is out of service, with writes that it has not heard of. It stays out until somebody brings it back.
     host.does(&["cache", "drain", "--ssd"]);
     guest.write_all(300 * 65536, &pattern(1003));
     drop(guest);
     host.kill();
     host.start(&config);
+    let mut guest = Guest::start(&host, "d");
+    let said = host.does(&["status"]);
+    assert!(said.contains("ssd tier: drained by an operator at 20") && said.contains("no SSD\n"), "{said}");
+    assert!(said.contains("health:     ok") && !said.contains("crash"), "{said}");
+    check(&mut guest, 301..400);
+    guest.write_all(301 * 65536, &pattern(1004));
+    host.does(&["cache", "resume", "--ssd"]);
+    let said = host.does(&["status"]) + &host.does(&["cache", "tiers"]);
+    assert!(!said.contains("drained") && !said.contains("crash") && said.contains("SSD 0 B of "), "{said}");
+    block(&mut guest, 301, 1004);
+    guest.write_all(301 * 65536, &pattern(301));
+    drop(guest);
+    host.stop();
+    host.start(&config);
+    assert!(!host.does(&["status"]).contains("drained"), "it was brought back");
     let mut guest = Guest::start(&host, "d");
     for (at, holds) in [(1, 1000), (5, 1001), (7, 1002), (300, 1003)] {
         block(&mut guest, at, holds);
@@ -247,5 +267,83 @@ fn the_ram_tier_gives_its_memory_back_and_comes_back_under_a_guest() {
     assert!(guest.read(3 * 65536, 65536) == pattern(77));
     assert!(host.does(&["status"]).contains("health:     ok"));
     drop(guest);
+    host.stop();
+}
+
+/// What `cache resize` gave is what a tier comes back with; a restart in between takes what is configured.
+#[test]
+fn a_drained_tier_comes_back_as_large_as_it_was_and_stays_out_over_a_restart() {
+    let mut host = Host::new();
+    host.start(&ssd(&host));
+    let mut guest = disk(&host, 100);
+    check(&mut guest, 0..100);
+    let configured = sizes(&host);
+    host.does(&["cache", "resize", "--ram", "48MiB", "--ssd", "96MiB"]);
+    let by_hand = sizes(&host);
+    assert_ne!(by_hand, configured);
+    let notes = [
+        "48 MiB by `cache resize`, 16 MiB configured, which the next start takes; set cache.ram_size = \"48MiB\" to keep it",
+        "96 MiB by `cache resize`, 64 MiB configured, which the next start takes; set cache.ssd_size = \"96MiB\" to keep it",
+    ];
+    for said in [host.does(&["status"]), host.does(&["cache", "tiers"])] {
+        assert!(notes.iter().all(|note| said.contains(note)), "{said}");
+    }
+    assert!(host.does(&["status"]).contains("health:     ok"));
+    let said = host.does(&["cache", "drain", "--ram", "--ssd"]);
+    assert!(said.contains("ram tier out of service, 48 MiB given back"), "{said}");
+    check(&mut guest, 0..100);
+    host.does(&["cache", "resume", "--ram", "--ssd"]);
+    assert_eq!(sizes(&host), by_hand);
+    host.does(&["cache", "drain", "--ram", "--ssd"]);
+    guest.write_all(65536, &pattern(900));
+    drop(guest);
+    host.stop();
+    host.start(&ssd(&host));
+    let said = host.does(&["status"]);
+    assert_eq!(sizes(&host), [0, 0], "{said}");
+    for tier in ["ram tier", "ssd tier"] {
+        assert!(said.contains(&format!("{tier}: drained by an operator at 20")), "{said}");
+    }
+    assert!(said.contains("health:     ok"), "{said}");
+    let log = host.log();
+    assert!(
+        log.contains("RAM tier: drained by an operator at 20")
+            && log.contains("SSD tier: drained by an operator at 20")
+    );
+    let mut guest = Guest::start(&host, "d");
+    check(&mut guest, 2..100);
+    // A reload names the size that they come back with.
+    let config = std::fs::read_to_string(host.path("prestaged.toml")).unwrap();
+    let config = config.replace("ram_size = \"16MiB\"", "ram_size = \"24MiB\"").replace("64MiB", "72MiB");
+    std::fs::write(host.path("prestaged.toml"), config).unwrap();
+    let said = host.reload();
+    assert!(said.contains("configuration reloaded"), "{said}");
+    assert_eq!(sizes(&host), [0, 0]);
+    host.does(&["cache", "resume", "--ram", "--ssd"]);
+    assert_eq!(sizes(&host), [24, configured[1] + 8]);
+    assert!(!host.path("state/tiers.drained").exists());
+    assert!(!host.does(&["status"]).contains("for the time being"), "{}", host.does(&["status"]));
+    check(&mut guest, 2..100);
+    assert!(guest.read(65536, 65536) == pattern(900));
+    drop(guest);
+    host.stop();
+}
+
+/// What cannot be put on record is not done: a restart would take in what was to stay out.
+#[test]
+fn a_tier_whose_drain_cannot_be_noted_stays_in_service() {
+    let mut host = Host::new();
+    host.start(&ssd(&host));
+    let before = sizes(&host);
+    std::fs::create_dir(host.path("state/tiers.drained.new")).unwrap();
+    host.refuses(&["cache", "drain", "--ram"], 1, &["it cannot be noted in", "tiers.drained"]);
+    host.refuses(&["cache", "drain", "--ssd"], 1, &["it cannot be noted in", "tiers.drained"]);
+    assert_eq!(sizes(&host), before);
+    std::fs::remove_dir(host.path("state/tiers.drained.new")).unwrap();
+    host.does(&["cache", "drain", "--ssd"]);
+    // The operator names another device instead: of that one nobody said anything.
+    host.stop();
+    host.start(&ssd(&host).replace("/ssd\"", "/other\""));
+    assert_eq!(sizes(&host), before);
     host.stop();
 }

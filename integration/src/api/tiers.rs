@@ -105,7 +105,7 @@ pub trait TierControl {
     /// All that was asked for, or nothing.
     /// Errors: `InvalidRequest` (a size that cannot be), `NoSpace`, `InUse` (blocks that are still being read), `Unavailable`.
     fn cache_resize(&self, request: ResizeRequest) -> Reply<'_, Resized>;
-    /// Takes tiers out of service until they are brought back or the daemon starts anew; what they hold is forgotten.
+    /// Takes tiers out of service until they are brought back, over restarts too; what they hold is forgotten.
     /// Errors: `InUse` (blocks that are still being read), `Unavailable` (there is no such tier, or it cannot be put on record).
     fn cache_drain(&self, request: ServiceRequest) -> Reply<'_, Service>;
     /// Brings tiers back into service, empty; also an SSD tier that could not be opened at the start.

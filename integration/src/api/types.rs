@@ -69,6 +69,9 @@ pub struct Status {
     /// What an operator should look at; empty when all is well.
     #[serde(default)]
     pub troubles: Vec<Trouble>,
+    /// What is as somebody ordered it, for the time being: drained tiers, sizes unlike the configuration. Of no effect on `health`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<Trouble>,
     /// What the daemon gave up at its start.
     #[serde(default)]
     pub sandbox: Sandbox,
@@ -472,6 +475,9 @@ pub struct Tier {
     /// Why it is degraded or off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+    /// Its size is not the configuration's, and for how long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_note: Option<String>,
     /// File or device of the SSD tier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
