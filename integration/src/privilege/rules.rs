@@ -104,9 +104,11 @@ impl Rules {
     #[must_use]
     pub fn outside(&self, path: &Path) -> Refusal {
         Refusal::rule(format!(
-            "{} is in none of the folders of `store.allowed` ({}), and no `[[disk]]` of the configuration names it; add its folder there",
+            "{} is in none of the folders of `store.allowed` ({}), and no `[[disk]]` of the configuration names it; add {} there and save the file: no restart is needed, and `systemctl reload prestaged` tells whether it is right",
             path.display(),
-            self.allowed.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ")
+            self.allowed.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", "),
+            // All of /dev would be too much.
+            if path.starts_with("/dev") { path.display().to_string() } else { "its folder".to_owned() }
         ))
     }
 
@@ -198,6 +200,10 @@ mod tests {
             assert_eq!(said.errno, 0, "{path}");
         }
         assert!(store("/srv/b", false).unwrap_err().reason.contains("store.allowed"));
+        for (path, what) in [("/srv/b", "add its folder there"), ("/dev/sda", "add /dev/sda there")] {
+            let said = store(path, false).unwrap_err().reason;
+            assert!(said.contains(what) && said.contains("systemctl reload prestaged"), "{said}");
+        }
         assert!(rules.store(Path::new(&format!("/var/lib/images/{}", "x".repeat(PATH_MAX))), false).is_err());
     }
 
