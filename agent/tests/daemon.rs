@@ -158,6 +158,47 @@ fn a_cache_disk_without_room_costs_the_tier_and_nothing_else() {
     host.stop();
 }
 
+/// What a start would run into, or go without, is told before it: mistakes end with 2, what may come is a word.
+#[test]
+fn check_tells_what_the_host_does_not_have() {
+    let host = Host::new();
+    let check = |extra: &str| {
+        let config = host.config(extra);
+        let output = Command::new(env!("CARGO_BIN_EXE_prestaged")).arg("--check").arg("--config").arg(&config).output();
+        let output = output.unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let ssd = host.path("ssd").display().to_string();
+    let tier = |size: &str| format!("ssd_path = \"{ssd}\"\nssd_size = \"{size}\"\n");
+    assert_eq!(check(&tier("64MiB")), (Some(0), String::new()));
+    let wrong = |extra: &str, says: &str| {
+        let (code, text) = check(extra);
+        assert!(code == Some(2) && text.contains(says), "{code:?} {text}");
+    };
+    wrong(&tier("4000TiB"), "needs 3.9 PiB and only ");
+    wrong("[export]\nsocket_group = \"nogroup-here\"\n", "export.socket_group: there is no group `nogroup-here`");
+    wrong("[api]\ngroup = \"nogroup-here\"\n", "api.group: there is no group `nogroup-here`");
+    let told = |extra: &str, says: &str| {
+        let (code, text) = check(extra);
+        assert!(code == Some(0) && text.contains(says), "{code:?} {text}");
+    };
+    // There already, with holes.
+    std::fs::File::create(&ssd).unwrap().set_len(8 << 40).unwrap();
+    told(&tier("8TiB"), "is a sparse file of 8.0 TiB on a file system of ");
+    told("[store]\nimage_folder = \"/nonexistent\"\n", "store.image_folder: there is no folder /nonexistent");
+    told("ssd_path = \"/nonexistent/ssd\"\nssd_size = \"64MiB\"\n", "the folder of /nonexistent/ssd is not there");
+    told("[[disk]]\nname = \"d\"\nstore = \"/nonexistent/store\"\n", "disk `d`: /nonexistent/store is not there");
+    let config = host.config("");
+    let text = std::fs::read_to_string(&config).unwrap().replace("16MiB", "4000TiB");
+    std::fs::write(&config, text).unwrap();
+    for words in [&["--check"][..], &[]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_prestaged")).args(words).arg("--config").arg(&config).output();
+        let output = output.unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains("cache.ram_size: 3.9 PiB are more than the "), "{text}");
+    }
+}
+
 /// A tmpfs for as long as this lives.
 struct Mount(PathBuf);
 

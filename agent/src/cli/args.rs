@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use prestage_cache::backend::StoreSpec;
+use prestage_integration::api::tiers::{RAM_MIN_BYTES, SSD_MIN_BYTES};
 use prestage_integration::api::types::{ByteRange, DropTier, validate_name};
 
 use super::demand::{
@@ -11,7 +12,7 @@ use super::demand::{
 };
 use super::history::HistoryCommand;
 use super::models::ModelCommand;
-use crate::config::units::parse_bytes;
+use crate::config::units::{human_bytes, parse_bytes};
 
 /// Where prestaged listens unless configured otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/prestage/prestaged.sock";
@@ -308,14 +309,17 @@ pub enum CacheCommand {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true)]
+#[group(id = "sizes", required = true, multiple = true, args = ["ram", "ssd"])]
 pub struct ResizeArgs {
     /// Size of the RAM tier, at least 16MiB, such as 2GiB
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = ram_size)]
     pub ram: Option<u64>,
     /// Size of the SSD tier with its metadata, at least 64MiB
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = ssd_size)]
     pub ssd: Option<u64>,
+    /// Also a RAM tier of more than 90 % of the host's memory
+    #[arg(long, requires = "ram")]
+    pub force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -383,6 +387,21 @@ pub enum ConfigCommand {
     },
     /// Print the reference file: every key with its default
     Default,
+}
+
+fn at_least(text: &str, least: u64) -> Result<u64, String> {
+    match parse_bytes(text)? {
+        bytes if bytes < least => Err(format!("at least {}", human_bytes(least))),
+        bytes => Ok(bytes),
+    }
+}
+
+fn ram_size(text: &str) -> Result<u64, String> {
+    at_least(text, RAM_MIN_BYTES)
+}
+
+fn ssd_size(text: &str) -> Result<u64, String> {
+    at_least(text, SSD_MIN_BYTES)
 }
 
 pub(super) fn disk_name(text: &str) -> Result<String, String> {

@@ -264,8 +264,8 @@ async fn cache(command: CacheCommand, client: &Client, json: bool, out: &mut imp
             let reply: Warmed = client.post("/v1/cache/warm", &request).await?;
             answer(out, json, &reply, |reply| render::warmed(&request.disk, reply))
         }
-        CacheCommand::Resize(ResizeArgs { ram, ssd }) => {
-            let request = ResizeRequest { ram_bytes: ram, ssd_bytes: ssd };
+        CacheCommand::Resize(ResizeArgs { ram, ssd, force }) => {
+            let request = ResizeRequest { ram_bytes: ram, ssd_bytes: ssd, force };
             answer(out, json, &client.post::<Resized>("/v1/cache/resize", &request).await?, tiers::resized)
         }
         CacheCommand::Drain(ServiceArgs { ram, ssd }) => {

@@ -1,12 +1,19 @@
-//! What `prestaged --check` looks at beyond the configuration's own words: files that it names.
+//! What `prestaged --check` looks at beyond the configuration's own words: files that it names, and what the host has.
 
+use super::tiers::MOST_OF_HOST;
 use super::{run, webhooks};
-use crate::config::Config;
-use nix::unistd::{AccessFlags, access};
+use crate::config::units::human_bytes;
+use crate::config::{Config, host_ram_bytes};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::{AccessFlags, Group, access};
+use prestage_cache::backend::{NbdAddress, StoreSpec};
 use prestage_integration::export::nbd::TlsServer;
+use std::io::{ErrorKind, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
-/// Whether what a configuration names beside itself can be used: secrets and certificates, the helper program. Returns what could not be
-/// looked at.
+/// Whether what a configuration names beside itself can be used: secrets and certificates, the helper program, groups, sizes. Returns what
+/// could not be looked at, and what may come to be there: folders, stores.
 ///
 /// # Errors
 /// What is wrong, a line each.
@@ -15,6 +22,15 @@ pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
     webhooks::check(config, &mut unseen, &mut wrong);
     certificates(config, &mut wrong);
     helper(config, &mut wrong);
+    match ram(config) {
+        Fits::Yes => {}
+        Fits::Hardly(why) => unseen.push(why),
+        Fits::No(why) => wrong.push(why),
+    }
+    ssd(config, &mut unseen, &mut wrong);
+    groups(config, &mut wrong);
+    folders(config, &mut unseen);
+    stores(config, &mut unseen);
     if wrong.is_empty() { Ok(unseen) } else { Err(wrong) }
 }
 
@@ -39,5 +55,131 @@ fn helper(config: &Config, wrong: &mut Vec<String>) {
             "memory.helper: {} is no program that can be run; install it there, name another, or set memory.enabled = false",
             helper.display()
         ));
+    }
+}
+
+/// Whether something fits, and what is said if not.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Fits {
+    Yes,
+    Hardly(String),
+    No(String),
+}
+
+/// Whether the host has the memory of the RAM tier.
+pub(super) fn ram(config: &Config) -> Fits {
+    match (config.ram_bytes(), host_ram_bytes()) {
+        (Ok(asked), Ok(host)) => ram_of(asked, host),
+        // A share of what is not known is said by the start.
+        _ => Fits::Yes,
+    }
+}
+
+fn ram_of(asked: u64, host: u64) -> Fits {
+    let [tier, all] = [asked, host].map(human_bytes);
+    if asked > host {
+        return Fits::No(format!("cache.ram_size: {tier} are more than the {all} that this host has; set less"));
+    }
+    match asked > host / 100 * MOST_OF_HOST {
+        true => Fits::Hardly(format!(
+            "cache.ram_size: {tier} are more than {MOST_OF_HOST} % of the {all} that this host has; the host and its machines have to do with the rest"
+        )),
+        false => Fits::Yes,
+    }
+}
+
+fn ssd(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
+    let (Some(path), size) = (&config.cache.ssd_path, config.cache.ssd_size.0) else { return };
+    let shown = path.display();
+    let found = path.metadata();
+    if let Ok(meta) = &found
+        && meta.file_type().is_block_device()
+    {
+        match std::fs::File::open(path).and_then(|mut device| device.seek(SeekFrom::End(0))) {
+            Ok(has) if has < size => wrong.push(format!(
+                "cache.ssd_size: {} are more than the {} that {shown} has; set less",
+                human_bytes(size),
+                human_bytes(has)
+            )),
+            Ok(_) => {}
+            Err(error) => unseen.push(format!("cache.ssd_path: {shown} cannot be looked at: {error}")),
+        }
+        return;
+    }
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    if !folder.exists() {
+        unseen.push(format!(
+            "cache.ssd_path: the folder of {shown} is not there; the start makes it, on whatever is mounted then"
+        ));
+    }
+    let Some(space) = folder.ancestors().find_map(|folder| statvfs(folder).ok()) else { return };
+    let whole = space.blocks().saturating_mul(space.fragment_size());
+    let free = space.blocks_available().saturating_mul(space.fragment_size());
+    let (length, taken) = found.map_or((0, 0), |meta| (meta.len(), meta.blocks().saturating_mul(512)));
+    if length >= size && size > whole {
+        unseen.push(format!(
+            "cache.ssd_size: {shown} is a sparse file of {} on a file system of {}; it is bypassed once that is full",
+            human_bytes(size),
+            human_bytes(whole)
+        ));
+    } else if length < size && size.saturating_sub(taken) > free {
+        wrong.push(format!(
+            "cache.ssd_size: {shown} needs {} and only {} are free there; set less, or free space",
+            human_bytes(size.saturating_sub(taken)),
+            human_bytes(free)
+        ));
+    }
+}
+
+fn groups(config: &Config, wrong: &mut Vec<String>) {
+    for (key, group) in [("export.socket_group", &config.export.socket_group), ("api.group", &config.api.group)] {
+        let Some(name) = group else { continue };
+        if !matches!(Group::from_name(name), Ok(Some(_))) {
+            wrong.push(format!("{key}: there is no group `{name}`; create it, or name another"));
+        }
+    }
+}
+
+fn folders(config: &Config, unseen: &mut Vec<String>) {
+    let named = [("store.image_folder", &config.store.image_folder), ("store.key_folder", &config.store.key_folder)];
+    for (key, folder) in named {
+        if let Some(folder) = folder.as_ref().filter(|folder| !folder.is_dir()) {
+            unseen.push(format!("{key}: there is no folder {}", folder.display()));
+        }
+    }
+}
+
+/// Stores may come later than prestaged; their disks are offered when they are there.
+fn stores(config: &Config, unseen: &mut Vec<String>) {
+    for disk in &config.disks {
+        let path = match disk.store.parse() {
+            Ok(StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. }) => path,
+            Ok(StoreSpec::Nbd { address: NbdAddress::Unix(path), .. }) => path,
+            _ => continue,
+        };
+        if path.metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+            unseen.push(format!(
+                "disk `{}`: {} is not there; the disk is offered when it is",
+                disk.name,
+                path.display()
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ram_tier_leaves_something_to_the_host() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(ram_of(90 * GIB, 100 * GIB), Fits::Yes);
+        assert!(
+            matches!(ram_of(91 * GIB, 100 * GIB), Fits::Hardly(why) if why.contains("91 GiB are more than 90 % of the 100 GiB"))
+        );
+        assert!(
+            matches!(ram_of(101 * GIB, 100 * GIB), Fits::No(why) if why.contains("101 GiB are more than the 100 GiB"))
+        );
     }
 }

@@ -82,14 +82,15 @@ impl Drained {
 
     /// What is said of a tier that is out; `option` is the command's.
     pub(super) fn words(since_unix_ms: u64, option: &str) -> String {
-        let when = rfc3339(since_unix_ms.saturating_mul(1000));
-        let when =
-            when.get(..16).filter(|_| since_unix_ms > 0).map(|when| format!(" at {} UTC", when.replace('T', " ")));
-        format!(
-            "drained by an operator{}; `prestagectl cache resume --{option}` brings it back, empty",
-            when.unwrap_or_default()
-        )
+        let when = if since_unix_ms > 0 { format!(" at {}", minute(since_unix_ms)) } else { String::new() };
+        format!("drained by an operator{when}; `prestagectl cache resume --{option}` brings it back, empty")
     }
+}
+
+/// A point in time for people: `2026-11-22 15:40 UTC`.
+pub(super) fn minute(unix_ms: u64) -> String {
+    let when = rfc3339(unix_ms.saturating_mul(1000));
+    format!("{} UTC", when.get(..16).unwrap_or(&when).replace('T', " "))
 }
 
 #[cfg(test)]

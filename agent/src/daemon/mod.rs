@@ -75,6 +75,7 @@ struct Daemon {
     sandbox: Arc<Sandbox>,
     cache: Cache,
     tiers: tiers::Tiers,
+    reloads: Mutex<reload::Reloads>,
     store: Store,
     learner: LearnerHandle,
     models: ModelsHandle,

@@ -4,12 +4,83 @@
 //! to whom they concern. What a disk or an endpoint of the configuration names may be out of order; that is its own trouble, told in
 //! `status`, and tried again.
 
+use super::check::{self, Fits};
+use super::drained::minute;
 use super::run::{Options, SetLog, budget, open_missing, refresh_sizes};
-use super::tiers::{Sizes, change_sizes};
+use super::tiers::{Sizes, change_sizes, try_again};
 use super::{Shared, learner_settings, machines, models, webhooks};
 use crate::config::{Change, Config, diff, reloaded};
+use crate::learner::run::unix_ms;
 use crate::memory::MemorySettings;
+use prestage_cache::backend::{NbdAddress, StoreSpec};
 use sd_notify::NotifyState;
+use std::path::PathBuf;
+
+/// What became of the last reload.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub(super) struct Reloads {
+    /// When it was refused, in Unix milliseconds, and why.
+    refused: Option<(u64, String)>,
+    /// What of it waits for a restart.
+    waiting: Vec<String>,
+    /// Disks that are served from where nothing may be opened any more.
+    outside: Vec<(String, String)>,
+}
+
+impl Reloads {
+    fn refuse(&mut self, why: String) {
+        self.refused = Some((unix_ms(), why));
+    }
+
+    /// What is said of a configuration that is not in effect.
+    pub(super) fn refused(&self) -> Option<String> {
+        let (at_unix_ms, why) = self.refused.as_ref()?;
+        Some(format!(
+            "refused at the reload of {}, nothing of it is in effect: {why}; mend it and reload, or the next start may fail",
+            minute(*at_unix_ms)
+        ))
+    }
+
+    /// What is in effect and differs from what is configured, or holds only for the time being: a subject and a sentence each.
+    pub(super) fn notices(&self) -> Vec<(String, String)> {
+        let waiting = self
+            .waiting
+            .iter()
+            .map(|change| ("configuration".to_owned(), format!("{change}: takes effect with a restart")));
+        let outside = self.outside.iter().map(|(disk, store)| {
+            let detail = format!(
+                "{store} is no longer in a folder of `store.allowed`: served until it is opened anew, and refused then"
+            );
+            (format!("disk {disk}"), detail)
+        });
+        waiting.chain(outside).collect()
+    }
+}
+
+/// Whether a store may be opened by the folders of a configuration. Links are the broker's to follow; servers reached by TCP are open to all.
+fn within(store: &str, allowed: &[PathBuf]) -> bool {
+    let spec: Option<StoreSpec> = store.parse().ok();
+    let path = match &spec {
+        Some(StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. }) => Some(path.as_path()),
+        Some(StoreSpec::Nbd { address: NbdAddress::Unix(path), .. }) => Some(path.as_path()),
+        _ => None,
+    };
+    path.is_none_or(|path| allowed.iter().any(|folder| path.starts_with(folder)))
+}
+
+/// Served disks, with their stores, that a new configuration has no folder for and the old one had. What a `[[disk]]` names is allowed anyway.
+fn shut_out(daemon: &Shared, old: &Config, new: &Config) -> Vec<(String, String)> {
+    let entries = daemon.disks.list().into_iter().filter(|entry| entry.state.is_ok());
+    let stores = entries.map(|entry| (entry.definition.name, entry.definition.store));
+    let named = |store: &str| new.disks.iter().any(|disk| disk.store == store);
+    let known = daemon.reloads.lock().outside.clone();
+    let lost = |disk: &(String, String)| {
+        let (_, store) = disk;
+        let had = within(store, &old.store.allowed) || known.contains(disk);
+        had && !within(store, &new.store.allowed) && !named(store)
+    };
+    stores.filter(lost).collect()
+}
 
 /// Reads the configuration anew and applies what can be applied without a restart. A configuration with errors changes
 /// nothing.
@@ -20,13 +91,16 @@ pub(super) async fn reload(daemon: &Shared, options: &Options, set_log: &SetLog)
     let _ = sd_notify::notify(&reloading);
     match Config::load(&options.config, &options.overrides) {
         Err(error) => {
-            for line in error.to_string().lines() {
+            let text = error.to_string();
+            for line in text.lines() {
                 tracing::error!("configuration not reloaded: {line}");
             }
+            daemon.reloads.lock().refuse(text.lines().collect::<Vec<_>>().join("; "));
         }
         Ok(new) => {
             if let Err(error) = apply(daemon, new, set_log).await {
                 tracing::error!("configuration not reloaded, nothing of it is in effect: {error}");
+                daemon.reloads.lock().refuse(error);
             }
         }
     }
@@ -42,6 +116,11 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) -> Result<(), Str
         format!("cannot find out how much memory this host has: {error}; set cache.ram_size to a size")
     })?;
     change_sizes(daemon, sizes).await.map_err(|error| error.detail)?;
+    if let Fits::Hardly(why) = check::ram(&new)
+        && sizes.ram_bytes.is_some()
+    {
+        tracing::warn!("{why}");
+    }
     for Change { key, needs_restart, old, new } in &changes {
         let (old, new) = (old.as_deref().unwrap_or("unset"), new.as_deref().unwrap_or("unset"));
         if *needs_restart {
@@ -50,6 +129,19 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) -> Result<(), Str
             tracing::info!("{key} changed from {old} to {new}");
         }
     }
+    let outside = shut_out(daemon, &old, &new);
+    for (disk, store) in &outside {
+        tracing::warn!(
+            disk,
+            store,
+            "no longer in a folder of store.allowed: it is served until it is opened anew, and refused then"
+        );
+    }
+    let waiting = changes.iter().filter(|change| change.needs_restart).map(|Change { key, old, new, .. }| {
+        let [old, new] = [old, new].map(|value| value.as_deref().unwrap_or("unset"));
+        format!("{key} changed from {old} to {new}")
+    });
+    *daemon.reloads.lock() = Reloads { refused: None, waiting: waiting.collect(), outside };
     let new = reloaded(&old, &new);
     set_log(&new.daemon.log);
     daemon.learner.settings(learner_settings(&new, daemon.stand_in));
@@ -67,6 +159,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) -> Result<(), Str
         tracing::error!(%error, "disks of the configuration not brought into line");
     }
     open_missing(daemon).await;
+    try_again(daemon).await;
     refresh_sizes(daemon, true).await;
     let needs_restart = changes.iter().filter(|change| change.needs_restart).count();
     tracing::info!(applied = changes.len() - needs_restart, needs_restart, "configuration reloaded");

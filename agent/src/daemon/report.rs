@@ -199,6 +199,9 @@ impl Daemon {
                 trouble(&format!("disk {}", entry.definition.name), reason);
             }
         }
+        if let Some(reason) = self.reloads.lock().refused() {
+            trouble("configuration", &reason);
+        }
         let drained = self.tiers.now().drained;
         if let Some(reason) = self.ssd_reason().filter(|_| drained.ssd.is_none()) {
             trouble("ssd tier", &reason);
@@ -334,8 +337,8 @@ impl Daemon {
             return Some(reason.clone());
         }
         match self.cache.ssd_stats()?.state {
-            SsdState::Degraded { reason, .. } => Some(reason),
-            _ => None,
+            SsdState::Degraded { reason, .. } => Some(reason.strip_prefix("SSD tier: ").unwrap_or(&reason).to_owned()),
+            _ => self.tiers.now().gone(),
         }
     }
 
@@ -353,8 +356,10 @@ impl Daemon {
         let now = self.tiers.now();
         let tiers = [(TierName::Ram, "ram tier"), (TierName::Ssd, "ssd tier")];
         let said = |tier| self.drained(tier).into_iter().chain(now.size_note(tier, config));
-        let notice = |subject: &str, detail| Trouble { subject: subject.to_owned(), detail };
-        tiers.into_iter().flat_map(|(tier, name)| said(tier).map(move |detail| notice(name, detail))).collect()
+        let of_tiers =
+            tiers.into_iter().flat_map(|(tier, name)| said(tier).map(move |detail| (name.to_owned(), detail)));
+        let all = of_tiers.chain(self.reloads.lock().notices());
+        all.map(|(subject, detail)| Trouble { subject, detail }).collect()
     }
 
     pub(super) fn tiers_report(&self) -> CacheTiers {

@@ -4,12 +4,13 @@
 //! way down is the reverse: no more requests, guests' requests under way end, blocks on their way to the SSD tier are
 //! written, profiles saved, the SSD tier marked clean.
 
+use super::check::{self, Fits};
 use super::disks::Definition;
 use super::drained::Drained;
 use super::end::{Threads, hand_over, shut_down};
 use super::handover::{self, Gate, Invitation, Locks};
 use super::questions::Questions;
-use super::tiers::Tiers;
+use super::tiers::{Tiers, look_for_file, ssd_words, with_ways};
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models, reload};
 use crate::config::{Config, ConfigError, Engine, HugePages, RateLimit};
 use crate::demand::run::Demand;
@@ -78,6 +79,8 @@ pub enum RunError {
     Store(#[from] StoreError),
     #[error("cannot reserve {bytes} bytes for the RAM tier: {source}; lower cache.ram_size")]
     Ram { bytes: u64, source: std::io::Error },
+    #[error("{0}")]
+    RamTooLarge(String),
     #[error("cannot find out how much memory this host has: {0}; set cache.ram_size to a size")]
     HostMemory(std::io::Error),
     #[error(transparent)]
@@ -380,6 +383,12 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
     let drained = Drained::load(&config);
     let (ssd, ssd_trouble) = open_ssd(&config, &drained);
     let ram_bytes = config.ram_bytes().map_err(RunError::HostMemory)?;
+    match check::ram(&config) {
+        Fits::Yes => {}
+        Fits::Hardly(why) => tracing::warn!("{why}"),
+        // Once guests are on it, it would be the kernel that ends something.
+        Fits::No(why) => return Err(RunError::RamTooLarge(why)),
+    }
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let cache = CacheConfig {
         ram_bytes,
@@ -444,6 +453,7 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
         sandbox,
         cache,
         tiers: Tiers::new(drained),
+        reloads: Mutex::default(),
         store,
         learner,
         models,
@@ -549,12 +559,7 @@ fn try_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
         }
         Err(error) => {
             tracing::error!(%error, "no SSD tier: guests are served from RAM and store");
-            (
-                None,
-                Some(format!(
-                    "{error}; it is set by cache.ssd_path and cache.ssd_size and opened at the next start, or by `prestagectl cache resume --ssd`"
-                )),
-            )
+            (None, Some(with_ways(&ssd_words(&error))))
         }
     }
 }
@@ -606,6 +611,7 @@ async fn keep_trying(daemon: Shared) {
             open_missing(&daemon).await;
         }
         refresh_sizes(&daemon, false).await;
+        look_for_file(&daemon).await;
         // Changes that waited for a machine to stop.
         if let Err(error) = machines::follow_config(&daemon).await {
             tracing::debug!(%error, "disks of the configuration not brought into line");

@@ -4,9 +4,10 @@ use super::control::{Handle, blocking};
 use super::drained::{Drained, DrainedSsd};
 use super::run::open_empty_ssd;
 use super::{Daemon, Shared};
-use crate::config::Config;
 use crate::config::units::{exact_bytes, human_bytes};
+use crate::config::{Config, host_ram_bytes};
 use crate::learner::run::unix_ms;
+use nix::sys::stat::{SFlag, fstat};
 use parking_lot::Mutex;
 use prestage_cache::ssd::{SsdError, SsdTier};
 use prestage_cache::{Cache, ResizeError};
@@ -22,6 +23,9 @@ impl TierControl for Handle {
     fn cache_resize(&self, request: ResizeRequest) -> Reply<'_, Resized> {
         Box::pin(async move {
             let sizes = Sizes { ram_bytes: request.ram_bytes, ssd_bytes: request.ssd_bytes };
+            if let Some(asked) = sizes.ram_bytes.filter(|_| !request.force) {
+                within_host(asked, host_ram_bytes().unwrap_or(u64::MAX))?;
+            }
             let changes = change(&self.0, sizes, Wanted::Now).await?;
             let config = self.0.config.lock().clone();
             Ok(Resized { tiers: changes.into_iter().map(|change| told(change, &config)).collect() })
@@ -39,6 +43,23 @@ impl TierControl for Handle {
     }
 }
 
+/// Share of the host's memory, in per cent, beyond which a RAM tier leaves too little for the host and its machines. The most that the
+/// configuration takes as a share.
+pub(super) const MOST_OF_HOST: u64 = 90;
+
+/// Whether a RAM tier of so many bytes leaves something to a host with so many.
+fn within_host(asked: u64, host: u64) -> Result<(), ApiError> {
+    if asked <= host / 100 * MOST_OF_HOST {
+        return Ok(());
+    }
+    Err(ApiError::invalid(format!(
+        "a RAM tier of {} is more than {MOST_OF_HOST} % of this host's {}: the host and its machines would have to do with the rest. Ask \
+         for less, or say --force",
+        human_bytes(asked),
+        human_bytes(host)
+    )))
+}
+
 /// What an operator has made of the tiers.
 #[derive(Default, Debug)]
 pub(super) struct Tiers {
@@ -53,6 +74,8 @@ pub(super) struct Upkeep {
     pub(super) drained: Drained,
     /// The file of the SSD tier that was taken out of service, as the kernel names it; none if that was before the start.
     ssd_file: Option<PathBuf>,
+    /// The SSD tier's file, which somebody has deleted while it is in use.
+    gone: Option<String>,
     /// Asked for by `cache resize`, in place of the configuration's, until the next start.
     by_hand: Sizes,
 }
@@ -80,6 +103,15 @@ impl Tiers {
 }
 
 impl Upkeep {
+    /// What is said of a tier whose file was deleted.
+    pub(super) fn gone(&self) -> Option<String> {
+        let path = self.gone.as_ref()?;
+        Some(format!(
+            "{path} was deleted while it is in use: it goes on, its space stays taken, and what is cached there is lost when prestaged ends; \
+             `prestagectl cache drain --ssd` and `cache resume --ssd` make it anew"
+        ))
+    }
+
     /// What is said of a size that is not the configuration's.
     pub(super) fn size_note(&self, tier: TierName, config: &Config) -> Option<String> {
         let (key, asked, configured) = match tier {
@@ -154,6 +186,7 @@ fn drain(daemon: &Daemon, tier: TierName) -> Result<TierService, ApiError> {
                 note(&|drained| drained.ssd = Some(DrainedSsd { since_unix_ms: now_unix_ms, path: path.clone() }))?;
                 daemon.tiers.now.lock().ssd_file = daemon.cache.ssd().as_ref().map(name_of);
                 daemon.cache.drain_ssd().inspect_err(|_| undo()).map_err(|error| unavailable(error.to_string()))?;
+                daemon.tiers.now.lock().gone = None;
                 tracing::warn!(path = service.path, "SSD tier taken out of service; what it had is forgotten");
             }
             service.closed = Some(!daemon.tiers.now().ssd_file.is_some_and(|name| is_open(&name)));
@@ -170,6 +203,53 @@ fn ram_to_have(now: &Upkeep, config: &Config) -> Result<u64, ApiError> {
         ))
     };
     now.by_hand.ram_bytes.map_or_else(|| config.ram_bytes().map_err(unknown), Ok)
+}
+
+/// Opens an SSD tier that could not be opened before: what was in its way may have changed.
+pub(super) async fn try_again(daemon: &Shared) {
+    let shared = daemon.clone();
+    let tried = blocking(move || {
+        let wanted = shared.tiers.now().drained.ssd.is_none() && shared.cache.ssd().is_none();
+        if !wanted || shared.ssd_trouble.lock().is_none() {
+            return;
+        }
+        if let Err(error) = resume(&shared, TierName::Ssd) {
+            let reason = error.detail.strip_prefix("SSD tier: ").unwrap_or(&error.detail);
+            tracing::warn!(reason, "still no SSD tier");
+            *shared.ssd_trouble.lock() = Some(with_ways(reason));
+        }
+    });
+    if let Err(error) = tried.await {
+        tracing::error!(%error, "SSD tier not tried again");
+    }
+}
+
+/// Why there is no SSD tier, and what brings it back.
+pub(super) fn with_ways(reason: &str) -> String {
+    format!(
+        "{reason}; it is set by cache.ssd_path and cache.ssd_size and opened at the next start or reload, or by `prestagectl cache resume --ssd`"
+    )
+}
+
+/// Looks whether the SSD tier's file still has a name. Without one it goes on until prestaged ends, and all of it is lost then.
+pub(super) async fn look_for_file(daemon: &Shared) {
+    let shared = daemon.clone();
+    let looked = blocking(move || {
+        let Some(tier) = shared.cache.ssd() else { return };
+        // A device whose node is gone says so by its errors.
+        let is_file = |mode| SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+        let nameless = fstat(tier.data_fd()).is_ok_and(|stat| stat.st_nlink == 0 && is_file(stat.st_mode));
+        let gone = nameless
+            .then(|| name_of(&tier))
+            .map(|name| name.to_string_lossy().trim_end_matches(" (deleted)").to_owned());
+        let before = std::mem::replace(&mut shared.tiers.now.lock().gone, gone.clone());
+        if let Some(path) = gone.filter(|gone| before.as_ref() != Some(gone)) {
+            tracing::warn!(path, "somebody has deleted the SSD tier's file; `prestagectl status` says what to do");
+        }
+    });
+    if let Err(error) = looked.await {
+        tracing::error!(%error, "SSD tier's file not looked for");
+    }
 }
 
 /// Brings a tier back into service, empty, with the size that it had.
@@ -194,7 +274,8 @@ fn resume(daemon: &Daemon, tier: TierName) -> Result<TierService, ApiError> {
             service.path = Some(path.display().to_string());
             if daemon.cache.ssd().is_none() {
                 let size = now.by_hand.ssd_bytes.unwrap_or(config.cache.ssd_size.0);
-                let tier = open_empty_ssd(&config, size).map_err(|error| unavailable(error.to_string()))?;
+                let tier = open_empty_ssd(&config, size)
+                    .map_err(|error| unavailable(format!("SSD tier: {}", ssd_words(&error))))?;
                 daemon.cache.resume_ssd(tier).map_err(|error| unavailable(error.to_string()))?;
                 *daemon.ssd_trouble.lock() = None;
                 tracing::info!(path = service.path, "SSD tier in service again, empty");
@@ -350,5 +431,44 @@ fn problem(error: &ResizeError) -> ApiError {
         ResizeError::Held { .. } | ResizeError::Ssd(SsdError::StillInUse { .. }) => ErrorCode::InUse,
         ResizeError::Registered(_) | ResizeError::NoSsd | ResizeError::Ssd(_) => ErrorCode::Unavailable,
     };
-    ApiError::new(code, error.to_string())
+    ApiError::new(code, worded(error))
+}
+
+/// Sizes as people write them.
+fn worded(error: &ResizeError) -> String {
+    match error {
+        ResizeError::TooLarge { asked_bytes, most_bytes } => {
+            let [most, asked] = [most_bytes, asked_bytes].map(|bytes| human_bytes(*bytes));
+            format!("RAM tier: {most} at most on this host; {asked} were asked for")
+        }
+        ResizeError::Memory { bytes, source } => {
+            format!(
+                "RAM tier: the host does not give it {}: {source}; ask for less, or free memory",
+                human_bytes(*bytes)
+            )
+        }
+        ResizeError::Ssd(error) => format!("SSD tier: {}", ssd_words(error)),
+        other => other.to_string(),
+    }
+}
+
+/// The same of the SSD tier's errors, without its name: whoever prints them has said whose they are.
+pub(super) fn ssd_words(error: &SsdError) -> String {
+    match error {
+        SsdError::NoSpace { path, needed_bytes, free_bytes } => {
+            let [needed, free] = [needed_bytes, free_bytes].map(|bytes| human_bytes(*bytes));
+            format!(
+                "{} needs {needed} and only {free} are free; configure a smaller size, or free space there",
+                path.display()
+            )
+        }
+        SsdError::SizeOutOfRange { path, size_bytes, min_bytes, max_bytes } => {
+            let [size, min, max] = [size_bytes, min_bytes, max_bytes].map(|bytes| human_bytes(*bytes));
+            format!("{size} for {} are out of range; it takes {min} to {max}", path.display())
+        }
+        other => {
+            let text = other.to_string();
+            text.strip_prefix("SSD tier: ").map_or_else(|| text.clone(), str::to_owned)
+        }
+    }
 }

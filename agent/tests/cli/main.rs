@@ -285,7 +285,10 @@ ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
     prints(&daemon, &["cache", "resume", "--ram"], "ram tier in service, 1.0 GiB\n");
     let asked = daemon.control.asked.lock().clone();
     assert_eq!(asked[5], "resume ServiceRequest { ram: true, ssd: false }");
-    assert_eq!(asked[2], "resize ResizeRequest { ram_bytes: Some(2147483648), ssd_bytes: Some(1073741824) }");
+    assert_eq!(
+        asked[2],
+        "resize ResizeRequest { ram_bytes: Some(2147483648), ssd_bytes: Some(1073741824), force: false }"
+    );
     assert!(asked[0].contains("ByteRange { offset_bytes: 1073741824, length_bytes: 4096 }"), "{}", asked[0]);
     assert_eq!(asked[1], "drop DropRequest { tier: Ram, disk: Some(\"web1-vda\") }");
 }

@@ -65,9 +65,17 @@ fn tiers_get_another_size_under_a_guest_until_the_next_start() {
     assert!(said.contains("ram tier has 16 MiB already, as configured"), "{said}");
     check(&mut guest, 2..400);
     assert!(guest.read(65536, 65536) == pattern(7), "what was written meanwhile");
-    host.refuses(&["cache", "resize", "--ram", "1MiB"], 1, &["at least 16777216"]);
+    host.refuses(&["cache", "resize", "--ram", "1MiB"], 2, &["--ram", "at least 16 MiB"]);
+    host.refuses(&["cache", "resize", "--ssd", "1MiB"], 2, &["--ssd", "at least 64 MiB"]);
+    host.refuses(&["cache", "resize", "--ssd", "96MiB", "--force"], 2, &["--ram"]);
     // All or nothing: the SSD tier would have room.
-    host.refuses(&["cache", "resize", "--ram", "4000TiB", "--ssd", "96MiB"], 1, &["at most on this host"]);
+    let much = ["cache", "resize", "--ram", "4000TiB", "--ssd", "96MiB"];
+    host.refuses(&much, 1, &["a RAM tier of 3.9 PiB is more than 90 % of this host's", "say --force"]);
+    host.refuses(
+        &[&much[..], &["--force"]].concat(),
+        1,
+        &["RAM tier: ", "at most on this host; 3.9 PiB were asked for"],
+    );
     assert_eq!(sizes(&host), before);
     host.does(&["cache", "resize", "--ram", "32MiB", "--ssd", "128MiB"]);
     drop(guest);
@@ -346,4 +354,110 @@ fn a_tier_whose_drain_cannot_be_noted_stays_in_service() {
     host.start(&ssd(&host).replace("/ssd\"", "/other\""));
     assert_eq!(sizes(&host), before);
     host.stop();
+}
+
+/// A refused reload, what waits for a restart, and disks that a reload shuts out are in `status` until they are mended.
+#[test]
+fn status_says_what_of_the_configuration_is_not_in_effect() {
+    let mut host = Host::new();
+    host.start("");
+    let store = host.store("store", MIB);
+    host.does(&["disk", "add", "d", &store]);
+    let whole = std::fs::read_to_string(host.path("prestaged.toml")).unwrap();
+    let file = host.path("prestaged.toml");
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let status = || host.does(&["status"]);
+    write(&whole.replace("16MiB", "16MiBB"));
+    host.reload();
+    let said = status();
+    assert!(
+        said.contains("health:     DEGRADED") && said.contains("configuration: refused at the reload of 20"),
+        "{said}"
+    );
+    assert!(said.contains("`cache.ram_size`: expected a size") && said.contains("prestaged.toml:"), "{said}");
+    write(&whole.replace("16MiB", "4000TiB"));
+    host.reload();
+    assert!(status().contains("at most on this host"), "{}", status());
+    write(&format!("{whole}shards = 2\n"));
+    host.reload();
+    let said = status();
+    assert!(said.contains("health:     ok") && !said.contains("refused"), "{said}");
+    assert!(
+        said.contains("configuration: cache.shards changed from \"auto\" to 2: takes effect with a restart"),
+        "{said}"
+    );
+    // As long as it waits, whatever else is reloaded.
+    host.reload();
+    assert!(status().contains("cache.shards changed from"), "{}", status());
+    write(&whole);
+    host.reload();
+    assert!(!status().contains("for the time being"), "{}", status());
+    host.stop();
+
+    // The folder is named in the file, since what is set on the command line stays.
+    let allowed = format!("[store]\nallowed = [\"{}\"]\n", std::path::Path::new(&store).parent().unwrap().display());
+    host.set_allowed = false;
+    host.start(&allowed);
+    host.does(&["disk", "show", "d"]);
+    write(&(whole.clone() + "[store]\nallowed = [\"/nonexistent\"]\n"));
+    let said = host.reload();
+    assert!(
+        said.contains("configuration reloaded") && said.contains("no longer in a folder of store.allowed"),
+        "{said}"
+    );
+    let shut_out = "disk d: ";
+    for _ in 0..2 {
+        let said = host.does(&["status"]);
+        assert!(said.contains(shut_out) && said.contains("served until it is opened anew"), "{said}");
+        assert!(said.contains("health:     ok"), "{said}");
+        Guest::start(&host, "d").read(0, 4096);
+        host.reload();
+    }
+    write(&(whole + &allowed));
+    host.reload();
+    assert!(!host.does(&["status"]).contains(shut_out), "{}", host.does(&["status"]));
+    host.stop();
+}
+
+/// An SSD tier that did not fit is opened at the reload that gives it another size; one whose file is deleted is told of.
+#[test]
+fn an_ssd_tier_is_tried_again_at_a_reload_and_missed_when_it_is_deleted() {
+    let mut host = Host::new();
+    let mount = host.path("small");
+    std::fs::create_dir(&mount).unwrap();
+    let Some(mounted) = Mount::tmpfs(&mount, "80m") else {
+        println!("SKIPPED: mounting a tmpfs is not permitted");
+        return;
+    };
+    let ssd = mount.join("ssd");
+    host.start(&format!("ssd_path = \"{}\"\nssd_size = \"96MiB\"\n", ssd.display()));
+    let mut guest = disk(&host, 20);
+    check(&mut guest, 0..20);
+    let said = host.does(&["status"]);
+    assert!(said.contains("ssd tier: /") && said.contains("needs 96 MiB and only 80 MiB are free"), "{said}");
+    assert!(!said.contains("SSD tier: "), "{said}");
+    let whole = std::fs::read_to_string(host.path("prestaged.toml")).unwrap();
+    std::fs::write(host.path("prestaged.toml"), whole.replace("96MiB", "88MiB")).unwrap();
+    host.reload();
+    assert!(host.does(&["status"]).contains("needs 88 MiB"), "{}", host.does(&["status"]));
+    std::fs::write(host.path("prestaged.toml"), whole.replace("96MiB", "64MiB")).unwrap();
+    host.reload();
+    let said = host.does(&["status"]);
+    assert!(said.contains("health:     ok") && sizes(&host)[1] > 0, "{said}");
+    std::fs::remove_file(&ssd).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let missed = |host: &Host| host.does(&["status"]).contains("was deleted while it is in use");
+    while !missed(&host) {
+        assert!(Instant::now() < deadline, "nobody misses it:\n{}", host.does(&["status"]));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let said = host.does(&["status"]);
+    assert!(said.contains("health:     DEGRADED") && said.contains(ssd.to_str().unwrap()), "{said}");
+    check(&mut guest, 0..20);
+    host.does(&["cache", "drain", "--ssd"]);
+    host.does(&["cache", "resume", "--ssd"]);
+    assert!(ssd.exists() && host.does(&["status"]).contains("health:     ok"), "{}", host.does(&["status"]));
+    drop(guest);
+    host.stop();
+    drop(mounted);
 }

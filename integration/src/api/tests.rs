@@ -406,7 +406,7 @@ fn every_failure_is_a_problem_with_a_stable_code() {
         ("POST", "/v1/cache/drain", "{\"ram\": false}", 400, "invalid_request", "`ram`, `ssd` or both"),
         ("POST", "/v1/cache/resume", "{}", 400, "invalid_request", "`ram`, `ssd` or both"),
         ("POST", "/v1/cache/resize", "{}", 400, "invalid_request", "`ram_bytes`, `ssd_bytes` or both"),
-        ("POST", "/v1/cache/resize", "{\"ram_bytes\": 16777215}", 400, "invalid_request", "at least 16777216"),
+        ("POST", "/v1/cache/resize", "{\"ram_bytes\": 16777215}", 400, "invalid_request", "at least 16777216 (16 MiB)"),
         ("POST", "/v1/cache/resize", "{\"ssd_bytes\": 67108863}", 400, "invalid_request", "at least 67108864"),
         ("POST", "/v1/cache/resize", "{\"ssd_bytes\": -1}", 400, "invalid_request", "integer `-1`"),
         ("POST", "/v1/cache/drop", "{\"tier\": \"tape\"}", 400, "invalid_request", "unknown variant `tape`"),

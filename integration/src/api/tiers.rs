@@ -20,6 +20,9 @@ pub struct ResizeRequest {
     /// At least 64 MiB, metadata included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssd_bytes: Option<u64>,
+    /// Also a RAM tier of more than 90 % of the host's memory, as the configuration never allows it by share.
+    #[serde(default)]
+    pub force: bool,
 }
 
 impl ResizeRequest {
@@ -33,7 +36,9 @@ impl ResizeRequest {
         }
         let least = [("ram_bytes", self.ram_bytes, RAM_MIN_BYTES), ("ssd_bytes", self.ssd_bytes, SSD_MIN_BYTES)];
         match least.into_iter().find(|(_, asked, least)| asked.is_some_and(|asked| asked < *least)) {
-            Some((name, _, least)) => Err(format!("`{name}` is too small; at least {least} is needed")),
+            Some((name, _, least)) => {
+                Err(format!("`{name}` is too small; at least {least} ({} MiB) is needed", least >> 20))
+            }
             None => Ok(()),
         }
     }

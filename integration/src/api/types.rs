@@ -69,7 +69,8 @@ pub struct Status {
     /// What an operator should look at; empty when all is well.
     #[serde(default)]
     pub troubles: Vec<Trouble>,
-    /// What is as somebody ordered it, for the time being: drained tiers, sizes unlike the configuration. Of no effect on `health`.
+    /// What is as somebody ordered it, for the time being: drained tiers, sizes unlike the configuration,
+    /// settings that wait for a restart. Of no effect on `health`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notices: Vec<Trouble>,
     /// What the daemon gave up at its start.
