@@ -10,7 +10,7 @@
 //!   copy goes to a pending slot, and the live one leaves when the pending one has been written.
 
 use super::format::{MAX_BLOCK, RECORD_BYTES, SECTOR_BYTES, SlotRecord};
-use super::slots::{ABORTED, FAILED, NO_SLOT, RECOVERED, REFERENCED, Slot, SlotState, Slots};
+use super::slots::{ABORTED, Beyond, FAILED, NO_SLOT, RECOVERED, REFERENCED, Slot, SlotState, Slots};
 use super::storages::Storages;
 use crate::types::{BlockIndex, PageMask};
 use hashbrown::HashTable;
@@ -447,18 +447,25 @@ impl Index {
         false
     }
 
-    /// Slots beyond the limit that are still read or written.
-    pub(super) fn held_beyond(&self) -> u32 {
-        let (limit, len) = (self.slots.limit(), self.slots.len());
-        let idle = |slot: &Slot| matches!(slot.state, SlotState::Gone | SlotState::Retired) && slot.readers == 0;
-        (limit..len).filter(|number| !idle(self.slots.get(*number))).count() as u32
+    /// Adds to `seen` what has become of slots beyond the limit, of `count` from `from` on. Returns where to go on, if not at the
+    /// end. One that is idle stays so: it is given out no more.
+    pub(super) fn look_beyond(&self, from: u32, count: u32, seen: &mut Beyond) -> Option<u32> {
+        let end = from.saturating_add(count).min(self.slots.len());
+        for number in from.max(self.slots.limit())..end {
+            let slot = self.slots.get(number);
+            match slot.state {
+                SlotState::Gone if slot.readers == 0 => {}
+                SlotState::Retired if slot.readers == 0 => seen.retired += 1,
+                _ => seen.held += 1,
+            }
+        }
+        (end < self.slots.len()).then_some(end)
     }
 
-    /// Forgets the slots beyond the limit, none of which is held.
-    pub(super) fn end_shrink(&mut self) {
+    /// Forgets the slots beyond the limit, none of which is held and so many of which are retired.
+    pub(super) fn end_shrink(&mut self, retired: u32) {
         let (limit, len) = (self.slots.limit(), self.slots.len());
-        let retired = (limit..len).filter(|number| self.slots.get(*number).state == SlotState::Retired).count();
-        self.counters.retired_slots -= retired as u64;
+        self.counters.retired_slots -= u64::from(retired);
         self.slots.truncate();
         if len > limit {
             // Their records are beyond the end of what is ever read.

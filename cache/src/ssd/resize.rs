@@ -19,6 +19,7 @@
 use super::format::{self, MAX_SLOTS, Superblock};
 use super::health::Work;
 use super::open::{self, Mark};
+use super::slots::Beyond;
 use super::tier::{Shared, Trust};
 use super::{SsdError, SsdTier};
 use parking_lot::MutexGuard;
@@ -43,8 +44,8 @@ enum Phase {
     Name,
     Drop { from: u32 },
     Sift,
-    Wait,
-    Lower,
+    Wait { from: u32, seen: Beyond },
+    Lower { retired: u32 },
     Cut,
     Done,
 }
@@ -168,17 +169,24 @@ impl Resize<'_> {
                 None => Phase::Sift,
             },
             Phase::Sift => match shared.state.lock().index.sift(CHUNK) {
-                true => Phase::Wait,
+                true => Phase::Wait { from: after, seen: Beyond::default() },
                 false => Phase::Sift,
             },
-            Phase::Wait => match shared.state.lock().index.held_beyond() {
-                0 => Phase::Lower,
-                slots => return Ok(ResizeStep::Held { slots }),
-            },
-            Phase::Lower => {
+            Phase::Wait { from, mut seen } => {
+                let next = shared.state.lock().index.look_beyond(from, CHUNK, &mut seen);
+                match next {
+                    Some(from) => Phase::Wait { from, seen },
+                    None if seen.held == 0 => Phase::Lower { retired: seen.retired },
+                    None => {
+                        self.phase = Phase::Wait { from: after, seen: Beyond::default() };
+                        return Ok(ResizeStep::Held { slots: seen.held });
+                    }
+                }
+            }
+            Phase::Lower { retired } => {
                 let _keeping = shared.keeping.lock();
                 shared.name_slots(after)?;
-                shared.state.lock().index.end_shrink();
+                shared.state.lock().index.end_shrink(retired);
                 Phase::Cut
             }
             Phase::Cut => {
@@ -204,7 +212,7 @@ impl Drop for Resize<'_> {
             Phase::Name if !self.shared.device.is_block_device => {
                 let _ = self.shared.device.set_len(self.before_bytes(), false);
             }
-            Phase::Drop { .. } | Phase::Sift | Phase::Wait | Phase::Lower => {
+            Phase::Drop { .. } | Phase::Sift | Phase::Wait { .. } | Phase::Lower { .. } => {
                 let mut next = Some(self.after);
                 self.shared.state.lock().index.set_limit(self.before);
                 // The list that was being sorted is one again.

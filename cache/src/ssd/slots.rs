@@ -70,6 +70,14 @@ impl Slot {
     }
 }
 
+/// What has become of slots beyond the end of a slab that is about to shrink.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Beyond {
+    /// Still read or written.
+    pub(super) held: u32,
+    pub(super) retired: u32,
+}
+
 /// A vector of slots that grows without moving them.
 #[derive(Debug)]
 pub(super) struct Slots {

@@ -5,6 +5,7 @@
 use super::rig::{BLOCKS, FIRST, MOST, history, open_slab, served};
 use super::sim::{Crash, Disk, Image, Op, Random, Simulated, after_crash};
 use crate::ssd::index::{Index, Key};
+use crate::ssd::slots::Beyond;
 use crate::ssd::{Outcome, ResizeStep, format};
 use crate::types::BlockIndex;
 
@@ -94,6 +95,38 @@ fn a_shrink_waits_for_slots_in_use_and_can_be_taken_back() {
     assert_eq!(served(&slab.disk, &slab.tier, slab.storage, &versions, "anew"), BLOCKS as usize);
 }
 
+/// What keeps a slab from being cut, and what it has no more once it is, is seen a part at a time.
+#[test]
+fn slots_beyond_the_end_are_counted_in_parts() {
+    let mut index = Index::new(100);
+    let key = |block| Key::new(0, BlockIndex(block)).unwrap();
+    for block in 0..100 {
+        let (slot, _) = index.begin_insert(key(block), FIRST).unwrap();
+        assert!(index.finish_insert(slot, Some(0), false));
+    }
+    let reads = [3, 40, 77, 99].map(|block| index.begin_read(key(block)).unwrap());
+    index.set_limit(30);
+    assert_eq!(index.drop_beyond(30, 100), None);
+    assert!(index.sift(100));
+    let look = |index: &Index| {
+        let (mut next, mut seen, mut parts) = (Some(30), Beyond::default(), 0);
+        while let Some(from) = next {
+            next = index.look_beyond(from, 7, &mut seen);
+            parts += 1;
+        }
+        assert_eq!(parts, 10);
+        (seen.held, seen.retired)
+    };
+    assert_eq!(look(&index), (3, 0));
+    for (read, failed, seen) in [(1, false, (2, 0)), (2, true, (1, 1)), (3, true, (0, 2)), (0, true, (0, 2))] {
+        index.end_read(&reads[read], failed, failed);
+        assert_eq!(look(&index), seen);
+    }
+    assert_eq!(index.counters.retired_slots, 3);
+    index.end_shrink(2);
+    assert_eq!((index.counters.retired_slots, index.len()), (1, 30));
+}
+
 /// Records beyond the end have no place on the disk.
 #[test]
 fn a_checkpoint_after_a_shrink_writes_nothing_beyond_the_end() {
@@ -110,8 +143,13 @@ fn a_checkpoint_after_a_shrink_writes_nothing_beyond_the_end() {
         next = index.drop_beyond(from, 16);
     }
     while !index.sift(16) {}
-    assert_eq!(index.held_beyond(), 0);
-    index.end_shrink();
+    let (mut next, mut seen) = (Some(70), Beyond::default());
+    while let Some(from) = next {
+        next = index.look_beyond(from, 16, &mut seen);
+        assert_eq!(next, Some(from + 16).filter(|next| *next < 300), "so many at a time");
+    }
+    assert_eq!(seen, Beyond::default());
+    index.end_shrink(0);
     assert_eq!((index.next_changed(0), index.next_changed(2), index.len()), (Some(0), None, 70));
 }
 
