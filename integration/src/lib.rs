@@ -19,4 +19,5 @@ pub mod pressure;
 pub mod privilege;
 mod probe;
 pub mod processes;
+mod rights;
 pub mod webhook;

@@ -1,20 +1,18 @@
 //! The export's socket: where it may be put, and what has arrived on it without taking it.
 //!
-//! One more module with `unsafe`: descriptors out of control messages, and FIONREAD.
+//! One more module with `unsafe`: FIONREAD, and a descriptor in another's place.
 
 use crate::probe::{Listener, probe};
+use crate::rights;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recv, recvmsg,
-    socket,
-};
+use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recv, socket};
 
 use super::server::{ExportError, ExportOptions};
 
@@ -153,22 +151,10 @@ pub(super) fn replace_descriptor(stream: &UnixStream, number: std::os::fd::RawFd
 
 /// A copy of the first descriptor that comes with the next message, which stays in place.
 pub(super) fn peek_descriptor(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
-    let mut header = [0; HEADER_BYTES];
-    let mut parts = [io::IoSliceMut::new(&mut header)];
-    let mut control = nix::cmsg_space!([libc::c_int; 32]);
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-    let mut first = None;
-    for item in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = item {
-            for fd in fds {
-                // SAFETY: the kernel has just made these descriptors for us, and nothing else knows them.
-                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                first.get_or_insert(fd);
-            }
-        }
-    }
-    Ok(first)
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    // Of a message that is cut, too: its header alone is read here.
+    let descriptors = rights::receive(stream, &mut [0; HEADER_BYTES], flags)?.descriptors;
+    Ok(descriptors.into_iter().next())
 }
 
 /// Sends bytes if they fit now; a message of ours is never cut, being far smaller than a socket's buffer.

@@ -1,12 +1,13 @@
 //! A message on the socket: magic, its length and its number of descriptors; the bytes; then the descriptors, as many as the
-//! kernel takes at once with a byte each time. One of the leaf modules with `unsafe`.
+//! kernel takes at once with a byte each time.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use crate::rights::{self, Received};
 
 const MAGIC: [u8; 8] = *b"PSHANDOV";
 /// Largest message: thousands of disks.
@@ -56,24 +57,11 @@ pub(super) fn receive(mut stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<Owned
 }
 
 fn receive_fds(stream: &UnixStream) -> io::Result<Vec<OwnedFd>> {
-    let mut byte = [0];
-    let mut parts = [IoSliceMut::new(&mut byte)];
-    let mut control = nix::cmsg_space!([RawFd; FDS_AT_ONCE]);
-    let message = loop {
-        match recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Err(Errno::EINTR) => {}
-            other => break other?,
-        }
-    };
-    if message.bytes == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+    let Received { bytes, descriptors, cut } = rights::receive(stream, &mut [0], MsgFlags::empty())?;
+    match bytes {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        // What came is closed here.
+        _ if cut => Ok(Vec::new()),
+        _ => Ok(descriptors),
     }
-    let mut fds = Vec::new();
-    for item in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(numbers) = item {
-            // SAFETY: the kernel has just made these descriptors for us, and nothing else knows them.
-            fds.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
-        }
-    }
-    Ok(fds)
 }

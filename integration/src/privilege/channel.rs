@@ -1,15 +1,15 @@
-//! Packets with at most one descriptor. Leaf module: descriptors that the kernel has just made become owned here.
+//! Packets with at most one descriptor.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, setsockopt,
-    socketpair, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair, sockopt,
 };
 
 use super::protocol::MAX_MESSAGE;
+use crate::rights::{self, Received};
 
 /// Both ends of a new channel.
 pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -41,29 +41,13 @@ pub(super) fn send(socket: impl AsFd, packet: &[u8], descriptor: Option<Borrowed
 /// # Errors
 /// What the kernel says; `EMSGSIZE` for a packet that is larger than the buffer or carries more than one descriptor.
 pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(&[u8], Option<OwnedFd>)> {
-    let mut control = nix::cmsg_space!([RawFd; 1]);
-    let (length, cut, mut owned) = loop {
-        let mut parts = [IoSliceMut::new(buffer)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut parts, Some(&mut control), flags) {
-            Err(Errno::EINTR) => continue,
-            other => other?,
-        };
-        let mut owned = Vec::new();
-        for item in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(descriptors) = item {
-                // SAFETY: the kernel has just made these descriptors for us, and nothing else knows them.
-                owned.extend(descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-        break (message.bytes, cut, owned);
-    };
-    let descriptor = owned.pop();
-    if cut || !owned.is_empty() {
+    let Received { bytes, mut descriptors, cut } = rights::receive(socket, buffer, MsgFlags::empty())?;
+    let descriptor = descriptors.pop();
+    if cut || !descriptors.is_empty() {
+        // What came is closed here.
         return Err(Errno::EMSGSIZE.into());
     }
-    Ok((&buffer[..length], descriptor))
+    Ok((&buffer[..bytes], descriptor))
 }
 
 #[cfg(test)]
@@ -83,19 +67,16 @@ mod tests {
         let inode = |fd: &dyn AsRawFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
         assert_eq!(inode(&descriptor.unwrap()), inode(&file));
         assert!(matches!(receive(&theirs, &mut buffer), Ok((b"without", None))));
-        let two = [file.as_raw_fd(), file.as_raw_fd()];
         let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
         let before = open();
-        sendmsg::<()>(
-            ours.as_raw_fd(),
-            &[IoSlice::new(b"two")],
-            &[ControlMessage::ScmRights(&two)],
-            MsgFlags::empty(),
-            None,
-        )
-        .unwrap();
-        assert!(receive(&theirs, &mut buffer).is_err());
-        assert_eq!(open(), before, "a descriptor is left open");
+        // Two have room where one has, by the kernel's rounding; of three a part would have come.
+        for count in [2, 3, 253] {
+            let many = vec![file.as_raw_fd(); count];
+            let rights = [ControlMessage::ScmRights(&many)];
+            sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(b"many")], &rights, MsgFlags::empty(), None).unwrap();
+            assert!(receive(&theirs, &mut buffer).is_err());
+            assert_eq!(open(), before, "a descriptor is left open");
+        }
         send(&ours, &[0; 65], None).unwrap();
         assert!(receive(&theirs, &mut buffer).is_err());
         drop(ours);
