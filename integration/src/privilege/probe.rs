@@ -4,17 +4,19 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
 /// What can be tried, each with its words.
-pub const ACTS: [&str; 14] = [
+pub const ACTS: [&str; 16] = [
     "write PATH",
     "read PATH",
     "link PATH PATH",
     "set-id PATH",
+    "make-set-id PATH",
+    "other-number",
     "socket FAMILY",
     "exec",
     "spawn",
@@ -51,6 +53,15 @@ pub fn attempt(words: &[String]) -> io::Result<()> {
         Some("read") => fs::read(path(words.get(1))?).map(drop),
         Some("link") => fs::hard_link(path(words.get(1))?, path(words.get(2))?),
         Some("set-id") => fs::set_permissions(path(words.get(1))?, PermissionsExt::from_mode(0o4755)),
+        Some("make-set-id") => {
+            let made = fs::File::options().write(true).create_new(true).mode(0o4755).open(path(words.get(1))?);
+            made.map(drop)
+        }
+        Some("other-number") => {
+            // The number of getpid by the x32 way: <asm/unistd.h>, `__X32_SYSCALL_BIT`.
+            // SAFETY: takes nothing and touches no memory.
+            outcome(unsafe { libc::syscall(libc::SYS_getpid | 0x4000_0000) })
+        }
         Some("socket") => {
             // SAFETY: takes numbers only; the descriptor is left to the end of this process.
             outcome(unsafe { libc::socket(number(words.get(1))?, libc::SOCK_RAW, 0) }.into())

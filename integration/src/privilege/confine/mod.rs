@@ -116,7 +116,7 @@ pub fn foresee(account: &Result<Account, String>) -> Vec<Layer> {
 #[derive(Debug)]
 pub(super) struct Bounds {
     files: Option<OwnedFd>,
-    calls: BpfProgram,
+    calls: Vec<BpfProgram>,
 }
 
 impl Bounds {
@@ -136,7 +136,7 @@ impl Bounds {
         if let Some(files) = &self.files {
             sys::restrict_self(files)?;
         }
-        sys::install(&self.calls, false)
+        self.calls.iter().try_for_each(|filter| sys::install(filter, false))
     }
 }
 
