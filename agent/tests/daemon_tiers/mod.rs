@@ -1,5 +1,7 @@
 //! The tiers' upkeep under a guest: other sizes by command and by reload, out of service and back.
 
+mod beside;
+
 use super::Mount;
 use super::front::Guest;
 use super::host::Host;
