@@ -5,14 +5,14 @@
 //! - [`serve_broker`]: the broker's end, in a process of its own
 //! - [`Sandbox`]: what holds, for whoever asks
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::SystemTime;
 use std::{env, fs, io};
 
+use nix::unistd::{Gid, Uid, User, getgrouplist};
 use prestage_cache::backend::{NbdAddress, StoreSpec};
 use prestage_cache::opener::{self, NotAllowed, Opener};
 use prestage_integration::api::types;
@@ -144,16 +144,25 @@ pub fn foresee(config: &Config) -> Vec<String> {
 /// The user to become. That of the prestaged that runs, if it is to be succeeded: its files are that user's, it goes on with them
 /// if nothing comes of it, and lets nobody else take over. Another user is for the next restart.
 fn account(config: &Config, take_over: bool) -> Result<Account, String> {
-    // It lies in a folder of the predecessor's, which may have put anything there.
-    let door = take_over.then(|| door_path(config).symlink_metadata().ok()).flatten();
-    let predecessor = door.filter(|door| door.file_type().is_socket()).map(|door| door.uid());
-    match predecessor {
+    match take_over.then(|| told_user().or_else(|| door_user(config))).flatten() {
         Some(0) => {
             Err("the prestaged that ran before is root, too; it takes a restart to become another user".to_owned())
         }
         Some(user) => Account::numbered(user),
         None => Account::named(&config.daemon.user),
     }
+}
+
+/// What the predecessor's broker says, which started this process.
+fn told_user() -> Option<u32> {
+    env::var(privilege::USER).ok()?.parse().ok()
+}
+
+/// For who was started by hand: whose the door is. It lies in a folder of the predecessor's, which may have put there what it likes
+/// of its own.
+fn door_user(config: &Config) -> Option<u32> {
+    let door = door_path(config).symlink_metadata().ok()?;
+    door.file_type().is_socket().then(|| door.uid())
 }
 
 /// The same program: what is installed may be a newer one by now.
@@ -286,8 +295,16 @@ pub fn serve_broker(path: PathBuf, overrides: Vec<String>, user: u32) -> Result<
     privilege::serve(read_rules(path, overrides, user, successor))
 }
 
-/// What a file was when it was read.
-type Stamp = Option<(SystemTime, u64)>;
+/// What a file was when it was read: device, inode, bytes, and when contents and inode were changed, in seconds and nanoseconds. The
+/// last of them is nobody's to set.
+type Stamp = Option<(u64, u64, u64, (i64, i64), (i64, i64))>;
+
+fn stamp(file: &Path) -> Stamp {
+    let meta = file.metadata().ok()?;
+    let (modified, changed) = ((meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec()));
+    Some((meta.dev(), meta.ino(), meta.len(), modified, changed))
+}
+
 /// Rules, and the files they were read from.
 type Known = (Vec<(PathBuf, Stamp)>, Arc<Rules>);
 
@@ -295,7 +312,6 @@ type Known = (Vec<(PathBuf, Stamp)>, Arc<Rules>);
 fn read_rules(path: PathBuf, overrides: Vec<String>, user: u32, successor: (PathBuf, Vec<OsString>)) -> ReadRules {
     let mut known: Option<Known> = None;
     Box::new(move || {
-        let stamp = |file: &Path| file.metadata().ok().and_then(|meta| Some((meta.modified().ok()?, meta.len())));
         let files = Config::files(&path).map_err(|error| error.to_string())?;
         let stamps: Vec<_> = files.iter().map(|file| (file.clone(), stamp(file))).collect();
         if let Some((old, rules)) = &known
@@ -340,12 +356,19 @@ fn rules(config: &Config, files: Vec<PathBuf>, user: u32) -> Rules {
     let sockets = config.disks.iter().filter_map(|disk| disk.socket.as_deref()?.parent());
     let api = config.api_socket();
     let sockets = sockets.chain(api.parent()).chain(config.export.socket_dirs.iter().map(PathBuf::as_path));
+    let own: Vec<&Path> = folders.map(PathBuf::as_path).chain(sockets).collect();
+    rules.groups = groups(user);
     // Without links: that is how the broker sees what it is to give away.
-    let own = folders.map(PathBuf::as_path).chain(sockets).filter_map(|folder| folder.canonicalize().ok());
-    rules.own = own.collect();
-    rules.door = door_path(config);
+    rules.own = privilege::own_folders(&rules, &own);
     rules.helper = crate::daemon::helper(config);
     rules
+}
+
+/// Those of a user.
+fn groups(user: u32) -> Vec<u32> {
+    let found = User::from_uid(Uid::from_raw(user)).ok().flatten();
+    let groups = found.and_then(|user| getgrouplist(&CString::new(user.name).ok()?, user.gid).ok());
+    groups.unwrap_or_default().into_iter().map(Gid::as_raw).collect()
 }
 
 #[cfg(test)]
@@ -367,7 +390,7 @@ mod tests {
         assert_eq!((rules.backing, rules.keys), (vec!["/base".into()], Some("/keys".into())));
         let readable = ["/etc/prestaged.toml", "/tls/cert", "/tls/key", "/tls/ca"].map(PathBuf::from);
         assert_eq!(rules.readable, readable);
-        assert_eq!((rules.user, rules.door), (7, config.daemon.run_dir.join("hand-over.sock")));
+        assert_eq!(rules.user, 7);
     }
 
     #[test]
@@ -385,6 +408,17 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &read().unwrap()), "read although nothing has changed");
         write("[store]\nallowed = [\"/a\", \"/b\"]\n");
         assert_eq!(read().unwrap().allowed.len(), 2);
+        // As many bytes, of the same age: by a tool that keeps times, or a clock that was set back.
+        let age = file.metadata().unwrap().modified().unwrap();
+        let keep = |path: &Path| fs::File::options().write(true).open(path).unwrap().set_modified(age).unwrap();
+        write("[store]\nallowed = [\"/d\", \"/b\"]\n");
+        keep(&file);
+        assert_eq!(read().unwrap().allowed, ["/d", "/b"].map(PathBuf::from));
+        let other = folder.path().join("other");
+        fs::write(&other, "[store]\nallowed = [\"/e\", \"/b\"]\n").unwrap();
+        keep(&other);
+        fs::rename(&other, &file).unwrap();
+        assert_eq!(read().unwrap().allowed, ["/e", "/b"].map(PathBuf::from));
         // A list of a later file replaces that of an earlier one.
         fs::create_dir(folder.path().join("prestaged.toml.d")).unwrap();
         fs::write(folder.path().join("prestaged.toml.d/site.toml"), "[store]\nallowed = [\"/c\"]\n").unwrap();

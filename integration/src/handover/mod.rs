@@ -146,7 +146,7 @@ impl Peer {
     pub fn end(&self) -> bool {
         match crate::privilege::broker() {
             Some(broker) => {
-                if let Err(error) = broker.end_successor(&self.stream) {
+                if let Err(error) = broker.end_successor(self.pid().unsigned_abs()) {
                     tracing::error!(%error, pid = self.pid(), "it is not ended");
                 }
             }

@@ -217,9 +217,9 @@ impl Broker {
         }
     }
 
-    /// Has the prestaged at the other end of a socket killed.
-    pub(crate) fn end_successor(&self, socket: impl AsFd) -> io::Result<()> {
-        self.done(Ask::EndSuccessor, Some(socket.as_fd()))
+    /// Has a prestaged killed that [`Broker::start_successor`] has started.
+    pub(crate) fn end_successor(&self, pid: u32) -> io::Result<()> {
+        self.done(Ask::EndSuccessor { pid }, None)
     }
 
     /// Starts a program, and returns our end of the socket that it has as standard input.

@@ -105,11 +105,15 @@ pub fn find_key(disk: &str, file: &Path) -> io::Result<()> {
 }
 
 /// A file with a passphrase.
-pub(super) fn open_key(path: &Path) -> Result<File, Refusal> {
+fn open_key(path: &Path) -> Result<File, Refusal> {
     let cannot = |error: io::Error| Refusal::os(&format!("open {}", path.display()), &error);
     // A pipe would hang.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot)?;
-    let meta = file.metadata().map_err(cannot)?;
+    check_key(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot)?)
+}
+
+/// The same file, if it can be used.
+pub(super) fn check_key(file: File) -> Result<File, Refusal> {
+    let meta = file.metadata().map_err(|error| Refusal::os("look at a passphrase's file", &error))?;
     if !meta.is_file() || meta.len() == 0 || meta.len() > KEY_MAX_BYTES {
         return Err(Refusal::rule(format!("it is not a file of 1 to {KEY_MAX_BYTES} bytes")));
     }

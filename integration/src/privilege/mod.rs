@@ -8,6 +8,7 @@
 //! - [`confine`]: what the daemon gives up before it hears anybody
 //! - [`probe`]: acts that the confinement forbids, to show that it does
 //! - `channel`: packets with a descriptor
+//! - `follow`: paths of which the daemon may have made a part
 //!
 //! Privilege separation as OpenSSH has it (Provos, Friedl, Honeyman: *Preventing Privilege Escalation*, USENIX Security 2003): the
 //! daemon, which parses what guests, clients and servers say, keeps no capability. What needs one is done by a process that it
@@ -20,19 +21,20 @@ mod broker;
 mod channel;
 mod client;
 pub mod confine;
+mod follow;
 pub mod images;
 pub mod probe;
 pub mod protocol;
 pub mod rules;
 
 pub(crate) use broker::tc;
-pub use broker::{ReadRules, serve};
+pub use broker::{ReadRules, USER, serve};
 pub use client::{Broker, Child, broker};
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Gives a file, folder or socket to a group, itself and not what a link points to. Asks the broker where this process may not.
 ///
@@ -48,6 +50,27 @@ pub fn set_group(path: &Path, group: u32) -> io::Result<()> {
         },
         other => other,
     }
+}
+
+/// The daemon's own folders among these, without links: those that no link leads to which the daemon may have made. `rules` say who
+/// it is.
+#[must_use]
+pub fn own_folders(rules: &rules::Rules, folders: &[&Path]) -> Vec<PathBuf> {
+    // Whatever its links say now counts against it, and not for it.
+    let suspected =
+        rules::Rules { own: folders.iter().filter_map(|folder| folder.canonicalize().ok()).collect(), ..rules.clone() };
+    let suspect = follow::Suspect::daemon(&suspected);
+    let own = |folder: &&Path| match follow::follow(folder, &suspect) {
+        Ok(found) => {
+            found.handle.metadata().is_ok_and(|meta| meta.is_dir()).then(|| follow::path_of(&found.handle).ok())?
+        }
+        Err(follow::Astray::Link(link)) => {
+            tracing::warn!(folder = %folder.display(), link = %link.display(), "not taken for the daemon's own: it may have made the link");
+            None
+        }
+        Err(follow::Astray::Os(_)) => None,
+    };
+    folders.iter().filter_map(own).collect()
 }
 
 /// Opens a file of the configuration for reading. Asks the broker where this process may not.

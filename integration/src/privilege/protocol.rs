@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 /// Changes with every message. Both ends are the same program, so they differ only if somebody makes them.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Largest message in bytes: a chain of some images by their paths.
 pub const MAX_MESSAGE: usize = 16 << 10;
 
@@ -101,8 +101,10 @@ pub enum Ask {
     StartSuccessor {
         anew: bool,
     },
-    /// Kills the prestaged at the other end of the socket that comes along.
-    EndSuccessor,
+    /// Kills a prestaged that [`Ask::StartSuccessor`] has started.
+    EndSuccessor {
+        pid: u32,
+    },
 }
 
 /// Where a queueing discipline that a limit leaves behind is.

@@ -27,10 +27,10 @@ pub struct Rules {
     pub readable: Vec<PathBuf>,
     /// The daemon's own folders: what is in them it may give to a group.
     pub own: Vec<PathBuf>,
-    /// Where who is to take over from it comes to.
-    pub door: PathBuf,
     /// The user it runs as.
     pub user: u32,
+    /// That user's groups.
+    pub groups: Vec<u32>,
     /// The program `prestage-memory`.
     pub helper: PathBuf,
     /// The program prestaged that is installed, and the words that have it take over.
@@ -40,7 +40,7 @@ pub struct Rules {
 /// How far a path may be followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit<'a> {
-    /// The operator has named it: wherever its links lead.
+    /// The operator has named it: wherever its links lead that the daemon cannot have made.
     Named,
     /// Links may lead nowhere out of this folder.
     Below(&'a Path),
@@ -98,6 +98,14 @@ impl Rules {
     #[must_use]
     pub fn is_own(&self, path: &Path) -> bool {
         plain(path).is_ok() && self.own.iter().any(|folder| path.starts_with(folder))
+    }
+
+    /// Folders that the daemon writes to, without links: its own, and that of the SSD tier.
+    #[must_use]
+    pub fn written(&self) -> Vec<PathBuf> {
+        let of_devices = |folder: &Path| folder.starts_with("/dev") && !folder.starts_with("/dev/shm");
+        let tier = self.tier.as_deref().and_then(Path::parent).filter(|folder| !of_devices(folder));
+        self.own.iter().cloned().chain(tier.map(Path::to_owned)).collect()
     }
 
     /// Why a path is not a store, and what to do.

@@ -14,8 +14,9 @@ use nix::unistd::Pid;
 use parking_lot::Mutex;
 
 use super::open;
+use crate::handover::Held;
 use crate::privilege::channel;
-use crate::privilege::images::{bounds, open_key, spawn};
+use crate::privilege::images::{bounds, spawn};
 use crate::privilege::protocol::{Chain, Encryption, Image, Program, Refusal};
 use crate::privilege::rules::Rules;
 
@@ -27,6 +28,9 @@ pub(super) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// At once, at most.
 const MAX_SUCCESSORS: usize = 8;
+/// For who is to take over: the number of the user to become, in its environment, which a version that does not know it leaves
+/// alone.
+pub const USER: &str = "PRESTAGE_USER";
 /// The program that runs, whatever has become of its file.
 const OURSELVES: &str = "/proc/self/exe";
 
@@ -34,8 +38,7 @@ const OURSELVES: &str = "/proc/self/exe";
 pub(super) struct Children {
     running: HashMap<u64, Running>,
     last: u64,
-    /// One holder for each that runs, beside this.
-    successors: Arc<()>,
+    successors: Arc<Mutex<HashMap<u32, Held>>>,
 }
 
 #[derive(Debug)]
@@ -77,7 +80,7 @@ impl Children {
         let handles = open::images(rules, chain)?;
         let encrypted =
             |image: &Image| matches!(image, Image::Qcow2 { encryption: Some(Encryption::Aes | Encryption::Luks), .. });
-        let key = chain.images.iter().any(encrypted).then(|| open_key(&rules.key(&chain.disk)?)).transpose()?;
+        let key = chain.images.iter().any(encrypted).then(|| open::key(rules, &chain.disk)).transpose()?;
         let failed = |error: io::Error| Refusal::os("start qemu-storage-daemon", &error);
         let bounds = bounds(chain, &handles)?;
         let mut child = spawn(chain, &handles, listener, key, Some(bounds), PATH).map_err(failed)?;
@@ -89,7 +92,7 @@ impl Children {
     /// Starts another prestaged, which lives on when this process has ended. Returns its process.
     pub(super) fn start_successor(&self, anew: bool, rules: &Rules) -> Result<u32, Refusal> {
         // Each that is to take over while another does is told that it is too late, and ends.
-        if Arc::strong_count(&self.successors) > MAX_SUCCESSORS {
+        if self.successors.lock().len() >= MAX_SUCCESSORS {
             return Err(Refusal {
                 errno: libc::EAGAIN,
                 reason: format!("{MAX_SUCCESSORS} are about to take over already"),
@@ -98,15 +101,38 @@ impl Children {
         let (installed, words) = &rules.successor;
         let program = if anew { Path::new(OURSELVES) } else { installed };
         let failed = |error: io::Error| Refusal::os(&format!("start {}", program.display()), &error);
-        let child = Command::new(program).args(words).stdin(Stdio::null()).spawn().map_err(failed)?;
+        let user = rules.user.to_string();
+        let child = Command::new(program).args(words).env(USER, user).stdin(Stdio::null()).spawn().map_err(failed)?;
         let pid = child.id();
-        let counted = Arc::clone(&self.successors);
+        // It has its number until it is waited for.
+        match i32::try_from(pid).map_err(io::Error::other).and_then(Held::new) {
+            Ok(held) => drop(self.successors.lock().insert(pid, held)),
+            Err(error) => {
+                tracing::warn!(pid, %error, "the prestaged that is to take over cannot be ended if it must be")
+            }
+        }
+        let successors = Arc::clone(&self.successors);
         let wait = move || {
             await_end(child);
-            drop(counted);
+            successors.lock().remove(&pid);
         };
         thread::Builder::new().name("successor".into()).spawn(wait).map_err(failed)?;
         Ok(pid)
+    }
+
+    /// Kills one that was to take over and failed with everything in its hands: no two may serve one disk. Whom somebody else
+    /// has started is not the broker's to end, whatever the daemon says of it.
+    pub(super) fn end_successor(&self, pid: u32) -> Result<(), Refusal> {
+        match self.successors.lock().get(&pid) {
+            Some(held) => {
+                held.kill();
+                Ok(())
+            }
+            None => Err(Refusal::rule(format!(
+                "process {pid} was not started by the broker to take over, or has ended; if it is a prestaged that was started \
+                 by hand, kill it"
+            ))),
+        }
     }
 
     fn has_room(&self) -> Result<(), Refusal> {
@@ -158,5 +184,45 @@ impl Drop for Children {
         for running in self.running.values_mut() {
             running.tell(running.last_word);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever socket of its own it may have had somebody come to.
+    #[test]
+    fn nobody_is_ended_whom_the_broker_has_not_started_to_take_over() {
+        let children = Children::default();
+        let mut stranger = Command::new("sleep").arg("1000").spawn().unwrap();
+        for pid in [stranger.id(), std::process::id(), 1, 0, u32::MAX] {
+            let said = children.end_successor(pid).unwrap_err();
+            assert!(said.errno == 0 && said.reason.contains("was not started by the broker"), "{said:?}");
+        }
+        assert!(matches!(stranger.try_wait(), Ok(None)), "it was ended");
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+    }
+
+    #[test]
+    fn who_was_started_to_take_over_is_ended_as_long_as_it_runs() {
+        let children = Children::default();
+        let rules = Rules { successor: ("/bin/sleep".into(), vec!["1000".into()]), user: 7, ..Rules::default() };
+        let pids: Vec<_> = (0..MAX_SUCCESSORS).map(|_| children.start_successor(false, &rules).unwrap()).collect();
+        let said = children.start_successor(false, &rules).unwrap_err();
+        assert_eq!(said.errno, libc::EAGAIN);
+        // It is there as soon as the program runs, which the end of `spawn` says.
+        let told = std::fs::read(format!("/proc/{}/environ", pids[0])).unwrap();
+        assert!(told.split(|byte| *byte == 0).any(|word| word == b"PRESTAGE_USER=7"));
+        for pid in pids {
+            children.end_successor(pid).unwrap();
+            while children.successors.lock().contains_key(&pid) {
+                thread::yield_now();
+            }
+            assert!(children.end_successor(pid).is_err(), "its number may be another's by now");
+        }
+        let last = children.start_successor(false, &rules).unwrap();
+        children.end_successor(last).unwrap();
     }
 }

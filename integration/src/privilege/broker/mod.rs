@@ -2,7 +2,6 @@
 //!
 //! - `open`: stores, NBD servers' sockets, files of the configuration; groups of the daemon's files
 //! - `children`: programs it starts
-//! - `successor`: the end of a prestaged that was to take over
 //! - `tc`: queueing disciplines of machines' interfaces
 //! - `limit`: what it gives up itself
 //!
@@ -12,7 +11,6 @@
 mod children;
 mod limit;
 mod open;
-mod successor;
 pub(crate) mod tc;
 
 use std::collections::VecDeque;
@@ -25,10 +23,10 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 use parking_lot::{Condvar, Mutex};
 
 use super::channel;
-use super::images::open_key;
 use super::protocol::{Answer, Ask, MAX_MESSAGE, Name, Refusal, Request, Said, VERSION};
 use super::rules::Rules;
 use children::Children;
+pub use children::USER;
 
 /// Stores being opened at once. What hangs longer than this is many waits for the others.
 const MAX_OPENING: usize = 64;
@@ -193,10 +191,7 @@ impl Broker {
                     .start_successor(anew, &self.last)
                     .map(|pid| (Said::Started { child: 0, pid }, None))
             }
-            Ask::EndSuccessor => {
-                let missing = || Refusal::rule("no socket came along");
-                descriptor.ok_or_else(missing).and_then(|fd| successor::end(&fd, &self.last)).map(done)
-            }
+            Ask::EndSuccessor { pid } => self.children.lock().end_successor(pid).map(done),
         })
     }
 
@@ -252,7 +247,7 @@ impl Openers {
                 Ask::Open { path, how } => opened(open::store(&rules, &path.path(), how)),
                 Ask::Connect { path } => opened(open::server(&rules, &path.path())),
                 Ask::Read { path } => opened(open::read(&rules, &path.path())),
-                Ask::FindKey { disk } => rules.key(&disk).and_then(|key| open_key(&key)).map(|_| (Said::Done, None)),
+                Ask::FindKey { disk } => open::key(&rules, &disk).map(|_| (Said::Done, None)),
                 Ask::StartImages(chain) => {
                     let missing = || Refusal::rule("no socket came along");
                     let started = descriptor

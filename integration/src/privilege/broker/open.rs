@@ -1,7 +1,8 @@
 //! Opening what the rules allow.
 //!
 //! A path is resolved once, to a handle that gives no access (`O_PATH`); what it means is looked at there, and the same is then
-//! opened through `/proc/self/fd`. Whoever changes the path meanwhile changes nothing (openat2(2), open(2)).
+//! opened through `/proc/self/fd`. Whoever changes the path meanwhile changes nothing (openat2(2), open(2)). Nor does the daemon by
+//! links of its own (`follow`).
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -17,7 +18,8 @@ use nix::sys::stat::{major, minor};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::{Gid, fchownat};
 
-use crate::privilege::images::Handle;
+use crate::privilege::follow::{Astray, Found, Suspect, follow, is_only_name, path_of};
+use crate::privilege::images::{Handle, check_key};
 use crate::privilege::protocol::{Chain, How, Image, Refusal};
 use crate::privilege::rules::{Permit, Rules};
 
@@ -31,24 +33,48 @@ const CONNECT_S: i64 = 10;
 const BUSY_LOOKS: u32 = 10;
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
-fn folder(path: &Path) -> Result<File, Refusal> {
-    let flags = libc::O_PATH | libc::O_DIRECTORY;
-    let open = OpenOptions::new().read(true).custom_flags(flags).open(path);
-    open.map_err(|error| Refusal::os(&format!("open {}", path.display()), &error))
+/// Where the operator's word for a path leads, without access to it. No link is followed that the daemon may have made.
+fn named(rules: &Rules, path: &Path) -> Result<File, Refusal> {
+    match follow(path, &Suspect::daemon(rules)) {
+        Ok(Found { handle, theirs }) => {
+            match theirs && !is_folder(&handle) && !is_only_name(&handle).unwrap_or(false) {
+                true => Err(has_names(path)),
+                false => Ok(handle),
+            }
+        }
+        Err(Astray::Link(link)) => Err(Refusal::rule(format!(
+            "{} on the way to {} is a link in a folder that prestaged writes to, or its own; name what it leads to, or put it elsewhere",
+            link.display(),
+            path.display()
+        ))),
+        Err(Astray::Os(error)) => Err(Refusal::os(&format!("open {}", path.display()), &error)),
+    }
+}
+
+/// By its other name it may be any file of the host.
+fn has_names(path: &Path) -> Refusal {
+    Refusal::rule(format!(
+        "{} lies in a folder that prestaged writes to and has other names; name one that lies elsewhere",
+        path.display()
+    ))
+}
+
+fn is_folder(handle: &File) -> bool {
+    handle.metadata().is_ok_and(|meta| meta.is_dir())
 }
 
 /// What a path means, without access to it.
-fn resolve(path: &Path, permit: Permit<'_>) -> Result<File, Refusal> {
+fn resolve(rules: &Rules, path: &Path, permit: Permit<'_>) -> Result<File, Refusal> {
     let failed = |error: nix::Error| Refusal::os(&format!("open {}", path.display()), &error.into());
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
     let handle = match permit {
-        Permit::Named => openat2(folder(Path::new("/"))?, path, how.resolve(ResolveFlag::RESOLVE_NO_MAGICLINKS)),
+        Permit::Named => return named(rules, path),
         // The daemon may put there what it likes.
-        Permit::Tier => openat2(folder(Path::new("/"))?, path, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS)),
+        Permit::Tier => openat2(named(rules, Path::new("/"))?, path, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS)),
         Permit::Below(base) => {
             let rest = path.strip_prefix(base).map_err(|_| Refusal::rule("it is not below its folder"))?;
             let how = how.resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-            match openat2(folder(base)?, rest, how) {
+            match openat2(named(rules, base)?, rest, how) {
                 Err(nix::Error::EXDEV) => {
                     return Err(Refusal::rule(format!(
                         "a link on the way to {} leads out of {}; name the disk with its own path, or add that folder to `store.allowed`",
@@ -63,6 +89,10 @@ fn resolve(path: &Path, permit: Permit<'_>) -> Result<File, Refusal> {
     handle.map(File::from).map_err(failed)
 }
 
+/// inode(7)
+const SET_ID: u32 = 0o6000;
+const EXECUTABLE: u32 = 0o111;
+
 fn meta(path: &Path, handle: &File) -> Result<Metadata, Refusal> {
     handle.metadata().map_err(|error| Refusal::os(&format!("look at {}", path.display()), &error))
 }
@@ -73,7 +103,7 @@ fn through(handle: &impl AsRawFd) -> String {
 
 /// The path without links.
 fn real(path: &Path, handle: &impl AsRawFd) -> Result<PathBuf, Refusal> {
-    std::fs::read_link(through(handle)).map_err(|error| Refusal::os(&format!("look at {}", path.display()), &error))
+    path_of(handle).map_err(|error| Refusal::os(&format!("look at {}", path.display()), &error))
 }
 
 /// All names by which an operator may have allowed a device: as asked, as it is, and a device-mapper device's.
@@ -96,8 +126,8 @@ fn is_busy(handle: &File) -> io::Result<bool> {
     Ok(true)
 }
 
-/// What a store is that the rules allow.
-struct Found {
+/// A store that the rules allow.
+struct Store {
     handle: File,
     /// Its path without links.
     real: PathBuf,
@@ -105,14 +135,14 @@ struct Found {
 }
 
 /// A store that the rules allow, without access to it.
-fn find(rules: &Rules, path: &Path, write: bool) -> Result<Found, Refusal> {
+fn find(rules: &Rules, path: &Path, write: bool) -> Result<Store, Refusal> {
     let permit = rules.store(path, write);
     let named = permit == Ok(Permit::Named);
     let is_device = path.starts_with(DEVICES) && !path.starts_with(NO_DEVICES);
     let handle = match permit {
         // A device has many names that are links to each other; which of them is allowed shows below.
-        _ if is_device && !named => resolve(path, Permit::Below(Path::new(DEVICES)))?,
-        Ok(permit) => resolve(path, permit)?,
+        _ if is_device && !named => resolve(rules, path, Permit::Below(Path::new(DEVICES)))?,
+        Ok(permit) => resolve(rules, path, permit)?,
         Err(refusal) => return Err(refusal),
     };
     let (found, real) = (meta(path, &handle)?, real(path, &handle)?);
@@ -121,9 +151,13 @@ fn find(rules: &Rules, path: &Path, write: bool) -> Result<Found, Refusal> {
         let reason = format!("{} is neither a regular file nor a block device", path.display());
         return Err(Refusal { errno: libc::ENOTBLK, reason });
     }
-    if permit == Ok(Permit::Tier) && !(found.is_file() && found.nlink() == 1 && [0, rules.user].contains(&found.uid()))
-    {
+    let mine = || found.is_file() && [0, rules.user].contains(&found.uid()) && is_only_name(&handle).unwrap_or(false);
+    if permit == Ok(Permit::Tier) && !mine() {
         return Err(Refusal::rule(format!("{} is not a file that prestaged made for its SSD tier", path.display())));
+    }
+    // An allowed folder may have one of the daemon's own in it.
+    if !is_block && !named && !is_only_name(&handle).unwrap_or(false) && Suspect::daemon(rules).may_have_put(&real) {
+        return Err(has_names(path));
     }
     let failed = |error: &io::Error| Refusal::os(&format!("open {}", path.display()), error);
     if is_block && !named {
@@ -137,7 +171,7 @@ fn find(rules: &Rules, path: &Path, write: bool) -> Result<Found, Refusal> {
             )));
         }
     }
-    Ok(Found { handle, real, is_block })
+    Ok(Store { handle, real, is_block })
 }
 
 /// A store that the rules allow, and its path without links.
@@ -145,12 +179,12 @@ pub(super) fn store(rules: &Rules, path: &Path, how: How) -> Result<(PathBuf, Ow
     let found = match find(rules, path, how.write) {
         // On a cache disk that was put in while the daemon ran, which it has no access to by itself.
         Err(refusal) if refusal.errno == libc::ENOENT && how.write && rules.tier.as_deref() == Some(path) => {
-            make_tier(path)?;
+            make_tier(rules, path)?;
             find(rules, path, true)
         }
         other => other,
     };
-    let Found { handle, real, is_block } = found?;
+    let Store { handle, real, is_block } = found?;
     let failed = |error: &io::Error| Refusal::os(&format!("open {}", path.display()), error);
     let flag = |set, flag| if set { flag } else { 0 };
     let flags = libc::O_NONBLOCK
@@ -162,7 +196,7 @@ pub(super) fn store(rules: &Rules, path: &Path, how: How) -> Result<(PathBuf, Ow
 }
 
 /// Makes the SSD tier's file. Nothing in its place is followed or cut.
-fn make_tier(path: &Path) -> Result<(), Refusal> {
+fn make_tier(rules: &Rules, path: &Path) -> Result<(), Refusal> {
     let failed = |error: &io::Error| Refusal::os(&format!("create {}", path.display()), error);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Refusal::rule(format!("{} names no file", path.display())));
@@ -170,7 +204,7 @@ fn make_tier(path: &Path) -> Result<(), Refusal> {
     if path.starts_with(DEVICES) && !path.starts_with(NO_DEVICES) {
         return Err(failed(&io::Error::from_raw_os_error(libc::ENOENT)));
     }
-    let parent = resolve(parent, Permit::Tier)?;
+    let parent = resolve(rules, parent, Permit::Tier)?;
     let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
     nix::fcntl::openat(&parent, name, flags, mode).map_err(|error| failed(&error.into()))?;
@@ -185,7 +219,7 @@ pub(super) fn images(rules: &Rules, chain: &Chain) -> Result<Vec<Option<Handle>>
         }
         Image::NbdUnix { path, .. } => {
             let path = path.path();
-            let handle = resolve(&path, rules.server(&path)?)?;
+            let handle = resolve(rules, &path, rules.server(&path)?)?;
             match meta(&path, &handle)?.file_type().is_socket() {
                 true => Ok(Some(Handle(handle))),
                 false => Err(Refusal::rule(format!("{} is no socket", path.display()))),
@@ -202,7 +236,7 @@ pub(super) fn images(rules: &Rules, chain: &Chain) -> Result<Vec<Option<Handle>>
 
 /// A connection to an NBD server's socket that the rules allow.
 pub(super) fn server(rules: &Rules, path: &Path) -> Result<(PathBuf, OwnedFd), Refusal> {
-    let handle = resolve(path, rules.server(path)?)?;
+    let handle = resolve(rules, path, rules.server(path)?)?;
     if !meta(path, &handle)?.file_type().is_socket() {
         return Err(Refusal { errno: libc::ECONNREFUSED, reason: format!("{} is no socket", path.display()) });
     }
@@ -219,10 +253,22 @@ pub(super) fn server(rules: &Rules, path: &Path) -> Result<(PathBuf, OwnedFd), R
     connected().map(|fd| (real, fd)).map_err(failed)
 }
 
+/// The file with the passphrase of a disk.
+pub(super) fn key(rules: &Rules, disk: &str) -> Result<File, Refusal> {
+    let path = rules.key(disk)?;
+    let handle = named(rules, &path)?;
+    // A pipe would hang.
+    if !meta(&path, &handle)?.is_file() {
+        return Err(Refusal::rule(format!("{} is no regular file", path.display())));
+    }
+    let opened = File::open(through(&handle));
+    check_key(opened.map_err(|error| Refusal::os(&format!("open {}", path.display()), &error))?)
+}
+
 /// A file of the configuration, for reading.
 pub(super) fn read(rules: &Rules, path: &Path) -> Result<(PathBuf, OwnedFd), Refusal> {
     rules.read(path)?;
-    let handle = resolve(path, Permit::Named)?;
+    let handle = named(rules, path)?;
     if !meta(path, &handle)?.is_file() {
         return Err(Refusal::rule(format!("{} is no regular file", path.display())));
     }
@@ -235,12 +281,15 @@ pub(super) fn read(rules: &Rules, path: &Path) -> Result<(PathBuf, OwnedFd), Ref
 pub(super) fn set_group(rules: &Rules, meant: &OwnedFd, group: u32) -> Result<(), Refusal> {
     let shown = Path::new("what it has a descriptor of");
     let path = real(shown, meant)?;
-    let found = File::from(meant.try_clone().map_err(|error| Refusal::os("look at a descriptor", &error))?);
-    let found = meta(&path, &found)?;
+    let handle = File::from(meant.try_clone().map_err(|error| Refusal::os("look at a descriptor", &error))?);
+    let found = meta(&path, &handle)?;
     let kind = found.file_type();
-    // A second name may be one outside, and a set-group-id bit would make a program of another group's.
-    let plain =
-        kind.is_dir() || kind.is_socket() || (kind.is_file() && found.nlink() == 1 && found.mode() & 0o6111 == 0);
+    let alone = || is_only_name(&handle).unwrap_or(false);
+    // A second name may be one outside. A set-group-id bit would make a program of another group's, or of a folder one whose
+    // files are another group's whoever makes them.
+    let plain = (kind.is_dir() && found.mode() & SET_ID == 0)
+        || (kind.is_socket() && alone())
+        || (kind.is_file() && alone() && found.mode() & (SET_ID | EXECUTABLE) == 0);
     if !rules.is_own(&path) || found.uid() != rules.user || !plain || group == 0 {
         return Err(Refusal::rule(format!("{} is not the daemon's to give away", path.display())));
     }

@@ -63,10 +63,126 @@ fn links_lead_nowhere_out_of_the_folder() {
         let said = store(&place.rules, &images.join(link), READ).unwrap_err();
         assert!(said.errno == 0 && said.reason.contains("leads out of"), "{link}: {said:?}");
     }
-    // the operator's own word is followed
+    // The operator's own word is followed, where the daemon cannot have made the link.
     let named = Rules { named: vec![(images.join("last"), false)], ..place.rules.clone() };
     assert_eq!(store(&named, &images.join("last"), READ).unwrap().0, place.path.join("secret"));
     assert!(store(&named, &images.join("last"), WRITE).is_err());
+}
+
+/// What a daemon that was taken over would put in the place of what the operator has named in its folders.
+#[test]
+fn no_link_that_the_daemon_may_have_made_is_followed_whatever_names_it() {
+    let place = place();
+    let (run, secret) = (place.path.join("run"), place.path.join("secret"));
+    fs::create_dir_all(run.join("deep")).unwrap();
+    fs::set_permissions(&secret, PermissionsExt::from_mode(0o600)).unwrap();
+    fs::write(run.join("disk"), [1; 512]).unwrap();
+    let at = |name: &str| run.join(name);
+    let rules = Rules {
+        named: vec![(at("disk"), true), (at("deep/disk"), true), (place.path.join("way"), true)],
+        allowed: vec![at("images")],
+        backing: vec![at("base")],
+        servers: vec![at("server")],
+        readable: vec![at("ca"), place.path.join("link")],
+        keys: Some(run.clone()),
+        ..place.rules.clone()
+    };
+    // Without links all is as everywhere.
+    assert!(store(&rules, &at("disk"), WRITE).is_ok());
+    let _server = std::os::unix::net::UnixListener::bind(at("server")).unwrap();
+    assert!(server(&rules, &at("server")).is_ok());
+    fs::write(at("ca"), "ca").unwrap();
+    fs::write(at("d.key"), "key").unwrap();
+    fs::set_permissions(at("d.key"), PermissionsExt::from_mode(0o600)).unwrap();
+    assert!(read(&rules, &at("ca")).is_ok() && key(&rules, "d").is_ok());
+    fs::create_dir(at("images")).unwrap();
+    fs::write(at("images/disk"), "").unwrap();
+    assert!(store(&rules, &at("images/disk"), WRITE).is_ok());
+    // The operator's own links lead on.
+    symlink(at("disk"), place.path.join("way")).unwrap();
+    symlink(&secret, place.path.join("link")).unwrap();
+    assert_eq!(store(&rules, &place.path.join("way"), WRITE).unwrap().0, at("disk"));
+    assert_eq!(read(&rules, &place.path.join("link")).unwrap().0, secret);
+
+    let _outside = std::os::unix::net::UnixListener::bind(place.path.join("outside")).unwrap();
+    let swap = |name: &str, target: &Path| {
+        let _ = fs::remove_file(at(name));
+        let _ = fs::remove_dir_all(at(name));
+        symlink(target, at(name)).unwrap();
+    };
+    for (name, target) in [
+        ("disk", "secret"),
+        ("server", "outside"),
+        ("ca", "secret"),
+        ("d.key", "secret"),
+        ("images", ""),
+        ("deep", ""),
+        ("base", ""),
+    ] {
+        swap(name, &place.path.join(target));
+    }
+    fs::write(place.path.join("disk"), "").unwrap();
+    let mut refused: Vec<_> = [at("disk"), at("deep/disk"), at("images/secret"), place.path.join("way")]
+        .iter()
+        .map(|path| store(&rules, path, WRITE).unwrap_err())
+        .collect();
+    refused.push(store(&rules, &at("base/secret"), READ).unwrap_err());
+    refused.push(server(&rules, &at("server")).unwrap_err());
+    refused.push(read(&rules, &at("ca")).unwrap_err());
+    refused.push(key(&rules, "d").unwrap_err());
+    let chain = |image| Chain { disk: "d".into(), images: vec![image], read_only: true };
+    refused.push(images(&rules, &chain(Image::Raw { path: at("disk").as_path().into() })).unwrap_err());
+    for said in refused {
+        assert!(said.errno == 0 && said.reason.contains("is a link in a folder that prestaged writes to"), "{said:?}");
+    }
+}
+
+/// A second name of a file of the host's is as good as a link to it.
+#[test]
+fn a_file_with_another_name_is_not_opened_by_the_one_in_the_daemons_folder() {
+    let place = place();
+    let run = place.path.join("run");
+    fs::create_dir(&run).unwrap();
+    let disk = run.join("disk");
+    fs::hard_link(place.path.join("secret"), &disk).unwrap();
+    let named = Rules { named: vec![(disk.clone(), true)], ..place.rules.clone() };
+    let below = Rules { allowed: vec![place.path.clone()], ..place.rules.clone() };
+    for rules in [&named, &below] {
+        let said = store(rules, &disk, WRITE).unwrap_err();
+        assert!(said.reason.contains("has other names"), "{said:?}");
+    }
+    // Elsewhere names are the operator's, also beside the SSD tier where the daemon is a user of its own, who may write to no more
+    // than that file.
+    let beside = Rules { tier: Some(place.path.join("tier")), ..below.clone() };
+    assert!(store(&beside, &place.path.join("secret"), WRITE).is_err());
+    if nix::unistd::geteuid().is_root() {
+        let other = Rules { user: 7, ..beside };
+        assert!(store(&other, &place.path.join("secret"), WRITE).is_ok());
+        std::os::unix::fs::chown(&run, Some(7), None).unwrap();
+        assert!(store(&other, &disk, WRITE).is_err());
+    }
+    assert!(store(&below, &place.path.join("secret"), WRITE).is_ok());
+    fs::remove_file(place.path.join("secret")).unwrap();
+    assert!(store(&named, &disk, WRITE).is_ok() && store(&below, &disk, WRITE).is_ok());
+}
+
+#[test]
+fn the_daemons_folders_are_not_where_its_own_links_lead() {
+    let place = place();
+    for folder in ["run/vm", "etc", "var"] {
+        fs::create_dir_all(place.path.join(folder)).unwrap();
+    }
+    symlink("../run", place.path.join("var/run")).unwrap();
+    let own = |folders: &[&str]| {
+        let folders: Vec<_> = folders.iter().map(|folder| place.path.join(folder)).collect();
+        crate::privilege::own_folders(&place.rules, &folders.iter().map(PathBuf::as_path).collect::<Vec<_>>())
+    };
+    let run = place.path.join("run");
+    assert_eq!(own(&["var/run", "run/vm", "none"]), [run.clone(), run.join("vm")]);
+    fs::remove_dir(run.join("vm")).unwrap();
+    symlink(place.path.join("etc"), run.join("vm")).unwrap();
+    assert_eq!(own(&["var/run", "run/vm"]), std::slice::from_ref(&run));
+    assert_eq!(own(&["run/vm", "run"]), std::slice::from_ref(&run));
 }
 
 #[test]
@@ -210,7 +326,12 @@ fn a_group_is_given_what_is_the_daemons_own_alone() {
     let program = make("program");
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     symlink(place.path.join("secret"), run.join("link")).unwrap();
-    for path in [linked, program, run.join("link"), place.path.join("secret")] {
+    // Whatever is made in it would be that group's.
+    let folder = run.join("folder");
+    fs::create_dir(&folder).unwrap();
+    assert_eq!(give(&folder, group).is_ok(), may);
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o2775)).unwrap();
+    for path in [linked, program, folder, run.join("link"), place.path.join("secret")] {
         let said = give(&path, group).unwrap_err();
         assert!(said.reason.contains("not the daemon's"), "{}: {said:?}", path.display());
     }

@@ -14,6 +14,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, User, fchownat, geteuid, initgroups, setresgid, setresuid};
 
 use super::{Layer, Plan};
+use crate::privilege::follow::{Astray, Suspect, follow};
 
 /// A user of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,11 +92,20 @@ fn raise_limits() {
 }
 
 /// Makes a folder if it is missing, and gives it to the user. What lies in one that was another's goes with it: an earlier version
-/// ran as root.
+/// ran as root. Not where a link leads that an earlier daemon of that user may have made; none of them runs meanwhile.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn own(folder: &Path, mode: u32, account: Option<&Account>) -> io::Result<()> {
+    if let Some(account) = account.filter(|account| account.user != 0) {
+        let there = folder.ancestors().find(|part| part.symlink_metadata().is_ok()).unwrap_or(folder);
+        follow(there, &Suspect::User(account.user, &[account.group])).map_err(|astray| match astray {
+            Astray::Link(link) => {
+                io::Error::other(format!("{} may have been made by prestaged's user; remove it", link.display()))
+            }
+            Astray::Os(error) => error,
+        })?;
+    }
     DirBuilder::new().recursive(true).mode(mode).create(folder)?;
     match account {
         Some(account) if fs::symlink_metadata(folder)?.uid() != account.user => own_tree(folder, account),
@@ -141,4 +151,138 @@ fn own_one(meant: &File, account: &Account) -> io::Result<()> {
         give()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{RenameFlags, renameat2};
+    use std::os::unix::fs::{chown, symlink};
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    /// Any user but root.
+    const USER: u32 = 65_534;
+    const FILES: u32 = 20;
+    const ROUNDS: u32 = 300;
+
+    fn account() -> Option<Account> {
+        let account = Account { name: "somebody".to_owned(), user: USER, group: USER };
+        geteuid().is_root().then_some(account)
+    }
+
+    fn place() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().canonicalize().unwrap();
+        (folder, path)
+    }
+
+    fn owners(folder: &Path) -> Vec<u32> {
+        let inner = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let all = [folder.to_owned()].into_iter().chain(inner);
+        all.map(|path| path.symlink_metadata().unwrap().uid()).collect()
+    }
+
+    /// A daemon of the same user that lives, or another process of it, puts links to the host's folders in the place of its own
+    /// while these are being given to it.
+    #[test]
+    fn nothing_outside_is_given_away_whatever_is_exchanged_meanwhile() {
+        let Some(account) = account() else {
+            println!("SKIPPED: not root, nothing can be given to another user");
+            return;
+        };
+        let (_folder, path) = place();
+        let (tree, outside) = (path.join("tree"), path.join("outside"));
+        for folder in [tree.join("inner/deep"), outside.join("deep")] {
+            fs::create_dir_all(&folder).unwrap();
+            for number in 0..FILES {
+                fs::write(folder.join(number.to_string()), "").unwrap();
+                fs::write(folder.with_file_name(number.to_string()), "").unwrap();
+            }
+        }
+        // From the folder itself: by its path an exchange might be one of the host's own files, which no daemon may do.
+        let inner = File::open(tree.join("inner")).unwrap();
+        let root = File::open(&path).unwrap();
+        let pairs = [
+            (&root, "tree/inner", "way", outside.clone()),
+            (&inner, "deep", "deep way", outside.join("deep")),
+            (&inner, "7", "file way", outside.join("7")),
+        ];
+        for (_, _, link, target) in &pairs {
+            symlink(target, path.join(link)).unwrap();
+        }
+        let (ended, exchanged, mut given) = (AtomicBool::new(false), AtomicU32::new(0), 0);
+        let wrong = std::thread::scope(|scope| {
+            for (folder, own, link, _) in &pairs {
+                let (ended, exchanged, root) = (&ended, &exchanged, &root);
+                scope.spawn(move || {
+                    while !ended.load(Ordering::Relaxed) {
+                        renameat2(folder, *own, root, *link, RenameFlags::RENAME_EXCHANGE).unwrap();
+                        exchanged.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            let wrong = (0..ROUNDS).find(|_| {
+                // To have everything to give once more; a link is given back itself.
+                let _ = chown_all(&inner);
+                let _ = std::os::unix::fs::lchown(&tree, Some(0), None);
+                own_tree(&tree, &account).unwrap();
+                given += u32::from(tree.metadata().unwrap().uid() == USER);
+                let mut outside = owners(&outside).into_iter().chain(owners(&outside.join("deep")));
+                outside.any(|owner| owner != 0)
+            });
+            ended.store(true, Ordering::Relaxed);
+            wrong
+        });
+        println!("{} exchanges, {given} times given", exchanged.into_inner());
+        assert_eq!(
+            (wrong, given),
+            (None, ROUNDS),
+            "the round in which what lies outside was given away, and all that were given"
+        );
+    }
+
+    /// Back to root, from the folder itself.
+    fn chown_all(folder: &File) -> io::Result<()> {
+        let through = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
+        for entry in fs::read_dir(&through)? {
+            let path = entry?.path();
+            std::os::unix::fs::lchown(&path, Some(0), None)?;
+            if path.symlink_metadata()?.is_dir() {
+                for entry in fs::read_dir(path)? {
+                    std::os::unix::fs::lchown(entry?.path(), Some(0), None)?;
+                }
+            }
+        }
+        std::os::unix::fs::chown(through, Some(0), None)
+    }
+
+    #[test]
+    fn no_folder_is_made_or_given_where_a_link_of_that_user_leads() {
+        let Some(account) = account() else {
+            println!("SKIPPED: not root, nothing can be given to another user");
+            return;
+        };
+        let (_folder, path) = place();
+        let (state, outside) = (path.join("state"), path.join("outside"));
+        fs::create_dir_all(outside.join("vm")).unwrap();
+        own(&state.join("run/vm"), 0o755, None).unwrap();
+        own(&state, 0o755, Some(&account)).unwrap();
+        assert_eq!(owners(&state.join("run")), [USER, USER]);
+        own(&state.join("run/new/deep"), 0o755, Some(&account)).unwrap();
+        assert_eq!(state.join("run/new/deep").metadata().unwrap().uid(), USER);
+        // What a daemon that was taken over leaves for the next start.
+        fs::remove_dir_all(state.join("run")).unwrap();
+        symlink(&outside, state.join("run")).unwrap();
+        for folder in ["run", "run/vm", "run/new", "run/new/deep"] {
+            let said = own(&state.join(folder), 0o755, Some(&account)).unwrap_err().to_string();
+            assert!(said.contains("may have been made by prestaged's user"), "{said}");
+        }
+        assert_eq!(owners(&outside), [0, 0]);
+        // A link of the operator's is another matter.
+        chown(&outside, Some(USER), None).unwrap();
+        symlink(&outside, path.join("way")).unwrap();
+        own(&path.join("way/new"), 0o755, Some(&account)).unwrap();
+        assert_eq!(outside.join("new").metadata().unwrap().uid(), USER);
+    }
 }
