@@ -138,7 +138,8 @@ impl Shared {
         let len = (len as usize * ENTRY_BYTES).next_multiple_of(SECTOR_BYTES);
         {
             let state = self.state.lock();
-            for (index, entry) in state.index.storages.kept_on_disk() {
+            // Of a storage whose records have not been read yet it is not known whether it has slots.
+            for (index, entry) in state.index.storages.kept_on_disk(state.missed.is_some()) {
                 let at = usize::from(index) * ENTRY_BYTES;
                 if let Some(to) = buf.get_mut().get_mut(at..at + ENTRY_BYTES) {
                     entry.encode(&state.superblock.slab_id, index, to);

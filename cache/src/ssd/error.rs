@@ -63,6 +63,9 @@ pub enum SsdError {
     #[error("SSD tier: {} fails and is bypassed; its size can be changed when it is in use again", path.display())]
     Bypassed { path: PathBuf },
 
+    #[error("SSD tier: the index of {} is still being read, {left} records to go; try again when `prestagectl status` says that it is there", path.display())]
+    StillReading { path: PathBuf, left: u64 },
+
     #[error("SSD tier: it is closed; nothing can be registered with it any more")]
     Closed,
 }

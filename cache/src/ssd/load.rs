@@ -11,7 +11,7 @@
 //! - there are no checkpoints: on the disk every record stays as it was, and every region that is written to stays marked. A crash
 //!   finds the slab as one that was in use.
 //!
-//! Whoever needs all of it (closing, another size, forgetting a storage durably) reads the rest first.
+//! Closing does not wait for it: the slab is left as one in use. A change of its size is refused until then.
 
 use super::device::{AlignedBuf, Device};
 use super::format::{

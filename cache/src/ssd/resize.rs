@@ -23,6 +23,7 @@ use super::slots::Beyond;
 use super::tier::{Shared, Trust};
 use super::{SsdError, SsdTier};
 use parking_lot::MutexGuard;
+use std::sync::atomic::Ordering;
 
 /// Slots looked at before the mutex is given up for others.
 const CHUNK: u32 = 2048;
@@ -65,11 +66,14 @@ impl SsdTier {
     /// that is under way.
     ///
     /// # Errors
-    /// The size is out of range or beyond the device, or the tier is closed or bypassed.
+    /// The size is out of range or beyond the device, or the tier is closed, bypassed or [loading](SsdTier::is_loading).
     pub fn begin_resize(&self, size_bytes: u64) -> Result<Resize<'_>, SsdError> {
         let shared = &*self.shared;
         let alone = shared.resizing.lock();
-        shared.load();
+        let left = shared.unread.load(Ordering::Relaxed);
+        if shared.is_loading.load(Ordering::Acquire) {
+            return Err(SsdError::StillReading { path: shared.device.path.clone(), left });
+        }
         let len = shared.device.len()?;
         let after = open::wanted_slots(&shared.device, size_bytes, len)?;
         shared.fit_to_resize()?;

@@ -364,19 +364,21 @@ impl Storages {
         last.map_or(0, |last| last as u32 + 1)
     }
 
-    /// Entries for the table of a slab in use.
-    pub(super) fn kept_on_disk(&self) -> impl Iterator<Item = (u16, TableEntry)> {
-        self.kept().filter(|(index, _)| self.is_on_disk(*index))
+    /// Entries for the table of a slab in use: those with slots, or `all` that are there now.
+    pub(super) fn kept_on_disk(&self, all: bool) -> impl Iterator<Item = (u16, TableEntry)> {
+        self.entries_of(move |e| e.on_disk && (all || e.slots > 0))
     }
 
     /// Entries worth keeping on disk: those with slots.
     pub(super) fn kept(&self) -> impl Iterator<Item = (u16, TableEntry)> {
-        self.entries.iter().enumerate().filter_map(|(index, entry)| {
-            let entry = entry.as_ref().filter(|e| e.slots > 0)?;
-            Some((
-                index as u16,
-                TableEntry { identity: entry.identity.clone(), stamp: entry.stamp, epoch: entry.epoch },
-            ))
+        self.entries_of(|e| e.slots > 0)
+    }
+
+    fn entries_of(&self, which: impl Fn(&Storage) -> bool) -> impl Iterator<Item = (u16, TableEntry)> {
+        self.entries.iter().enumerate().filter_map(move |(index, entry)| {
+            let entry = entry.as_ref().filter(|entry| which(entry))?;
+            let entry = TableEntry { identity: entry.identity.clone(), stamp: entry.stamp, epoch: entry.epoch };
+            Some((index as u16, entry))
         })
     }
 

@@ -55,6 +55,8 @@ pub(super) struct Shared {
     pub(super) intents_io: Mutex<()>,
     /// Held by whoever reads records. Taken before `state`.
     pub(super) loading: Mutex<Option<Loading>>,
+    /// Somebody else may run by now, and with another tier or none. Held while it is noted that this slab is the last in use.
+    pub(super) renounced: Mutex<bool>,
     pub(super) is_loading: AtomicBool,
     pub(super) unread: AtomicU64,
     pub(super) own: OwnWrites,
@@ -101,6 +103,8 @@ enum OnDisk {
     /// Closing failed, perhaps after the last write reached the disk.
     Unknown,
     Clean,
+    /// In use, and it was closed all the same.
+    Left,
 }
 
 impl fmt::Debug for Shared {
@@ -180,6 +184,7 @@ impl SsdTier {
             preallocate: options.preallocate,
             intents_io: Mutex::default(),
             loading: Mutex::new(opened.loading),
+            renounced: Mutex::new(false),
             is_loading: AtomicBool::new(is_loading),
             unread: AtomicU64::new(unread),
             own,
@@ -357,7 +362,8 @@ impl SsdTier {
     /// Writes the index to the slab and marks it clean; from here on the tier finds nothing and takes nothing. To be
     /// called when guest I/O has ended: a write to a store after it still is not forgotten (the slab is marked dirty
     /// again), but at the price of all that it holds. If it fails the slab is dirty, unless all that failed was its
-    /// very last write; closing may be tried again.
+    /// very last write; closing may be tried again. One whose records are still being [loaded](SsdTier::load) is left as one in
+    /// use.
     ///
     /// Blocking I/O: writes 64 bytes for every slot up to the highest one in use.
     pub fn close(&self) -> Result<(), SsdError> {
@@ -383,7 +389,11 @@ impl SsdTier {
     }
 
     /// Lets another process open a tier that was closed, before this one ends. Ours cannot be used again.
+    ///
+    /// One whose closing has not come to an end is left to end by itself. Whoever runs from now on may do so without this slab,
+    /// and what it says of itself later must not be taken for the last word.
     pub fn let_go(&self) {
+        *self.shared.renounced.lock() = true;
         if self.shared.closed.load(Ordering::Acquire) {
             self.shared.device.let_go();
         }
@@ -507,6 +517,7 @@ impl Shared {
         }
         {
             let mut state = self.state.lock();
+            self.overtake(&mut state);
             let current = state.index.storages.is_current(s);
             if let Some(missed) = state.missed.as_mut().filter(|_| current) {
                 missed.pages(s.index, range);
@@ -578,7 +589,7 @@ impl Shared {
         let mut state = self.state.lock();
         let before = state.index.counters.valid_pages;
         let changed = change(&mut state);
-        if state.on_disk != OnDisk::Dirty && state.index.counters.valid_pages != before {
+        if !matches!(state.on_disk, OnDisk::Dirty | OnDisk::Left) && state.index.counters.valid_pages != before {
             let State { superblock, on_disk, .. } = &mut *state;
             let path = self.device.path.display();
             match open::mark(&self.device, superblock, Mark::Dropped) {
@@ -596,17 +607,20 @@ impl Shared {
     }
 
     fn close(&self, extent: Extent) -> Result<(), SsdError> {
-        // What is not known of the slab cannot be said to be true.
-        self.load();
         self.closed.store(true, Ordering::Release);
         let _alone = self.keeping.lock();
+        // Of a slab that is left as it is, what guests' writes wait for must be there.
+        while self.is_loading.load(Ordering::Acquire) && self.write_intents() {}
         let _writing = self.intents_io.lock();
         let mut state = self.state.lock();
-        if state.on_disk == OnDisk::Clean {
+        if matches!(state.on_disk, OnDisk::Clean | OnDisk::Left) {
             return Ok(());
         }
         state.closed = true;
         state.wake();
+        if state.missed.is_some() {
+            return self.leave(&mut state);
+        }
         state.on_disk = OnDisk::Unknown;
         self.drop_unflushed(&mut state);
         let distrusted = state.trust != Trust::Ok;
@@ -628,10 +642,51 @@ impl Shared {
         Ok(())
     }
 
+    /// Ends the use of a slab whose records are still being read. What is not known of it cannot be said to be true, and nobody
+    /// should wait for it: it is left as one in use, with all marked on the disk that was written to since it was opened.
+    fn leave(&self, state: &mut State) -> Result<(), SsdError> {
+        let path = self.device.path.display();
+        if state.trust != Trust::Ok || state.intents.has_work() {
+            let State { superblock, .. } = &mut *state;
+            tracing::warn!(%path, "SSD tier: closed before its index was read, and not all that was written to is marked; it will start empty");
+            return open::mark(&self.device, superblock, Mark::Dropped)
+                .map_err(|e| self.device.error("write the superblock of", e));
+        }
+        state.on_disk = OnDisk::Left;
+        tracing::info!(
+            %path, regions = state.intents.marked(),
+            "SSD tier: left as it is, since its index was still being read; what it has of regions written to since its start is dropped"
+        );
+        Ok(())
+    }
+
+    /// A write has come after a slab was left as one in use: marks come to an end with its use.
+    fn overtake(&self, state: &mut State) {
+        if state.on_disk != OnDisk::Left {
+            return;
+        }
+        let State { superblock, on_disk, .. } = &mut *state;
+        let path = self.device.path.display();
+        match open::mark(&self.device, superblock, Mark::Dropped) {
+            Ok(()) => {
+                *on_disk = OnDisk::Dirty;
+                tracing::warn!(%path, "SSD tier: a write came after it was closed; it will start empty the next time");
+            }
+            Err(error) => tracing::error!(
+                %path, %error,
+                "SSD tier: a write came after it was closed, and it could not be marked; delete it before the next start"
+            ),
+        }
+    }
+
     /// From here on this slab is the last that was in use. Failing costs what it has of stores that show no changes.
     pub(super) fn note_lineage(&self) {
         let Some(path) = &self.lineage else { return };
         let superblock = self.state.lock().superblock.clone();
+        let renounced = self.renounced.lock();
+        if *renounced {
+            return;
+        }
         if let Err(error) = lineage::note(path, &superblock) {
             tracing::warn!(
                 path = %path.display(), %error,

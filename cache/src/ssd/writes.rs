@@ -307,8 +307,6 @@ impl Shared {
         if !self.state.lock().index.storages.is_current(s) {
             return;
         }
-        // The table is written, which names what has slots: all of them must be known.
-        self.load();
         let _alone = self.keeping.lock();
         loop {
             self.sweep_storage(s.index);

@@ -477,6 +477,7 @@ impl World {
         let to = 3 + self.random.below(DEVICE_SLOTS - 2);
         let cut_off = self.random.one_in(3);
         let open = self.handles.map(|handle| handle.is_some());
+        tier.load();
         let mut resize = tier.begin_resize(slab_bytes(to)).unwrap();
         if to < self.slots {
             // What is dropped of stores that are not open nobody sees here.
@@ -728,11 +729,23 @@ fn judge(tier: &SsdTier, read: crate::ssd::SlotRead, bytes: &[u8], block: Block,
     mask
 }
 
+/// Says which world a failure is of.
+struct Named(u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("this was world {}: PRESTAGE_WORLD={} begins with it", self.0, self.0);
+        }
+    }
+}
+
 fn run(seed: u64, crashes: u64) -> Tally {
     let mut tally = Tally::default();
-    let mut worlds = 0;
+    let mut worlds = setting("PRESTAGE_WORLD", 1) - 1;
     while tally.crashes < crashes {
         worlds += 1;
+        let _named = Named(worlds);
         let mut world = World::new(seed.wrapping_mul(1_000_003).wrapping_add(worlds));
         for _ in 0..4 {
             (0..STORES).for_each(|store| world.open_store(store));

@@ -3,7 +3,7 @@
 
 use super::rig::{BLOCKS, FIRST, MOST, Slab, history, open_slab, open_unread, served};
 use super::sim::{Crash, Disk, Image, Op, Random, after_crash};
-use crate::ssd::{Found, SsdStorage, SsdTier};
+use crate::ssd::{Found, SsdError, SsdStorage, SsdTier};
 use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange};
 
 /// Slots in use when the slab was closed.
@@ -146,19 +146,39 @@ fn what_is_dropped_meanwhile_does_not_come_back() {
 }
 
 #[test]
-fn whoever_needs_all_of_it_has_the_rest_read_first() {
+fn nobody_waits_for_it_and_nothing_is_lost_or_said_that_is_not_known() {
     // One was written to and not inserted again; one is another store's.
     let all = USED - 1 + 1;
-    let (slab, image) = closed_and_opened();
-    slab.tier.close_quickly().unwrap();
-    let log = slab.disk.log();
-    let disk = Disk::new(after_crash(&image, &log, log.len(), Crash::Killed, &mut Random(1)).0);
-    let (tier, _) = open_slab(&disk, false, MOST);
-    assert_eq!((tier.stats().opened.found, tier.stats().used_slots), (Found::Clean, all));
+    let left = |written: &[u64]| {
+        let (mut slab, image) = closed_and_opened();
+        slab.tier.shared.load_some(30);
+        slab.write(written.iter().copied());
+        slab.tier.close_quickly().unwrap();
+        assert!(slab.tier.is_loading(), "nobody has read on");
+        let (tier, _) = crashed(&slab, &image);
+        let stats = tier.stats();
+        (stats.opened.found, stats.used_slots)
+    };
+    assert_eq!(left(&[]), (Found::Recovered, all));
+    assert_eq!(left(&[3]), (Found::Recovered, 1), "all of the store is in one region");
 
-    let (mut slab, _) = closed_and_opened();
-    slab.resize(MOST + 40);
-    assert_eq!((slab.tier.stats().slots, slab.tier.stats().used_slots), (MOST + 40, all));
+    // A write after the end, when nothing is marked any more.
+    let (mut slab, image) = closed_and_opened();
+    slab.tier.close().unwrap();
+    slab.write([3]);
+    let (tier, _) = crashed(&slab, &image);
+    assert_eq!((tier.stats().opened.found, tier.stats().used_slots), (Found::Unclean, 0));
+
+    // One whose mark was not on the disk at the end, of a device that fails.
+    let (slab, image) = closed_and_opened();
+    let write = slab.tier.begin_write(slab.storage, 0, 1);
+    assert!(write.must_wait());
+    slab.tier.close().unwrap();
+    let (tier, storage) = crashed(&slab, &image);
+    assert!(tier.lookup(storage, BlockIndex(0)).is_empty(), "the write may have gone to the store");
+
+    let (slab, _) = closed_and_opened();
+    assert!(matches!(slab.tier.begin_resize(1 << 30), Err(SsdError::StillReading { .. })));
 
     // Forgetting one storage writes the table, in which the other must be.
     let (slab, image) = closed_and_opened();
