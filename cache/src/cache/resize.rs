@@ -46,6 +46,11 @@ pub struct Resized {
     pub after: u64,
 }
 
+/// The ring takes no entries before its completions are taken.
+fn is_busy(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN))
+}
+
 fn bytes(slots: u32) -> u64 {
     u64::from(slots) * BLOCK_BYTES as u64
 }
@@ -96,9 +101,16 @@ impl Cache {
         // The kernel must not fill pages that are no longer the arena's.
         let keep = slots as usize * BLOCK_BYTES;
         for shard in &self.0.shards {
-            let done = shard.call(move |shard| async move { shard.unregister_arena(keep) }).wait();
-            // A shard that has ended has let go of everything.
-            done.unwrap_or(Ok(())).map_err(ResizeError::Registered)?;
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let done = shard.call(move |shard| async move { shard.unregister_arena(keep) }).wait();
+                // A shard that has ended has let go of everything.
+                match done.unwrap_or(Ok(())) {
+                    Ok(()) => break,
+                    Err(error) if is_busy(&error) && Instant::now() < deadline => std::thread::sleep(PAUSE),
+                    Err(error) => return Err(ResizeError::Registered(error)),
+                }
+            }
         }
         let (arena, deadline) = (self.0.shared.arena(), Instant::now() + PATIENCE);
         self.0.shared.core().begin_shrink(slots);

@@ -159,19 +159,38 @@ impl Ring {
     /// under way end with what they have.
     ///
     /// # Errors
-    /// The kernel keeps it.
+    /// The kernel keeps it, or takes no entries just now.
     pub(super) fn unregister(&mut self, keep: usize) -> io::Result<()> {
+        let Some((_, len)) = &self.registered else { return Ok(()) };
+        if keep / REGISTERED_MAX_BYTES >= len.div_ceil(REGISTERED_MAX_BYTES) {
+            return Ok(());
+        }
+        // The kernel looks a buffer up when it takes an operation: those that wait in the queue name what would be gone then,
+        // and would fail with `EFAULT`.
+        self.send_all()?;
         let Some((_, len)) = &mut self.registered else { return Ok(()) };
         let first = keep / REGISTERED_MAX_BYTES;
         let chunks = len.div_ceil(REGISTERED_MAX_BYTES).saturating_sub(first);
-        if chunks == 0 {
-            return Ok(());
-        }
         let nothing = vec![libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; chunks];
         // SAFETY: no memory is handed to the kernel: entries of its table become empty.
         unsafe { self.ring.submitter().register_buffers_update(first as u32, &nothing, None)? };
         *len = first * REGISTERED_MAX_BYTES;
         Ok(())
+    }
+
+    /// Gives the kernel all entries that are queued.
+    fn send_all(&mut self) -> io::Result<()> {
+        loop {
+            self.refill();
+            if self.ring.submission().is_empty() {
+                return Ok(());
+            }
+            match self.ring.submitter().submit() {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Index of the registered buffer that contains all of `iov`.
@@ -198,7 +217,7 @@ impl Ring {
 
     /// Queues an operation; it goes to the kernel with the next [`Ring::turn`]. `aside`: see [`Ring::run_aside`].
     pub(super) fn submit(&mut self, fd: RawFd, op: RawOp, user_data: u64, aside: bool) {
-        let entry = self.entry(fd, op).user_data(user_data);
+        let entry = self.entry(fd, op, aside).user_data(user_data);
         self.push(if aside { entry.flags(squeue::Flags::ASYNC) } else { entry });
     }
 
@@ -207,15 +226,17 @@ impl Ring {
         self.push(opcode::AsyncCancel::new(user_data).build().user_data(IGNORED));
     }
 
-    fn entry(&self, fd: RawFd, op: RawOp) -> squeue::Entry {
+    fn entry(&self, fd: RawFd, op: RawOp, aside: bool) -> squeue::Entry {
         let fd = Fd(fd);
+        // A worker looks the buffer up when it comes to it: by then it may be registered no more.
+        let fixed_index = |iov| if aside { None } else { self.fixed_index(iov) };
         match op {
             RawOp::Nop => opcode::Nop::new().build(),
             RawOp::Read { iov, count: 1, offset } => {
                 // SAFETY: the frame keeps `count` initialised entries at `iov` until completion.
                 let one = unsafe { *iov };
                 let len = one.iov_len as u32;
-                match self.fixed_index(&one) {
+                match fixed_index(&one) {
                     Some(index) => opcode::ReadFixed::new(fd, one.iov_base.cast(), len, index).offset(offset).build(),
                     None => opcode::Read::new(fd, one.iov_base.cast(), len).offset(offset).build(),
                 }
@@ -225,7 +246,7 @@ impl Ring {
                 // SAFETY: as above.
                 let one = unsafe { *iov };
                 let (len, flags) = (one.iov_len as u32, if dsync { libc::RWF_DSYNC } else { 0 });
-                match self.fixed_index(&one) {
+                match fixed_index(&one) {
                     Some(index) => opcode::WriteFixed::new(fd, one.iov_base.cast(), len, index)
                         .offset(offset)
                         .rw_flags(flags)

@@ -225,6 +225,34 @@ fn registered_memory_is_read_and_written() {
     done.wait().unwrap();
 }
 
+/// Transfers that are queued, more of them than the ring has entries, when the kernel is to let go of the memory they name.
+#[test]
+fn memory_is_let_go_of_while_transfers_into_it_are_queued() {
+    let shard = start(EngineMode::IoUring);
+    let done = shard.call(|shard| async move {
+        let arena = Arena::new(64, HugePages::No).unwrap();
+        shard.register_arena(Arc::clone(&arena)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; PAGE_BYTES], 0).unwrap();
+        let fd = Rc::new(OwnedFd::from(file));
+        let reads: Vec<_> = (0..50)
+            .map(|slot| {
+                let (own, fd, page) = (shard.clone(), Rc::clone(&fd), arena.claim(slot, 0, 1).unwrap());
+                shard.spawn(async move { own.readv(&fd, vec![page.into()], 0).await })
+            })
+            .collect();
+        // They come first, and each queues its own.
+        let own = shard.clone();
+        shard.spawn(async move { own.unregister_arena(0) }).await.unwrap().unwrap();
+        for read in reads {
+            let (read, bufs) = read.await.unwrap();
+            assert_eq!(read.unwrap(), PAGE_BYTES);
+            assert!(bufs[0].as_slice().iter().all(|byte| *byte == 7));
+        }
+    });
+    done.wait().unwrap();
+}
+
 #[test]
 fn timers_fire_in_order_of_deadline_then_of_creation() {
     for order in on_both(|shard| async move {
