@@ -15,6 +15,7 @@
 //! - [`elastic`]: a guest whose memory and processors change while it runs
 //! - [`swap`]: a swap area of our own
 //! - [`pages`]: memory of another process: what of it is in RAM, pushing it out, bringing it in
+//! - [`slab`]: slabs of the SSD tier made without a daemon
 //! - [`throttled`]: a store with a limit of requests a second
 //! - [`toucher`]: a guest whose program touches memory in the order it is told
 //! - [`verifier`]: a guest whose program keeps its disk busy and checks every answer
@@ -36,6 +37,7 @@ pub mod paths;
 pub mod process;
 pub mod report;
 pub mod rig;
+pub mod slab;
 pub mod slow;
 pub mod store;
 pub mod swap;

@@ -14,6 +14,7 @@ use prestage_integration::handover::{FromPredecessor, FromSuccessor, Parcel, Pee
 use prestage_tests::daemon::{DaemonOptions, Outcome, Prestaged};
 use prestage_tests::paths::Scratch;
 use prestage_tests::process::{run, wait_until};
+use prestage_tests::slab;
 use prestage_tests::throttled::Throttled;
 use prestage_tests::vhost::{Load, LoadOptions, Model, Report};
 
@@ -136,6 +137,40 @@ fn a_busy_disk_changes_hands_without_its_connection_being_closed() {
     // what the SSD tier holds was passed on, and found clean
     assert_eq!(bench.daemon.said("no SSD tier").unwrap(), 0, "{}", bench.daemon.last_words());
     assert_eq!(bench.daemon.said("SSD tier starts empty").unwrap(), 0, "{}", bench.daemon.last_words());
+    bench.finish(1);
+}
+
+/// The index of a large tier takes its time. Nobody waits for it, and the tier passes on with all of it.
+#[test]
+fn a_tier_whose_index_is_still_being_read_changes_hands() {
+    let (scratch, file) = blank();
+    let options = DaemonOptions {
+        ram_size: "16MiB".to_owned(),
+        ssd_size: "64GiB".to_owned(),
+        ssd_hole_bytes: Some(64 << 30),
+        ..DaemonOptions::default()
+    };
+    let mut daemon = Prestaged::start(&options).unwrap();
+    daemon.ctl(&["disk", "add", "busy", &file.display().to_string()]).unwrap();
+    daemon.stop().unwrap();
+    let slots = slab::fill(daemon.ssd(), 64 << 30).unwrap();
+    daemon.resume().unwrap();
+    let load = Bench::load(&daemon, "busy", 9);
+    let mut bench = Bench { daemon, load, store: None, scratch };
+    let recovery = |bench: &Bench, key: &str| {
+        bench.daemon.ctl(&["status"]).unwrap()["cache"]["ssd_recovery"][key].as_u64().unwrap_or(0)
+    };
+    for _ in 0..3 {
+        bench.wait_answers();
+        println!("{} of {slots} records to go", recovery(&bench, "unread_blocks"));
+        bench.daemon.hand_over().unwrap();
+    }
+    bench.wait_answers();
+    wait_until("the index", Duration::from_secs(120), || Ok(recovery(&bench, "unread_blocks") == 0)).unwrap();
+    // All but what the busy disk itself may have had there.
+    let kept = recovery(&bench, "kept_blocks");
+    assert!(kept + 512 >= slots, "{kept} of {slots} are left\n{}", bench.daemon.last_words());
+    assert_eq!(bench.daemon.said("no SSD tier").unwrap(), 0, "{}", bench.daemon.last_words());
     bench.finish(1);
 }
 

@@ -1,14 +1,12 @@
 //! How long a daemon takes to start that has a large SSD tier: new, with what an earlier one left, and with all of it in use;
 //! and how long guests wait then while another takes over.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use prestage_cache::ssd::{SsdOptions, SsdTier, Stamp};
-use prestage_cache::types::{BlockIndex, PageMask};
 use prestage_tests::daemon::{DaemonOptions, Prestaged};
 use prestage_tests::process::wait_until;
+use prestage_tests::slab;
 use prestage_tests::vhost::{Load, LoadOptions, Model};
 
 use super::load::{Device, Op};
@@ -69,7 +67,7 @@ fn in_use(bench: &Bench<'_>) -> Result<Vec<Figure>> {
     let mut daemon = Prestaged::start(&options)?;
     daemon.ctl(&["disk", "add", "busy", &path.display().to_string()])?;
     daemon.stop()?;
-    fill(daemon.ssd())?;
+    slab::fill(daemon.ssd(), SSD_BYTES)?;
     let began = Instant::now();
     daemon.resume()?;
     let started = began.elapsed();
@@ -96,24 +94,6 @@ fn in_use(bench: &Bench<'_>) -> Result<Vec<Figure>> {
         figure(&format!("{UPGRADE}, median of {UPGRADES}"), gaps[UPGRADES / 2]),
         figure(&format!("{UPGRADE}, longest"), gaps[UPGRADES - 1]),
     ])
-}
-
-/// Puts all slots of a slab in use, for a store that nobody opens. What they hold is left out: only the records are read at a
-/// start.
-fn fill(slab: &Path) -> Result<()> {
-    let options = SsdOptions { preallocate: false, ..SsdOptions::default() };
-    let (tier, _) = SsdTier::open_with(slab, SSD_BYTES, options)?;
-    let stamp = Stamp { size_bytes: SSD_BYTES, ..Stamp::default() };
-    let storage = tier.storage("file:/nowhere", Some(stamp))?;
-    let slots = tier.stats().slots;
-    for block in 0..slots {
-        let write = tier.begin_insert(storage, BlockIndex(block), PageMask::ALL).context("no slot is free")?;
-        tier.finish_insert(write, 0, true);
-    }
-    ensure!(tier.stats().used_slots == slots, "not all slots are in use");
-    tier.release_storage(storage, Some(stamp));
-    tier.close()?;
-    Ok(())
 }
 
 /// Waits until the daemon has read what its SSD tier has.
