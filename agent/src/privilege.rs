@@ -6,7 +6,8 @@
 //! - [`Sandbox`]: what holds, for whoever asks
 
 use std::ffi::{CString, OsString};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use prestage_cache::backend::{NbdAddress, StoreSpec};
 use prestage_cache::opener::{self, NotAllowed, Opener};
 use prestage_integration::api::types;
 use prestage_integration::memory::helper::leave_to_helper;
-use prestage_integration::privilege::confine::{self, Account, Layer, Plan, confine, own, own_tree, seal};
+use prestage_integration::privilege::confine::{self, Account, Layer, Plan, confine, meant, own, own_itself, seal};
 use prestage_integration::privilege::protocol::{How, Refusal};
 use prestage_integration::privilege::rules::Rules;
 use prestage_integration::privilege::{self, Broker, ReadRules};
@@ -179,21 +180,23 @@ fn command(path: &Path, overrides: &[String], account: Option<&Account>) -> Comm
 /// Makes the folders that the daemon writes to, while it may, and gives them to its user. Returns them. What cannot be made is
 /// left to whoever needs it, who says so.
 fn make_folders(config: &Config, account: Option<&Account>) -> Vec<PathBuf> {
+    let Config { daemon, cache, .. } = config;
     let mut write: Vec<PathBuf> = Vec::new();
-    let mut make = |folder: &Path, mode| {
-        if let Err(error) = own(folder, mode, account) {
+    let foreign = |folder: &Path| account.is_some_and(|account| is_foreign(folder, config, account));
+    let mut make = |folder: &Path, mode, foreign: bool| {
+        if !foreign && let Err(error) = own(folder, mode, account) {
             tracing::warn!(folder = %folder.display(), %error, "cannot be made, or not be given to prestaged's user");
         }
         if !write.iter().any(|own| folder.starts_with(own)) {
             write.push(folder.to_owned());
         }
     };
-    let Config { daemon, cache, .. } = config;
     // QEMU goes through these to its sockets, and to the templates it maps.
-    make(&daemon.state_dir, 0o751);
-    make(&daemon.run_dir, 0o755);
-    make(&daemon.run_dir.join("vm"), 0o755);
-    make(&daemon.run_dir.join("nbd"), 0o755);
+    make(&daemon.state_dir, 0o751, foreign(&daemon.state_dir));
+    let run_foreign = foreign(&daemon.run_dir);
+    make(&daemon.run_dir, 0o755, run_foreign);
+    make(&daemon.run_dir.join("vm"), 0o755, run_foreign);
+    make(&daemon.run_dir.join("nbd"), 0o755, run_foreign);
     let sockets = config.disks.iter().filter_map(|disk| disk.socket.as_deref());
     let named = [config.api_socket()].into_iter().chain(sockets.map(Path::to_owned));
     let others = named.filter_map(|socket| Some(socket.parent()?.to_owned()));
@@ -219,17 +222,103 @@ fn tier_place(tier: &Path, account: Option<&Account>) -> PathBuf {
     if !folder.exists() {
         let _ = own(folder, 0o750, account);
     }
-    // A folder for it alone goes to the daemon's user with it; of others' only the file, which an earlier version made as root.
-    let alone = fs::read_dir(folder).is_ok_and(|entries| entries.flatten().all(|entry| entry.path() == tier));
-    let mine = if alone { folder } else { tier };
     if let Some(account) = account
-        && mine.exists()
-        && let Err(error) = own_tree(mine, account)
+        && let Err(error) = give_tier(folder, tier, account)
     {
-        tracing::warn!(path = %mine.display(), %error, "cannot be given to prestaged's user");
+        tracing::warn!(path = %tier.display(), %error, "the SSD tier is not given to prestaged's user");
     }
     folder.to_owned()
 }
+
+/// Gives the tier to the daemon's user, which an earlier version made as root, and the folder that is for it alone. Never what else is
+/// there: the path may name something of others by mistake.
+fn give_tier(folder: &Path, tier: &Path, account: &Account) -> io::Result<()> {
+    let file = match meant(tier, account) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        found => Some(found?),
+    };
+    if let Some(file) = &file {
+        let meta = file.metadata()?;
+        if meta.uid() != account.user && !is_tier(file, &meta)? {
+            return Err(io::Error::other(
+                "it is neither an SSD tier nor an empty file, and left alone; let cache.ssd_path name a file that is for it",
+            ));
+        }
+        if !meta.is_file() {
+            return Ok(());
+        }
+    }
+    let alone = fs::read_dir(folder).is_ok_and(|entries| entries.flatten().all(|entry| entry.path() == tier));
+    let folder = alone.then(|| meant(folder, account)).transpose()?;
+    // To root the folder comes first, from root it goes last: nobody but root can put anything there meanwhile.
+    let mut given = [folder, file];
+    if account.user != 0 {
+        given.reverse();
+    }
+    given.iter().flatten().try_for_each(|one| own_itself(one, account))
+}
+
+/// What a slab begins with, and how far in its second superblock lies. A test has the cache make one.
+const TIER_MAGIC: &[u8; 16] = b"PRESTAGE-SSD\r\n\x1a\n";
+const SECOND_COPY: u64 = 64 << 10;
+
+fn is_tier(meant: &fs::File, meta: &fs::Metadata) -> io::Result<bool> {
+    if !meta.is_file() || meta.len() == 0 {
+        return Ok(meta.is_file());
+    }
+    // The very file that was looked at, whatever lies at its path by now.
+    let file = fs::File::open(format!("/proc/self/fd/{}", meant.as_raw_fd()))?;
+    let begins = |at| {
+        let mut found = [0; TIER_MAGIC.len()];
+        file.read_exact_at(&mut found, at).is_ok() && found == *TIER_MAGIC
+    };
+    Ok(begins(0) || begins(SECOND_COPY))
+}
+
+/// Whether a folder is somebody else's: there, with something in it, and nothing of that is prestaged's. Says so.
+fn is_foreign(folder: &Path, config: &Config, account: &Account) -> bool {
+    let Ok(meta) = folder.symlink_metadata() else { return false };
+    if !meta.is_dir() || meta.uid() == account.user {
+        return false;
+    }
+    let Ok(entries) = fs::read_dir(folder) else { return false };
+    let (mut any, api) = (false, config.api_socket());
+    for entry in entries.flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let ours = OUR_NAMES.iter().any(|ours| name == *ours && entry.file_type().is_ok_and(|kind| !kind.is_dir()))
+            || (name == "vm" || name == "nbd") && folder == config.daemon.run_dir
+            || path == api
+            || config.cache.ssd_path.as_ref() == Some(&path);
+        if ours {
+            return false;
+        }
+        // What a file system has from its making.
+        any |= name != "lost+found";
+    }
+    if any {
+        tracing::warn!(
+            folder = %folder.display(),
+            "it holds files and none of prestaged's: it is not given to prestaged's user; let daemon.state_dir and daemon.run_dir name \
+             folders that are for prestaged alone, or give it to user {}",
+            account.name
+        );
+    }
+    any
+}
+
+/// Files and sockets that prestaged makes in its folders.
+const OUR_NAMES: [&str; 10] = [
+    "prestage.db",
+    "lock",
+    "ssd.last",
+    "ssd.veto",
+    "ssd.own",
+    "tiers.drained",
+    "demand.model",
+    "prestaged.sock",
+    "prestaged.sock.lock",
+    "hand-over.sock",
+];
 
 fn is_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|meta| meta.file_type().is_block_device())
@@ -391,6 +480,85 @@ mod tests {
         let readable = ["/etc/prestaged.toml", "/tls/cert", "/tls/key", "/tls/ca"].map(PathBuf::from);
         assert_eq!(rules.readable, readable);
         assert_eq!(rules.user, 7);
+    }
+
+    fn owner(path: &Path) -> u32 {
+        path.symlink_metadata().unwrap().uid()
+    }
+
+    /// The configuration names what is others' by mistake.
+    #[test]
+    fn of_the_tiers_place_only_a_tier_is_given_and_of_others_folders_nothing() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: not root, nothing can be given to another user");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let account = Account { name: "somebody".to_owned(), user: 65_534, group: 65_534 };
+        let place = |path: PathBuf| tier_place(&path, Some(&account));
+        // A folder, and a file of others that is alone in its own.
+        for inner in ["disks/deep", "alone"] {
+            fs::create_dir_all(at.join(inner)).unwrap();
+            fs::write(at.join(inner).join("file"), "somebody's").unwrap();
+        }
+        place(at.join("disks"));
+        place(at.join("disks/deep"));
+        place(at.join("alone/file"));
+        // As long as two superblocks, and none.
+        fs::write(at.join("alone/file"), vec![7; 1 << 20]).unwrap();
+        place(at.join("alone/file"));
+        for path in ["disks", "disks/deep", "disks/deep/file", "alone", "alone/file"] {
+            assert_eq!(owner(&at.join(path)), 0, "{path}");
+        }
+        // What is the tier's, with its folder if that is for it alone: none yet, an empty one, one of an earlier version.
+        for (name, makes) in [("none", false), ("empty", true), ("slab", true)] {
+            fs::create_dir(at.join(name)).unwrap();
+            let tier = at.join(name).join("tier");
+            if makes {
+                fs::write(&tier, "").unwrap();
+            }
+            if name == "slab" {
+                drop(prestage_cache::ssd::SsdTier::open(&tier, 64 << 20).unwrap());
+                assert!(fs::read(&tier).unwrap().starts_with(TIER_MAGIC));
+                assert!(fs::read(&tier).unwrap()[SECOND_COPY as usize..].starts_with(TIER_MAGIC));
+            }
+            place(tier.clone());
+            assert_eq!(owner(&at.join(name)), account.user, "{name}");
+            assert!(!makes || owner(&tier) == account.user, "{name}");
+        }
+        // Among others only the tier.
+        fs::write(at.join("mixed"), TIER_MAGIC).unwrap();
+        place(at.join("mixed"));
+        assert_eq!((owner(at), owner(&at.join("mixed"))), (0, account.user));
+    }
+
+    #[test]
+    fn a_folder_of_others_is_not_taken_for_the_state_or_the_sockets() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: not root, nothing can be given to another user");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let account = Account { name: "somebody".to_owned(), user: 65_534, group: 65_534 };
+        let mut config = Config::default();
+        let mut made = |state: &str, files: &[&str]| {
+            (config.daemon.state_dir, config.daemon.run_dir) = (at.join(state), at.join(state).join("run"));
+            fs::create_dir_all(config.daemon.run_dir.join("inner")).unwrap();
+            files.iter().for_each(|file| fs::write(at.join(state).join(file), "").unwrap());
+            make_folders(&config, Some(&account));
+            ["", "run", "run/inner"].map(|path| owner(&at.join(state).join(path)))
+        };
+        assert_eq!(made("others", &["file", "prestage.db-wal"]), [0; 3]);
+        assert!(!at.join("others/run/vm").exists());
+        // An earlier version's, which ran as root; what lies below goes with it.
+        assert_eq!(made("ours", &["file", "prestage.db"]), [account.user; 3]);
+        // A new file system is as good as empty.
+        (config.daemon.state_dir, config.daemon.run_dir) = (at.join("new"), at.join("new-run"));
+        fs::create_dir_all(at.join("new/lost+found")).unwrap();
+        make_folders(&config, Some(&account));
+        assert_eq!(["new", "new-run", "new-run/vm"].map(|path| owner(&at.join(path))), [account.user; 3]);
     }
 
     #[test]

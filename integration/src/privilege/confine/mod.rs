@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use caps::CapSet;
 use seccompiler::BpfProgram;
 
-pub use user::{Account, own, own_tree};
+pub use user::{Account, meant, own, own_itself};
 
 /// What is to be confined, and how.
 #[derive(Debug, Clone, Default)]

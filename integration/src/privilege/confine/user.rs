@@ -1,7 +1,7 @@
 //! The user that the daemon becomes, and what must be that user's before.
 
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -97,20 +97,52 @@ fn raise_limits() {
 /// # Errors
 /// What the kernel says.
 pub fn own(folder: &Path, mode: u32, account: Option<&Account>) -> io::Result<()> {
-    if let Some(account) = account.filter(|account| account.user != 0) {
+    if let Some(account) = account {
         let there = folder.ancestors().find(|part| part.symlink_metadata().is_ok()).unwrap_or(folder);
-        follow(there, &Suspect::User(account.user, &[account.group])).map_err(|astray| match astray {
-            Astray::Link(link) => {
-                io::Error::other(format!("{} may have been made by prestaged's user; remove it", link.display()))
-            }
-            Astray::Os(error) => error,
-        })?;
+        no_link_of(there, account)?;
     }
     DirBuilder::new().recursive(true).mode(mode).create(folder)?;
     match account {
         Some(account) if fs::symlink_metadata(folder)?.uid() != account.user => own_tree(folder, account),
         _ => Ok(()),
     }
+}
+
+/// Refuses a path with a link that an earlier daemon of that user may have made.
+fn no_link_of(path: &Path, account: &Account) -> io::Result<()> {
+    if account.user == 0 {
+        return Ok(());
+    }
+    let followed = follow(path, &Suspect::User(account.user, &[account.group]));
+    followed.map(drop).map_err(|astray| match astray {
+        Astray::Link(link) => {
+            io::Error::other(format!("{} may have been made by prestaged's user; remove it", link.display()))
+        }
+        Astray::Os(error) => error,
+    })
+}
+
+/// What lies at a path, for [`own_itself`]: not opened for reading, and no link.
+///
+/// # Errors
+/// What the kernel says, and a link on the way that the user may have made.
+pub fn meant(path: &Path, account: &Account) -> io::Result<File> {
+    path.symlink_metadata()?;
+    no_link_of(path.parent().unwrap_or(path), account)?;
+    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)
+}
+
+/// Gives what was opened to the user, and nothing that is in it. Only what is root's is given away; to root comes everything. A file with
+/// several names is left alone.
+///
+/// # Errors
+/// What the kernel says.
+pub fn own_itself(meant: &File, account: &Account) -> io::Result<()> {
+    let meta = meant.metadata()?;
+    if !is_given(&meta, account) {
+        return Ok(());
+    }
+    give(meant, &meta, account)
 }
 
 /// Gives a file, or a folder with all that is in it, to the user, and to its group what is root's group's. Only what is root's is
@@ -120,21 +152,17 @@ pub fn own(folder: &Path, mode: u32, account: Option<&Account>) -> io::Result<()
 ///
 /// # Errors
 /// What the kernel says.
-pub fn own_tree(path: &Path, account: &Account) -> io::Result<()> {
+fn own_tree(path: &Path, account: &Account) -> io::Result<()> {
     own_one(&OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?, account)
 }
 
 fn own_one(meant: &File, account: &Account) -> io::Result<()> {
     let meta = meant.metadata()?;
     let to_root = account.user == 0;
-    let movable = meta.is_dir() || meta.nlink() == 1;
-    if meta.is_symlink() || !movable || (!to_root && meta.uid() != 0) {
+    if !is_given(&meta, account) {
         return Ok(());
     }
-    let give = || {
-        let group = (meta.gid() == 0).then(|| Gid::from_raw(account.group));
-        fchownat(meant.as_fd(), "", Some(Uid::from_raw(account.user)), group, AtFlags::AT_EMPTY_PATH)
-    };
+    let give = || give(meant, &meta, account);
     // To root the folder comes first, from root it goes last: nobody but root can put anything there meanwhile.
     if to_root {
         give()?;
@@ -151,6 +179,16 @@ fn own_one(meant: &File, account: &Account) -> io::Result<()> {
         give()?;
     }
     Ok(())
+}
+
+fn is_given(meta: &Metadata, account: &Account) -> bool {
+    let movable = meta.is_dir() || meta.nlink() == 1;
+    !meta.is_symlink() && movable && (account.user == 0 || meta.uid() == 0)
+}
+
+fn give(meant: &File, meta: &Metadata, account: &Account) -> io::Result<()> {
+    let group = (meta.gid() == 0).then(|| Gid::from_raw(account.group));
+    Ok(fchownat(meant.as_fd(), "", Some(Uid::from_raw(account.user)), group, AtFlags::AT_EMPTY_PATH)?)
 }
 
 #[cfg(test)]
