@@ -386,6 +386,25 @@ fn a_file_is_made_larger_and_never_smaller() {
     }
 }
 
+/// What was cut off may be cached: a store that has it as zeroes would be another than the one that guests are served.
+#[test]
+fn a_file_that_was_cut_is_not_made_larger() {
+    let folder = folder();
+    let path = disk(folder.path(), "d", 65536);
+    on(EngineMode::Auto, move |shard| async move {
+        let store = open(&shard, &name(&path), &StoreOptions::default()).await.unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(16384).unwrap();
+        for size in [8192, 16384, 32768, 65536, 131_072] {
+            let error = store.grow(size).await.unwrap_err();
+            assert!(matches!(error, StoreError::Shrunk { was_bytes: 65536, now_bytes: 16384, .. }), "{size}: {error}");
+        }
+        assert_eq!((store.info().size_bytes, path.metadata().unwrap().len()), (65536, 16384));
+        // Put back by whoever cut it.
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(65536).unwrap();
+        assert_eq!(store.grow(131_072).await.unwrap(), 131_072);
+    });
+}
+
 #[test]
 fn one_file_has_one_identity_by_whatever_name() {
     let folder = folder();

@@ -441,6 +441,11 @@ impl Inner {
             return Err(StoreError::BadSize { store: store(), size_bytes });
         }
         let now_bytes = self.measure().await?.size_bytes;
+        let was_bytes = self.size();
+        if now_bytes < was_bytes {
+            // Grown over, what was cut off would be zeroes in the store, and still served from what is cached of it.
+            return Err(StoreError::Shrunk { store: store(), was_bytes, now_bytes });
+        }
         if size_bytes < now_bytes {
             return Err(StoreError::Smaller { store: store(), now_bytes, asked_bytes: size_bytes });
         }
