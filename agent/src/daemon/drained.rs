@@ -9,11 +9,17 @@ use crate::calendar::rfc3339;
 use crate::config::Config;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 const NAME: &str = "tiers.drained";
+
+/// A record is two times and a path.
+const MOST_BYTES: u64 = 64 << 10;
+
+/// The end of the year 9999, the last that is written with four digits.
+const LAST_UNIX_MS: u64 = 253_402_300_799_999;
 
 /// Tiers that are out of service.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
@@ -38,12 +44,11 @@ impl Drained {
     /// about to be pulled, and what is missed is speed.
     pub(super) fn load(config: &Config) -> Drained {
         let path = Drained::path(&config.daemon.state_dir);
-        let text = match std::fs::read_to_string(&path) {
+        let read = match Drained::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Drained::default(),
             other => other,
         };
-        let read = text.and_then(|text| serde_json::from_str(&text).map_err(io::Error::from));
-        let mut drained: Drained = read.unwrap_or_else(|error| {
+        let mut drained = read.unwrap_or_else(|error| {
             tracing::error!(
                 path = %path.display(), %error,
                 "it cannot be read which tiers an operator took out of service; the SSD tier stays out until `prestagectl cache resume --ssd`"
@@ -53,6 +58,27 @@ impl Drained {
         });
         drained.ssd = drained.ssd.filter(|ssd| Some(&ssd.path) == config.cache.ssd_path.as_ref());
         drained
+    }
+
+    /// The daemon's user may have put there what it likes: nothing waits for it, and nothing takes more than a little memory.
+    fn read(path: &Path) -> io::Result<Drained> {
+        let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        let mut bytes = Vec::new();
+        file.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MOST_BYTES {
+            return Err(io::Error::other(format!("it has more than {MOST_BYTES} bytes")));
+        }
+        // Of an array each field would be one that is missing.
+        let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&bytes)?;
+        let mut drained: Drained = serde_json::from_value(object.into())?;
+        // When is not worth more than that it is out.
+        let times = drained.ram.iter_mut().chain(drained.ssd.as_mut().map(|ssd| &mut ssd.since_unix_ms));
+        times.filter(|time| **time > LAST_UNIX_MS).for_each(|time| *time = 0);
+        Ok(drained)
     }
 
     /// Puts it on record, durably, whole or not at all.
@@ -68,7 +94,17 @@ impl Drained {
             }
         } else {
             let draft = path.with_added_extension("new");
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+            match std::fs::remove_file(&draft) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            // What lies there by now is nothing of ours.
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(&draft)?;
             file.write_all(&serde_json::to_vec(self)?)?;
             file.sync_all()?;
             std::fs::rename(&draft, &path)?;
@@ -82,7 +118,11 @@ impl Drained {
 
     /// What is said of a tier that is out; `option` is the command's.
     pub(super) fn words(since_unix_ms: u64, option: &str) -> String {
-        let when = if since_unix_ms > 0 { format!(" at {}", minute(since_unix_ms)) } else { String::new() };
+        let when = if (1..=LAST_UNIX_MS).contains(&since_unix_ms) {
+            format!(" at {}", minute(since_unix_ms))
+        } else {
+            String::new()
+        };
         format!("drained by an operator{when}; `prestagectl cache resume --{option}` brings it back, empty")
     }
 }
@@ -119,7 +159,9 @@ mod tests {
         assert_eq!(Drained::load(&config(at, Some("/cache/b"))), other);
         assert_eq!(Drained::load(&config(at, None)), other);
         let whole = std::fs::read(at.join(NAME)).unwrap();
-        for rotten in [&whole[..whole.len() - 1], b"", b"{\"ram\": -1}", &[0xff; 40]] {
+        // A good one, but for its length.
+        let long = [whole.clone(), vec![b' '; MOST_BYTES as usize]].concat();
+        for rotten in [&whole[..whole.len() - 1], b"", b"{\"ram\": -1}", &[0xff; 40], b"[]", b"[7]", b"null", &long] {
             std::fs::write(at.join(NAME), rotten).unwrap();
             let found = Drained::load(&here);
             assert!(found.ram.is_none() && found.ssd.is_some(), "{found:?} of {rotten:?}");
@@ -133,6 +175,38 @@ mod tests {
         std::fs::create_dir(at.join("tiers.drained.new")).unwrap();
         assert!(both.save(at).is_err());
         assert_eq!(Drained::load(&here), other);
+    }
+
+    #[test]
+    fn what_is_no_file_is_neither_waited_for_nor_followed_nor_written_through() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let (here, path) = (config(at, Some("/cache/a")), at.join(NAME));
+        let out = || Drained::load(&here).ssd.is_some();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(out(), "a pipe that nobody writes to");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(at.join("empty"), "{}").unwrap();
+        std::os::unix::fs::symlink(at.join("empty"), &path).unwrap();
+        assert!(out(), "a link");
+        std::os::unix::fs::symlink(at.join("empty"), at.join("tiers.drained.new")).unwrap();
+        Drained { ram: Some(7), ssd: None }.save(at).unwrap();
+        assert_eq!(std::fs::read(at.join("empty")).unwrap(), b"{}");
+        assert_eq!(Drained::load(&here), Drained { ram: Some(7), ssd: None });
+    }
+
+    #[test]
+    fn a_time_beyond_the_calendar_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = config(folder.path(), Some("/cache/a"));
+        for (since, found) in [(LAST_UNIX_MS, LAST_UNIX_MS), (LAST_UNIX_MS + 1, 0), (u64::MAX, 0)] {
+            let ssd = DrainedSsd { since_unix_ms: since, path: "/cache/a".into() };
+            Drained { ram: Some(since), ssd: Some(ssd) }.save(folder.path()).unwrap();
+            let drained = Drained::load(&here);
+            assert_eq!((drained.ram, drained.ssd.unwrap().since_unix_ms), (Some(found), found));
+        }
+        assert!(Drained::words(LAST_UNIX_MS, "ram").contains("at 9999-12-31 23:59 UTC;"));
+        assert!(Drained::words(u64::MAX, "ram").starts_with("drained by an operator;"));
     }
 
     #[test]
