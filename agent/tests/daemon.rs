@@ -185,6 +185,8 @@ fn check_tells_what_the_host_does_not_have() {
     // There already, with holes.
     std::fs::File::create(&ssd).unwrap().set_len(8 << 40).unwrap();
     told(&tier("8TiB"), "is a sparse file of 8.0 TiB on a file system of ");
+    let twice = format!("{}[[disk]]\nname = \"d\"\nstore = \"{ssd}\"\n", tier("8TiB"));
+    wrong(&twice, "is the store of disk `d`");
     told("[store]\nimage_folder = \"/nonexistent\"\n", "store.image_folder: there is no folder /nonexistent");
     told("ssd_path = \"/nonexistent/ssd\"\nssd_size = \"64MiB\"\n", "the folder of /nonexistent/ssd is not there");
     told("[[disk]]\nname = \"d\"\nstore = \"/nonexistent/store\"\n", "disk `d`: /nonexistent/store is not there");
@@ -460,4 +462,16 @@ fn a_webhook_whose_secret_cannot_be_used_is_told_by_check_and_status_until_it_is
     assert!(!host.does(&["status"]).contains("webhook"), "{}", host.does(&["status"]));
     assert!(!host.does(&["demand"]).contains("nobody is told"));
     host.stop();
+}
+
+#[test]
+fn a_tier_that_is_a_disks_store_is_left_out_and_the_disk_served() {
+    let mut host = Host::new();
+    let store = host.store("store", 1 << 20);
+    host.start(&format!("ssd_path = \"{store}\"\nssd_size = \"64MiB\"\n[[disk]]\nname = \"d\"\nstore = \"{store}\"\n"));
+    let told = host.does(&["status"]);
+    assert!(told.contains("is the store of disk `d`") && !told.contains("rm "), "{told}");
+    assert_eq!(host.does(&["disk", "list"]).matches(" ok").count(), 1);
+    host.stop();
+    assert_eq!(std::fs::metadata(&store).unwrap().len(), 1 << 20);
 }

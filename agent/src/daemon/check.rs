@@ -90,6 +90,10 @@ fn ram_of(asked: u64, host: u64) -> Fits {
 
 fn ssd(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
     let (Some(path), size) = (&config.cache.ssd_path, config.cache.ssd_size.0) else { return };
+    if let Some(why) = tier_is_store(config) {
+        wrong.push(format!("cache.ssd_path: {why}"));
+        return;
+    }
     let shown = path.display();
     let found = path.metadata();
     if let Ok(meta) = &found
@@ -129,6 +133,33 @@ fn ssd(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
             human_bytes(free)
         ));
     }
+}
+
+/// Why the SSD tier's path cannot be used if a disk of the configuration has its data there: by that name or another one.
+pub(super) fn tier_is_store(config: &Config) -> Option<String> {
+    let tier = config.cache.ssd_path.as_deref()?;
+    for disk in &config.disks {
+        let Ok(spec) = disk.store.parse::<StoreSpec>() else { continue };
+        for image in spec.chain() {
+            let (StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. }) = image else { continue };
+            if path == tier || is_same(path, tier) {
+                return Some(format!(
+                    "{} is the store of disk `{}` ({}), which the tier would write over; let it name a file or a device that is for it alone",
+                    tier.display(),
+                    disk.name,
+                    path.display()
+                ));
+            }
+        }
+    }
+    None
+}
+
+/// One file by two names, or one device by two nodes.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let (Ok(one), Ok(other)) = (one.metadata(), other.metadata()) else { return false };
+    let devices = [&one, &other].iter().all(|meta| meta.file_type().is_block_device());
+    (one.dev(), one.ino()) == (other.dev(), other.ino()) || (devices && one.rdev() == other.rdev())
 }
 
 fn groups(config: &Config, wrong: &mut Vec<String>) {
@@ -181,5 +212,39 @@ mod tests {
         assert!(
             matches!(ram_of(101 * GIB, 100 * GIB), Fits::No(why) if why.contains("101 GiB are more than the 100 GiB"))
         );
+    }
+
+    #[test]
+    fn a_tier_is_no_disks_store_by_whatever_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["top", "base"] {
+            std::fs::write(at(name), "").unwrap();
+        }
+        std::os::unix::fs::symlink(at("base"), at("link")).unwrap();
+        std::fs::hard_link(at("base"), at("second")).unwrap();
+        std::fs::write(at("own"), "").unwrap();
+        let text = format!(
+            "[[disk]]\nname = \"a\"\nstore = \"nbd://host/x\"\n[[disk]]\nname = \"b\"\nstore = \"qcow2:{0}/top?backing={0}/base\"\n\
+             [[disk]]\nname = \"c\"\nstore = \"/nonexistent/store\"\n",
+            folder.path().display()
+        );
+        let mut config = Config::from_toml(Path::new("t.toml"), &text).unwrap();
+        let mut said = |tier: &Path| {
+            config.cache.ssd_path = Some(tier.to_owned());
+            let (mut unseen, mut wrong) = (Vec::new(), Vec::new());
+            ssd(&config, &mut unseen, &mut wrong);
+            let why = tier_is_store(&config);
+            let refused = why.as_ref().map(|why| format!("cache.ssd_path: {why}"));
+            assert!(refused.is_none() || wrong == [refused.unwrap()], "{wrong:?}");
+            why.unwrap_or_default()
+        };
+        for name in ["top", "base", "link", "second"] {
+            let why = said(&at(name));
+            assert!(why.contains("is the store of disk `b` (") && !why.contains("rm "), "{name}: {why}");
+        }
+        // Not there yet: it would be made, and be no store then.
+        assert!(said(Path::new("/nonexistent/store")).contains("disk `c`"));
+        assert_eq!((said(&at("own")), said(&at("missing"))), (String::new(), String::new()));
     }
 }

@@ -546,6 +546,10 @@ pub(super) fn open_empty_ssd(config: &Config, size_bytes: u64) -> Result<SsdTier
 
 fn try_ssd(config: &Config) -> (Option<SsdTier>, Option<String>) {
     let Some(path) = &config.cache.ssd_path else { return (None, None) };
+    if let Some(why) = super::check::tier_is_store(config) {
+        tracing::error!("no SSD tier: {why}");
+        return (None, Some(with_ways(&why)));
+    }
     if let Some(folder) = path.parent()
         && let Err(error) = make_folder(folder, 0o750)
     {

@@ -1,5 +1,6 @@
 //! The tiers' upkeep: other sizes, out of service and back, while guests are served.
 
+use super::check::tier_is_store;
 use super::control::{Handle, blocking};
 use super::drained::{Drained, DrainedSsd};
 use super::run::open_empty_ssd;
@@ -273,6 +274,9 @@ fn resume(daemon: &Daemon, tier: TierName) -> Result<TierService, ApiError> {
             };
             service.path = Some(path.display().to_string());
             if daemon.cache.ssd().is_none() {
+                if let Some(why) = tier_is_store(&config) {
+                    return Err(unavailable(format!("SSD tier: {why}")));
+                }
                 let size = now.by_hand.ssd_bytes.unwrap_or(config.cache.ssd_size.0);
                 let tier = open_empty_ssd(&config, size)
                     .map_err(|error| unavailable(format!("SSD tier: {}", ssd_words(&error))))?;
