@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracing_subscriber::filter::LevelFilter;
+
 use super::reader::{Problems, Section};
 use super::value::{Bytes, Count, Engine, HugePages, Mode, RamSize, RateLimit, SandboxMode, Setting};
 use super::{Change, reference};
@@ -48,6 +50,15 @@ fn shown<T: Setting>(value: &T) -> String {
 }
 
 fn log_filter(filter: &String) -> Result<(), String> {
+    // The parser takes any word for the name of a part, of which alone it logs then.
+    let word = filter.split(',').map(str::trim).find(|part| {
+        !part.is_empty() && !part.contains(['=', ':', '[', ']', '{', '}']) && part.parse::<LevelFilter>().is_err()
+    });
+    if let Some(word) = word {
+        return Err(format!(
+            "`{word}` is not a level; use error, warn, info, debug, trace or off, or a level for one part, such as prestage_cache=debug"
+        ));
+    }
     match tracing_subscriber::EnvFilter::builder().parse(filter) {
         Ok(_) => Ok(()),
         Err(error) => Err(format!("`{filter}` is not a log filter ({error}); use error, warn, info, debug or trace")),

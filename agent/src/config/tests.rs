@@ -346,3 +346,20 @@ proptest! {
         }
     }
 }
+
+/// Words that other programs have for a level, of which the parser makes names.
+#[test]
+fn a_log_filter_is_made_of_levels() {
+    let taken = |filter: &str| read(&format!("[daemon]\nlog = \"{filter}\"\n"));
+    for word in ["warning", "verbose", "7", "info,verbose", "critical,info", "prestage_cache", "-1"] {
+        let error = taken(word).unwrap_err();
+        assert!(error.contains("is not a level; use error, warn, info, debug, trace or off"), "{word}: {error}");
+    }
+    for filter in ["warn", "INFO", "off", "3", "info,prestage_cache=debug", "prestage_cache::ssd", "warn,hyper=off"] {
+        assert_eq!(taken(filter).unwrap().daemon.log, filter);
+    }
+    for filter in ["[span]=debug", "info,[a]=trace", "prestage_cache[span]=info"] {
+        assert_eq!(taken(filter).unwrap().daemon.log, filter);
+    }
+    assert!(taken("prestage_cache=loud").unwrap_err().contains("is not a log filter"));
+}
