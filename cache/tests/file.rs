@@ -371,7 +371,7 @@ fn a_file_is_made_larger_and_never_smaller() {
             std::fs::File::options().write(true).open(&path).unwrap().set_len(96 << 20).unwrap();
             assert!(matches!(store.grow(80 << 20).await, Err(StoreError::Smaller { now_bytes: 0x600_0000, .. })));
             assert_eq!(store.grow(96 << 20).await.unwrap(), 96 << 20);
-            for odd in [0, 1000, u64::MAX] {
+            for odd in [0, 1000, 1 << 63, u64::MAX - 511, u64::MAX] {
                 assert!(matches!(store.grow(odd).await, Err(StoreError::BadSize { .. })), "{odd}");
             }
             let error = store.grow(1 << 62).await.unwrap_err();

@@ -142,6 +142,10 @@ fn refused(name: &str, asked: u64, error: &OpenError) -> ApiError {
             exact_bytes(*now_bytes),
             exact_bytes(asked)
         )),
+        OpenError::Store(StoreError::BadSize { .. }) => ApiError::invalid(format!(
+            "{} is no size for disk `{name}`; it is a positive multiple of 512 bytes, and less than 8 EiB",
+            exact_bytes(asked)
+        )),
         OpenError::Store(StoreError::NotGrown { .. }) => ApiError::new(
             ErrorCode::NotPossible,
             format!("{error}; then `prestagectl disk resize {name}` without a size tells the guest"),
@@ -155,5 +159,21 @@ fn refused(name: &str, asked: u64, error: &OpenError) -> ApiError {
         ),
         OpenError::Store(StoreError::NoSpace { .. }) => ApiError::new(ErrorCode::NoSpace, error.to_string()),
         other => store_failed(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_size_is_the_requests_fault_and_a_store_that_was_cut_is_the_stores() {
+        let store = || "file:/d".to_owned();
+        let size_bytes = 1 << 63;
+        let bad = refused("d", size_bytes, &StoreError::BadSize { store: store(), size_bytes }.into());
+        assert_eq!(bad.code, ErrorCode::InvalidRequest);
+        assert!(bad.detail.starts_with("8192PiB is no size for disk `d`; it is a positive multiple of 512"), "{bad:?}");
+        let cut = StoreError::Shrunk { store: store(), was_bytes: 8192, now_bytes: 4096 };
+        assert_eq!(refused("d", 16384, &cut.into()).code, ErrorCode::StoreFailed);
     }
 }

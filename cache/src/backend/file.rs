@@ -437,7 +437,10 @@ impl Inner {
         if self.is_block {
             return Err(StoreError::NotGrown { store: store(), why: DEVICE_GROWS });
         }
-        if self.content == Content::Image || size_bytes == 0 || !size_bytes.is_multiple_of(super::SECTOR_BYTES) {
+        // The kernel's sizes are signed.
+        let is_size =
+            size_bytes != 0 && size_bytes <= i64::MAX as u64 && size_bytes.is_multiple_of(super::SECTOR_BYTES);
+        if self.content == Content::Image || !is_size {
             return Err(StoreError::BadSize { store: store(), size_bytes });
         }
         let now_bytes = self.measure().await?.size_bytes;
