@@ -610,7 +610,9 @@ impl Shared {
         self.closed.store(true, Ordering::Release);
         let _alone = self.keeping.lock();
         // Of a slab that is left as it is, what guests' writes wait for must be there.
-        while self.is_loading.load(Ordering::Acquire) && self.write_intents() {}
+        if self.is_loading.load(Ordering::Acquire) {
+            while self.write_intents() {}
+        }
         let _writing = self.intents_io.lock();
         let mut state = self.state.lock();
         if matches!(state.on_disk, OnDisk::Clean | OnDisk::Left) {
