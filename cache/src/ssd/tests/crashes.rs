@@ -497,7 +497,9 @@ impl World {
             let after = self.live();
             let step = resize.step().unwrap();
             let dropped: Vec<_> = after.keys().filter(|block| !self.live().contains_key(*block)).copied().collect();
-            self.unsettle(|block| dropped.contains(block));
+            // A store may have been closed since it began.
+            let (shrinks, open) = (to < self.slots, self.handles.map(|handle| handle.is_some()));
+            self.unsettle(|block| dropped.contains(block) || shrinks && !open[block.0]);
             if step == ResizeStep::Done {
                 break true;
             }
