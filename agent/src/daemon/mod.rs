@@ -10,6 +10,7 @@
 //! - `models.rs`: models and thresholds
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
 //! - `sizes.rs`: disks that become larger
+//! - `records.rs`: the SSD tier's records are read, and what was found is said
 //! - `reload.rs`: a changed configuration, applied whole or not at all
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations

@@ -517,7 +517,10 @@ impl Shared {
         }
         {
             let mut state = self.state.lock();
-            self.overtake(&mut state);
+            // Marks have come to an end with its use.
+            if state.on_disk == OnDisk::Left {
+                self.mark_late(&mut state);
+            }
             let current = state.index.storages.is_current(s);
             if let Some(missed) = state.missed.as_mut().filter(|_| current) {
                 missed.pages(s.index, range);
@@ -590,18 +593,7 @@ impl Shared {
         let before = state.index.counters.valid_pages;
         let changed = change(&mut state);
         if !matches!(state.on_disk, OnDisk::Dirty | OnDisk::Left) && state.index.counters.valid_pages != before {
-            let State { superblock, on_disk, .. } = &mut *state;
-            let path = self.device.path.display();
-            match open::mark(&self.device, superblock, Mark::Dropped) {
-                Ok(()) => {
-                    *on_disk = OnDisk::Dirty;
-                    tracing::warn!(%path, "SSD tier: a write came after it was closed; it will start empty the next time");
-                }
-                Err(error) => tracing::error!(
-                    %path, %error,
-                    "SSD tier: a write came after it was closed, and it could not be marked dirty; delete it before the next start"
-                ),
-            }
+            self.mark_late(&mut state);
         }
         changed
     }
@@ -662,11 +654,8 @@ impl Shared {
         Ok(())
     }
 
-    /// A write has come after a slab was left as one in use: marks come to an end with its use.
-    fn overtake(&self, state: &mut State) {
-        if state.on_disk != OnDisk::Left {
-            return;
-        }
+    /// A write has come after the slab was closed, or left as one in use: what it says on the disk is true no longer.
+    fn mark_late(&self, state: &mut State) {
         let State { superblock, on_disk, .. } = &mut *state;
         let path = self.device.path.display();
         match open::mark(&self.device, superblock, Mark::Dropped) {
@@ -676,7 +665,7 @@ impl Shared {
             }
             Err(error) => tracing::error!(
                 %path, %error,
-                "SSD tier: a write came after it was closed, and it could not be marked; delete it before the next start"
+                "SSD tier: a write came after it was closed, and it could not be marked dirty; delete it before the next start"
             ),
         }
     }
