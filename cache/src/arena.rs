@@ -164,7 +164,11 @@ impl Arena {
     /// The kernel keeps the mapping as it is.
     pub fn vacate(&self) -> io::Result<()> {
         let mapped = self.mapped.lock();
-        self.range.take(0, *mapped)
+        // Of a tier that is out of service there is nothing, which is no range to the kernel.
+        match *mapped {
+            0 => Ok(()),
+            all => self.range.take(0, all),
+        }
     }
 
     /// Copies pages of a slot to the same places of another one that nothing holds. False if something does.
