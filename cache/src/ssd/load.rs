@@ -241,8 +241,10 @@ impl Shared {
             (0..most.min(at.end - at.next).min(in_group)).for_each(|_| at.take(&mut target));
             self.unread.store(at.unread(), Ordering::Relaxed);
             if at.next < at.end {
+                let forgotten = state.missed.as_mut().map(Missed::take_forgotten);
                 // To whoever waits: a guest's request does, and this thread would have it again before that wakes.
                 MutexGuard::unlock_fair(state);
+                drop(forgotten);
                 return true;
             }
         }
@@ -258,10 +260,13 @@ impl Shared {
         state.superblock.generation = state.superblock.generation.max(at.newest);
         state.report.kept_slots = state.index.counters.used_slots;
         state.report.kept_pages = state.index.counters.valid_pages;
-        state.missed = None;
+        let missed = state.missed.take();
         *loading = None;
         self.unread.store(0, Ordering::Relaxed);
         self.is_loading.store(false, Ordering::Release);
+        drop(state);
+        // It may have a million runs.
+        drop(missed);
         false
     }
 }

@@ -11,14 +11,21 @@ use std::collections::{BTreeMap, BTreeSet};
 const MOST: usize = 1 << 20;
 
 /// Pages of which nothing that is still to be read may be believed.
+///
+/// Every call takes a moment, whatever is remembered: runs that are forgotten are put aside, see [`Missed::take_forgotten`].
 #[derive(Debug)]
 pub(super) struct Missed {
-    /// By storage and first page: the end of a run. No two of a storage overlap or touch.
-    runs: BTreeMap<(u16, u64), u64>,
+    runs: BTreeMap<u16, Runs>,
+    /// Of all storages.
+    count: usize,
     whole: BTreeSet<u16>,
     everything: bool,
     most: usize,
+    forgotten: Vec<Runs>,
 }
+
+/// Of one storage, by first page: the end of a run. No two overlap or touch.
+pub(super) type Runs = BTreeMap<u64, u64>;
 
 impl Missed {
     pub(super) fn new() -> Missed {
@@ -26,7 +33,14 @@ impl Missed {
     }
 
     fn bounded(most: usize) -> Missed {
-        Missed { runs: BTreeMap::new(), whole: BTreeSet::new(), everything: false, most }
+        Missed {
+            runs: BTreeMap::new(),
+            count: 0,
+            whole: BTreeSet::new(),
+            everything: false,
+            most,
+            forgotten: Vec::new(),
+        }
     }
 
     pub(super) fn pages(&mut self, storage: u16, range: PageRange) {
@@ -34,28 +48,42 @@ impl Missed {
             return;
         }
         let (mut first, mut end) = (range.first, range.end());
+        let runs = self.runs.entry(storage).or_default();
         // Those that it touches become one with it.
-        while let Some((key, other)) = self.runs.range(..=(storage, end)).next_back().map(|(key, end)| (*key, *end)) {
-            if key.0 != storage || other < first {
+        while let Some((from, to)) = runs.range(..=end).next_back().map(|(from, to)| (*from, *to)) {
+            if to < first {
                 break;
             }
-            first = first.min(key.1);
-            end = end.max(other);
-            self.runs.remove(&key);
+            first = first.min(from);
+            end = end.max(to);
+            runs.remove(&from);
+            self.count -= 1;
         }
-        self.runs.insert((storage, first), end);
-        if self.runs.len() > self.most {
+        runs.insert(first, end);
+        self.count += 1;
+        if self.count > self.most {
             self.storage(storage);
         }
     }
 
     pub(super) fn storage(&mut self, storage: u16) {
         self.whole.insert(storage);
-        self.runs.retain(|key, _| key.0 != storage);
+        if let Some(runs) = self.runs.remove(&storage) {
+            self.count -= runs.len();
+            self.forgotten.push(runs);
+        }
     }
 
     pub(super) fn everything(&mut self) {
-        (self.runs, self.whole, self.everything) = (BTreeMap::new(), BTreeSet::new(), true);
+        self.everything = true;
+        self.count = 0;
+        self.forgotten.extend(std::mem::take(&mut self.runs).into_values());
+        self.whole.clear();
+    }
+
+    /// What nobody asks about any more. A million runs take some tens of milliseconds to be freed, which is for whoever holds no lock.
+    pub(super) fn take_forgotten(&mut self) -> Vec<Runs> {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// Pages of a block that were taken away.
@@ -63,10 +91,11 @@ impl Missed {
         if self.everything || self.whole.contains(&storage) {
             return PageMask::ALL;
         }
+        let Some(runs) = self.runs.get(&storage) else { return PageMask::NONE };
         let first = block.0 * PAGES_PER_BLOCK;
-        let before = self.runs.range(..(storage, first + PAGES_PER_BLOCK)).rev();
-        let hits = before.take_while(|(key, end)| key.0 == storage && **end > first);
-        hits.fold(PageMask::NONE, |mask, ((_, from), end)| {
+        let before = runs.range(..first + PAGES_PER_BLOCK).rev();
+        let hits = before.take_while(|(_, end)| **end > first);
+        hits.fold(PageMask::NONE, |mask, (from, end)| {
             let from = (*from).max(first);
             mask | PageMask::run(from - first, end - from)
         })
@@ -108,7 +137,8 @@ mod tests {
                         model.extend((0..400).map(|page| (*s, page)));
                     }
                 }
-                prop_assert!(missed.runs.len() <= most);
+                let held: usize = missed.runs.values().map(BTreeMap::len).sum();
+                prop_assert!(held == missed.count && held <= most);
             }
             for (storage, block) in (0..3u16).flat_map(|s| (0..16u64).map(move |block| (s, block))) {
                 let first = block * PAGES_PER_BLOCK;
@@ -129,5 +159,18 @@ mod tests {
         assert_eq!(missed.of(7, BlockIndex(last - 1)), PageMask::NONE);
         missed.everything();
         assert_eq!(missed.of(3, BlockIndex(0)), PageMask::ALL);
+    }
+
+    /// What is forgotten is neither searched nor freed where it is forgotten: a guest's write holds the tier's lock then.
+    #[test]
+    fn what_is_forgotten_is_put_aside_as_it_is() {
+        let mut missed = Missed::bounded(1000);
+        (0..600).for_each(|page| missed.pages(1, PageRange { first: 2 * page, count: 1 }));
+        (0..401).for_each(|page| missed.pages(2, PageRange { first: 2 * page, count: 1 }));
+        assert_eq!(missed.of(2, BlockIndex(50)), PageMask::ALL);
+        assert_eq!(missed.take_forgotten().iter().map(BTreeMap::len).collect::<Vec<_>>(), [401]);
+        missed.everything();
+        assert_eq!(missed.take_forgotten().iter().map(BTreeMap::len).collect::<Vec<_>>(), [600]);
+        assert!(missed.take_forgotten().is_empty());
     }
 }
