@@ -16,18 +16,24 @@ use super::device::{self, Content, Opened};
 use super::error::StoreError;
 use super::gate::{Drain, Gate, UnderWay};
 use super::{Backend, Extent, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
+use crate::engine::aside::{AsideFile, OpenMark};
 use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Semaphore, Shard, bufs};
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// One request that zeroes a range by writing carries this much.
 const ZEROES_BYTES: usize = 1 << 20;
 /// The kernel moves at most 2 GiB − 4 KiB at a time; a round number below.
 const MAX_IO_BYTES: u32 = 1 << 30;
+
+/// How long the end of a store waits for its file to be closed, which a server that does not answer keeps open, and how often it looks.
+const CLOSE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Threads that look for holes at a time.
 const SEEKERS: usize = 2;
@@ -44,6 +50,8 @@ struct Inner {
     identity: String,
     content: Content,
     files: RefCell<Option<Files>>,
+    /// Somebody else has it for as long as the files are.
+    open: OpenMark,
     align: u64,
     direct: bool,
     is_block: bool,
@@ -62,9 +70,9 @@ struct Inner {
 
 #[derive(Clone, Debug)]
 struct Files {
-    buffered: Rc<OwnedFd>,
+    buffered: Rc<AsideFile>,
     /// The same file for data: direct where that works.
-    data: Rc<OwnedFd>,
+    data: Rc<AsideFile>,
 }
 
 impl FileBackend {
@@ -93,18 +101,16 @@ impl FileBackend {
         let opened = shard.blocking(move || device::open(&path, content, &options)).await;
         let Opened { path, buffered, direct, align_bytes, is_block, read_only, stamp, aside } =
             opened.map_err(|error| StoreError::from_io(&store, "open", &error))??;
-        let buffered = Rc::new(buffered);
-        let is_direct = direct.is_some();
-        let data = direct.map_or_else(|| Rc::clone(&buffered), Rc::new);
-        if aside {
-            shard.run_aside(&buffered);
-            shard.run_aside(&data);
-        }
+        let open = OpenMark::default();
+        let held = |file| Rc::new(AsideFile::new(shard, file, aside, OpenMark::clone(&open)));
+        let (buffered, is_direct) = (held(buffered), direct.is_some());
+        let data = direct.map_or_else(|| Rc::clone(&buffered), held);
         let inner = Inner {
             shard: shard.clone(),
             identity: format!("file:{}", path.display()),
             content,
             files: RefCell::new(Some(Files { buffered, data })),
+            open,
             align: u64::from(align_bytes),
             direct: is_direct,
             is_block,
@@ -541,6 +547,11 @@ impl Backend for FileBackend {
         Box::pin(async move {
             inner.drain.close().await;
             drop(inner.files.take());
+            // Whoever opens it next wants its locks.
+            let deadline = Instant::now() + CLOSE;
+            while Arc::strong_count(&inner.open) > 1 && Instant::now() < deadline {
+                inner.shard.sleep(LOOK).await;
+            }
         })
     }
 }

@@ -8,6 +8,7 @@
 //! - [`JoinHandle`], [`EventWatch`], [`Elapsed`]: results of `spawn`, `watch_eventfd` and `timeout`
 //! - [`PollSource`]: a virtqueue that is looked at instead of slept for, while requests come fast
 //! - [`oneshot`], [`Notify`], [`Semaphore`]: hand-overs between tasks of one shard
+//! - [`within`] (`aside`): what may hang, with a limit, on a thread of its own; files whose closing may hang
 //!
 //! Inside: `bufs` (buffers), `exec` (tasks and wakers), `reactor` (the loop), `timer`, `polling` (when not to sleep), `op` (an operation and its memory), `ring` (io_uring), `pool` (the same
 //! operations on threads and `poll(2)`, where the host forbids io_uring), `sys` (system calls of the pool).
@@ -20,6 +21,7 @@
 //! submits everything queued with one system call and takes completions. When nothing is ready it sleeps in the kernel; only
 //! while requests follow each other within microseconds it looks for them first (`polling`).
 
+pub(crate) mod aside;
 pub(crate) mod bufs;
 mod exec;
 mod handle;
@@ -34,6 +36,7 @@ mod sync;
 mod sys;
 mod timer;
 
+pub use aside::within;
 pub use bufs::{AlignedBuf, IoBuf};
 pub use exec::{JoinError, JoinHandle, TASKS_PER_TURN};
 pub use handle::{Call, EngineKind, EngineMode, ShardConfig, ShardGone, ShardHandle};

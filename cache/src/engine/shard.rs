@@ -62,6 +62,11 @@ impl Shard {
         self.inner.kind
     }
 
+    /// Whether it ends: what is spawned now may never run.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.inner.shared.stopping.load(std::sync::atomic::Ordering::SeqCst)
+    }
+
     /// Tasks that have panicked on this shard so far.
     pub fn panicked_tasks(&self) -> u64 {
         self.inner.tasks.panics.get()
