@@ -74,6 +74,14 @@ impl Keeper {
     }
 }
 
+impl Keeper {
+    /// Has the threads of a tier that is out of use end by themselves, whenever its device lets them.
+    pub(crate) fn leave(mut self) {
+        *self.stopping.asked.lock() = true;
+        self.threads.clear();
+    }
+}
+
 impl Drop for Keeper {
     /// Ends the threads; those that hang in the device are left behind.
     fn drop(&mut self) {

@@ -363,10 +363,10 @@ fn nor_while_the_ssd_tier_goes_and_comes_back() {
             let (cache, other) = (cache.clone(), other.clone());
             move || open(&cache, &other)
         });
-        assert!(cache.drain_ssd().unwrap());
+        assert!(cache.drain_ssd().unwrap().is_some());
         let second = opener.join().unwrap();
         assert!(cache.ssd().is_none() && !is_open(), "a disk that is being opened is no exception");
-        assert!(!cache.drain_ssd().unwrap());
+        assert!(cache.drain_ssd().unwrap().is_none());
         let (tier, report) = SsdTier::open_with(&ssd, 96 << 20, empty()).unwrap();
         assert_eq!(report.kept_slots, 0);
         cache.resume_ssd(tier).unwrap();

@@ -8,7 +8,7 @@ use prestage_cache::types::{BLOCK_BYTES, BlockIndex, PAGE_BYTES, PageMask};
 use proptest::prelude::*;
 use ssd_common::*;
 use std::fs::OpenOptions;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -48,6 +48,20 @@ fn a_clean_restart_keeps_exactly_the_valid_pages() {
     assert_eq!(read(&tier, b, 7), PageMask::NONE);
     assert_eq!(read(&tier, a, 5), PageMask::NONE);
     assert_eq!(tier.stats().bad_checksums, 0);
+}
+
+#[test]
+fn an_empty_file_that_others_may_read_becomes_a_tier_that_they_may_not() {
+    let place = Place::new();
+    let mode = || std::fs::metadata(&place.path).unwrap().mode() & 0o777;
+    std::fs::write(&place.path, "").unwrap();
+    std::fs::set_permissions(&place.path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    drop(SsdTier::open(&place.path, slab_bytes(8)).unwrap());
+    assert_eq!(mode(), 0o600);
+    // Of one that holds something already it was somebody's choice.
+    std::fs::set_permissions(&place.path, std::fs::Permissions::from_mode(0o640)).unwrap();
+    drop(SsdTier::open(&place.path, slab_bytes(8)).unwrap());
+    assert_eq!(mode(), 0o640);
 }
 
 #[test]

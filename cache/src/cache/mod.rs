@@ -6,7 +6,7 @@
 //! - `opening`: a store and its part of the SSD tier, on its shard
 //! - `registry`: which stores are open
 //! - [`Resized`], [`ResizeError`] (`resize`): other sizes while in use
-//! - `service`: the SSD tier is taken out of service, and another comes into it
+//! - [`DrainedTier`] (`service`): the SSD tier is taken out of service, and another comes into it
 
 mod handle;
 mod opening;
@@ -15,8 +15,9 @@ mod resize;
 mod service;
 
 pub use handle::StorageHandle;
-pub(crate) use opening::{seal, ssd_stamp};
+pub(crate) use opening::{forget, seal, ssd_stamp};
 pub use resize::{ResizeError, Resized};
+pub use service::DrainedTier;
 
 use crate::access::AccessQueue;
 use crate::arena::{Arena, HugePages};
@@ -136,8 +137,10 @@ struct Inner {
     settled: Condvar,
     /// Counts how often another SSD tier, or none, came into use.
     tiers_changed: AtomicU64,
-    /// One change of a tier at a time.
+    /// One change of the RAM tier's size at a time.
     resizing: Mutex<()>,
+    /// One at a time takes an SSD tier out of service or into it.
+    serving: Mutex<()>,
 }
 
 impl Cache {
@@ -190,6 +193,7 @@ impl Cache {
             settled: Condvar::new(),
             tiers_changed: AtomicU64::new(0),
             resizing: Mutex::default(),
+            serving: Mutex::default(),
         };
         Ok(Cache(Arc::new(inner)))
     }

@@ -5,17 +5,16 @@ use crate::backend::{Below, LayerMap, Stamp, StoreError, StoreInfo, StoreOptions
 use crate::counters::StorageCounters;
 use crate::disk::{SsdPart, Storage, extents_of, local, read_copy};
 use crate::engine::Shard;
+use crate::engine::aside::AsideFile;
 use crate::opener;
 use crate::ssd::{SsdStorage, SsdTier, StoreClock};
 use crate::types::{PageRange, StorageId};
 use std::cell::Cell;
 use std::fmt;
-use std::os::fd::AsFd;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the opening of a disk waits for a cache disk that may hang.
+/// How long the opening or closing of a disk waits for a cache disk that may hang.
 const FORGET_WAIT: Duration = Duration::from_secs(2);
 
 /// What names a store before it is opened: symbolic links to one file are one store.
@@ -111,13 +110,19 @@ async fn with_ssd(
     let opened = open_ssd(shard, tier, identity, info, seal).inspect_err(|error| without(error)).ok()?;
     let Err(error) = durable else { return Some(opened) };
     without(&error);
-    let (device, storage) = (tier.clone(), opened.storage);
+    forget(shard, tier, opened.storage, identity).await;
+    None
+}
+
+/// Has the tier drop, on record, what it holds of a storage whose store others may write to. A tier that cannot is not believed
+/// any more, and holds up nobody.
+pub(crate) async fn forget(shard: &Shard, tier: &SsdTier, storage: SsdStorage, identity: &str) {
+    let device = tier.clone();
     match shard.timeout(FORGET_WAIT, shard.blocking(move || device.forget(storage))).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tier.distrust(&format!("what it holds of {identity} could not be dropped: {error}")),
         Err(_) => tier.distrust(&format!("dropping what it holds of {identity} took longer than two seconds")),
     }
-    None
 }
 
 fn open_ssd(
@@ -131,10 +136,7 @@ fn open_ssd(
     // Times of another host's clock say nothing of ours.
     let clock = if stamp.is_some_and(|stamp| stamp.local_clock) { StoreClock::Ours } else { StoreClock::Another };
     let storage = tier.storage_by(identity, stamp.map(|stamp| ssd_stamp(stamp, seal)), clock)?;
-    let fd = Rc::new(tier.data_fd().as_fd().try_clone_to_owned()?);
-    if tier.runs_aside() {
-        shard.run_aside(&fd);
-    }
+    let fd = AsideFile::new(shard, tier.data_fd().try_clone_to_owned()?, tier.runs_aside(), tier.open_mark());
     Ok(SsdPart { tier: tier.clone(), fd, storage, settled: Cell::new(true) })
 }
 

@@ -5,10 +5,13 @@
 
 use super::Cache;
 use crate::policy::ShrinkStep;
-use crate::ssd::{ResizeStep, SsdError};
+use crate::ssd::{ResizeStep, SsdError, SsdTier};
 use crate::types::BLOCK_BYTES;
-use parking_lot::MutexGuard;
+use parking_lot::{Mutex, MutexGuard};
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -33,6 +36,8 @@ pub enum ResizeError {
         "a thread that serves disks does not let go of the RAM tier's memory: {0}; restart prestaged with the new size"
     )]
     Registered(io::Error),
+    #[error("no thread for a change of size: {0}; try again")]
+    Thread(io::Error),
     #[error("there is no SSD tier in use; `prestagectl cache tiers` says why")]
     NoSsd,
     #[error(transparent)]
@@ -148,26 +153,86 @@ impl Cache {
     }
 
     /// Gives the SSD tier another size: `to` bytes, metadata included; 0 for all of a block device. Growing keeps what is
-    /// cached; when it shrinks what lies beyond the new end is dropped. Blocks, with I/O: not for shard threads.
+    /// cached; when it shrinks what lies beyond the new end is dropped. Blocks, with I/O: not for shard threads. A device that does
+    /// not answer is waited for some ten seconds, or two minutes while it allocates; when it does answer, the change is undone.
     ///
     /// # Errors
     /// See [`ResizeError`]. The tier has the size it had, but what lies beyond the end asked for may have been dropped.
     pub fn resize_ssd(&self, to: u64) -> Result<Resized, ResizeError> {
-        let _alone = self.0.resizing.lock();
         let tier = self.ssd().ok_or(ResizeError::NoSsd)?;
-        let mut resize = tier.begin_resize(to)?;
-        let (before, after) = (resize.before_bytes(), resize.after_bytes());
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match resize.step()? {
-                ResizeStep::Done => break,
-                ResizeStep::More => {}
-                ResizeStep::Held { slots } if Instant::now() >= deadline => {
-                    return Err(tier.still_in_use(slots).into());
+        let (way, given_up) = (Arc::new(Way::default()), Arc::new(Mutex::new(false)));
+        let (done, ended) = channel();
+        let change = {
+            let (tier, way, given_up) = (tier.clone(), Arc::clone(&way), Arc::clone(&given_up));
+            move || {
+                let changed = change_ssd(&tier, to, |next| {
+                    way.steps.fetch_add(1, Ordering::Relaxed);
+                    way.patience_ms.store(next.as_millis() as u64, Ordering::Relaxed);
+                    *given_up.lock()
+                });
+                // Nobody gives it up any more once it is told.
+                let given_up = given_up.lock();
+                if let (true, Ok(Resized { before, after })) = (*given_up, &changed)
+                    && let Err(error) = change_ssd(&tier, *before, |_| false)
+                {
+                    tracing::warn!(before, after, %error, "SSD tier: a change of its size that was given up has come to its end");
                 }
-                ResizeStep::Held { .. } => std::thread::sleep(PAUSE),
+                let _ = done.send(changed);
             }
+        };
+        std::thread::Builder::new().name("ssd-resize".to_owned()).spawn(change).map_err(ResizeError::Thread)?;
+        let mut before = None;
+        loop {
+            let patience = Duration::from_millis(way.patience_ms.load(Ordering::Relaxed)).max(LEAST_PATIENCE);
+            match ended.recv_timeout(patience) {
+                Ok(changed) => return changed,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ResizeError::Thread(io::Error::other("it panicked")));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now = Some((tier.answers(), way.steps.load(Ordering::Relaxed)));
+            if before == now {
+                let mut given_up = given_up.lock();
+                // It may have ended just now.
+                if let Ok(changed) = ended.try_recv() {
+                    return changed;
+                }
+                *given_up = true;
+                return Err(tier.not_answering().into());
+            }
+            before = now;
         }
-        Ok(Resized { before, after })
     }
+}
+
+/// How far a change of size is.
+#[derive(Default)]
+struct Way {
+    steps: AtomicU64,
+    patience_ms: AtomicU64,
+}
+
+/// The least time that a device has for an answer.
+const LEAST_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Changes the size of a slab, step by step. `given_up` is told how long the next may take, and says whether nobody wants it any more.
+fn change_ssd(tier: &SsdTier, to: u64, given_up: impl Fn(Duration) -> bool) -> Result<Resized, ResizeError> {
+    let mut resize = tier.begin_resize(to)?;
+    let (before, after) = (resize.before_bytes(), resize.after_bytes());
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if given_up(resize.patience()) {
+            return Err(tier.not_answering().into());
+        }
+        match resize.step()? {
+            ResizeStep::Done => break,
+            ResizeStep::More => {}
+            ResizeStep::Held { slots } if Instant::now() >= deadline => {
+                return Err(tier.still_in_use(slots).into());
+            }
+            ResizeStep::Held { .. } => std::thread::sleep(PAUSE),
+        }
+    }
+    Ok(Resized { before, after })
 }

@@ -11,45 +11,56 @@
 use super::opening::join;
 use super::{Cache, StorageHandle, keep};
 use crate::disk::local;
-use crate::ssd::{SsdError, SsdTier};
+use crate::ssd::{Abandoned, SsdError, SsdTier, SsdWatch};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long is waited for what is under way in a tier that was taken out of service.
+/// How long is waited for what is under way in a tier that was taken out of service; and in one whose device hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
+const LITTLE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A tier that was taken out of service.
+#[derive(Clone, Debug)]
+pub struct DrainedTier {
+    /// How far that is on record.
+    pub abandoned: Abandoned,
+    /// When its file is closed.
+    pub file: SsdWatch,
+}
 
 impl Cache {
     /// Takes the SSD tier out of service: nothing is read from it or written to it any more, and what it had is forgotten. Guests are
     /// served from RAM and stores. Its file is closed then, or when the device, or a store with a write under way, has answered.
-    /// False: there is no SSD tier in use. Blocks, with I/O: not for shard threads.
+    /// `None`: there is no SSD tier in use. Blocks, with I/O, for some eleven seconds at most: not for shard threads.
     ///
     /// # Errors
     /// It could not be put on record that its content counts no more; it is in use as before.
-    pub fn drain_ssd(&self) -> Result<bool, SsdError> {
-        let _alone = self.0.resizing.lock();
-        let Some(tier) = self.ssd() else { return Ok(false) };
-        tier.abandon()?;
+    pub fn drain_ssd(&self) -> Result<Option<DrainedTier>, SsdError> {
+        let _alone = self.0.serving.lock();
+        let Some(tier) = self.ssd() else { return Ok(None) };
+        let abandoned = tier.abandon()?;
         *self.0.shared.ssd.write() = None;
         self.0.tiers_changed.fetch_add(1, Ordering::AcqRel);
-        drop(self.0.keeper.lock().take());
+        if let Some(keeper) = self.0.keeper.lock().take() {
+            // It has nothing to do any more, and what it is at may hang. Its file is open until then.
+            keeper.leave();
+        }
         {
             let mut core = self.0.shared.core();
             core.set_destage(false);
             core.ssd_emptied(None);
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + if abandoned == Abandoned::Hangs { LITTLE_PATIENCE } else { PATIENCE };
         let left: Vec<_> = self.open_storages().iter().map(|handle| self.leave(handle, deadline)).collect();
         for leaving in left {
             // A shard that has ended has let go of everything.
             let _ = leaving.wait();
         }
-        let last = tier.watch();
+        let file = tier.watch();
         drop(tier);
-        while !last.is_gone() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        Ok(true)
+        file.wait(deadline);
+        Ok(Some(DrainedTier { abandoned, file }))
     }
 
     /// Takes an SSD tier into service that is empty ([`crate::ssd::SsdOptions::empty`]). Blocks: not for shard threads.
@@ -57,7 +68,7 @@ impl Cache {
     /// # Errors
     /// There is one already, or its threads could not be started.
     pub fn resume_ssd(&self, tier: SsdTier) -> io::Result<()> {
-        let _alone = self.0.resizing.lock();
+        let _alone = self.0.serving.lock();
         if self.ssd().is_some() {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is an SSD tier in use already"));
         }

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 const SETTLE: Duration = Duration::from_secs(1);
 /// Pause between looks at the queue while it is not empty.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long a write may take before its device is given up for a while. Nobody waits for it but the storage's end.
+const WRITE_PATIENCE: Duration = Duration::from_secs(5);
 /// Blocks written between two looks: with the pause, at most 40 MiB/s of background writes a storage.
 const BATCH: usize = 64;
 
@@ -41,7 +43,7 @@ impl Storage {
     }
 
     /// Writes one block that has waited since before `before`; false if there is none.
-    async fn destage_one(&self, before: Duration) -> bool {
+    async fn destage_one(self: &Rc<Self>, before: Duration) -> bool {
         let Some(part) = self.ssd().filter(|part| part.settled.get() && !part.tier.is_loading()) else { return false };
         let (tier, storage) = (&part.tier, &part.storage);
         let Some((block, version, mask, mut copy)) = self.copy_next(before) else { return false };
@@ -62,15 +64,26 @@ impl Storage {
             }
         }
         let (checksum, offset) = (write.checksum(&copy), write.offset());
-        let (result, _) = self.shard.write_all_at(&part.fd, vec![IoBuf::Heap(copy)], offset, false).await;
-        let ok = result.is_ok();
+        let written = self.shard.write_all_at(&part.fd, vec![IoBuf::Heap(copy)], offset, false);
         add(&self.counters.ssd_writes, 1);
         add(&self.counters.ssd_write_bytes, BLOCK_BYTES as u64);
-        if !ok {
-            add(&self.counters.ssd_write_errors, 1);
-        }
-        if tier.finish_insert(write, checksum, ok) {
-            self.shared.core().finish_destage(self.id, block, version, mask | old);
+        let storage = Rc::clone(self);
+        // With the slot until the device has let go of it, also when nobody waits any more.
+        let writing = self.shard.spawn({
+            let part = Rc::clone(&part);
+            async move {
+                let ok = written.await.0.is_ok();
+                if !ok {
+                    add(&storage.counters.ssd_write_errors, 1);
+                }
+                if part.tier.finish_insert(write, checksum, ok) {
+                    storage.shared.core().finish_destage(storage.id, block, version, mask | old);
+                }
+            }
+        });
+        if self.shard.timeout(WRITE_PATIENCE, writing).await.is_err() {
+            tier.note_late_write("a write took longer than five seconds");
+            return false;
         }
         true
     }

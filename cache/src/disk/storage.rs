@@ -3,13 +3,13 @@
 use crate::backend::{Backend, LayerMap, StoreError, StoreInfo};
 use crate::cache::{Shared, StorageHandle};
 use crate::counters::StorageCounters;
+use crate::engine::aside::AsideFile;
 use crate::engine::{OneshotReceiver, OneshotSender, Shard, oneshot};
 use crate::ssd::{SsdStorage, SsdTier};
 use crate::types::{PageRange, StorageId};
 use rustc_hash::FxHashMap;
 use std::cell::{Cell, RefCell};
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ const LOOK: Duration = Duration::from_millis(2);
 pub(crate) struct SsdPart {
     pub(crate) tier: SsdTier,
     /// The tier's file on this shard.
-    pub(crate) fd: Rc<OwnedFd>,
+    pub(crate) fd: AsideFile,
     pub(crate) storage: SsdStorage,
     /// What was written to the store before the tier heard of its writes is over, and durable there. Before that nothing is
     /// inserted: a loss of power could take from the store what the tier has.
@@ -167,10 +167,7 @@ impl Storage {
             let (tier, ssd) = (&part.tier, part.storage);
             if parted && self.backend.info().version_stamp.is_none() {
                 // On record before others may write.
-                let tier = tier.clone();
-                if let Err(error) = self.shard.blocking(move || tier.forget(ssd)).await {
-                    tracing::error!(%error, "what the SSD tier has of a store that is given away could not be dropped");
-                }
+                crate::cache::forget(&self.shard, tier, ssd, "a store that is given away").await;
             }
             // A loss of power after this must not take from the store what the tier has.
             if self.flush_store().await.is_ok() {
@@ -244,7 +241,7 @@ impl Storage {
     /// still is at `deadline` keeps the tier's file open until it has ended.
     pub(crate) async fn leave_ssd(&self, deadline: Instant) {
         let Some(part) = self.ssd.borrow_mut().take() else { return };
-        while (Rc::strong_count(&part) > 1 || Rc::strong_count(&part.fd) > 1) && Instant::now() < deadline {
+        while (Rc::strong_count(&part) > 1 || part.fd.is_in_use()) && Instant::now() < deadline {
             self.shard.sleep(LOOK).await;
         }
     }

@@ -8,22 +8,40 @@
 use super::open::{self, Mark};
 use super::tier::Shared;
 use super::{SsdError, SsdTier, lineage, veto};
-use std::sync::Weak;
+use crate::engine::aside::OpenMark;
+use crate::engine::within;
+use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 /// How long a device may take over what it is to write or to end. One that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How far it is on record that nothing of a slab counts, see [`SsdTier::abandon`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Abandoned {
+    /// On the slab itself, wherever it goes.
+    Marked,
+    /// In the veto alone, which this host's next run reads: the device fails.
+    Vetoed,
+    /// In the veto alone: the device does not answer.
+    Hangs,
+}
+
+enum Unmarked {
+    Hangs,
+    Failed(String),
+}
+
 impl Shared {
-    pub(super) fn abandon(&self) -> Result<(), SsdError> {
+    pub(super) fn abandon(&self) -> Result<Abandoned, SsdError> {
         let (slab_id, closed) = {
             let state = self.state.lock();
             (state.superblock.slab_id, state.closed)
         };
         if closed {
-            return Ok(());
+            return Ok(Abandoned::Marked);
         }
         let vetoed = self.veto.as_ref().is_some_and(|path| {
             let written = veto::write(path, &slab_id);
@@ -32,18 +50,24 @@ impl Shared {
             }
             written.is_ok()
         });
-        let marked = self.mark_dropped();
-        if let Err(error) = &marked
-            && !vetoed
-        {
-            return Err(self.device.error("take out of service", std::io::Error::other(error.to_string())));
-        }
+        let abandoned = match self.mark_dropped() {
+            Ok(()) => Abandoned::Marked,
+            Err(Unmarked::Hangs) if vetoed => Abandoned::Hangs,
+            Err(Unmarked::Failed(_)) if vetoed => Abandoned::Vetoed,
+            Err(unmarked) => {
+                let why = match unmarked {
+                    Unmarked::Hangs => "it does not answer".to_owned(),
+                    Unmarked::Failed(why) => why,
+                };
+                return Err(self.device.error("take out of service", io::Error::other(why)));
+            }
+        };
         self.closed.store(true, Ordering::Release);
         let mut state = self.state.lock();
         state.closed = true;
         state.wake();
         drop(state);
-        if marked.is_ok()
+        if abandoned == Abandoned::Marked
             && let Some(Err(error)) = self.veto.as_ref().map(|path| veto::lift(path))
         {
             tracing::debug!(%error, "SSD tier: its veto stays beside what the slab says itself");
@@ -52,19 +76,19 @@ impl Shared {
         if let Some(Err(error)) = self.lineage.as_ref().map(|path| lineage::run_without(path)) {
             tracing::warn!(%error, "SSD tier: it could not be noted that prestaged runs without one");
         }
-        Ok(())
+        Ok(abandoned)
     }
 
-    /// Marks the slab as one whose content does not count, both copies, unless that takes too long.
-    fn mark_dropped(&self) -> Result<(), String> {
-        let Some(this) = self.me.upgrade() else { return Err("it is gone".to_owned()) };
-        let (done, ended) = channel();
+    /// Marks the slab as one whose content does not count, both copies, unless that takes too long: twice [`PATIENCE`], once
+    /// for whoever writes now.
+    fn mark_dropped(&self) -> Result<(), Unmarked> {
+        let Some(this) = self.me.upgrade() else { return Err(Unmarked::Failed("it is gone".to_owned())) };
+        let deadline = Instant::now() + PATIENCE;
         let mark = move || {
             let (Some(_alone), Some(_writing)) =
-                (this.keeping.try_lock_for(PATIENCE), this.intents_io.try_lock_for(PATIENCE))
+                (this.keeping.try_lock_until(deadline), this.intents_io.try_lock_until(deadline))
             else {
-                let _ = done.send(Err("its device does not answer".to_owned()));
-                return;
+                return Err(Unmarked::Hangs);
             };
             let mut superblock = this.state.lock().superblock.clone();
             let marked = open::mark(&this.device, &mut superblock, Mark::Dropped);
@@ -74,27 +98,51 @@ impl Shared {
             // Before anybody else has the locks: a checkpoint would say that the slab counts.
             state.closed |= marked.is_ok();
             drop(state);
-            let _ = done.send(marked.map_err(|error| error.to_string()));
+            marked.map_err(|error| Unmarked::Failed(error.to_string()))
         };
-        std::thread::Builder::new().name("ssd-abandon".to_owned()).spawn(mark).map_err(|error| error.to_string())?;
-        ended.recv_timeout(3 * PATIENCE).unwrap_or_else(|_| Err("its device does not answer".to_owned()))
+        match within("ssd-abandon", 2 * PATIENCE, mark) {
+            Ok(Some(marked)) => marked,
+            Ok(None) => Err(Unmarked::Hangs),
+            Err(error) => Err(Unmarked::Failed(error.to_string())),
+        }
     }
 }
 
-/// Tells whether anybody still has a tier open, see [`SsdTier::watch`].
-#[derive(Debug)]
-pub struct SsdWatch(Weak<Shared>);
+/// Tells whether anybody still has a tier's file open, see [`SsdTier::watch`].
+#[derive(Clone, Debug)]
+pub struct SsdWatch(Weak<()>);
 
 impl SsdWatch {
-    /// Nobody has, and its file is closed as far as the tier is concerned.
+    /// Nobody has: no transfer is under way there, and `close(2)` has returned.
     pub fn is_gone(&self) -> bool {
         self.0.strong_count() == 0
     }
+
+    /// Waits until nobody has, for at most until `deadline`. Returns whether that is so.
+    pub fn wait(&self, deadline: Instant) -> bool {
+        while !self.is_gone() && Instant::now() < deadline {
+            std::thread::sleep(LOOK);
+        }
+        self.is_gone()
+    }
 }
+
+/// How often it is looked whether a file is closed.
+const LOOK: Duration = Duration::from_millis(2);
 
 impl SsdTier {
     pub fn watch(&self) -> SsdWatch {
-        SsdWatch(self.shared.me.clone())
+        SsdWatch(Arc::downgrade(&self.shared.device.open))
+    }
+
+    /// For whoever has a descriptor of the tier's file.
+    pub(crate) fn open_mark(&self) -> OpenMark {
+        self.shared.device.open.clone()
+    }
+
+    /// Operations on the tier's metadata that the device has ended since it was opened: as long as that grows it answers.
+    pub fn answers(&self) -> u64 {
+        self.shared.device.ended.load(Ordering::Relaxed)
     }
 
     /// Whether it was closed or abandoned.

@@ -4,20 +4,26 @@
 
 use super::SsdError;
 use super::format::SECTOR_BYTES;
+use crate::engine::aside::{OpenMark, close_aside};
 use crate::engine::blocks_in_kernel;
 use crate::opener::{self, How};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
-use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// udev holds a shared lock on a block device for moments while it probes it; so many tries, this far apart.
 const LOCK_TRIES: u32 = 20;
 const LOCK_RETRY: Duration = Duration::from_millis(100);
+
+/// What anybody but its user may do with a file.
+const OTHERS: u32 = 0o077;
 
 /// Bytes that start at a multiple of 4096 in memory, as direct I/O wants them.
 pub(super) struct AlignedBuf {
@@ -49,7 +55,12 @@ pub(super) enum Op {
 }
 
 pub(super) struct Device {
-    pub(super) file: File,
+    /// Taken by `drop` alone.
+    pub(super) file: ManuallyDrop<File>,
+    /// Whoever has a descriptor of it has a clone of this.
+    pub(super) open: OpenMark,
+    /// Reads, writes and syncs that have ended, well or not.
+    pub(super) ended: AtomicU64,
     pub(super) path: PathBuf,
     pub(super) is_block_device: bool,
     pub(super) is_direct: bool,
@@ -88,7 +99,9 @@ impl Device {
         let (file, is_direct) = open_for(path, is_block_device, direct)?;
         let runs_aside = blocks_in_kernel(&file).map_err(|e| failed("examine", e))?;
         let device = Device {
-            file,
+            file: ManuallyDrop::new(file),
+            open: OpenMark::default(),
+            ended: AtomicU64::new(0),
             path: path.to_owned(),
             is_block_device,
             is_direct,
@@ -102,6 +115,7 @@ impl Device {
             sim: None,
         };
         device.lock()?;
+        device.keep_to_us(&found);
         // Whoever created it may have given up and removed it between our opening and our locking it.
         let linked = device.file.metadata().map_err(|e| failed("examine", e))?.nlink() > 0;
         if !linked {
@@ -114,7 +128,9 @@ impl Device {
     #[cfg(test)]
     pub(super) fn simulated(sim: std::sync::Arc<dyn super::tests::Simulated>) -> Device {
         Device {
-            file: tempfile::tempfile().unwrap(),
+            file: ManuallyDrop::new(tempfile::tempfile().unwrap()),
+            open: OpenMark::default(),
+            ended: AtomicU64::new(0),
             path: "/simulated".into(),
             is_block_device: false,
             is_direct: false,
@@ -126,8 +142,20 @@ impl Device {
         }
     }
 
+    /// It will hold what guests read: nobody else's business, also if somebody else made the file for us.
+    fn keep_to_us(&self, found: &Metadata) {
+        if self.is_block_device || found.len() > 0 || found.mode() & OTHERS == 0 {
+            return;
+        }
+        if let Err(error) = self.file.set_permissions(Permissions::from_mode(0o600)) {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "SSD tier: others may read its file, and with it what guests read; set its mode to 600");
+        }
+    }
+
     fn lock(&self) -> Result<(), SsdError> {
-        let tries = if self.is_block_device { LOCK_TRIES } else { 1 };
+        // Where closing may hang it is not waited for, and the lock goes with it.
+        let tries = if self.is_block_device || self.runs_aside { LOCK_TRIES } else { 1 };
         for left in (0..tries).rev() {
             match self.file.try_lock() {
                 Ok(()) => return Ok(()),
@@ -165,7 +193,7 @@ impl Device {
         if let Some(sim) = &self.sim {
             return Ok(sim.len());
         }
-        let mut file = &self.file;
+        let mut file: &File = &self.file;
         file.seek(SeekFrom::End(0)).map_err(|e| self.error("find the size of", e))
     }
 
@@ -175,7 +203,7 @@ impl Device {
         if self.sim.is_some() {
             return true;
         }
-        let end = nix::unistd::lseek(&self.file, 0, nix::unistd::Whence::SeekData);
+        let end = nix::unistd::lseek(&*self.file, 0, nix::unistd::Whence::SeekData);
         self.is_block_device || end != Err(Errno::ENXIO)
     }
 
@@ -211,7 +239,7 @@ impl Device {
         }
         let len = i64::try_from(bytes).map_err(|_| self.error("allocate", Errno::EFBIG.into()))?;
         loop {
-            match nix::fcntl::fallocate(&self.file, FallocateFlags::empty(), 0, len) {
+            match nix::fcntl::fallocate(&*self.file, FallocateFlags::empty(), 0, len) {
                 Ok(()) => return Ok(true),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
@@ -230,12 +258,13 @@ impl Device {
     }
 
     fn free_bytes(&self) -> Option<u64> {
-        let found = nix::sys::statvfs::fstatvfs(&self.file).ok()?;
+        let found = nix::sys::statvfs::fstatvfs(&*self.file).ok()?;
         Some(found.blocks_available().saturating_mul(found.fragment_size()))
     }
 
     /// Reads whole sectors. What lies beyond the end is zero; returns how many bytes do not.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let _ended = Ended(&self.ended);
         #[cfg(test)]
         if let Some(sim) = &self.sim {
             return sim.read(offset, buf);
@@ -271,6 +300,7 @@ impl Device {
     }
 
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let _ended = Ended(&self.ended);
         #[cfg(test)]
         {
             if self.fail_writes.load(std::sync::atomic::Ordering::Relaxed) {
@@ -285,6 +315,7 @@ impl Device {
     }
 
     pub(super) fn sync(&self) -> io::Result<()> {
+        let _ended = Ended(&self.ended);
         #[cfg(test)]
         {
             if let Some(sim) = &self.sim {
@@ -312,11 +343,27 @@ impl Device {
     }
 }
 
+/// Counts an operation when it has ended.
+struct Ended<'a>(&'a AtomicU64);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Device {
     /// A child that was forked and has not got to its exec shares the lock: closing alone would leave it locked so
     /// long.
     fn drop(&mut self) {
-        let _ = self.file.unlock();
+        // SAFETY: nobody has `self` any more, and nothing below looks at `file`.
+        let file = unsafe { ManuallyDrop::take(&mut self.file) };
+        // Locks of such files are the server's, and need its answer too.
+        if self.runs_aside {
+            close_aside(file, self.open.clone());
+        } else {
+            let _ = file.unlock();
+        }
     }
 }
 

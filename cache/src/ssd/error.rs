@@ -60,6 +60,9 @@ pub enum SsdError {
     )]
     StillInUse { path: PathBuf, slots: u32 },
 
+    #[error("SSD tier: {} does not answer; see `prestagectl status`, and try again when it does", path.display())]
+    NotAnswering { path: PathBuf },
+
     #[error("SSD tier: {} fails and is bypassed; its size can be changed when it is in use again", path.display())]
     Bypassed { path: PathBuf },
 

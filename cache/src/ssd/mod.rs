@@ -9,7 +9,7 @@
 //! - `intents`: which regions are written to, in memory and on disk; sans-I/O
 //! - `checkpoint`: what changed goes to the slab while it is in use
 //! - [`Resize`] (`resize`): another size while it is in use
-//! - `abandon`: the end of its use while guests are served
+//! - [`Abandoned`], [`SsdWatch`] (`abandon`): the end of its use while guests are served
 //! - `own`, `veto`, `lineage`: what is known of an earlier run outside of the slab
 //! - `health`: when a failing device is bypassed, and when it is tried again; sans-I/O
 //! - `open`, `device`, `foreign`: opening, recovering, closing, and refusing to overwrite what is not ours; blocking I/O
@@ -50,7 +50,7 @@ mod tier;
 mod veto;
 mod writes;
 
-pub use abandon::SsdWatch;
+pub use abandon::{Abandoned, SsdWatch};
 pub use checkpoint::{Checkpoint, Step};
 pub use error::SsdError;
 pub use guard::{SlotRead, SlotWrite};
@@ -146,7 +146,8 @@ pub enum Found {
     Clean,
     /// A slab that was not closed, whose records and bitmap were kept: what they vouch for is kept.
     Recovered,
-    /// A slab that was not closed, by a program that keeps no records while it runs: all it held was dropped.
+    /// A slab that says that nothing in it counts: it was taken out of service, written to after it was closed, or not closed by a
+    /// program that keeps no records while it runs.
     Unclean,
     /// A slab whose device failed when it mattered: all it held was dropped.
     Vetoed,

@@ -24,6 +24,7 @@ use super::tier::{Shared, Trust};
 use super::{SsdError, SsdTier};
 use parking_lot::MutexGuard;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Slots looked at before the mutex is given up for others.
 const CHUNK: u32 = 2048;
@@ -94,6 +95,11 @@ impl SsdTier {
         format::slab_bytes(u64::from(self.shared.state.lock().index.limit()))
     }
 
+    /// What to say when the device does not answer.
+    pub fn not_answering(&self) -> SsdError {
+        SsdError::NotAnswering { path: self.shared.device.path.clone() }
+    }
+
     /// What to say when a shrink has been held up for too long.
     pub fn still_in_use(&self, slots: u32) -> SsdError {
         SsdError::StillInUse { path: self.shared.device.path.clone(), slots }
@@ -146,6 +152,14 @@ impl Resize<'_> {
     /// Size of the slab when it is done.
     pub fn after_bytes(&self) -> u64 {
         format::slab_bytes(u64::from(self.after))
+    }
+
+    /// How long the next part may take on a device that answers: allocating the blocks of a file may be a long way.
+    pub fn patience(&self) -> Duration {
+        match self.phase {
+            Phase::Lengthen => Duration::from_secs(60),
+            _ => Duration::from_secs(5),
+        }
     }
 
     /// Does a part of the work. Blocking I/O.

@@ -16,9 +16,10 @@ use super::own::OwnWrites;
 use super::storages::Registration;
 use super::veto;
 use super::{
-    Clock, Found, OpenReport, Outcome, SlotRead, SlotWrite, SsdError, SsdOptions, SsdState, SsdStats, SsdStorage,
-    Stamp, StoreClock,
+    Abandoned, Clock, Found, OpenReport, Outcome, SlotRead, SlotWrite, SsdError, SsdOptions, SsdState, SsdStats,
+    SsdStorage, Stamp, StoreClock,
 };
+use crate::engine::within;
 use crate::types::{BlockIndex, PAGES_PER_BLOCK, PageMask, PageRange};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::fmt;
@@ -31,6 +32,9 @@ use std::time::Duration;
 
 /// Slots or blocks handled before the mutex is given up for others: some tens of microseconds.
 const CHUNK: u32 = 2048;
+
+/// How long a file that is given up may take to be closed.
+const LET_GO: Duration = Duration::from_secs(1);
 
 /// The SSD tier. Clones share it.
 #[derive(Clone, Debug)]
@@ -341,9 +345,14 @@ impl SsdTier {
         write.shared.finish_insert(write.slot, checksum, ok)
     }
 
-    /// The device answers so late that it is not to be used for a while.
+    /// The device answers a read so late that it is not to be used for a while.
     pub fn note_outage(&self, what: &str) {
         self.shared.note_outage(Work::Read, what);
+    }
+
+    /// The same of a write.
+    pub fn note_late_write(&self, what: &str) {
+        self.shared.note_outage(Work::Write, what);
     }
 
     /// Drops what the tier holds of a storage. Goes through the whole index (0.3 s for each million slots dropped):
@@ -380,11 +389,11 @@ impl SsdTier {
     /// believed by any run. Says so first in the veto beside the database, then on the slab itself. From here on the tier
     /// finds nothing and takes nothing; guests' writes wait for nothing.
     ///
-    /// Blocking I/O, a few seconds of it at most.
+    /// Blocking I/O, six seconds of it at most.
     ///
     /// # Errors
     /// Neither could be written. The tier is in use as before.
-    pub fn abandon(&self) -> Result<(), SsdError> {
+    pub fn abandon(&self) -> Result<Abandoned, SsdError> {
         self.shared.abandon()
     }
 
@@ -394,8 +403,17 @@ impl SsdTier {
     /// and what it says of itself later must not be taken for the last word.
     pub fn let_go(&self) {
         *self.shared.renounced.lock() = true;
-        if self.shared.closed.load(Ordering::Acquire) {
+        if !self.shared.closed.load(Ordering::Acquire) {
+            return;
+        }
+        if !self.shared.device.runs_aside {
             self.shared.device.let_go();
+            return;
+        }
+        let shared = self.shared.clone();
+        if !matches!(within("ssd-let-go", LET_GO, move || shared.device.let_go()), Ok(Some(()))) {
+            let path = self.shared.device.path.display();
+            tracing::warn!(%path, "SSD tier not given up before the process ends: its device does not answer");
         }
     }
 

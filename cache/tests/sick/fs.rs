@@ -3,11 +3,12 @@
 //!
 //! Needs the right to mount. Nothing on the host but `/dev/fuse` takes part, so the kernel's side of each fault (short
 //! reads, `EIO`, requests that never end) is the real one.
+#![allow(dead_code, reason = "no test program asks for all of it")]
 
 use fuser::{
     BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
     INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty, ReplyEntry,
-    ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -30,8 +31,10 @@ pub(crate) enum Fault {
     Full,
     /// Everything fails with EIO, as of a device that was pulled out.
     Gone,
-    /// Nothing is answered until it is over.
+    /// No data is read, written or synced, and no file closed, until it is over.
     Hangs,
+    /// Nothing is answered at all until it is over.
+    Dead,
     /// Reads end before they should.
     Short,
 }
@@ -92,6 +95,8 @@ enum Held {
     Read(INodeNo, u64, u32, ReplyData),
     Write(INodeNo, u64, Vec<u8>, ReplyWrite),
     Sync(ReplyEmpty),
+    /// Not for data.
+    Other(Box<dyn FnOnce(&mut State) + Send>),
 }
 
 #[derive(Default)]
@@ -145,13 +150,22 @@ impl State {
                 None => reply.error(Errno::ENOENT),
             },
             Held::Sync(reply) => reply.ok(),
+            Held::Other(answer) => answer(self),
+        }
+    }
+
+    /// What is asked for beside data.
+    fn ask(&mut self, answer: impl FnOnce(&mut State) + Send + 'static) {
+        match self.fault {
+            Some(Fault::Dead) => self.held.push(Held::Other(Box::new(answer))),
+            _ => answer(self),
         }
     }
 
     fn request(&mut self, request: Held) {
         self.requests += 1;
         match (self.fault, request) {
-            (Some(Fault::Hangs), request) => self.held.push(request),
+            (Some(Fault::Hangs | Fault::Dead), request) => self.held.push(request),
             (Some(Fault::ReadError | Fault::Gone), Held::Read(.., reply)) => reply.error(Errno::EIO),
             (Some(Fault::WriteError | Fault::Gone), Held::Write(.., reply)) => reply.error(Errno::EIO),
             (Some(Fault::WriteError | Fault::Gone), Held::Sync(reply)) => reply.error(Errno::EIO),
@@ -234,18 +248,18 @@ impl Served {
 
 impl Filesystem for Served {
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let state = self.state();
-        match state.names.get(name).and_then(|ino| state.attr(INodeNo(*ino))) {
+        let name = name.to_owned();
+        self.state().ask(move |state| match state.names.get(&name).and_then(|ino| state.attr(INodeNo(*ino))) {
             Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
             None => reply.error(Errno::ENOENT),
-        }
+        });
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.state().attr(ino) {
+        self.state().ask(move |state| match state.attr(ino) {
             Some(attr) => reply.attr(&TTL, &attr),
             None => reply.error(Errno::ENOENT),
-        }
+        });
     }
 
     fn setattr(
@@ -316,8 +330,13 @@ impl Filesystem for Served {
         }
     }
 
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        const FREE: u64 = 1 << 20;
+        self.state().ask(move |_| reply.statfs(FREE, FREE, FREE, FREE, FREE, 4096, 255, 4096));
+    }
+
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::empty());
+        self.state().ask(move |_| reply.opened(FileHandle(0), FopenFlags::empty()));
     }
 
     fn read(
@@ -349,8 +368,13 @@ impl Filesystem for Served {
         self.state().request(Held::Write(ino, offset, data.to_vec(), reply));
     }
 
+    /// At every `close(2)`.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply.ok();
+        let mut state = self.state();
+        match state.fault {
+            Some(Fault::Hangs | Fault::Dead) => state.held.push(Held::Other(Box::new(|_| reply.ok()))),
+            _ => reply.ok(),
+        }
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

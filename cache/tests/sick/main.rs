@@ -14,8 +14,8 @@ use prestage_cache::counters::DiskCounters;
 use prestage_cache::disk::{Disk, local};
 use prestage_cache::engine::{AlignedBuf, Call, EngineMode};
 use prestage_cache::policy::CoreConfig;
-use prestage_cache::ssd::{Clock, SsdOptions, SsdState, SsdTier};
-use prestage_cache::{Cache, CacheConfig, Closing, StorageHandle};
+use prestage_cache::ssd::{Abandoned, Clock, SsdError, SsdOptions, SsdState, SsdTier};
+use prestage_cache::{Cache, CacheConfig, Closing, ResizeError, StorageHandle};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -212,6 +212,75 @@ fn nor_one_that_was_pulled_out() {
 #[test]
 fn nor_one_that_hangs() {
     cache_disk(Fault::Hangs);
+}
+
+/// Its shard, on which two disks are, waits for nothing: neither for what is under way nor for the file to be closed.
+#[test]
+fn one_that_does_not_answer_is_taken_out_and_its_file_is_closed_when_it_does() {
+    for fault in [Fault::Hangs, Fault::Dead] {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, other) = (folder.path().join("store"), folder.path().join("other"));
+        make_store(&store);
+        make_store(&other);
+        let sick = SickFs::mount();
+        let options = || SsdOptions {
+            preallocate: false,
+            veto: Some(folder.path().join("veto")),
+            lineage: Some(folder.path().join("last")),
+            ..SsdOptions::default()
+        };
+        let (slab, size) = (sick.path("slab"), (4 << 20) + 3 * BLOCKS * BLOCK);
+        let (tier, _) = SsdTier::open_with(&slab, size, options()).unwrap();
+        let cache = cache(Some(tier));
+        let (mut guest, mut second) = (Guest::new(open(&cache, &store)), Guest::new(open(&cache, &other)));
+        until("blocks move to the cache disk", || {
+            guest.read_all();
+            second.read_all();
+            cache.ssd_stats().unwrap().used_slots > BLOCKS
+        });
+        sick.fall_ill(fault);
+        if fault == Fault::Dead {
+            assert!(matches!(cache.resize_ssd(2 * size), Err(ResizeError::Ssd(SsdError::NotAnswering { .. }))));
+        }
+        // A read is under way there, or the mark that a write waits for.
+        let read = guest.begin_read(1);
+        let (version, write) = guest.begin_write(2);
+        until("requests hang", || sick.held() > 0);
+        let drained = cache.drain_ssd().unwrap().unwrap();
+        assert_eq!(drained.abandoned, Abandoned::Hangs);
+        assert!(cache.ssd().is_none() && !drained.file.is_gone(), "{fault:?}");
+        assert!(read.wait().unwrap().unwrap() == content(1, 0));
+        write.wait().unwrap().unwrap();
+        guest.versions[2] = version;
+        for block in 0..BLOCKS {
+            guest.try_write(block).unwrap();
+            second.try_write(block).unwrap();
+        }
+        guest.read_all();
+        second.read_all();
+        // A disk is closed, and another opened.
+        cache.close(&second.storage, Closing { drain: Duration::ZERO, parted: true });
+        second.storage = open(&cache, &other);
+        second.read_all();
+        assert!(!drained.file.is_gone(), "{fault:?}");
+
+        sick.recover();
+        until("the file is closed", || drained.file.is_gone());
+        // Nothing of it is believed: not after a crash either.
+        drop(cache.ssd());
+        let (tier, report) = SsdTier::open_with(&slab, size, SsdOptions { empty: true, ..options() }).unwrap();
+        assert_eq!(report.kept_slots, 0);
+        cache.resume_ssd(tier).unwrap();
+        until("the tier is used again", || {
+            guest.read_all();
+            second.read_all();
+            cache.ssd_stats().unwrap().reads > 100
+        });
+        for guest in [&guest, &second] {
+            cache.close(&guest.storage, Closing { drain: Duration::from_secs(5), parted: false });
+        }
+        cache.shutdown();
+    }
 }
 
 /// Two disks on one shard, one of them on a store that falls ill.
