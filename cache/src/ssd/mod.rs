@@ -8,6 +8,7 @@
 //! - `index`, `slots`, `storages`: which block is where, and what is replaced; sans-I/O
 //! - `intents`: which regions are written to, in memory and on disk; sans-I/O
 //! - `checkpoint`: what changed goes to the slab while it is in use
+//! - `closing`: the end of its use in order
 //! - [`Resize`] (`resize`): another size while it is in use
 //! - [`Abandoned`], [`SsdWatch`] (`abandon`): the end of its use while guests are served
 //! - `own`, `veto`, `lineage`: what is known of an earlier run outside of the slab
@@ -28,6 +29,7 @@
 
 mod abandon;
 mod checkpoint;
+mod closing;
 mod device;
 mod error;
 mod foreign;
