@@ -400,6 +400,8 @@ type Known = (Vec<(PathBuf, Stamp)>, Arc<Rules>);
 /// Rules of the configuration as it is, read anew when its files have changed.
 fn read_rules(path: PathBuf, overrides: Vec<String>, user: u32, successor: (PathBuf, Vec<OsString>)) -> ReadRules {
     let mut known: Option<Known> = None;
+    let tier = Config::load(&path, &overrides).ok().and_then(|config| config.cache.ssd_path);
+    let device = tier.filter(|tier| is_device(tier));
     Box::new(move || {
         let files = Config::files(&path).map_err(|error| error.to_string())?;
         let stamps: Vec<_> = files.iter().map(|file| (file.clone(), stamp(file))).collect();
@@ -409,15 +411,16 @@ fn read_rules(path: PathBuf, overrides: Vec<String>, user: u32, successor: (Path
             return Ok(Arc::clone(rules));
         }
         let config = Config::load(&path, &overrides).map_err(|error: ConfigError| error.to_string())?;
-        let rules = Arc::new(Rules { successor: successor.clone(), ..rules(&config, files, user) });
+        let tier_is_device = device.is_some() && device == config.cache.ssd_path;
+        let rules = Arc::new(Rules { successor: successor.clone(), ..rules(&config, files, user, tier_is_device) });
         known = Some((stamps, Arc::clone(&rules)));
         Ok(rules)
     })
 }
 
 /// What the configuration lets the daemon have.
-fn rules(config: &Config, files: Vec<PathBuf>, user: u32) -> Rules {
-    let mut rules = Rules { allowed: config.store.allowed.clone(), user, ..Rules::default() };
+fn rules(config: &Config, files: Vec<PathBuf>, user: u32, tier_is_device: bool) -> Rules {
+    let mut rules = Rules { allowed: config.store.allowed.clone(), user, tier_is_device, ..Rules::default() };
     for disk in &config.disks {
         let Ok(spec) = disk.store.parse::<StoreSpec>() else { continue };
         for (i, image) in spec.chain().enumerate() {
@@ -472,7 +475,7 @@ mod tests {
         let file = tempfile::NamedTempFile::with_suffix(".toml").unwrap();
         fs::write(file.path(), text).unwrap();
         let config = Config::load(file.path(), &[]).unwrap();
-        let rules = rules(&config, vec!["/etc/prestaged.toml".into()], 7);
+        let rules = rules(&config, vec!["/etc/prestaged.toml".into()], 7, false);
         let named = |path: &str, writable| (PathBuf::from(path), writable);
         assert_eq!(rules.named, [named("/srv/top", true), named("/srv/base", false)]);
         assert_eq!(rules.servers, [PathBuf::from("/srv/s")]);

@@ -17,6 +17,8 @@ pub struct Rules {
     pub named: Vec<(PathBuf, bool)>,
     /// The SSD tier's file or device.
     pub tier: Option<PathBuf>,
+    /// It was a device at the start: the daemon writes to that, and not to the folder that its path names.
+    pub tier_is_device: bool,
     /// Unix sockets of NBD servers by name.
     pub servers: Vec<PathBuf>,
     /// Folders below which the images may be read that images say they stand on.
@@ -44,7 +46,7 @@ pub enum Permit<'a> {
     Named,
     /// Links may lead nowhere out of this folder.
     Below(&'a Path),
-    /// Named, in a folder that is the daemon's: no link counts, nor a file with other names.
+    /// Named, in a folder that may be the daemon's: no link of its making counts, nor a file with other names.
     Tier,
 }
 
@@ -104,7 +106,8 @@ impl Rules {
     #[must_use]
     pub fn written(&self) -> Vec<PathBuf> {
         let of_devices = |folder: &Path| folder.starts_with("/dev") && !folder.starts_with("/dev/shm");
-        let tier = self.tier.as_deref().and_then(Path::parent).filter(|folder| !of_devices(folder));
+        let tier = self.tier.as_deref().filter(|_| !self.tier_is_device).and_then(Path::parent);
+        let tier = tier.filter(|folder| !of_devices(folder));
         self.own.iter().cloned().chain(tier.map(Path::to_owned)).collect()
     }
 

@@ -42,12 +42,37 @@ fn named(rules: &Rules, path: &Path) -> Result<File, Refusal> {
                 false => Ok(handle),
             }
         }
-        Err(Astray::Link(link)) => Err(Refusal::rule(format!(
+        Err(astray) => Err(refusal(path, astray)),
+    }
+}
+
+/// Where the path of the SSD tier, or of its folder, leads, without access to it: by the operator's links and udev's, as at the start,
+/// and by none of the daemon's, who may put into that folder what it likes.
+fn tier(rules: &Rules, path: &Path) -> Result<File, Refusal> {
+    let suspect = match Suspect::daemon(rules) {
+        // The folder itself is known by its path without links.
+        Suspect::Confined(folders) => {
+            let place = rules.tier.as_deref().filter(|_| !rules.tier_is_device).and_then(Path::parent);
+            Suspect::Confined(folders.into_iter().chain(place.and_then(|place| place.canonicalize().ok())).collect())
+        }
+        user => user,
+    };
+    let Found { handle, theirs } = follow(path, &suspect).map_err(|astray| refusal(path, astray))?;
+    let is_block = handle.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
+    match theirs && is_block {
+        true => Err(has_names(path)),
+        false => Ok(handle),
+    }
+}
+
+fn refusal(path: &Path, astray: Astray) -> Refusal {
+    match astray {
+        Astray::Link(link) => Refusal::rule(format!(
             "{} on the way to {} is a link in a folder that prestaged writes to, or its own; name what it leads to, or put it elsewhere",
             link.display(),
             path.display()
-        ))),
-        Err(Astray::Os(error)) => Err(Refusal::os(&format!("open {}", path.display()), &error)),
+        )),
+        Astray::Os(error) => Refusal::os(&format!("open {}", path.display()), &error),
     }
 }
 
@@ -69,8 +94,7 @@ fn resolve(rules: &Rules, path: &Path, permit: Permit<'_>) -> Result<File, Refus
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
     let handle = match permit {
         Permit::Named => return named(rules, path),
-        // The daemon may put there what it likes.
-        Permit::Tier => openat2(named(rules, Path::new("/"))?, path, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS)),
+        Permit::Tier => return tier(rules, path),
         Permit::Below(base) => {
             let rest = path.strip_prefix(base).map_err(|_| Refusal::rule("it is not below its folder"))?;
             let how = how.resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -152,7 +176,8 @@ fn find(rules: &Rules, path: &Path, write: bool) -> Result<Store, Refusal> {
         return Err(Refusal { errno: libc::ENOTBLK, reason });
     }
     let mine = || found.is_file() && [0, rules.user].contains(&found.uid()) && is_only_name(&handle).unwrap_or(false);
-    if permit == Ok(Permit::Tier) && !mine() {
+    let tier = permit == Ok(Permit::Tier);
+    if tier && !is_block && !mine() {
         return Err(Refusal::rule(format!("{} is not a file that prestaged made for its SSD tier", path.display())));
     }
     // An allowed folder may have one of the daemon's own in it.
@@ -160,7 +185,7 @@ fn find(rules: &Rules, path: &Path, write: bool) -> Result<Store, Refusal> {
         return Err(has_names(path));
     }
     let failed = |error: &io::Error| Refusal::os(&format!("open {}", path.display()), error);
-    if is_block && !named {
+    if is_block && !named && !tier {
         if !rules.device(&names(path, &real, found.rdev())) {
             return Err(rules.outside(path));
         }

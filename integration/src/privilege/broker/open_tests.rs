@@ -193,7 +193,11 @@ fn of_files_that_are_missing_the_ssd_tiers_alone_is_made_and_nothing_in_its_plac
     assert_eq!(store(&rules, &tier, READ).unwrap_err().errno, libc::ENOENT);
     assert_eq!(store(&rules, &place.path.join("images/other"), WRITE).unwrap_err().errno, libc::ENOENT);
     symlink(place.path.join("elsewhere"), &tier).unwrap();
-    assert_eq!(store(&rules, &tier, WRITE).unwrap_err().errno, libc::ELOOP);
+    let is_refused = |rules: &Rules, path: &Path| {
+        let said = store(rules, path, WRITE).unwrap_err();
+        assert!(said.errno == 0 && said.reason.contains("is a link in a folder that prestaged writes to"), "{said:?}");
+    };
+    is_refused(&rules, &tier);
     assert!(!place.path.join("elsewhere").exists());
     fs::remove_file(&tier).unwrap();
     assert_eq!(store(&rules, &tier, WRITE).unwrap().0, tier);
@@ -204,15 +208,52 @@ fn of_files_that_are_missing_the_ssd_tiers_alone_is_made_and_nothing_in_its_plac
     // What a daemon that was taken over would put in its place.
     fs::remove_file(&tier).unwrap();
     symlink(place.path.join("secret"), &tier).unwrap();
-    assert_eq!(store(&rules, &tier, WRITE).unwrap_err().errno, libc::ELOOP);
+    is_refused(&rules, &tier);
     fs::remove_file(&tier).unwrap();
     fs::hard_link(place.path.join("secret"), &tier).unwrap();
     assert!(store(&rules, &tier, WRITE).unwrap_err().reason.contains("is not a file that prestaged made"));
     symlink(place.path.join("images"), place.path.join("way")).unwrap();
     fs::remove_file(&tier).unwrap();
     let through = Rules { tier: Some(place.path.join("way/tier")), ..place.rules.clone() };
-    assert_eq!(store(&through, &place.path.join("way/tier"), WRITE).unwrap_err().errno, libc::ELOOP);
+    // The operator's own links lead on, and none of the daemon's behind them.
+    let (real, _) = store(&through, &place.path.join("way/tier"), WRITE).unwrap();
+    assert_eq!(real, tier);
+    fs::remove_file(&tier).unwrap();
+    symlink(place.path.join("secret"), &tier).unwrap();
+    is_refused(&through, &place.path.join("way/tier"));
+    fs::remove_file(&tier).unwrap();
+    symlink(place.path.join("images"), place.path.join("images/loop")).unwrap();
+    let looped = Rules { tier: Some(place.path.join("images/loop/tier")), ..place.rules.clone() };
+    is_refused(&looped, &place.path.join("images/loop/tier"));
     assert!(!tier.exists());
+}
+
+/// As udev's links are, which name another device when that took the place of the first.
+#[test]
+fn an_ssd_tiers_device_is_named_by_a_link_that_the_daemon_cannot_have_made() {
+    let place = place();
+    fs::write(place.path.join("images/other"), [1; 4096]).unwrap();
+    let (Some(first), Some(second)) =
+        (Loop::over(&place.path.join("images/disk")), Loop::over(&place.path.join("images/other")))
+    else {
+        println!("SKIPPED: no loop device can be made");
+        return;
+    };
+    let (links, link) = (place.path.join("links"), place.path.join("links/ssd"));
+    fs::create_dir(&links).unwrap();
+    let rules = Rules { tier: Some(link.clone()), tier_is_device: true, user: 7, ..place.rules.clone() };
+    for device in [&first.0, &second.0] {
+        let _ = fs::remove_file(&link);
+        symlink(device, &link).unwrap();
+        assert_eq!(&store(&rules, &link, WRITE).unwrap().0, device);
+        let root = Rules { user: nix::unistd::geteuid().as_raw(), ..rules.clone() };
+        assert_eq!(&store(&root, &link, WRITE).unwrap().0, device);
+        // In a folder that it writes to it may have made the link.
+        let written = Rules { tier_is_device: false, ..root };
+        assert!(store(&written, &link, WRITE).unwrap_err().reason.contains("is a link in a folder"));
+    }
+    std::os::unix::fs::chown(&links, Some(7), None).unwrap();
+    assert!(store(&rules, &link, WRITE).unwrap_err().reason.contains("is a link in a folder"));
 }
 
 #[test]
