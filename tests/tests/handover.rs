@@ -174,6 +174,31 @@ fn a_tier_whose_index_is_still_being_read_changes_hands() {
     bench.finish(1);
 }
 
+/// What an operator took out stays out, whoever serves, and comes back when he says so.
+#[test]
+fn a_daemon_whose_ssd_tier_is_drained_changes_hands() {
+    let mut bench = Bench::new(7);
+    let tier = |daemon: &Prestaged| {
+        let ssd = daemon.ctl(&["cache", "tiers"]).unwrap()["tiers"][1].clone();
+        (ssd["capacity_bytes"].as_u64().unwrap(), ssd["detail"].as_str().unwrap_or_default().to_owned())
+    };
+    bench.daemon.ctl(&["cache", "drain", "--ssd"]).unwrap();
+    for _ in 0..rounds(2) {
+        bench.daemon.hand_over().unwrap();
+        bench.wait_answers();
+        let (capacity, detail) = tier(&bench.daemon);
+        assert!(capacity == 0 && detail.starts_with("drained by an operator at 20"), "{detail}");
+    }
+    bench.daemon.ctl(&["cache", "resume", "--ssd"]).unwrap();
+    bench.wait_answers();
+    bench.daemon.hand_over().unwrap();
+    bench.wait_answers();
+    let (capacity, detail) = tier(&bench.daemon);
+    assert!(capacity > 0 && detail.is_empty(), "{detail}");
+    assert_eq!(bench.daemon.said("no SSD tier").unwrap(), 0, "{}", bench.daemon.last_words());
+    bench.finish(1);
+}
+
 #[test]
 fn a_disk_in_qcow2_format_changes_hands() {
     let (scratch, raw) = blank();
