@@ -292,11 +292,16 @@ pub enum CacheCommand {
         long_about = "Take tiers out of service while guests are served, until `cache resume`: the RAM tier gives its memory back; the SSD \
         tier's file or device is closed, so that it can be unmounted or replaced. What they hold is forgotten; it is all in the stores too, from which guests \
         are served meanwhile. A restart leaves them out as well, unless the configuration names another file or device by then. `cache tiers` and `status` \
-        say since when; health stays ok."
+        say since when, and what was wrong with it; health stays ok. The answer comes within some ten seconds: where the SSD tier's device does not \
+        answer, the tier is out of service and its file not closed yet, which the answer says, as do `cache tiers` and `status` until it is."
     )]
     Drain(ServiceArgs),
     /// Bring tiers back into service, empty, as large as they were; also an SSD tier that could not be opened
-    Resume(ServiceArgs),
+    #[command(
+        long_about = "Bring tiers back into service, empty, as large as they were; also an SSD tier that could not be opened. Where the SSD tier's \
+        file lay on a mount point of its own, and nothing is mounted there, that is refused: it would be made anew on the file system above."
+    )]
+    Resume(ResumeArgs),
     /// Take blocks out of the cache, of all disks unless --disk names one; no guest data is lost
     Drop {
         /// From which tier
@@ -319,6 +324,15 @@ pub struct ResizeArgs {
     pub ssd: Option<u64>,
     /// Also a RAM tier of more than 90 % of the host's memory
     #[arg(long, requires = "ram")]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    pub which: ServiceArgs,
+    /// Also where nothing is mounted that the SSD tier's file lay on when it was taken out: it is made there, on what is mounted above
+    #[arg(long, requires = "ssd")]
     pub force: bool,
 }
 

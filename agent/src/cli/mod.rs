@@ -49,7 +49,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use args::{
-    CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, ResizeArgs, ServiceArgs, TraceCommand, VmCommand,
+    CacheCommand, Command, ConfigCommand, DiskCommand, ProfileCommand, ResizeArgs, ResumeArgs, ServiceArgs,
+    TraceCommand, VmCommand,
 };
 pub use args::{Cli, DEFAULT_SOCKET};
 use stat::StatArgs;
@@ -269,11 +270,11 @@ async fn cache(command: CacheCommand, client: &Client, json: bool, out: &mut imp
             answer(out, json, &client.post::<Resized>("/v1/cache/resize", &request).await?, tiers::resized)
         }
         CacheCommand::Drain(ServiceArgs { ram, ssd }) => {
-            let request = ServiceRequest { ram, ssd };
+            let request = ServiceRequest { ram, ssd, force: false };
             answer(out, json, &client.post::<Service>("/v1/cache/drain", &request).await?, tiers::service)
         }
-        CacheCommand::Resume(ServiceArgs { ram, ssd }) => {
-            let request = ServiceRequest { ram, ssd };
+        CacheCommand::Resume(ResumeArgs { which: ServiceArgs { ram, ssd }, force }) => {
+            let request = ServiceRequest { ram, ssd, force };
             answer(out, json, &client.post::<Service>("/v1/cache/resume", &request).await?, tiers::service)
         }
         CacheCommand::Drop { tier, disk } => {

@@ -156,7 +156,7 @@ fn recovery(recovery: &Recovery) -> Option<String> {
         SlabFound::Created => return None,
         SlabFound::Clean => "after a clean stop",
         SlabFound::Recovered => "after a crash",
-        SlabFound::Unclean => "after a crash of a version that keeps no records",
+        SlabFound::Unclean => "of a file whose content did not count any more, as after `cache drain`",
         SlabFound::Vetoed => "after it had been out of service",
         SlabFound::Damaged => "from a damaged file",
     };

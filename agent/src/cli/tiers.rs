@@ -39,9 +39,16 @@ fn state(tier: &TierService) -> String {
     match (tier.in_service, tier.tier, tier.closed) {
         (true, ..) => format!("{name} tier in service, {size}\n"),
         (false, TierName::Ram, _) => format!("{name} tier out of service, {size} given back\n"),
-        (false, TierName::Ssd, Some(false)) => format!(
-            "{name} tier out of service; {path} is closed as soon as its device, or a store with a write under way, has answered: ask again\n"
-        ),
+        (false, TierName::Ssd, Some(false)) => {
+            let why = match tier.hangs {
+                true => "its device does not answer",
+                false => "its device, or a store with a write under way, has not answered yet",
+            };
+            format!(
+                "{name} tier out of service, and on record as that; {path} is NOT closed, since {why}: do not unmount or remove it before \
+                 `prestagectl cache drain --ssd` says that it is closed\n"
+            )
+        }
         (false, TierName::Ssd, _) => format!("{name} tier out of service; {path} is closed\n"),
     }
 }

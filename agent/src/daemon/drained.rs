@@ -37,6 +37,21 @@ pub(super) struct DrainedSsd {
     pub(super) since_unix_ms: u64,
     /// As the configuration has it. One with another path means another tier, which nobody took out.
     pub(super) path: PathBuf,
+    /// The mount point that its file lay on. None: it was a device, was not in use, or an earlier version wrote this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) mount: Option<PathBuf>,
+    /// What was wrong with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) was_failing: Option<String>,
+}
+
+impl DrainedSsd {
+    /// What is said of it; `open`: why its file is not closed.
+    pub(super) fn words(&self, open: Option<&str>) -> String {
+        let open = open.map(|why| format!("; {why}")).unwrap_or_default();
+        let failing = self.was_failing.as_ref().map(|why| format!("; was failing: {why}")).unwrap_or_default();
+        Drained::words(self.since_unix_ms, "ssd") + &open + &failing
+    }
 }
 
 impl Drained {
@@ -54,7 +69,7 @@ impl Drained {
                 "it cannot be read which tiers an operator took out of service; the SSD tier stays out until `prestagectl cache resume --ssd`"
             );
             let path = config.cache.ssd_path.clone().unwrap_or_default();
-            Drained { ram: None, ssd: Some(DrainedSsd { since_unix_ms: 0, path }) }
+            Drained { ram: None, ssd: Some(DrainedSsd { path, ..DrainedSsd::default() }) }
         });
         drained.ssd = drained.ssd.filter(|ssd| Some(&ssd.path) == config.cache.ssd_path.as_ref());
         drained
@@ -150,7 +165,12 @@ mod tests {
         let at = folder.path();
         let here = config(at, Some("/cache/a"));
         assert_eq!(Drained::load(&here), Drained::default());
-        let ssd = DrainedSsd { since_unix_ms: 1_795_362_000_000, path: "/cache/a".into() };
+        let ssd = DrainedSsd {
+            since_unix_ms: 1_795_362_000_000,
+            path: "/cache/a".into(),
+            mount: Some("/cache".into()),
+            was_failing: Some("it fails".into()),
+        };
         let both = Drained { ram: Some(7), ssd: Some(ssd) };
         both.save(at).unwrap();
         assert_eq!(Drained::load(&here), both);
@@ -200,13 +220,21 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let here = config(folder.path(), Some("/cache/a"));
         for (since, found) in [(LAST_UNIX_MS, LAST_UNIX_MS), (LAST_UNIX_MS + 1, 0), (u64::MAX, 0)] {
-            let ssd = DrainedSsd { since_unix_ms: since, path: "/cache/a".into() };
+            let ssd = DrainedSsd { since_unix_ms: since, path: "/cache/a".into(), ..DrainedSsd::default() };
             Drained { ram: Some(since), ssd: Some(ssd) }.save(folder.path()).unwrap();
             let drained = Drained::load(&here);
             assert_eq!((drained.ram, drained.ssd.unwrap().since_unix_ms), (Some(found), found));
         }
         assert!(Drained::words(LAST_UNIX_MS, "ram").contains("at 9999-12-31 23:59 UTC;"));
         assert!(Drained::words(u64::MAX, "ram").starts_with("drained by an operator;"));
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_version_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(NAME), "{\"ssd\":{\"since_unix_ms\":7,\"path\":\"/cache/a\"}}").unwrap();
+        let wanted = DrainedSsd { since_unix_ms: 7, path: "/cache/a".into(), ..DrainedSsd::default() };
+        assert_eq!(Drained::load(&config(folder.path(), Some("/cache/a"))).ssd, Some(wanted));
     }
 
     #[test]
@@ -217,5 +245,10 @@ mod tests {
             "drained by an operator at 2026-11-22 15:40 UTC; `prestagectl cache resume --ssd` brings it back, empty"
         );
         assert!(Drained::words(0, "ssd").starts_with("drained by an operator;"));
+        let failing = DrainedSsd { was_failing: Some("it fails".into()), ..DrainedSsd::default() };
+        let said = failing.words(None);
+        assert!(said.ends_with("brings it back, empty; was failing: it fails"), "{said}");
+        let said = failing.words(Some("it is open"));
+        assert!(said.ends_with("brings it back, empty; it is open; was failing: it fails"), "{said}");
     }
 }

@@ -6,11 +6,12 @@
 use super::handover::{self, Gate, Invitation, Legacy, Locks, Successor};
 use super::run::add_outcomes;
 use super::{Disks, Shared};
+use prestage_cache::ssd::SsdTier;
 use prestage_integration::export::ExportState;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,9 @@ const SHARDS_END: Duration = Duration::from_millis(600);
 /// How long the SSD tier may take to write down what it holds while guests are still served. A store that hangs has it wait for
 /// longer; then there is more to write when they wait.
 const CHECKPOINT: Duration = Duration::from_secs(2);
+/// How long the cache may make no way at its end: a device or a store that hangs is left to itself then. What guests were told is in
+/// the stores has been there before; the SSD tier's slab is one in use until its very last write.
+const CACHE_STUCK: Duration = Duration::from_secs(12);
 /// How long the database may take over its last writes.
 const DATABASE_CLOSE: Duration = Duration::from_secs(10);
 
@@ -63,7 +67,25 @@ impl Threads {
     /// Ends what disks stand on.
     fn end(self, daemon: &Shared) {
         self.end_learner(daemon);
-        daemon.cache.shutdown();
+        let (cache, (done, ended)) = (daemon.cache.clone(), std::sync::mpsc::channel());
+        std::thread::spawn(move || {
+            cache.shutdown();
+            let _ = done.send(());
+        });
+        let tier = daemon.cache.ssd();
+        let answers = || tier.as_ref().map_or(0, SsdTier::answers);
+        let mut before = answers();
+        while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(CACHE_STUCK) {
+            let now = answers();
+            if now == before {
+                tracing::error!(
+                    "the SSD tier's device or a store does not answer, and is not waited for any longer; the next start has of the SSD tier \
+                     what its last checkpoint vouches for"
+                );
+                break;
+            }
+            before = now;
+        }
         Self::close_database(daemon);
     }
 

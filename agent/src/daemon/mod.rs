@@ -17,7 +17,7 @@
 //! - `check.rs`: files that the configuration names
 //! - `webhooks.rs`: who is told
 //! - `templates.rs`: templates saved, clones started
-//! - `tiers.rs`: other sizes for the tiers, out of service and back; `drained.rs`: what is out, on record
+//! - `tiers.rs`: other sizes for the tiers; `service.rs`: out of service and back; `drained.rs`: what is out, on record; `mounts.rs`: what is mounted where
 //! - `machines.rs`: libvirt: attach, detach, and disks that nobody needs any more
 
 mod check;
@@ -30,6 +30,7 @@ mod handover;
 mod history;
 mod machines;
 mod models;
+mod mounts;
 mod programs;
 mod qsd;
 mod questions;
@@ -38,6 +39,7 @@ mod reload;
 mod report;
 mod rows;
 mod run;
+mod service;
 mod sizes;
 mod templates;
 mod tiers;

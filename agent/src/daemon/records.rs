@@ -42,7 +42,8 @@ fn tell_found(path: &Path, report: &OpenReport) {
         ),
         Found::Unclean => tracing::warn!(
             %path,
-            "SSD tier starts empty: a prestaged that keeps no records while it runs was not stopped cleanly"
+            "SSD tier starts empty: its file says that nothing in it counts, as after `cache drain`, a write that came after it was closed, or \
+             a crash of a prestaged that keeps no records while it runs"
         ),
         Found::Vetoed => tracing::warn!(
             %path, "SSD tier starts empty: its device had failed before prestaged was cut off"

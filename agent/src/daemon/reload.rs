@@ -7,7 +7,8 @@
 use super::check::{self, Fits};
 use super::drained::minute;
 use super::run::{Options, SetLog, budget, open_missing, refresh_sizes};
-use super::tiers::{Sizes, change_sizes, try_again};
+use super::service::try_again;
+use super::tiers::{Sizes, change_sizes};
 use super::{Shared, learner_settings, machines, models, webhooks};
 use crate::config::{Change, Config, diff, reloaded};
 use crate::learner::run::unix_ms;
@@ -30,6 +31,11 @@ pub(super) struct Reloads {
 impl Reloads {
     fn refuse(&mut self, why: String) {
         self.refused = Some((unix_ms(), why));
+    }
+
+    /// The change of a key that waits for a restart.
+    pub(super) fn waits(&self, key: &str) -> Option<String> {
+        self.waiting.iter().find(|change| change.split(' ').next() == Some(key)).cloned()
     }
 
     /// What is said of a configuration that is not in effect.

@@ -4,6 +4,7 @@ use super::Daemon;
 use super::disks::{Entry, Served};
 use super::drained::Drained;
 use super::qsd::Qsd;
+use super::service::Open;
 use crate::config::Config;
 use crate::learner::HeldProfile;
 use crate::nbd::NbdExport;
@@ -332,7 +333,7 @@ impl Daemon {
     }
 
     /// Why the SSD tier does not work although it is configured and nobody took it out of service.
-    fn ssd_reason(&self) -> Option<String> {
+    pub(super) fn ssd_reason(&self) -> Option<String> {
         if let Some(reason) = &*self.ssd_trouble.lock() {
             return Some(reason.clone());
         }
@@ -344,10 +345,10 @@ impl Daemon {
 
     /// What is said of a tier that an operator took out of service.
     fn drained(&self, tier: TierName) -> Option<String> {
-        let drained = self.tiers.now().drained;
+        let now = self.tiers.now();
         match tier {
-            TierName::Ram => Some(Drained::words(drained.ram?, "ram")),
-            TierName::Ssd => Some(Drained::words(drained.ssd?.since_unix_ms, "ssd")),
+            TierName::Ram => Some(Drained::words(now.drained.ram?, "ram")),
+            TierName::Ssd => Some(now.drained.ssd.as_ref()?.words(now.still_open().map(Open::words))),
         }
     }
 

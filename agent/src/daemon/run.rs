@@ -10,7 +10,8 @@ use super::drained::Drained;
 use super::end::{Threads, hand_over, shut_down};
 use super::handover::{self, Gate, Invitation, Locks};
 use super::questions::Questions;
-use super::tiers::{Tiers, look_for_file, ssd_words, with_ways};
+use super::service::{look_for_file, with_ways};
+use super::tiers::{Tiers, ssd_words};
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models, reload};
 use crate::config::{Config, ConfigError, Engine, HugePages, RateLimit};
 use crate::demand::run::Demand;
@@ -234,7 +235,14 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
                 ended = Err(RunError::BrokerLost);
                 break None;
             }
-            _ = hangup.recv() => reload::reload(&daemon, &options, &set_log).await,
+            _ = hangup.recv() => {
+                // A store or a device that does not answer keeps nobody from stopping.
+                tokio::select! {
+                    () = reload::reload(&daemon, &options, &set_log) => {}
+                    _ = terminate.recv() => break None,
+                    _ = interrupt.recv() => break None,
+                }
+            }
             _ = upgrade.recv() => {
                 if let Err(error) = invitation.newest() {
                     tracing::warn!(%error, "no successor could be started; this prestaged goes on serving");
@@ -511,7 +519,7 @@ fn open_ssd(config: &Config, drained: &Drained) -> (Option<SsdTier>, Option<Stri
     let (tier, trouble) = match &drained.ssd {
         None => try_ssd(config),
         Some(ssd) => {
-            tracing::warn!(path = %ssd.path.display(), "SSD tier: {}", Drained::words(ssd.since_unix_ms, "ssd"));
+            tracing::warn!(path = %ssd.path.display(), "SSD tier: {}", ssd.words(None));
             (None, None)
         }
     };
@@ -608,17 +616,29 @@ pub(super) async fn refresh_sizes(daemon: &Shared, ask_servers: bool) {
     }
 }
 
+/// Looks regularly at what may have changed by itself. Each of these may have to wait for a store that does not answer; none of them
+/// waits for another, nor for those of an earlier look, which pass over the store that somebody waits for.
 async fn keep_trying(daemon: Shared) {
+    let mut looks = tokio::task::JoinSet::new();
+    let mut following = None::<tokio::task::AbortHandle>;
     loop {
         tokio::time::sleep(RETRY).await;
+        while looks.try_join_next().is_some() {}
+        look_for_file(&daemon);
         if daemon.disks.list().iter().any(|entry| entry.state.is_err()) {
-            open_missing(&daemon).await;
+            let daemon = daemon.clone();
+            looks.spawn(async move { open_missing(&daemon).await });
         }
-        refresh_sizes(&daemon, false).await;
-        look_for_file(&daemon).await;
-        // Changes that waited for a machine to stop.
-        if let Err(error) = machines::follow_config(&daemon).await {
-            tracing::debug!(%error, "disks of the configuration not brought into line");
+        let sizes = daemon.clone();
+        looks.spawn(async move { refresh_sizes(&sizes, false).await });
+        if following.as_ref().is_none_or(tokio::task::AbortHandle::is_finished) {
+            let daemon = daemon.clone();
+            following = Some(looks.spawn(async move {
+                // Changes that waited for a machine to stop.
+                if let Err(error) = machines::follow_config(&daemon).await {
+                    tracing::debug!(%error, "disks of the configuration not brought into line");
+                }
+            }));
         }
     }
 }

@@ -170,7 +170,13 @@ impl TierControl for Fake {
         self.note(format!("drain {request:?}"));
         let ram = TierService { size_bytes: 1 << 30, ..TierService::default() };
         let path = Some("/dev/nvme0n1".to_owned());
-        let ssd = TierService { tier: TierName::Ssd, path, closed: Some(request.ram), ..TierService::default() };
+        let ssd = TierService {
+            tier: TierName::Ssd,
+            path,
+            closed: Some(request.ram),
+            hangs: !request.ram,
+            ..TierService::default()
+        };
         done(Ok(Service { tiers: if request.ram { vec![ram, ssd] } else { vec![ssd] } }))
     }
 

@@ -280,11 +280,14 @@ ram   128 MiB  web1-vda  nbd:tcp:store:10809:web1
     prints(
         &daemon,
         &["cache", "drain", "--ssd"],
-        "ssd tier out of service; /dev/nvme0n1 is closed as soon as its device, or a store with a write under way, has answered: ask again\n",
+        "ssd tier out of service, and on record as that; /dev/nvme0n1 is NOT closed, since its device does not answer: do not unmount or \
+         remove it before `prestagectl cache drain --ssd` says that it is closed\n",
     );
     prints(&daemon, &["cache", "resume", "--ram"], "ram tier in service, 1.0 GiB\n");
+    prints(&daemon, &["cache", "resume", "--ssd", "--force"], "ram tier in service, 1.0 GiB\n");
     let asked = daemon.control.asked.lock().clone();
-    assert_eq!(asked[5], "resume ServiceRequest { ram: true, ssd: false }");
+    assert_eq!(asked[5], "resume ServiceRequest { ram: true, ssd: false, force: false }");
+    assert_eq!(asked[6], "resume ServiceRequest { ram: false, ssd: true, force: true }");
     assert_eq!(
         asked[2],
         "resize ResizeRequest { ram_bytes: Some(2147483648), ssd_bytes: Some(1073741824), force: false }"

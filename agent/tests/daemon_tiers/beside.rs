@@ -58,3 +58,39 @@ fn a_reload_beside_a_drain_is_lost_on_neither_tier_nor_guest() {
     drop(guest);
     host.stop();
 }
+
+/// A tier that could not be opened is tried again by a reload and by an operator at once: it is opened once, and both are right.
+#[test]
+fn a_reload_beside_a_resume_opens_one_tier() {
+    let mut host = Host::new();
+    let folder = host.path("cache");
+    let config = format!("ssd_path = \"{}\"\nssd_size = \"64MiB\"\n", folder.join("ssd").display());
+    for round in 0..4_u64 {
+        // No folder can be made of it.
+        std::fs::write(&folder, "").unwrap();
+        host.start(&config);
+        let mut guest = match round {
+            0 => disk(&host, 100),
+            _ => Guest::start(&host, "d"),
+        };
+        assert!(host.does(&["status"]).contains("health:     DEGRADED"), "{}", host.does(&["status"]));
+        std::fs::remove_file(&folder).unwrap();
+        std::fs::create_dir(&folder).unwrap();
+        let said = std::thread::scope(|scope| {
+            let operator = scope.spawn(|| host.does(&["cache", "resume", "--ssd"]));
+            let said = host.reload();
+            guest.write_all(round * 65536, &pattern(2000 + round));
+            check(&mut guest, 50..100);
+            assert!(operator.join().unwrap().contains("ssd tier in service"));
+            said
+        });
+        assert!(said.contains("configuration reloaded") && !said.contains("still no SSD tier"), "{said}");
+        assert!(host.does(&["status"]).contains("health:     ok"), "{}", host.does(&["status"]));
+        assert_eq!(host.log().matches("SSD tier in service again").count() as u64, round + 1);
+        assert!(sizes(&host)[1] > 0);
+        check(&mut guest, 50..100);
+        drop(guest);
+        host.stop();
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -69,6 +69,9 @@ pub struct ServiceRequest {
     pub ram: bool,
     #[serde(default)]
     pub ssd: bool,
+    /// Brought back also where nothing is mounted that the SSD tier's file lay on when it was taken out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 impl ServiceRequest {
@@ -94,9 +97,13 @@ pub struct TierService {
     /// File or device of the SSD tier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// Out of service: prestaged has it closed. If not, a device or a store with a write under way has not answered yet.
+    /// Out of service: prestaged has it closed. If not, a device or a store with a write under way has not answered yet, and it is not
+    /// to be unmounted or removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<bool>,
+    /// Its device did not answer when it was to take note that what it holds counts no more. The next start knows it all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hangs: bool,
 }
 
 /// The tiers that were named.
@@ -110,7 +117,8 @@ pub trait TierControl {
     /// All that was asked for, or nothing.
     /// Errors: `InvalidRequest` (a size that cannot be), `NoSpace`, `InUse` (blocks that are still being read), `Unavailable`.
     fn cache_resize(&self, request: ResizeRequest) -> Reply<'_, Resized>;
-    /// Takes tiers out of service until they are brought back, over restarts too; what they hold is forgotten.
+    /// Takes tiers out of service until they are brought back, over restarts too; what they hold is forgotten. Answers within some
+    /// seconds whatever their device does.
     /// Errors: `InUse` (blocks that are still being read), `Unavailable` (there is no such tier, or it cannot be put on record).
     fn cache_drain(&self, request: ServiceRequest) -> Reply<'_, Service>;
     /// Brings tiers back into service, empty; also an SSD tier that could not be opened at the start.

@@ -168,7 +168,8 @@ pub enum SlabFound {
     Clean,
     /// Cut off by a crash or a loss of power.
     Recovered,
-    /// Left by a program that keeps no records while it runs: dropped.
+    /// It says that nothing in it counts: taken out of service, written to after it was closed, or left by a program that keeps no
+    /// records while it runs.
     Unclean,
     /// Its device had failed when it mattered: dropped.
     Vetoed,
