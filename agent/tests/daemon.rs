@@ -8,6 +8,8 @@ mod front;
 mod guest;
 #[path = "daemon_host/mod.rs"]
 mod host;
+#[path = "daemon_places/mod.rs"]
+mod places;
 #[path = "daemon_sizes/mod.rs"]
 mod sizes;
 #[path = "daemon_tiers/mod.rs"]

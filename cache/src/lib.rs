@@ -24,4 +24,4 @@ pub mod policy;
 pub mod ssd;
 pub mod types;
 
-pub use cache::{Cache, CacheConfig, Closing, DrainedTier, OpenError, ResizeError, Resized, StorageHandle};
+pub use cache::{Cache, CacheConfig, Closing, DrainedTier, Looked, OpenError, ResizeError, Resized, StorageHandle};

@@ -9,7 +9,7 @@
 //! - `handover.rs`: a new prestaged takes over from the one that runs
 //! - `models.rs`: models and thresholds
 //! - `demand.rs`: policies, forecasts, decisions, promises; `programs.rs`: what is known of programs
-//! - `sizes.rs`: disks that become larger
+//! - `places.rs`: stores that are deleted, replaced or moved while they are served; `sizes.rs`: disks that become larger
 //! - `records.rs`: the SSD tier's records are read, and what was found is said
 //! - `reload.rs`: a changed configuration, applied whole or not at all
 //! - `report.rs`: state as the API words it
@@ -31,6 +31,7 @@ mod history;
 mod machines;
 mod models;
 mod mounts;
+mod places;
 mod programs;
 mod qsd;
 mod questions;
@@ -83,6 +84,7 @@ struct Daemon {
     learner: LearnerHandle,
     models: ModelsHandle,
     disks: Disks,
+    looking: places::Looking,
     questions: Questions,
     hypervisor: Option<Hypervisor>,
     templates: templates::Templates,

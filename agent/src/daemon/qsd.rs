@@ -9,7 +9,8 @@
 
 use crate::config::Config;
 use parking_lot::{Condvar, Mutex};
-use prestage_cache::backend::{NbdAddress, Need, StoreSpec, needs};
+use prestage_cache::Looked;
+use prestage_cache::backend::{Astray, FileId, NbdAddress, Need, StoreSpec, look_for, needs};
 use prestage_integration::privilege::images::{EXPORT, PROGRAM, Process, find_key, start};
 use prestage_integration::privilege::protocol::{Chain, Encryption, Image};
 use std::fs::File;
@@ -53,6 +54,16 @@ pub(super) struct Qsd {
     why: String,
     shared: Arc<Shared>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
+    known: Mutex<Known>,
+}
+
+/// Which files it has open, as far as is known.
+#[derive(Clone, Debug, Default)]
+struct Known {
+    /// Of which start this is; the next one opens them anew.
+    starts: u32,
+    files: Vec<(PathBuf, FileId)>,
+    astray: Option<Astray>,
 }
 
 #[derive(Debug, Default)]
@@ -108,9 +119,13 @@ impl Qsd {
         let supervisor = supervisor.map_err(|error| failed(error.to_string()))?;
         let spec = StoreSpec::Nbd { address: NbdAddress::Unix(socket.clone()), export: EXPORT.to_owned() };
         let files = chain.chain().filter_map(path_of).map(Path::to_owned).collect();
-        let qsd = Qsd { spec, files, why: why.clone(), shared, supervisor: Mutex::new(Some(supervisor)) };
+        let supervisor = Mutex::new(Some(supervisor));
+        let qsd = Qsd { spec, files, why: why.clone(), shared, supervisor, known: Mutex::default() };
         match qsd.wait_for(&socket) {
-            Ok(()) => Ok(qsd),
+            Ok(()) => {
+                qsd.look_for_files();
+                Ok(qsd)
+            }
             Err(reason) => Err(failed(reason)),
         }
     }
@@ -118,6 +133,29 @@ impl Qsd {
     /// The files that it shows, by whose times a change while nobody watched is seen.
     pub(super) fn files(&self) -> &[PathBuf] {
         &self.files
+    }
+
+    /// Looks whether the images' paths still lead to the files that it has open. Blocks for as long as their file systems do. `None`
+    /// where it has just been started: those are the files from then on.
+    pub(super) fn look_for_files(&self) -> Option<(Looked, u32)> {
+        let (starts, pid) = {
+            let state = self.shared.state.lock();
+            (state.starts, state.pid?)
+        };
+        let Known { starts: known, files, astray: before } = self.known.lock().clone();
+        if known != starts {
+            let found = self.files.iter().filter_map(|file| Some((file.clone(), FileId::at(file).ok()??)));
+            *self.known.lock() = Known { starts, files: found.collect(), astray: None };
+            return None;
+        }
+        let now = files.iter().find_map(|(file, was)| look_for(file, *was).ok()?);
+        self.known.lock().astray.clone_from(&now);
+        Some((Looked { before, now }, pid))
+    }
+
+    /// What the last look has found, and the process that has the file open.
+    pub(super) fn astray(&self) -> Option<(Astray, u32)> {
+        Some((self.known.lock().astray.clone()?, self.shared.state.lock().pid?))
     }
 
     /// Where it offers the image.

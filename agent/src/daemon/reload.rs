@@ -166,7 +166,7 @@ async fn apply(daemon: &Shared, new: Config, set_log: &SetLog) -> Result<(), Str
     }
     open_missing(daemon).await;
     try_again(daemon).await;
-    refresh_sizes(daemon, true).await;
+    refresh_sizes(daemon).await;
     let needs_restart = changes.iter().filter(|change| change.needs_restart).count();
     tracing::info!(applied = changes.len() - needs_restart, needs_restart, "configuration reloaded");
     Ok(())

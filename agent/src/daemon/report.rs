@@ -3,6 +3,7 @@
 use super::Daemon;
 use super::disks::{Entry, Served};
 use super::drained::Drained;
+use super::places;
 use super::qsd::Qsd;
 use super::service::Open;
 use crate::config::Config;
@@ -103,7 +104,9 @@ fn disk_state(entry: &Entry) -> DiskState {
         Ok(served) => {
             let size = Some(served.size_trouble.lock().clone()).filter(|trouble| !trouble.is_empty());
             let qemu = served.qemu.as_ref().and_then(Qsd::trouble);
-            let trouble = qemu.or_else(|| served.storage.chain().find_map(StorageHandle::trouble)).or(size);
+            // A store that is about to be lost comes first.
+            let trouble = places::astray(served).or(qemu);
+            let trouble = trouble.or_else(|| served.storage.chain().find_map(StorageHandle::trouble)).or(size);
             DiskState {
                 connected: entry.is_connected(),
                 queues: served.runner.rings(),

@@ -9,6 +9,7 @@ use super::disks::Definition;
 use super::drained::Drained;
 use super::end::{Threads, hand_over, shut_down};
 use super::handover::{self, Gate, Invitation, Locks};
+use super::places::{Looking, look_at_stores};
 use super::questions::Questions;
 use super::service::{look_for_file, with_ways};
 use super::tiers::{Tiers, ssd_words};
@@ -466,6 +467,7 @@ fn start(config: Config, sandbox: Arc<Sandbox>) -> Result<(Shared, Threads), Run
         learner,
         models,
         disks: Disks::new(),
+        looking: Looking::default(),
         questions: Questions::default(),
         hypervisor,
         templates: Default::default(),
@@ -609,9 +611,9 @@ pub(super) async fn open_missing(daemon: &Shared) {
     }
 }
 
-pub(super) async fn refresh_sizes(daemon: &Shared, ask_servers: bool) {
+pub(super) async fn refresh_sizes(daemon: &Shared) {
     let shared = daemon.clone();
-    if let Err(error) = control::blocking(move || shared.disks.refresh_sizes(&shared.host(), ask_servers)).await {
+    if let Err(error) = control::blocking(move || shared.disks.refresh_sizes(&shared.host())).await {
         tracing::error!(%error, "sizes of the stores not asked for");
     }
 }
@@ -629,8 +631,7 @@ async fn keep_trying(daemon: Shared) {
             let daemon = daemon.clone();
             looks.spawn(async move { open_missing(&daemon).await });
         }
-        let sizes = daemon.clone();
-        looks.spawn(async move { refresh_sizes(&sizes, false).await });
+        look_at_stores(&daemon);
         if following.as_ref().is_none_or(tokio::task::AbortHandle::is_finished) {
             let daemon = daemon.clone();
             following = Some(looks.spawn(async move {

@@ -1,6 +1,6 @@
 //! Sizes of disks: stores that somebody has made larger, and those that are made larger from here, while guests use them.
 //!
-//! - [`Disks::refresh_sizes`]: the regular look
+//! - [`Disks::refresh_size`]: the regular look; [`Disks::refresh_sizes`]: at all, when a reload asks for it
 //! - [`Disks::resize`]: an operator's order
 //!
 //! A guest is told of a size once its store has it. Nothing here makes a store smaller.
@@ -24,25 +24,29 @@ struct Look {
 }
 
 impl Disks {
-    /// Asks stores for their size and tells the guests of those that have grown. Blocks. Asking an NBD server takes a new
-    /// connection, so that is only done when somebody wants it (`ask_servers`).
-    pub(super) fn refresh_sizes(&self, host: &Host, ask_servers: bool) {
+    /// Asks all stores for their size, servers too, and tells the guests of those that have grown. Blocks.
+    pub(super) fn refresh_sizes(&self, host: &Host) {
         for entry in self.list() {
-            let Ok(served) = &entry.state else { continue };
-            if !ask_servers && !["file:", "qcow2:"].iter().any(|scheme| served.storage.identity().starts_with(scheme)) {
-                continue;
-            }
-            // Whoever is at it tells what there is to tell.
-            let Some(_alone) = served.sizing.try_lock() else { continue };
-            let name = &entry.definition.name;
-            if let Err(error) = look(host, name, served) {
-                // Every few seconds the same: loud once, and in `status` for as long as it lasts.
-                let text = error.to_string();
-                let mut told = served.size_trouble.lock();
-                if *told != text {
-                    tracing::warn!(disk = name, %error, "the store's size");
-                    *told = text;
-                }
+            self.refresh_size(host, &entry, true);
+        }
+    }
+
+    /// The same of one disk. Asking an NBD server takes a new connection, so that is only done when somebody wants it (`ask_servers`).
+    pub(super) fn refresh_size(&self, host: &Host, entry: &Entry, ask_servers: bool) {
+        let Ok(served) = &entry.state else { return };
+        if !ask_servers && !["file:", "qcow2:"].iter().any(|scheme| served.storage.identity().starts_with(scheme)) {
+            return;
+        }
+        // Whoever is at it tells what there is to tell.
+        let Some(_alone) = served.sizing.try_lock() else { return };
+        let name = &entry.definition.name;
+        if let Err(error) = look(host, name, served) {
+            // Every few seconds the same: loud once, and in `status` for as long as it lasts.
+            let text = error.to_string();
+            let mut told = served.size_trouble.lock();
+            if *told != text {
+                tracing::warn!(disk = name, %error, "the store's size");
+                *told = text;
             }
         }
     }

@@ -15,13 +15,13 @@
 use super::device::{self, Content, Opened};
 use super::error::StoreError;
 use super::gate::{Drain, Gate, UnderWay};
-use super::{Backend, Extent, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
+use super::{Backend, Extent, OpenFile, PAGE, StoreInfo, StoreOptions, Transfer, check_range};
 use crate::engine::aside::{AsideFile, OpenMark};
 use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Semaphore, Shard, bufs};
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,6 +48,8 @@ pub(super) struct FileBackend {
 struct Inner {
     shard: Shard,
     identity: String,
+    /// As it was asked for, with its links.
+    asked: PathBuf,
     content: Content,
     files: RefCell<Option<Files>>,
     /// Somebody else has it for as long as the files are.
@@ -97,7 +99,7 @@ impl FileBackend {
         options: &StoreOptions,
     ) -> Result<FileBackend, StoreError> {
         let store = format!("file:{}", path.display());
-        let (path, options) = (path.to_owned(), options.clone());
+        let (asked, path, options) = (path.to_owned(), path.to_owned(), options.clone());
         let opened = shard.blocking(move || device::open(&path, content, &options)).await;
         let Opened { path, buffered, direct, align_bytes, is_block, read_only, stamp, aside } =
             opened.map_err(|error| StoreError::from_io(&store, "open", &error))??;
@@ -108,6 +110,7 @@ impl FileBackend {
         let inner = Inner {
             shard: shard.clone(),
             identity: format!("file:{}", path.display()),
+            asked,
             content,
             files: RefCell::new(Some(Files { buffered, data })),
             open,
@@ -536,6 +539,11 @@ impl Backend for FileBackend {
     fn grow(&self, size_bytes: u64) -> LocalBoxFuture<Result<u64, StoreError>> {
         let inner = Rc::clone(&self.inner);
         Box::pin(async move { inner.grow(size_bytes).await })
+    }
+
+    fn file(&self) -> Option<OpenFile> {
+        let files = self.inner.files.borrow();
+        OpenFile::new(&self.inner.asked, &files.as_ref()?.buffered).ok()
     }
 
     fn who_grows(&self) -> &'static str {

@@ -5,6 +5,7 @@
 //! - [`StoreInfo`], [`Stamp`]: what is known about one
 //! - [`StoreSpec`]: its name, as operators write it; [`StoreOptions`], [`NbdOptions`]: how to open it
 //! - [`Extent`]: which parts of a store hold data
+//! - [`Astray`]: a store whose path leads elsewhere; [`OpenFile`], [`FileId`], [`look_for`]: how that is found out
 //! - [`StoreError`]: what can go wrong
 //! - [`open`]: the way in; [`follow`]: the images below one that names them
 //!
@@ -16,12 +17,14 @@ mod file;
 mod gate;
 mod layer;
 mod nbd;
+mod place;
 mod qcow2;
 mod spec;
 
 pub use error::StoreError;
 pub use layer::{LayerMap, Owner};
 pub use nbd::NbdOptions;
+pub use place::{Astray, FileId, OpenFile, look_for};
 pub use qcow2::{Need, follow, needs};
 pub use spec::{NbdAddress, SpecError, StoreSpec};
 
@@ -178,6 +181,11 @@ pub trait Backend: fmt::Debug {
     fn grow(&self, _size_bytes: u64) -> LocalBoxFuture<Result<u64, StoreError>> {
         let error = StoreError::NotGrown { store: self.info().identity, why: self.who_grows() };
         Box::pin(std::future::ready(Err(error)))
+    }
+
+    /// Its file, where it is one. What is found stays open for as long as it is kept, with its locks.
+    fn file(&self) -> Option<OpenFile> {
+        None
     }
 
     /// Who makes such a store larger, if it cannot itself.

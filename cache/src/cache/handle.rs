@@ -1,7 +1,7 @@
 //! An open storage, from any thread.
 
 use super::OpenError;
-use crate::backend::{LayerMap, StoreError, StoreInfo};
+use crate::backend::{Astray, LayerMap, StoreError, StoreInfo};
 use crate::counters::{StorageCounters, StorageStats};
 use crate::disk::{Storage, local};
 use crate::engine::ShardHandle;
@@ -27,6 +27,14 @@ pub(super) struct HandleInner {
     /// Held by whoever has it leave a tier or join one.
     pub(super) joining: Mutex<()>,
     pub(super) pump: AtomicBool,
+    pub(super) astray: Mutex<Option<Astray>>,
+}
+
+/// What a look for a store's file has changed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Looked {
+    pub before: Option<Astray>,
+    pub now: Option<Astray>,
 }
 
 /// An open storage. Clones are the same one.
@@ -90,6 +98,21 @@ impl StorageHandle {
     /// `NotGrown` with who has it to do, `Smaller`, or what the file system says.
     pub fn grow(&self, size_bytes: u64) -> Result<u64, OpenError> {
         self.sized(move |storage| async move { storage.grow(size_bytes).await })
+    }
+
+    /// What the last look for the store's file has found; `None`: its path leads to it, as far as is known.
+    pub fn astray(&self) -> Option<Astray> {
+        self.0.astray.lock().clone()
+    }
+
+    /// Looks whether the store's path still leads to its file. Nobody waits for it: it is done by the calling thread, for as long
+    /// as the file systems take. Returns `None` of what is no file, or cannot be looked at.
+    pub fn look_for_file(&self) -> Option<Looked> {
+        let id = self.0.id;
+        let asked = self.0.shard.call(move |_| async move { local(id).and_then(|storage| storage.file()) });
+        let now = asked.wait().ok()??.look().ok()?;
+        let before = std::mem::replace(&mut *self.0.astray.lock(), now.clone());
+        Some(Looked { before, now })
     }
 
     fn sized<F>(&self, change: impl FnOnce(Rc<Storage>) -> F + Send + 'static) -> Result<u64, OpenError>

@@ -2,7 +2,7 @@
 //!
 //! - [`Cache`]: made once; opens storages, takes prefetches, answers questions; any thread
 //! - [`Shared`]: what storages on their shards share
-//! - [`StorageHandle`] (`handle`): an open storage, from any thread
+//! - [`StorageHandle`] (`handle`): an open storage, from any thread; [`Looked`]: what became of its file
 //! - `opening`: a store and its part of the SSD tier, on its shard
 //! - `registry`: which stores are open
 //! - [`Resized`], [`ResizeError`] (`resize`): other sizes while in use
@@ -14,7 +14,7 @@ mod registry;
 mod resize;
 mod service;
 
-pub use handle::StorageHandle;
+pub use handle::{Looked, StorageHandle};
 pub(crate) use opening::{forget, seal, ssd_stamp};
 pub use resize::{ResizeError, Resized};
 pub use service::DrainedTier;
@@ -296,6 +296,7 @@ impl Cache {
             map,
             joining: Mutex::default(),
             pump: AtomicBool::new(false),
+            astray: Mutex::default(),
         })))
     }
 

@@ -1,6 +1,6 @@
 //! A storage on its shard.
 
-use crate::backend::{Backend, LayerMap, StoreError, StoreInfo};
+use crate::backend::{Backend, LayerMap, OpenFile, StoreError, StoreInfo};
 use crate::cache::{Shared, StorageHandle};
 use crate::counters::StorageCounters;
 use crate::engine::aside::AsideFile;
@@ -142,6 +142,11 @@ impl Storage {
         let size = self.backend.refresh_size().await?;
         self.shared.core().add_storage(self.id, self.pages());
         Ok(size)
+    }
+
+    /// The store's file, where it is one.
+    pub fn file(&self) -> Option<OpenFile> {
+        self.backend.file()
     }
 
     /// Makes the store larger and takes note of it.

@@ -43,7 +43,7 @@ pub use header::Need;
 use super::file::FileBackend;
 use super::gate::{Drain, Gate, UnderWay};
 use super::layer::LayerMap;
-use super::{Backend, Below, Extent, StoreError, StoreInfo, StoreOptions, Transfer};
+use super::{Backend, Below, Extent, OpenFile, StoreError, StoreInfo, StoreOptions, Transfer};
 use crate::engine::{AlignedBuf, IoBuf, LocalBoxFuture, Semaphore, Shard};
 use crate::opener;
 use commit::{Commits, Ranges};
@@ -360,6 +360,10 @@ impl Backend for Qcow2Backend {
             inner.container.file().refresh_size().await?;
             Ok(inner.header.size_bytes)
         })
+    }
+
+    fn file(&self) -> Option<OpenFile> {
+        self.inner.container.file().file()
     }
 
     fn who_grows(&self) -> &'static str {
