@@ -14,6 +14,8 @@ mod places;
 mod sizes;
 #[path = "daemon_tiers/mod.rs"]
 mod tiers;
+#[path = "daemon_unit/mod.rs"]
+mod unit;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

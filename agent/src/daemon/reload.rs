@@ -91,7 +91,7 @@ fn shut_out(daemon: &Shared, old: &Config, new: &Config) -> Vec<(String, String)
 /// Reads the configuration anew and applies what can be applied without a restart. A configuration with errors changes
 /// nothing.
 pub(super) async fn reload(daemon: &Shared, options: &Options, set_log: &SetLog) {
-    // Type=notify-reload tells this reload from an older one by the time.
+    // Under Type=notify-reload a manager tells this reload from an older one by the time.
     let now = NotifyState::monotonic_usec_now().ok();
     let reloading: Vec<_> = [NotifyState::Reloading].into_iter().chain(now).collect();
     let _ = sd_notify::notify(&reloading);

@@ -12,12 +12,20 @@ pub(crate) struct Host {
     pub(crate) also: Vec<String>,
     /// The command line allows stores in this folder.
     pub(crate) set_allowed: bool,
+    /// Further variables of its environment.
+    pub(crate) environment: Vec<(String, String)>,
 }
 
 impl Host {
     pub(crate) fn new() -> Host {
         // Socket paths are short; the target folder's may not be.
-        Host { folder: tempfile::tempdir().unwrap(), daemon: None, also: Vec::new(), set_allowed: true }
+        Host {
+            folder: tempfile::tempdir().unwrap(),
+            daemon: None,
+            also: Vec::new(),
+            set_allowed: true,
+            environment: Vec::new(),
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -49,6 +57,7 @@ impl Host {
         for also in &self.also {
             command.arg("--set").arg(also);
         }
+        command.envs(self.environment.iter().cloned());
         self.daemon = Some(command.stderr(log).spawn().unwrap());
         let deadline = Instant::now() + Duration::from_secs(60);
         // The API answers before the disks of the last run are open.
