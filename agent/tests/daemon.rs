@@ -170,7 +170,15 @@ fn check_tells_what_the_host_does_not_have() {
         let config = host.config(extra);
         let output = Command::new(env!("CARGO_BIN_EXE_prestaged")).arg("--check").arg("--config").arg(&config).output();
         let output = output.unwrap();
-        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        // The command line says all of it too.
+        let other = host.ctl(&["config", "check", config.to_str().unwrap()]);
+        let all = [other.stdout.clone(), other.stderr].concat();
+        let all = String::from_utf8_lossy(&all).into_owned();
+        assert_eq!(other.status.success(), output.status.success(), "{said}\n{all}");
+        assert!(said.lines().all(|line| all.contains(line)), "{said}\n{all}");
+        assert!(String::from_utf8_lossy(&other.stdout).contains(&*String::from_utf8_lossy(&output.stdout)), "{all}");
+        (output.status.code(), said)
     };
     let ssd = host.path("ssd").display().to_string();
     let tier = |size: &str| format!("ssd_path = \"{ssd}\"\nssd_size = \"{size}\"\n");

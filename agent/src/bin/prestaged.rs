@@ -21,7 +21,8 @@ struct Arguments {
     /// Sets a key over the files, such as cache.ram_size="2GiB"; may be given several times
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Checks the configuration, secrets of webhooks included, says what this host can confine prestaged with, and ends
+    /// Checks the configuration and what it names (secrets, certificates, groups, sizes, stores), says what this host can confine
+    /// prestaged with, and ends; `prestagectl config check` says the same
     #[arg(long)]
     check: bool,
     /// Takes over from the prestaged that runs: its guests see no more than a pause. SIGUSR2 has a running one start its
@@ -53,17 +54,17 @@ fn self_test(act: &[String]) -> ExitCode {
     }
 }
 
-/// What the configuration names beside itself: secrets and certificates, as whoever runs this may read them.
-fn check(arguments: &Arguments, config: &Config) -> ExitCode {
-    match daemon::check(config) {
-        Ok(unseen) => {
-            unseen.iter().for_each(|unseen| eprintln!("{unseen}"));
-            privilege::foresee(config).iter().for_each(|line| println!("{line}"));
+/// What a start would run into.
+fn check(arguments: &Arguments) -> ExitCode {
+    match daemon::check_file(&arguments.config, &arguments.overrides) {
+        Ok(checked) => {
+            checked.notes.iter().for_each(|note| eprintln!("{note}"));
+            checked.sandbox.iter().for_each(|line| println!("{line}"));
             println!("{}: ok", arguments.config.display());
             ExitCode::SUCCESS
         }
-        Err(wrong) => {
-            wrong.iter().for_each(|wrong| eprintln!("{wrong}"));
+        Err(error) => {
+            eprintln!("{error}");
             ExitCode::from(2)
         }
     }
@@ -75,6 +76,9 @@ fn main() -> ExitCode {
     if let Ok(path) = std::path::absolute(&arguments.config) {
         arguments.config = path;
     }
+    if arguments.check {
+        return check(&arguments);
+    }
     let config = match Config::load(&arguments.config, &arguments.overrides) {
         Ok(config) => config,
         Err(error) => {
@@ -82,9 +86,6 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    if arguments.check {
-        return check(&arguments, &config);
-    }
     // Checked with the configuration.
     let filter = EnvFilter::try_new(&config.daemon.log).unwrap_or_else(|_| EnvFilter::new("info"));
     let (filter, handle) = reload::Layer::new(filter);

@@ -393,7 +393,8 @@ pub enum TraceCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Check a configuration file and its drop-ins, without touching the daemon
+    /// Check a configuration file with its drop-ins and what they name, as `prestaged --check` does: secrets, certificates, groups, sizes,
+    /// folders, stores, and what this host can confine prestaged with; without touching the daemon
     Check {
         /// The file; FILE.d/*.toml are read after it
         #[arg(default_value = crate::config::DEFAULT_PATH)]

@@ -57,6 +57,7 @@ use stat::StatArgs;
 
 use crate::client::{Client, ClientError, encode};
 use crate::config::Config;
+use crate::daemon::{Checked, check_file};
 
 /// Why a command did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -307,11 +308,18 @@ async fn profile(command: ProfileCommand, client: &Client, json: bool, out: &mut
 }
 
 fn config_check(file: &Path, json: bool, out: &mut impl Write) -> Result<(), Failure> {
-    match Config::load(file, &[]).and_then(|_| Config::files(file)) {
-        Ok(files) => answer(out, json, &json!({ "ok": true, "files": files }), |_| {
-            let more = if files.len() > 1 { format!(" with {} drop-in files", files.len() - 1) } else { String::new() };
-            format!("{}{more}: ok\n", file.display())
-        }),
+    match check_file(file, &[]) {
+        Ok(Checked { files, notes, sandbox }) => {
+            let value = json!({ "ok": true, "files": files, "notes": notes, "sandbox": sandbox });
+            answer(out, json, &value, |_| {
+                let more = match files.len() {
+                    0 | 1 => String::new(),
+                    all => format!(" with {}", render::count(all as u64 - 1, "drop-in file", "drop-in files")),
+                };
+                let said = notes.iter().chain(&sandbox).map(|line| format!("{}\n", table::printable(line)));
+                said.collect::<String>() + &format!("{}{more}: ok\n", file.display())
+            })
+        }
         Err(error) if json => {
             let problems: Vec<serde_json::Value> = error
                 .problems
@@ -319,7 +327,8 @@ fn config_check(file: &Path, json: bool, out: &mut impl Write) -> Result<(), Fai
                 .map(|problem| json!({ "file": problem.file, "line": problem.line, "key": problem.key, "message": problem.message }))
                 .collect();
             print_json(out, &json!({ "ok": false, "problems": problems }))?;
-            Err(Failure::Failed(format!("{} has {} mistakes", file.display(), error.problems.len())))
+            let mistakes = render::count(error.problems.len() as u64, "mistake", "mistakes");
+            Err(Failure::Failed(format!("{} has {mistakes}", file.display())))
         }
         Err(error) => Err(Failure::Failed(error.to_string())),
     }

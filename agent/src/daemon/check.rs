@@ -1,23 +1,49 @@
-//! What `prestaged --check` looks at beyond the configuration's own words: files that it names, and what the host has.
+//! Whether a start would find what it needs: the configuration's own words, files that it names, and what the host has.
+//!
+//! - [`check_file`]: all of it, for `prestaged --check` and `prestagectl config check`
+//! - `ram`, `tier_is_store`: parts that a start and a reload look at too
 
 use super::tiers::MOST_OF_HOST;
 use super::{run, webhooks};
 use crate::config::units::human_bytes;
-use crate::config::{Config, host_ram_bytes};
+use crate::config::{Config, ConfigError, ConfigProblem, host_ram_bytes};
+use crate::privilege::foresee;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, Group, access};
 use prestage_cache::backend::{NbdAddress, StoreSpec};
 use prestage_integration::export::nbd::TlsServer;
 use std::io::{ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Whether what a configuration names beside itself can be used: secrets and certificates, the helper program, groups, sizes. Returns what
-/// could not be looked at, and what may come to be there: folders, stores.
+/// A configuration with which prestaged can be started.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Checked {
+    /// That it consists of, in the order in which they are read.
+    pub files: Vec<PathBuf>,
+    /// What could not be looked at, what may come to be there, and what is unwise, a sentence each.
+    pub notes: Vec<String>,
+    /// What prestaged can be confined with on this host, a line each.
+    pub sandbox: Vec<String>,
+}
+
+/// Reads a configuration with its drop-ins and `overrides` (`section.key=value`), and looks at what it names beside itself: secrets and
+/// certificates, the helper program, groups, sizes, folders, stores. As whoever runs this may read them. Changes nothing.
 ///
 /// # Errors
-/// What is wrong, a line each.
-pub fn check(config: &Config) -> Result<Vec<String>, Vec<String>> {
+/// Everything that is wrong: of the files, or if they are right of what they name.
+pub fn check_file(path: &Path, overrides: &[String]) -> Result<Checked, ConfigError> {
+    let config = Config::load(path, overrides)?;
+    let files = Config::files(path)?;
+    let problem = |message| ConfigProblem { file: path.display().to_string(), line: None, key: None, message };
+    match look(&config) {
+        Ok(notes) => Ok(Checked { files, notes, sandbox: foresee(&config) }),
+        Err(wrong) => Err(ConfigError { problems: wrong.into_iter().map(problem).collect() }),
+    }
+}
+
+/// Whether what a configuration names beside itself can be used. Returns what could not be looked at, and what may come to be there.
+fn look(config: &Config) -> Result<Vec<String>, Vec<String>> {
     let (mut unseen, mut wrong) = (Vec::new(), Vec::new());
     webhooks::check(config, &mut unseen, &mut wrong);
     certificates(config, &mut wrong);

@@ -14,7 +14,7 @@
 //! - `reload.rs`: a changed configuration, applied whole or not at all
 //! - `report.rs`: state as the API words it
 //! - `rows.rs`: a disk's requests as CSV, and explanations
-//! - `check.rs`: files that the configuration names
+//! - [`check_file`]: what a start would run into (`check.rs`)
 //! - `webhooks.rs`: who is told
 //! - `templates.rs`: templates saved, clones started
 //! - `tiers.rs`: other sizes for the tiers; `service.rs`: out of service and back; `drained.rs`: what is out, on record; `mounts.rs`: what is mounted where
@@ -46,7 +46,7 @@ mod templates;
 mod tiers;
 mod webhooks;
 
-pub use check::check;
+pub use check::{Checked, check_file};
 pub(crate) use handover::{Invitation, door_path};
 pub(crate) use qsd::folder as qemu_folder;
 pub(crate) use run::helper;
