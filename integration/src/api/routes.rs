@@ -1,8 +1,10 @@
 //! Paths, handlers and the OpenAPI document.
 //!
 //! Every failure leaves as a [`Problem`](super::Problem), also those made by the router itself (no such path, wrong method, body too large).
-//! Handlers that change something run in a task of their own: a client that hangs up cannot leave a change half done.
+//! Handlers that change something run in a task of their own: a client that hangs up cannot leave a change half done. `body` takes
+//! requests' bodies apart.
 
+mod body;
 mod demand;
 mod models;
 mod templates;
@@ -13,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
 use axum::http::request::Parts;
 use axum::http::{Method, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -25,6 +27,8 @@ use tracing::{info, warn};
 use utoipa::openapi::{Info, License, OpenApi, OpenApiBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+
+use body::{Body, Raw};
 
 use super::types::{
     AttachRequest, Attached, CacheStat, CacheTiers, Detached, Disk, DiskAdd, DiskList, DiskResize, DiskResized,
@@ -176,51 +180,6 @@ async fn change<T: Send + 'static>(
     match tokio::spawn(work).await {
         Ok(result) => result,
         Err(error) => Err(ApiError::internal(format!("the change failed half way ({error}); see the daemon's log"))),
-    }
-}
-
-/// A JSON body; an empty one is `T::default()` where every field has a default.
-struct Body<T>(T);
-
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let json = match request.headers().get(header::CONTENT_TYPE) {
-            None => true,
-            Some(kind) => kind.to_str().is_ok_and(|kind| {
-                let essence = kind.split(';').next().unwrap_or_default().trim();
-                essence.eq_ignore_ascii_case("application/json")
-            }),
-        };
-        let Raw(bytes) = Raw::from_request(request, state).await?;
-        if !json {
-            return Err(ApiError::new(
-                ErrorCode::UnsupportedMediaType,
-                "send the body as `content-type: application/json`",
-            ));
-        }
-        let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-        serde_json::from_slice(text)
-            .map(Body)
-            .map_err(|error| ApiError::invalid(format!("the body does not fit: {error}")))
-    }
-}
-
-/// A body of any kind.
-struct Raw(Bytes);
-
-impl<S: Send + Sync> FromRequest<S> for Raw {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        Bytes::from_request(request, state).await.map(Raw).map_err(|rejection| {
-            let code = match rejection.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => ErrorCode::TooLarge,
-                _ => ErrorCode::InvalidRequest,
-            };
-            ApiError::new(code, format!("the body could not be read: {}", rejection.body_text()))
-        })
     }
 }
 

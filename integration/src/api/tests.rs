@@ -445,6 +445,26 @@ fn answers_carry_the_right_status_and_decoded_names() {
     assert_eq!((status, resized["tiers"][0]["after_bytes"].as_u64()), (200, Some(16 << 20)));
 }
 
+/// Of every request with a body that all have defaults: an empty list is not "as it was".
+#[test]
+fn a_list_for_a_body_is_refused_everywhere() {
+    let server = Server::start(Limits::default());
+    let (_, _, document) = server.request("GET", "/v1/openapi.json", "");
+    let mut tried = 0;
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            if operation["requestBody"]["content"].get("application/json").is_none() {
+                continue;
+            }
+            let path = path.replace("{id}", "1").replace("{name}", "d").replace("{vm}", "v").replace("{target}", "vda");
+            let (status, head, problem) = server.request(&method.to_uppercase(), &path, "[]");
+            assert_eq!((status, problem["code"].as_str()), (400, Some("invalid_request")), "{method} {path}: {head}");
+            tried += 1;
+        }
+    }
+    assert!(tried >= 15, "{tried}");
+}
+
 #[test]
 fn a_change_goes_on_when_its_client_hangs_up() {
     let server = Server::start(Limits::default());
