@@ -76,6 +76,9 @@ impl Disks {
         if before != size && served.nbd.as_ref().is_some_and(|nbd| !nbd.clients().is_empty()) {
             notes.push("NBD clients see the size when they connect anew".to_owned());
         }
+        if grow_to.is_some() {
+            notes.extend(beyond_its_room(served, size));
+        }
         if grow_to.is_none() && before == size && served.storage.identity().starts_with("qcow2:") {
             notes.push("the size of an image is looked at when its disk is opened".to_owned());
         }
@@ -94,6 +97,17 @@ impl Disks {
             }
         }
     }
+}
+
+/// What is said of a file that is larger than its file system could hold.
+fn beyond_its_room(served: &Served, size: u64) -> Option<String> {
+    let room = served.storage.file()?.room_bytes().ok()??;
+    (size > room).then(|| {
+        format!(
+            "its file system has room for {} of it, with what it takes there now: the guest's writes fail once that is full",
+            human_bytes(room)
+        )
+    })
 }
 
 fn served(entry: &Entry) -> Result<&Arc<Served>, ApiError> {
@@ -150,6 +164,12 @@ fn refused(name: &str, asked: u64, error: &OpenError) -> ApiError {
             "{} is no size for disk `{name}`; it is a positive multiple of 512 bytes, and less than 8 EiB",
             exact_bytes(asked)
         )),
+        OpenError::Store(StoreError::TooLarge { most_bytes, .. }) => ApiError::invalid(format!(
+            "{} is too large for disk `{name}`: its file system takes files of {} at most ({})",
+            exact_bytes(asked),
+            human_bytes(*most_bytes),
+            exact_bytes(*most_bytes)
+        )),
         OpenError::Store(StoreError::NotGrown { .. }) => ApiError::new(
             ErrorCode::NotPossible,
             format!("{error}; then `prestagectl disk resize {name}` without a size tells the guest"),
@@ -177,6 +197,14 @@ mod tests {
         let bad = refused("d", size_bytes, &StoreError::BadSize { store: store(), size_bytes }.into());
         assert_eq!(bad.code, ErrorCode::InvalidRequest);
         assert!(bad.detail.starts_with("8192PiB is no size for disk `d`; it is a positive multiple of 512"), "{bad:?}");
+        let beyond = StoreError::TooLarge { store: store(), asked_bytes: 1 << 60, most_bytes: (1 << 44) - 4096 };
+        let beyond = refused("d", 1 << 60, &beyond.into());
+        assert_eq!(beyond.code, ErrorCode::InvalidRequest);
+        assert!(
+            beyond.detail.contains("1024PiB is too large for disk `d`")
+                && beyond.detail.contains("at most (17179869180KiB)"),
+            "{beyond:?}"
+        );
         let cut = StoreError::Shrunk { store: store(), was_bytes: 8192, now_bytes: 4096 };
         assert_eq!(refused("d", 16384, &cut.into()).code, ErrorCode::StoreFailed);
     }

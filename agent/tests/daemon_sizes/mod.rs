@@ -21,6 +21,7 @@ fn a_disk_is_made_larger_under_its_guest_and_another_one_goes_on() {
     let (store, other) = (host.store("store", MIB), host.store("other", 16 * MIB));
     host.does(&["disk", "add", "d", &store]);
     host.does(&["disk", "add", "e", &other]);
+    host.does(&["disk", "add", "f", &host.store("large", MIB)]);
     let mut guest = Guest::start(&host, "d");
     guest.write(MIB - 4096, 4096, 1);
     // Another disk's guest reads all the while: none of its requests may fail.
@@ -54,6 +55,25 @@ fn a_disk_is_made_larger_under_its_guest_and_another_one_goes_on() {
     host.refuses(&["disk", "resize", "d", "lots"], 2, &["lots"]);
     host.refuses(&["disk", "resize", "nosuch", "1GiB"], 1, &["no disk `nosuch`"]);
     assert_eq!(std::fs::metadata(&store).unwrap().len(), 3 * MIB);
+    // Beyond what a file there can be: the request's fault, and told what can be; or, where files of any size are taken, done and told.
+    let asked = host.ctl(&["disk", "resize", "f", "8388607TiB"]);
+    let said = String::from_utf8_lossy(&[asked.stdout, asked.stderr].concat()).into_owned();
+    let took = asked.status.success();
+    assert!(
+        said.contains(if took { "its file system has room for" } else { "its file system takes files of" }),
+        "{said}"
+    );
+    // More than its file system has room for, but no more than it takes.
+    let room = nix::sys::statvfs::statvfs(store.as_str()).unwrap();
+    let more = room.blocks_available() * room.fragment_size() / MIB + 1024;
+    if !took {
+        let said = host.does(&["disk", "resize", "f", &format!("{more}MiB")]);
+        assert!(
+            said.contains("its file system has room for") && said.contains("writes fail once that is full"),
+            "{said}"
+        );
+    }
+    host.does(&["disk", "remove", "f"]);
     // Somebody else makes it larger.
     host.store("store", 5 * MIB);
     host.does(&["disk", "resize", "d"]);

@@ -4,7 +4,7 @@
 //! - [`Opened`] and [`open`]: descriptors, size, alignment, lock
 //! - [`measure`]: size and stamp again
 //! - [`size_now`]: a regular file's size, at once
-//! - [`grow`]: a regular file made larger
+//! - [`grow`]: a regular file made larger; [`most_bytes`]: how large it can be
 //! - [`discard`] by `BLKDISCARD`; [`extents`] by `SEEK_DATA` and `SEEK_HOLE`
 //!
 //! Leaf module: `statx` and `ioctl` are called here.
@@ -276,6 +276,18 @@ pub(super) fn grow(fd: &OwnedFd, size: u64) -> io::Result<()> {
         }
         other => Ok(other?),
     }
+}
+
+/// How large a regular file can be on its file system, in whole sectors: no position beyond that is taken (lseek(2), `EINVAL`). That of the
+/// descriptor is used by nobody.
+pub(super) fn most_bytes(fd: &OwnedFd) -> u64 {
+    let (mut least, mut beyond) = (0, 1 << 63);
+    while least + 1 < beyond {
+        let middle = least + (beyond - least) / 2;
+        let taken = i64::try_from(middle).is_ok_and(|at| lseek(fd, at, Whence::SeekSet).is_ok());
+        (least, beyond) = if taken { (middle, beyond) } else { (least, middle) };
+    }
+    least - least % SECTOR_BYTES
 }
 
 mod ioctl {

@@ -30,6 +30,10 @@ pub enum StoreError {
         "{store} has {now_bytes} bytes and is not cut to {asked_bytes}: what lies beyond would be lost, and its guest would not be asked"
     )]
     Smaller { store: String, now_bytes: u64, asked_bytes: u64 },
+    #[error(
+        "{store} is not made larger to {asked_bytes} bytes: its file system takes files of {most_bytes} bytes at most"
+    )]
+    TooLarge { store: String, asked_bytes: u64, most_bytes: u64 },
     #[error("{store} is not made larger from here: {why}")]
     NotGrown { store: String, why: &'static str },
     #[error("{store} is read-only")]

@@ -463,8 +463,18 @@ impl Inner {
         }
         if size_bytes > now_bytes {
             let fd = files.buffered.try_clone().map_err(|error| self.failed("grow", &error))?;
-            let grown = self.shard.blocking(move || device::grow(&fd, size_bytes)).await;
-            grown.and_then(|grown| grown).map_err(|error| self.failed("grow", &error))?;
+            let grown = self.shard.blocking(move || {
+                let most_bytes = device::most_bytes(&fd);
+                if most_bytes < size_bytes {
+                    Ok(Some(most_bytes))
+                } else {
+                    device::grow(&fd, size_bytes).map(|()| None)
+                }
+            });
+            let beyond = grown.await.and_then(|grown| grown).map_err(|error| self.failed("grow", &error))?;
+            if let Some(most_bytes) = beyond {
+                return Err(StoreError::TooLarge { store: store(), asked_bytes: size_bytes, most_bytes });
+            }
             self.shard.fdatasync(&files.buffered).await.map_err(|error| self.failed("grow", &error))?;
         }
         self.refresh_size().await

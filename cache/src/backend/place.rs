@@ -1,6 +1,6 @@
 //! Whether a store's path still leads to the file that is served.
 //!
-//! - [`OpenFile`]: a store's file and the path that it was opened by; [`OpenFile::look`]
+//! - [`OpenFile`]: a store's file and the path that it was opened by; [`OpenFile::look`], [`OpenFile::room_bytes`]
 //! - [`Astray`]: the path leads elsewhere
 //! - [`FileId`]: which file it is, for stores that somebody else has open
 //!
@@ -117,6 +117,21 @@ impl OpenFile {
         let now = self.name().filter(|name| FileId::at(name).is_ok_and(|found| found == Some(ours)));
         let astray = Astray { path: self.path.clone(), replaced, now, is_device, descriptor: Some(self.descriptor) };
         Ok(Some(astray))
+    }
+
+    /// How many bytes of it its file system could hold as it is: what it takes there now, and what is free. `None`: it is a device.
+    ///
+    /// # Errors
+    /// It cannot be found out.
+    pub fn room_bytes(&self) -> io::Result<Option<u64>> {
+        let meta = self.file.metadata()?;
+        if !meta.is_file() {
+            return Ok(None);
+        }
+        let space = nix::sys::statvfs::fstatvfs(&self.file)?;
+        let free = space.blocks_available().saturating_mul(space.fragment_size());
+        // st_blocks is in units of 512 bytes, whatever those of the file system are (inode(7)).
+        Ok(Some(meta.blocks().saturating_mul(512).saturating_add(free)))
     }
 
     /// What the kernel calls it, if that outlives its closing.

@@ -1,7 +1,7 @@
 //! An open storage, from any thread.
 
 use super::OpenError;
-use crate::backend::{Astray, LayerMap, StoreError, StoreInfo};
+use crate::backend::{Astray, LayerMap, OpenFile, StoreError, StoreInfo};
 use crate::counters::{StorageCounters, StorageStats};
 use crate::disk::{Storage, local};
 use crate::engine::ShardHandle;
@@ -108,11 +108,16 @@ impl StorageHandle {
     /// Looks whether the store's path still leads to its file. Nobody waits for it: it is done by the calling thread, for as long
     /// as the file systems take. Returns `None` of what is no file, or cannot be looked at.
     pub fn look_for_file(&self) -> Option<Looked> {
-        let id = self.0.id;
-        let asked = self.0.shard.call(move |_| async move { local(id).and_then(|storage| storage.file()) });
-        let now = asked.wait().ok()??.look().ok()?;
+        let now = self.file()?.look().ok()?;
         let before = std::mem::replace(&mut *self.0.astray.lock(), now.clone());
         Some(Looked { before, now })
+    }
+
+    /// The store's file, where it is one. It stays open for as long as this is kept, with its locks.
+    pub fn file(&self) -> Option<OpenFile> {
+        let id = self.0.id;
+        let asked = self.0.shard.call(move |_| async move { local(id).and_then(|storage| storage.file()) });
+        asked.wait().ok()?
     }
 
     fn sized<F>(&self, change: impl FnOnce(Rc<Storage>) -> F + Send + 'static) -> Result<u64, OpenError>
