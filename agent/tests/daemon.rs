@@ -77,6 +77,12 @@ fn stores_and_sockets_that_cannot_be_used_are_refused_and_leave_nothing() {
     host.does(&["disk", "add", "d", &good]);
     host.refuses(&["disk", "add", "d", &good], 1, &["disk `d` already"]);
     host.refuses(&["disk", "add", "e", &good], 1, &["file:", "served by disk `d` already", "remove `d` first"]);
+    // By another format it is the same file, and ours.
+    let image = format!("qcow2:{good}");
+    host.refuses(&["disk", "add", "e", &image], 1, &["served by disk `d` already", "remove `d` first"]);
+    // Sizes are told as they are given.
+    let range = ["cache", "warm", "d", "--ranges", "1MiB+4KiB"];
+    host.refuses(&range, 1, &["the range 1MiB+4KiB ends beyond disk `d`, which has 1MiB"]);
     host.stop();
 }
 

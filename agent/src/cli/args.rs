@@ -29,7 +29,11 @@ const GLOBAL: &str = "Options of every command";
     arg_required_else_help = true,
     disable_help_subcommand = true
 )]
-#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 prestaged cannot be reached.")]
+#[command(
+    after_help = "Sizes: KiB, MiB, GiB, TiB, PiB are powers of 1024, and so are K, M, G, T, P where one is given; KB, MB, GB, TB are powers of 1000. \
+    What is shown is rounded; --json has all in bytes.\nTimes: us is a microsecond, a millionth of a second; ms a thousandth.\nExit codes: 0 done, 1 failed, 2 wrong \
+    usage, 3 prestaged cannot be reached."
+)]
 pub struct Cli {
     /// Control socket of prestaged
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "PATH", env = "PRESTAGE_SOCKET", default_value = DEFAULT_SOCKET)]
@@ -60,6 +64,16 @@ impl Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Health of the daemon and its parts
+    #[command(
+        long_about = "Health of the daemon and its parts.\n\n  sandbox    what confines prestaged, and what does not and why\n  \
+        cache      what is in use of each tier\n  \
+        hits       share of guests' reads that a tier has served since prestaged started\n  \
+        recovered  what the SSD tier had from before the start\n  \
+        learner    reads and writes it was told of (accesses), those it missed (dropped), what it knows (profiles) and the memory that takes\n  \
+        memory     machines whose memory is watched, what was brought in from swap, and what of it was used\n  \
+        db writes  what is still to be written to the database, and what was lost\n\n\
+        Below that stands what needs attention, each with what to do, and what holds for the time being."
+    )]
     Status,
     /// Disks served to virtual machines
     #[command(subcommand)]
@@ -123,8 +137,25 @@ pub enum DiskCommand {
     /// Serve a disk, also after a restart
     Add(DiskAddArgs),
     /// All disks
+    #[command(long_about = "All disks.\n\n  SIZE       what the guest sees\n  \
+        MODE       rw, or ro for one that refuses writes\n  \
+        CONNECTED  whether a hypervisor is, with how many queues\n  \
+        VM         machine and device that it was attached to\n  \
+        READS      of the guest, since prestaged started\n  \
+        STORE      where its data is\n  \
+        STATE      of the store, and what to do if it is not ok")]
     List,
     /// One disk and its counters
+    #[command(
+        long_about = "One disk and its counters since prestaged started.\n\n  storage           what it shares cache and profile by with other disks\n  \
+        mean wait         of a read, until it was answered\n  \
+        from RAM          reads that the RAM tier has served; from SSD the same\n  \
+        waited for store  reads that had to wait for the store\n  \
+        store reads       all of them, also of other disks on its storage and ahead of the guest\n  \
+        prefetch          read ahead of the guest: asked for, used, left unused, called off\n  \
+        prefetch late     reads that came while what they wanted was being read ahead\n  \
+        accesses dropped  requests that the learner was not told of, since it did not keep up"
+    )]
     Show {
         /// Name of the disk
         #[arg(value_parser = disk_name)]
@@ -236,6 +267,7 @@ pub enum VmCommand {
 pub enum CacheCommand {
     /// Size, use and health of each tier, and what is cached
     #[command(long_about = "Size, use and health of each tier, and what is cached of which storage.\n\n  \
+        SIZE      room for blocks; the SSD tier's file has its metadata besides\n  \
         USED %    blocks in use, of the size\n  \
         BLOCKS    of 64 KiB, in use\n  \
         DATA      what they hold: a block may be partly filled\n  \

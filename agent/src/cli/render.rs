@@ -10,11 +10,12 @@ use prestage_integration::api::types::{
 
 use super::table::{Align, Fields, Table, printable};
 use super::templates;
-use crate::config::units::{human_bytes, human_duration};
+use crate::config::units::{human_bytes, human_duration, human_sizes};
 
-/// `part` of `whole` in percent, `-` of nothing.
+/// `part` of `whole` in percent, `-` of nothing. All of it is what says 100.0.
 pub(super) fn percent(part: u64, whole: u64) -> String {
-    if whole == 0 { "-".to_owned() } else { format!("{:.1}", 100.0 * part as f64 / whole as f64) }
+    let most = if part < whole { 99.9 } else { f64::INFINITY };
+    if whole == 0 { "-".to_owned() } else { format!("{:.1}", (100.0 * part as f64 / whole as f64).min(most)) }
 }
 
 fn health(health: Health) -> &'static str {
@@ -142,12 +143,12 @@ fn sandbox(sandbox: &Sandbox) -> String {
 
 /// How full the tiers are.
 fn cache_use(cache: &CacheUse) -> String {
-    let of = |used, capacity| format!("{} of {}", human_bytes(used), human_bytes(capacity));
-    let ssd = match cache.ssd_capacity_bytes {
-        0 => "no SSD".to_owned(),
-        capacity => format!("SSD {}", of(cache.ssd_used_bytes, capacity)),
+    let tier = |name, used, capacity| match capacity {
+        0 => format!("no {name}"),
+        _ => format!("{name} {}", human_sizes([used, capacity]).join(" of ")),
     };
-    format!("RAM {}, {ssd}", of(cache.ram_used_bytes, cache.ram_capacity_bytes))
+    let ram = tier("RAM", cache.ram_used_bytes, cache.ram_capacity_bytes);
+    format!("{ram}, {}", tier("SSD", cache.ssd_used_bytes, cache.ssd_capacity_bytes))
 }
 
 /// What the SSD tier kept over the daemon's start and why it dropped the rest; nothing of a new one.
@@ -495,13 +496,14 @@ pub(super) fn tiers(tiers: &CacheTiers) -> String {
         if let Some(text) = tier.recovery.as_ref().and_then(recovery) {
             states.add("ssd kept", text);
         }
+        let [capacity, used, valid] = human_sizes([tier.capacity_bytes, tier.used_bytes, tier.valid_bytes]);
         table.row([
             name(tier.tier).to_owned(),
-            human_bytes(tier.capacity_bytes),
-            human_bytes(tier.used_bytes),
+            capacity,
+            used,
             percent(tier.used_bytes, tier.capacity_bytes),
             tier.blocks.to_string(),
-            human_bytes(tier.valid_bytes),
+            valid,
             human_bytes(tier.prefetched_unused_bytes),
             tier.hits.to_string(),
             tier.evictions.to_string(),

@@ -2,7 +2,7 @@
 
 use super::render::notes;
 use super::table::printable;
-use crate::config::units::{exact_bytes, human_bytes};
+use crate::config::units::{human_bytes, human_sizes};
 use prestage_integration::api::tiers::{Resized, Service, TierResized, TierService};
 use prestage_integration::api::types::{DiskResized, TierName};
 
@@ -18,7 +18,7 @@ pub(super) fn resized(reply: &Resized) -> String {
 }
 
 fn line(tier: &TierResized) -> String {
-    let (before, after) = (human_bytes(tier.before_bytes), human_bytes(tier.after_bytes));
+    let [before, after] = human_sizes([tier.before_bytes, tier.after_bytes]);
     let until = match &tier.to_keep {
         Some(setting) => format!(", until the next start; set {} to keep it", printable(setting)),
         None => ", as configured".to_owned(),
@@ -55,17 +55,11 @@ fn state(tier: &TierService) -> String {
 
 pub(super) fn disk_resized(reply: &DiskResized) -> String {
     let DiskResized { disk, before_bytes, after_bytes, told, notes: more } = reply;
-    // Sizes that differ are not to look the same.
-    let show = |bytes| match human_bytes(*before_bytes) == human_bytes(*after_bytes) && before_bytes != after_bytes {
-        true => exact_bytes(bytes),
-        false => human_bytes(bytes),
-    };
+    let [before, after] = human_sizes([*before_bytes, *after_bytes]);
     let first = match (before_bytes == after_bytes, told) {
-        (true, _) => format!("disk {disk} has {}, as its guest was told before\n", show(*after_bytes)),
-        (false, true) => {
-            format!("disk {disk}: {} -> {}, and its guest is told\n", show(*before_bytes), show(*after_bytes))
-        }
-        (false, false) => format!("disk {disk}: {} -> {}\n", show(*before_bytes), show(*after_bytes)),
+        (true, _) => format!("disk {disk} has {after}, as its guest was told before\n"),
+        (false, true) => format!("disk {disk}: {before} -> {after}, and its guest is told\n"),
+        (false, false) => format!("disk {disk}: {before} -> {after}\n"),
     };
     format!("{first}{}", notes(more))
 }

@@ -47,10 +47,32 @@ pub fn exact_bytes(bytes: u64) -> String {
 /// Text for people, three digits or so: `1.5 GiB`, `640 KiB`, `0 B`.
 #[must_use]
 pub fn human_bytes(bytes: u64) -> String {
+    human_with(bytes, 0)
+}
+
+/// The same of sizes that stand beside each other, with as many more digits as it takes for those that differ to look different: of a tier of
+/// 1 GiB that has room for another block nobody is to read "1.0 GiB of 1.0 GiB".
+#[must_use]
+pub fn human_sizes<const N: usize>(sizes: [u64; N]) -> [String; N] {
+    let clear = |texts: &[String; N]| {
+        let mut pairs = (0..N).flat_map(|one| (one + 1..N).map(move |other| (one, other)));
+        pairs.all(|(one, other)| sizes[one] == sizes[other] || texts[one] != texts[other])
+    };
+    let mut rounded = (0..=MORE_DIGITS).map(|more| sizes.map(|bytes| human_with(bytes, more)));
+    rounded.find(clear).unwrap_or_else(|| sizes.map(exact_bytes))
+}
+
+/// Beyond these the exact numbers are shorter.
+const MORE_DIGITS: usize = 3;
+
+fn human_with(bytes: u64, more_digits: usize) -> String {
     for (unit, factor) in BINARY {
-        if bytes >= factor {
-            let value = bytes as f64 / factor as f64;
-            return if value < 9.95 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") };
+        let value = bytes as f64 / factor as f64;
+        let digits = more_digits + usize::from(value < 9.95);
+        // What is rounded up to 1024 of a unit is one of the next.
+        let rounds_to_one = value >= 1.0 - 0.5 / 1024.0 / 10_f64.powi(i32::try_from(more_digits).unwrap_or(i32::MAX));
+        if rounds_to_one {
+            return format!("{value:.digits$} {unit}");
         }
     }
     format!("{bytes} B")
@@ -149,7 +171,29 @@ mod tests {
         assert_eq!(human_duration(Duration::from_secs(3725)), "1 h 2 min");
     }
 
+    #[test]
+    fn sizes_beside_each_other_do_not_look_the_same_unless_they_are() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(human_sizes([GIB, GIB]), ["1.0 GiB", "1.0 GiB"]);
+        assert_eq!(human_sizes([GIB - (3 << 20), GIB]), ["1021 MiB", "1.0 GiB"]);
+        assert_eq!(human_sizes([20 * GIB - (64 << 20), 20 * GIB]), ["19.9 GiB", "20.0 GiB"]);
+        assert_eq!(human_sizes([GIB, GIB + (1 << 20)]), ["1.000 GiB", "1.001 GiB"]);
+        assert_eq!(human_sizes([GIB + 1, GIB]), ["1073741825B", "1GiB"]);
+        // No unit has 1024 of the one below it.
+        assert_eq!(human_bytes(GIB - 1), "1.0 GiB");
+        assert_eq!(human_bytes((1 << 20) - 1), "1.0 MiB");
+        assert_eq!(human_bytes(1023), "1023 B");
+    }
+
     proptest! {
+        #[test]
+        fn sizes_that_differ_look_different(one: u64, apart in 0_u64..1 << 24, shift in 0_u32..64) {
+            let one = one >> shift;
+            let other = one.saturating_add(apart);
+            let [first, second] = human_sizes([one, other]);
+            prop_assert_eq!(first == second, one == other);
+        }
+
         #[test]
         fn exact_text_reads_back(bytes: u64, us in 0..u64::MAX / 2) {
             prop_assert_eq!(parse_bytes(&exact_bytes(bytes)), Ok(bytes));

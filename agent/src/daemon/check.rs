@@ -5,7 +5,7 @@
 
 use super::tiers::MOST_OF_HOST;
 use super::{run, webhooks};
-use crate::config::units::human_bytes;
+use crate::config::units::human_sizes;
 use crate::config::{Config, ConfigError, ConfigProblem, host_ram_bytes};
 use crate::privilege::foresee;
 use nix::sys::statvfs::statvfs;
@@ -102,7 +102,7 @@ pub(super) fn ram(config: &Config) -> Fits {
 }
 
 fn ram_of(asked: u64, host: u64) -> Fits {
-    let [tier, all] = [asked, host].map(human_bytes);
+    let [tier, all] = human_sizes([asked, host]);
     if asked > host {
         return Fits::No(format!("cache.ram_size: {tier} are more than the {all} that this host has; set less"));
     }
@@ -126,11 +126,10 @@ fn ssd(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
         && meta.file_type().is_block_device()
     {
         match std::fs::File::open(path).and_then(|mut device| device.seek(SeekFrom::End(0))) {
-            Ok(has) if has < size => wrong.push(format!(
-                "cache.ssd_size: {} are more than the {} that {shown} has; set less",
-                human_bytes(size),
-                human_bytes(has)
-            )),
+            Ok(has) if has < size => {
+                let [size, has] = human_sizes([size, has]);
+                wrong.push(format!("cache.ssd_size: {size} are more than the {has} that {shown} has; set less"));
+            }
             Ok(_) => {}
             Err(error) => unseen.push(format!("cache.ssd_path: {shown} cannot be looked at: {error}")),
         }
@@ -147,16 +146,14 @@ fn ssd(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
     let free = space.blocks_available().saturating_mul(space.fragment_size());
     let (length, taken) = found.map_or((0, 0), |meta| (meta.len(), meta.blocks().saturating_mul(512)));
     if length >= size && size > whole {
+        let [size, whole] = human_sizes([size, whole]);
         unseen.push(format!(
-            "cache.ssd_size: {shown} is a sparse file of {} on a file system of {}; it is bypassed once that is full",
-            human_bytes(size),
-            human_bytes(whole)
+            "cache.ssd_size: {shown} is a sparse file of {size} on a file system of {whole}; it is bypassed once that is full"
         ));
     } else if length < size && size.saturating_sub(taken) > free {
+        let [needed, free] = human_sizes([size.saturating_sub(taken), free]);
         wrong.push(format!(
-            "cache.ssd_size: {shown} needs {} and only {} are free there; set less, or free space",
-            human_bytes(size.saturating_sub(taken)),
-            human_bytes(free)
+            "cache.ssd_size: {shown} needs {needed} and only {free} are free there; set less, or free space"
         ));
     }
 }

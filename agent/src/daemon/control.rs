@@ -2,6 +2,7 @@
 
 use super::disks::{Definition, DiskError, Served, TAG_ASKED};
 use super::{Daemon, Shared};
+use crate::config::units::exact_bytes;
 use crate::learner::run::unix_ms;
 use crate::store::{DiskRow, StoreError};
 use prestage_cache::StorageHandle;
@@ -341,8 +342,10 @@ fn named(daemon: &Daemon, disk: &str, size: u64, ranges: &[ByteRange]) -> Result
     let request = |range: &ByteRange| {
         if range.offset_bytes.saturating_add(range.length_bytes) > size {
             return Err(ApiError::invalid(format!(
-                "range at {} of {} bytes ends beyond disk `{disk}` of {size} bytes",
-                range.offset_bytes, range.length_bytes
+                "the range {}+{} ends beyond disk `{disk}`, which has {}",
+                exact_bytes(range.offset_bytes),
+                exact_bytes(range.length_bytes),
+                exact_bytes(size)
             )));
         }
         let pages = PageRange::covering(range.offset_bytes, range.length_bytes);

@@ -330,6 +330,9 @@ impl Disks {
         };
         let storage = opened.map_err(|error| match error {
             OpenError::InUse { identity } => self.holder(identity),
+            OpenError::Store(StoreError::Locked { store, writer }) => {
+                self.holder_of_file(&store).unwrap_or(OpenError::Store(StoreError::Locked { store, writer }).into())
+            }
             error => error.into(),
         })?;
         match self.export(host, definition, &storage, qemu, &options) {
@@ -348,6 +351,13 @@ impl Disks {
             true => OpenError::InUse { identity }.into(),
             false => DiskError::StoreTaken { identity, disks: disks.join(", ") },
         }
+    }
+
+    /// The same of a file that is locked: whether it is we who have it, as another format.
+    fn holder_of_file(&self, store: &str) -> Option<DiskError> {
+        let path = store.split_once(':')?.1;
+        let held = ["file:", "qcow2:"].map(|scheme| format!("{scheme}{path}"));
+        held.into_iter().find(|identity| !self.on_storage(identity).is_empty()).map(|identity| self.holder(identity))
     }
 
     fn export(

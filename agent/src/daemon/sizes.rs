@@ -6,7 +6,7 @@
 //! A guest is told of a size once its store has it. Nothing here makes a store smaller.
 
 use super::disks::{Disks, Entry, Host, Served};
-use crate::config::units::{exact_bytes, human_bytes};
+use crate::config::units::{exact_bytes, human_bytes, human_sizes};
 use prestage_cache::OpenError;
 use prestage_cache::backend::StoreError;
 use prestage_cache::types::PAGE_BYTES;
@@ -102,10 +102,11 @@ impl Disks {
 /// What is said of a file that is larger than its file system could hold.
 fn beyond_its_room(served: &Served, size: u64) -> Option<String> {
     let room = served.storage.file()?.room_bytes().ok()??;
+    let [room_for, size_of] = human_sizes([room, size]);
     (size > room).then(|| {
         format!(
-            "its file system has room for {} of it, with what it takes there now: the guest's writes fail once that is full",
-            human_bytes(room)
+            "its file system has room for {room_for} of these {size_of}, with what the file takes there now: the guest's writes fail once \
+             that is full"
         )
     })
 }

@@ -4,7 +4,7 @@ use super::Shared;
 use super::control::{Handle, blocking};
 use super::drained::Drained;
 use super::service::{Leaving, alone, drain, each, resume};
-use crate::config::units::{exact_bytes, human_bytes};
+use crate::config::units::{exact_bytes, human_bytes, human_sizes};
 use crate::config::{Config, host_ram_bytes};
 use parking_lot::Mutex;
 use prestage_cache::ssd::SsdError;
@@ -273,7 +273,7 @@ pub(super) fn problem(error: &ResizeError) -> ApiError {
 fn worded(error: &ResizeError) -> String {
     match error {
         ResizeError::TooLarge { asked_bytes, most_bytes } => {
-            let [most, asked] = [most_bytes, asked_bytes].map(|bytes| human_bytes(*bytes));
+            let [most, asked] = human_sizes([*most_bytes, *asked_bytes]);
             format!("RAM tier: {most} at most on this host; {asked} were asked for")
         }
         ResizeError::Memory { bytes, source } => {
@@ -291,14 +291,14 @@ fn worded(error: &ResizeError) -> String {
 pub(super) fn ssd_words(error: &SsdError) -> String {
     match error {
         SsdError::NoSpace { path, needed_bytes, free_bytes } => {
-            let [needed, free] = [needed_bytes, free_bytes].map(|bytes| human_bytes(*bytes));
+            let [needed, free] = human_sizes([*needed_bytes, *free_bytes]);
             format!(
                 "{} needs {needed} and only {free} are free; configure a smaller size, or free space there",
                 path.display()
             )
         }
         SsdError::SizeOutOfRange { path, size_bytes, min_bytes, max_bytes } => {
-            let [size, min, max] = [size_bytes, min_bytes, max_bytes].map(|bytes| human_bytes(*bytes));
+            let [size, min, max] = human_sizes([*size_bytes, *min_bytes, *max_bytes]);
             format!("{size} for {} are out of range; it takes {min} to {max}", path.display())
         }
         other => {

@@ -21,7 +21,11 @@ impl DiskResize {
         match self.size_bytes {
             Some(0) => Err("a disk has 512 bytes at least".to_owned()),
             Some(bytes) if !bytes.is_multiple_of(512) => {
-                Err(format!("a disk's size is a multiple of 512 bytes, which {bytes} bytes are not"))
+                let below = bytes - bytes % 512;
+                let above = below.saturating_add(512);
+                Err(format!(
+                    "a disk's size is a multiple of 512 bytes, which {bytes} bytes are not; {below} and {above} are"
+                ))
             }
             _ => Ok(()),
         }
