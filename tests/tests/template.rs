@@ -161,6 +161,28 @@ fn clones_have_the_memory_share_it_and_learn_what_they_need() {
     assert_eq!((one.state().unwrap(), two.state().unwrap()), ("running".into(), "running".into()));
     daemon.stop().unwrap();
     assert_eq!(one.ask("sum").unwrap(), sum, "clones need no daemon");
+
+    // After a restart clones are still called so, and their template is kept.
+    daemon.resume().unwrap();
+    let shown = progress(&daemon, "one");
+    assert_eq!((&shown["template"], &shown["phase"]), (&path.as_str().into(), &"done".into()), "{shown}");
+    assert!(shown["notes"][0].as_str().unwrap().contains("prestaged was restarted"), "{shown}");
+    assert_eq!(progress(&daemon, "source"), Value::Null);
+    let said = refused(&daemon, &["template", "remove", &path]);
+    assert!(said.contains("has clones that run: ") && said.contains("one"), "{said}");
+    let named = daemon.ctl(&["vm", "save-template", "source", "--to", "named"]).unwrap();
+    let list = daemon.ctl(&["template", "list"]).unwrap();
+    let row = list["templates"].as_array().unwrap().iter().find(|row| row["name"] == "named").unwrap();
+    assert_eq!((&row["machine"], &row["clones"]), (&"source".into(), &serde_json::json!([])), "{list}");
+    assert_eq!((&row["path"], &row["learned"]), (&named["template"], &false.into()), "{list}");
+    daemon.ctl(&["template", "remove", "named"]).unwrap();
+    assert!(!Path::new(named["template"].as_str().unwrap()).exists());
+    for clone in ["one", "two"] {
+        rig.libvirt.virsh(&["destroy", clone]).unwrap();
+    }
+    daemon.ctl(&["template", "remove", &path]).unwrap();
+    assert!(!folder.exists());
+    assert!(refused(&daemon, &["template", "remove", &path]).contains("there is no template"));
 }
 
 #[test]

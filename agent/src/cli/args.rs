@@ -81,6 +81,9 @@ pub enum Command {
     /// Virtual machines known to libvirt
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Machines saved with their memory, for clones
+    #[command(subcommand)]
+    Template(super::templates::TemplateCommand),
     /// The RAM and SSD tiers
     #[command(subcommand)]
     Cache(CacheCommand),

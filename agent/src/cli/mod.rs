@@ -10,7 +10,7 @@
 //! - `explain.rs`: `explain`
 //! - `demand/`: `vm policy`, `forecast`, `recommend`, `decisions`, `reservation`, `execution`, `event`, `demand`
 //! - `tiers.rs`: `cache resize`, `cache drain`, `cache resume`, `disk resize`
-//! - `templates.rs`: `vm save-template`, `vm start-from-template`
+//! - `templates.rs`: `vm save-template`, `vm start-from-template`, `template`
 //! - `when.rs`: points in time
 //! - `forecast.rs`: `forecast`, which needs no daemon
 //!
@@ -160,6 +160,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
         Command::Status => answer(out, json, &client.get::<Status>("/v1/status").await?, render::status),
         Command::Disk(command) => disk(command, &client, json, out).await,
         Command::Vm(command) => vm(command, &client, json, out).await,
+        Command::Template(command) => templates::run(command, &client, json, out).await,
         Command::Cache(command) => cache(command, &client, json, out).await,
         Command::Profile(command) => profile(command, &client, json, out).await,
         Command::Trace(TraceCommand::Replay(args)) => replay::run(*args, json, out).await,

@@ -26,7 +26,7 @@ fn health(health: Health) -> &'static str {
     }
 }
 
-fn with_detail(state: Health, detail: Option<&str>) -> String {
+pub(super) fn with_detail(state: Health, detail: Option<&str>) -> String {
     match detail {
         None => health(state).to_owned(),
         Some(detail) => format!("{}: {detail}", health(state)),

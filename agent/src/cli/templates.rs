@@ -1,13 +1,15 @@
-//! `vm save-template` and `vm start-from-template`.
+//! `vm save-template`, `vm start-from-template`, `template list` and `template remove`.
 
-use super::table::{Fields, printable};
+use super::table::{Align, Fields, Table, printable};
 use super::{Failure, answer, render};
 use crate::client::{Client, encode};
-use clap::Args;
+use crate::config::units::human_sizes;
+use clap::{Args, Subcommand};
 use prestage_integration::api::templates::{
-    ClonePhase, CloneProgress, CloneStart, CloneStarted, TemplateSave, TemplateSaved,
+    ClonePhase, CloneProgress, CloneStart, CloneStarted, TemplateList, TemplateSave, TemplateSaved,
 };
 use prestage_integration::api::types::{Vm, validate_name};
+use serde_json::json;
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
@@ -37,6 +39,74 @@ pub struct StartArgs {
     /// Return when nothing is read for it any more
     #[arg(long)]
     wait: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// All templates, and the clones that run
+    #[command(long_about = "All templates, and the clones that run.\n\n  MEMORY  of a clone\n  \
+        FIRST   of it, what clones need first; before one has taught that: all that is not zero\n  \
+        CLONES  that run now; - of none, ? where libvirt does not say\n  \
+        STATE   why it cannot be used, if so\n\nThose in <state_dir>/templates are named, those in the folders of daemon.template_dirs by their paths.")]
+    List,
+    /// Remove a template that no machine runs on
+    Remove {
+        /// Name, or its folder, such as ./web or /srv/templates/web
+        template: String,
+    },
+}
+
+pub(super) async fn run(
+    command: TemplateCommand,
+    client: &Client,
+    json: bool,
+    out: &mut impl Write,
+) -> Result<(), Failure> {
+    match command {
+        TemplateCommand::List => answer(out, json, &client.get::<TemplateList>("/v1/templates").await?, |list| {
+            templates(list, render::now_unix_ms())
+        }),
+        TemplateCommand::Remove { template } => {
+            let template = place(&template)?;
+            client.delete(&format!("/v1/templates/{}", encode(&template))).await?;
+            answer(out, json, &json!({ "removed": template }), |_| {
+                format!("template {} is removed\n", printable(&template))
+            })
+        }
+    }
+}
+
+fn templates(list: &TemplateList, now_unix_ms: u64) -> String {
+    if list.templates.is_empty() {
+        return "no templates; `prestagectl vm save-template VM` saves one\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        ("TEMPLATE", Align::Left),
+        ("OF", Align::Left),
+        ("SAVED", Align::Left),
+        ("MEMORY", Align::Right),
+        ("FIRST", Align::Right),
+        ("CLONES", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    for template in &list.templates {
+        let [memory, first] = human_sizes([template.memory_bytes, template.needed_bytes]);
+        let clones = match &template.clones {
+            None => "?".to_owned(),
+            Some(none) if none.is_empty() => "-".to_owned(),
+            Some(clones) => clones.join(", "),
+        };
+        table.row([
+            template.name.clone(),
+            render::dash(template.machine.as_deref()),
+            template.created_unix_ms.map_or_else(|| "-".to_owned(), |at| render::ago(at, now_unix_ms)),
+            memory,
+            first,
+            clones,
+            render::with_detail(template.health, template.detail.as_deref()),
+        ]);
+    }
+    table.render()
 }
 
 fn clone_name(text: &str) -> Result<String, String> {
@@ -89,6 +159,9 @@ fn progress(of: &CloneProgress) -> String {
 fn streamed(of: &CloneProgress) -> String {
     let mib = |bytes: u64| bytes >> 20;
     let (done, all) = (of.needed_done_bytes + of.rest_done_bytes, of.needed_bytes + of.rest_bytes);
+    if all == 0 && of.phase == ClonePhase::Done {
+        return "not known".to_owned();
+    }
     let mut text = format!(
         "{} of {} MiB, {} of {} needed first",
         mib(done),
@@ -125,6 +198,7 @@ pub(super) fn fields(of: &CloneProgress) -> String {
 pub(super) fn cell(of: &CloneProgress) -> String {
     let (done, all) = (of.needed_done_bytes + of.rest_done_bytes, of.needed_bytes + of.rest_bytes);
     match of.phase {
+        ClonePhase::Done if all == 0 => "not known".to_owned(),
         ClonePhase::Done if done >= all => "read".to_owned(),
         _ => format!("{} of {} MiB", done >> 20, all >> 20),
     }
@@ -152,5 +226,8 @@ mod tests {
         assert!(fields(&of).contains("reading was stopped"));
         (of.needed_done_bytes, of.rest_done_bytes) = (of.needed_bytes, of.rest_bytes);
         assert_eq!(cell(&of), "read");
+        // Of an earlier run of the daemon.
+        of = CloneProgress { phase: ClonePhase::Done, ..CloneProgress::default() };
+        assert_eq!((cell(&of).as_str(), progress(&of).as_str()), ("not known", "streamed not known; done"));
     }
 }

@@ -74,7 +74,7 @@ fn describe(daemon: &Shared, vm: &libvirt::Vm) -> Vm {
         vcpus: vm.vcpus,
         memory_bytes: vm.memory_bytes,
         disks: disks.collect(),
-        clone: daemon.templates.progress(vm.id.uuid),
+        clone: daemon.templates.progress(vm),
         pages: None,
     }
 }

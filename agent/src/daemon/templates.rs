@@ -6,15 +6,18 @@ use super::machines::{api_error, hypervisor};
 use crate::learner::run::unix_ms;
 use parking_lot::Mutex;
 use prestage_integration::api::templates::{
-    ClonePhase, CloneProgress, CloneStart, CloneStarted, TemplateControl, TemplateSave, TemplateSaved,
+    self as types, ClonePhase, CloneProgress, CloneStart, CloneStarted, TemplateControl, TemplateList, TemplateSave,
+    TemplateSaved,
 };
-use prestage_integration::api::types::validate_name;
+use prestage_integration::api::types::{Health, validate_name};
 use prestage_integration::api::{ApiError, ErrorCode, Reply};
 use prestage_integration::libvirt::template::{Ready, clone_definition};
-use prestage_integration::libvirt::{Hypervisor, HypervisorError, Uuid};
+use prestage_integration::libvirt::{Hypervisor, HypervisorError, Uuid, Vm};
 use prestage_integration::memory::template::preload::{Ended, Progress};
 use prestage_integration::memory::template::record::{self, Recording, Starter};
-use prestage_integration::memory::template::{Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError, drafts};
+use prestage_integration::memory::template::{
+    self, Draft, Learned, Origin, PAGE_BYTES, Template, TemplateError, drafts,
+};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -99,9 +102,15 @@ fn in_words(ended: Ended) -> Option<&'static str> {
 struct Turn(Shared, String);
 
 impl Templates {
-    /// How far reading for a machine is, if it is a clone of this run of the daemon.
-    pub(super) fn progress(&self, vm: Uuid) -> Option<CloneProgress> {
-        self.clones.lock().get(&vm).map(|reading| reading.report())
+    /// How far reading for a machine is, if it is a clone. Of one that an earlier run of the daemon has started, which read for it, nobody
+    /// knows more than that.
+    pub(super) fn progress(&self, vm: &Vm) -> Option<CloneProgress> {
+        if let Some(reading) = self.clones.lock().get(&vm.id.uuid) {
+            return Some(reading.report());
+        }
+        let template = vm.clone_of.as_ref()?.display().to_string();
+        let note = "prestaged was restarted since it was started: how much was read for it is not known".to_owned();
+        Some(CloneProgress { template, phase: ClonePhase::Done, notes: vec![note], ..CloneProgress::default() })
     }
 
     /// Clones whose template could not be read in part, with how often.
@@ -235,9 +244,74 @@ impl TemplateControl for Handle {
         Box::pin(async move { save(&self.0, &vm, request).await })
     }
 
+    fn templates(&self) -> Reply<'_, TemplateList> {
+        Box::pin(async move { list(&self.0).await })
+    }
+
+    fn template_remove(&self, template: String) -> Reply<'_, ()> {
+        Box::pin(async move { remove(&self.0, &template).await })
+    }
+
     fn clone_start(&self, request: CloneStart) -> Reply<'_, CloneStarted> {
         Box::pin(async move { start(&self.0, request).await })
     }
+}
+
+/// Clones that run, by name, with their templates' folders.
+async fn clones(daemon: &Shared) -> Result<Vec<(String, PathBuf)>, ApiError> {
+    let vms = hypervisor(daemon)?.list().await.map_err(|error| api_error(&error))?;
+    let clones = vms.into_iter().filter(Vm::is_running);
+    Ok(clones.filter_map(|vm| Some((vm.id.name, vm.clone_of?))).collect())
+}
+
+async fn list(daemon: &Shared) -> Result<TemplateList, ApiError> {
+    let clones = clones(daemon).await.ok();
+    let usual = usual(daemon);
+    let elsewhere = daemon.config.lock().daemon.template_dirs.clone();
+    let shared = usual.clone();
+    let found = blocking(move || {
+        let folders = [shared].into_iter().chain(elsewhere);
+        folders.map(|folder| template::list(&folder)).collect::<Result<Vec<_>, _>>()
+    });
+    let found = found.await?.map_err(|error| template_error(&error))?;
+    let described = found.into_iter().flatten().map(|(path, opened)| {
+        let name = path.strip_prefix(&usual).unwrap_or(&path).display().to_string();
+        let of_it = |clones: &Vec<(String, PathBuf)>| {
+            clones.iter().filter(|(_, of)| *of == path).map(|(name, _)| name.clone()).collect()
+        };
+        let known = types::Template {
+            name,
+            path: path.display().to_string(),
+            clones: clones.as_ref().map(of_it),
+            ..Default::default()
+        };
+        match opened {
+            Ok(template) => types::Template {
+                detail: template.set_trouble,
+                machine: Some(template.manifest.origin.name),
+                created_unix_ms: Some(template.manifest.created_unix_ms),
+                memory_bytes: template.manifest.memory_bytes,
+                needed_bytes: template.working_set.pages() * PAGE_BYTES,
+                learned: template.working_set.learned == Learned::FirstTouch,
+                ..known
+            },
+            Err(error) => types::Template { health: Health::Degraded, detail: Some(error.to_string()), ..known },
+        }
+    });
+    Ok(TemplateList { templates: described.collect() })
+}
+
+async fn remove(daemon: &Shared, template: &str) -> Result<(), ApiError> {
+    let path = folder(daemon, template)?;
+    let on_it: Vec<_> = clones(daemon).await?.into_iter().filter(|(_, of)| *of == path).map(|(name, _)| name).collect();
+    if !on_it.is_empty() {
+        let detail = format!("template {} has clones that run: {}; stop them first", path.display(), on_it.join(", "));
+        return Err(ApiError::new(ErrorCode::InUse, detail));
+    }
+    let removed = path.clone();
+    blocking(move || template::remove(&path)).await?.map_err(|error| template_error(&error))?;
+    tracing::info!(template = %removed.display(), "template removed");
+    Ok(())
 }
 
 async fn save(daemon: &Shared, vm: &str, request: TemplateSave) -> Result<TemplateSaved, ApiError> {

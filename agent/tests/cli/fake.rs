@@ -135,6 +135,33 @@ impl TemplateControl for Fake {
         }))
     }
 
+    fn templates(&self) -> Reply<'_, TemplateList> {
+        let web = Template {
+            name: "web".into(),
+            path: "/var/lib/prestage/templates/web".into(),
+            machine: Some("web1".into()),
+            created_unix_ms: Some(1_700_000_000_000),
+            memory_bytes: 512 << 20,
+            needed_bytes: 60 << 20,
+            learned: true,
+            clones: Some(vec!["web-2".into(), "web-3".into()]),
+            ..Template::default()
+        };
+        let broken = Template {
+            name: "/srv/t/old".into(),
+            path: "/srv/t/old".into(),
+            health: Health::Degraded,
+            detail: Some("template /srv/t/old is damaged".into()),
+            ..Template::default()
+        };
+        done(Ok(TemplateList { templates: vec![broken, web] }))
+    }
+
+    fn template_remove(&self, template: String) -> Reply<'_, ()> {
+        self.note(format!("remove template {template}"));
+        done(Ok(()))
+    }
+
     fn clone_start(&self, request: CloneStart) -> Reply<'_, CloneStarted> {
         self.note(format!("start {request:?}"));
         done(Ok(CloneStarted {

@@ -231,6 +231,13 @@ Note: its network interfaces are unplugged
         );
     }
     fails(&daemon.socket, &["vm", "start-from-template", "web1", "--name", "../c"], 2, "not a name for a machine");
+    let list = run(&daemon.socket, &["template", "list"]).out;
+    let rows: Vec<_> = list.lines().map(|row| row.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    assert_eq!(rows[0], "TEMPLATE OF SAVED MEMORY FIRST CLONES STATE");
+    assert_eq!(rows[1], "/srv/t/old - - 0 B 0 B ? DEGRADED: template /srv/t/old is damaged");
+    assert!(rows[2].starts_with("web web1 ") && rows[2].ends_with("ago 512 MiB 60 MiB web-2, web-3 ok"), "{list}");
+    prints(&daemon, &["template", "remove", "/srv/t/old"], "template /srv/t/old is removed\n");
+    assert_eq!(daemon.control.asked.lock().last().unwrap(), "remove template /srv/t/old");
     let asked = daemon.control.asked.lock();
     assert_eq!(asked[0], "save web1 TemplateSave { to: None }");
     assert_eq!(asked[1], "start CloneStart { template: \"/srv/t/web1\", name: \"c1\", verify: false }");

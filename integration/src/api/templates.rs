@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Reply;
+use super::types::Health;
 
 /// A machine to save as a template.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
@@ -25,6 +26,38 @@ pub struct TemplateSaved {
     pub used_bytes: u64,
     /// How long the machine's processors stood still.
     pub stood_ms: u64,
+}
+
+/// A template that there is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Template {
+    /// By which it is named in requests: of a folder below `<state_dir>/templates`, or an absolute path.
+    pub name: String,
+    /// Its folder.
+    pub path: String,
+    pub health: Health,
+    /// Why it cannot be used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// Machine that it was made of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_unix_ms: Option<u64>,
+    pub memory_bytes: u64,
+    /// What clones need first; before one has run: what is not zero.
+    pub needed_bytes: u64,
+    /// A clone has taught what clones need first.
+    pub learned: bool,
+    /// Clones of it that run; absent where libvirt cannot say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clones: Option<Vec<String>>,
+}
+
+/// All templates, by folder and name.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct TemplateList {
+    pub templates: Vec<Template>,
 }
 
 /// A clone to start.
@@ -97,6 +130,11 @@ pub trait TemplateControl {
     /// Errors: `NotFound`, `AlreadyExists`, `InUse` (being saved), `NotPossible` (with what to change), `NoSpace`,
     /// `HypervisorUnavailable`.
     fn template_save(&self, vm: String, request: TemplateSave) -> Reply<'_, TemplateSaved>;
+    /// Errors: `Unavailable`.
+    fn templates(&self) -> Reply<'_, TemplateList>;
+    /// Removes a template that no machine runs on. Errors: `NotFound`, `InvalidRequest`, `InUse`, `NotPossible` (no template, or with
+    /// files of others), `HypervisorUnavailable` (nobody knows who runs on it).
+    fn template_remove(&self, template: String) -> Reply<'_, ()>;
     /// Starts a clone of a template. Errors: `NotFound`, `InvalidRequest`, `NotPossible` (damaged, or what QEMU says),
     /// `HypervisorUnavailable`.
     fn clone_start(&self, request: CloneStart) -> Reply<'_, CloneStarted>;

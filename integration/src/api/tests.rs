@@ -68,6 +68,12 @@ impl templates::TemplateControl for Fake {
     fn template_save(&self, _: String, _: templates::TemplateSave) -> Reply<'_, templates::TemplateSaved> {
         no()
     }
+    fn templates(&self) -> Reply<'_, templates::TemplateList> {
+        no()
+    }
+    fn template_remove(&self, name: String) -> Reply<'_, ()> {
+        Box::pin(async move { if name == "/srv/t/web" { Ok(()) } else { Err(ApiError::not_found(name)) } })
+    }
     fn clone_start(&self, _: templates::CloneStart) -> Reply<'_, templates::CloneStarted> {
         no()
     }
@@ -326,6 +332,8 @@ fn the_document_is_openapi_3_1_and_describes_every_route() {
         "post /v1/vms/{vm}/disks/{target}/attach",
         "post /v1/vms/{vm}/disks/{target}/detach",
         "post /v1/vms/{vm}/template",
+        "get /v1/templates",
+        "delete /v1/templates/{name}",
         "post /v1/clones",
         "post /v1/disks/{name}/resize",
     ];

@@ -1,5 +1,7 @@
 //! Domain XML → the plain description of its disks and memory.
 
+use std::path::PathBuf;
+
 use roxmltree::Node;
 
 use super::disk::Disk;
@@ -7,6 +9,7 @@ use super::error::PlanError;
 use super::memory;
 use super::record::{Record, serves};
 use super::store::StoreSource;
+use super::template;
 use super::vm::{AttachInfo, DiskKind, VmDisk};
 use super::xml::parse;
 
@@ -15,6 +18,8 @@ use super::xml::parse;
 pub(super) struct Described {
     pub(super) disks: Vec<VmDisk>,
     pub(super) shared_memory: bool,
+    /// Folder of the template that it is a clone of.
+    pub(super) clone_of: Option<PathBuf>,
 }
 
 /// Describes a domain from the definition of its running instance, if it runs, and the one of its next start, if it is
@@ -51,7 +56,8 @@ pub(super) fn describe(running: Option<&str>, next: Option<&str>) -> Result<Desc
             }
         })
         .collect();
-    Ok(Described { disks, shared_memory: memory::is_shared(definition).unwrap_or(false) })
+    let clone_of = template::noted_template(shown).map(PathBuf::from);
+    Ok(Described { disks, shared_memory: memory::is_shared(definition).unwrap_or(false), clone_of })
 }
 
 /// The attachment in the running definition, in the next one, or in both.

@@ -450,6 +450,7 @@ fn describe_domain(domain: &Domain) -> Result<Vm, HypervisorError> {
         persistent,
         disks: described.disks,
         shared_memory: described.shared_memory,
+        clone_of: described.clone_of,
         vcpus: info.nr_virt_cpu,
         memory_bytes: info.max_mem.saturating_mul(1024),
         id,

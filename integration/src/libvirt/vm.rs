@@ -48,6 +48,8 @@ pub struct Vm {
     pub vcpus: u32,
     /// The most memory the VM may have.
     pub memory_bytes: u64,
+    /// Folder of the template that it was started from, if it is a clone.
+    pub clone_of: Option<PathBuf>,
 }
 
 impl Vm {

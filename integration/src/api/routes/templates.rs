@@ -4,11 +4,15 @@ use super::{
     Answer, ApiError, At, Body, Json, OpenApiRouter, Problem, Response, Shared, State, StatusCode, change, header,
     routes, validate_name,
 };
-use crate::api::templates::{CloneStart, CloneStarted, TemplateSave, TemplateSaved};
+use crate::api::templates::{CloneStart, CloneStarted, TemplateList, TemplateSave, TemplateSaved};
 use axum::response::IntoResponse;
 
 pub(super) fn described() -> OpenApiRouter<Shared> {
-    OpenApiRouter::new().routes(routes!(template_save)).routes(routes!(clone_start))
+    OpenApiRouter::new()
+        .routes(routes!(template_save))
+        .routes(routes!(templates))
+        .routes(routes!(template_remove))
+        .routes(routes!(clone_start))
 }
 
 /// Saves a running machine as a template.
@@ -21,6 +25,22 @@ async fn template_save(
     Body(request): Body<TemplateSave>,
 ) -> Answer<TemplateSaved> {
     change(async move { control.template_save(vm, request).await }).await.map(Json)
+}
+
+/// Templates that there are, also those that cannot be used.
+#[utoipa::path(get, path = "/v1/templates", tag = "machines",
+    responses((status = 200, body = TemplateList), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn templates(State(control): State<Shared>) -> Answer<TemplateList> {
+    control.templates().await.map(Json)
+}
+
+/// Removes a template that no machine runs on.
+#[utoipa::path(delete, path = "/v1/templates/{name}", tag = "machines",
+    params(("name" = String, Path, description = "Name, or absolute path of its folder")),
+    responses((status = 204), (status = "default", body = Problem, content_type = "application/problem+json")))]
+async fn template_remove(State(control): State<Shared>, At(name): At<String>) -> Result<StatusCode, ApiError> {
+    change(async move { control.template_remove(name).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Starts a clone of a template.

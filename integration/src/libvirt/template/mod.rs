@@ -329,6 +329,13 @@ fn template_of(domain: &Domain) -> Option<(String, String)> {
     Some((root.tag_name().name().to_owned(), root.attribute("template").unwrap_or_default().to_owned()))
 }
 
+/// The template's folder that is noted in the definition of a clone that runs.
+pub(super) fn noted_template<'a>(domain: roxmltree::Node<'a, '_>) -> Option<&'a str> {
+    let mut notes = super::xml::child(domain, "metadata")?.children();
+    let clone = notes.find(|n| n.tag_name().namespace() == Some(TEMPLATE_NAMESPACE) && n.tag_name().name() == CLONE)?;
+    clone.attribute("template")
+}
+
 fn recover(link: &Link, busy: &[String]) -> Result<Vec<String>, HypervisorError> {
     let active = sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE;
     let domains = link.connect().list_all_domains(active).map_err(|e| failed("list the VMs", &e))?;

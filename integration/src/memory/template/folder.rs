@@ -22,9 +22,9 @@ use crate::privilege::set_group;
 
 /// The file that makes a folder a template.
 pub const MANIFEST: &str = "manifest.json";
-const DEFINITION: &str = "domain.xml";
-const STATE: &str = "state";
-const WORKING_SET: &str = "working-set.json";
+pub(super) const DEFINITION: &str = "domain.xml";
+pub(super) const STATE: &str = "state";
+pub(super) const WORKING_SET: &str = "working-set.json";
 /// A definition has some kilobytes.
 const LARGEST_DEFINITION: u64 = 1 << 20;
 
@@ -365,7 +365,7 @@ impl Template {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::memory::template::{Learned, Origin, PAGE_BYTES};
     use std::os::unix::fs::FileExt;
@@ -379,7 +379,7 @@ mod tests {
         target.parent().unwrap()
     }
 
-    fn made(target: &Path) -> Template {
+    pub(in super::super) fn made(target: &Path) -> Template {
         let draft = Draft::begin(target, None, parent(target)).unwrap();
         let state = draft.create_state().unwrap();
         drop(state);

@@ -4,6 +4,7 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`Template`], [`Draft`] (`folder`) | a template's folder: written aside and renamed, checked before use |
+//! | [`list`], [`remove`] (`shelf`) | templates that there are, and taking one away |
 //! | [`drafts`] | drafts on record, so that a crash leaves none |
 //! | [`Manifest`] (`manifest`) | what it was made of, sealed with checksums |
 //! | [`stream`] | QEMU's migration stream: where the machine's memory lies in it |
@@ -29,11 +30,13 @@ mod folder;
 mod manifest;
 pub mod preload;
 pub mod record;
+mod shelf;
 pub mod stream;
 mod working_set;
 
 pub use folder::{Draft, MANIFEST, Template};
 pub use manifest::{FORMAT, Manifest, Origin};
+pub use shelf::{Found, list, remove};
 pub use working_set::{Extent, Learned, MERGE_PAGES, WorkingSet};
 
 use std::path::{Path, PathBuf};
