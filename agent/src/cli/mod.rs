@@ -2,7 +2,7 @@
 //!
 //! - `args.rs`: commands and options
 //! - `render.rs`, `table.rs`: text for people
-//! - `stat.rs`: `cache stat`; `history.rs`: `history`; `models.rs`: `model`
+//! - `status.rs`: `status`; `stat.rs`: `cache stat`; `history.rs`: `history`; `models.rs`: `model`
 //! - `replay.rs`, `replay/`: `trace replay`, which needs no daemon
 //! - `advise/`: `advise`
 //! - `simulate.rs`, `simulate/`: `simulate`, which needs no daemon
@@ -28,6 +28,7 @@ mod render;
 mod replay;
 mod simulate;
 mod stat;
+mod status;
 mod table;
 mod templates;
 mod tiers;
@@ -157,7 +158,7 @@ async fn run(cli: Cli, out: &mut impl Write) -> Result<(), Failure> {
     let client = Client::new(&cli.socket);
     let json = cli.json;
     match cli.command {
-        Command::Status => answer(out, json, &client.get::<Status>("/v1/status").await?, render::status),
+        Command::Status => answer(out, json, &client.get::<Status>("/v1/status").await?, status::status),
         Command::Disk(command) => disk(command, &client, json, out).await,
         Command::Vm(command) => vm(command, &client, json, out).await,
         Command::Template(command) => templates::run(command, &client, json, out).await,

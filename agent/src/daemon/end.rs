@@ -4,7 +4,7 @@
 //! - [`Releasing`]: disks on their way to a successor
 
 use super::handover::{self, Gate, Invitation, Legacy, Locks, Successor};
-use super::run::add_outcomes;
+use super::upkeep::add_outcomes;
 use super::{Disks, Shared};
 use prestage_cache::ssd::SsdTier;
 use prestage_integration::export::ExportState;

@@ -226,7 +226,7 @@ pub(super) async fn watch(daemon: Shared, hypervisor: Hypervisor) {
                 if matches!(event.kind, VmEventKind::Stopped(_) | VmEventKind::Undefined) {
                     daemon.templates.ended(event.vm.uuid);
                     // Disks attached while the machine ran can be opened now, and should be before its next start.
-                    super::run::open_missing(&daemon).await;
+                    super::upkeep::open_missing(&daemon).await;
                     release(&daemon, &hypervisor).await;
                 }
                 // libvirt finishes what a killed daemon has asked it for, and may do so a while after the next is there.

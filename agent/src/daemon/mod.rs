@@ -1,6 +1,6 @@
 //! prestaged: everything put together.
 //!
-//! - [`run`]: from the configuration to a running daemon and back (`run.rs`)
+//! - [`run`]: from the configuration to a running daemon and back (`run.rs`); `upkeep.rs`: what is done again and again meanwhile
 //! - `disks.rs`: disks on offer: open, export, remove, retry
 //! - `qsd.rs`: images that only QEMU understands, through a supervised qemu-storage-daemon
 //! - `control.rs`, `history.rs`: the API's questions and orders
@@ -44,6 +44,7 @@ mod service;
 mod sizes;
 mod templates;
 mod tiers;
+mod upkeep;
 mod webhooks;
 
 pub use check::{Checked, check_file};

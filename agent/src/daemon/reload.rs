@@ -6,9 +6,10 @@
 
 use super::check::{self, Fits};
 use super::drained::minute;
-use super::run::{Options, SetLog, budget, open_missing, refresh_sizes};
+use super::run::{Options, SetLog, budget};
 use super::service::try_again;
 use super::tiers::{Sizes, change_sizes};
+use super::upkeep::{open_missing, refresh_sizes};
 use super::{Shared, learner_settings, machines, models, webhooks};
 use crate::config::{Change, Config, diff, reloaded};
 use crate::learner::run::unix_ms;

@@ -9,10 +9,11 @@ use super::disks::Definition;
 use super::drained::Drained;
 use super::end::{Threads, hand_over, shut_down};
 use super::handover::{self, Gate, Invitation, Locks};
-use super::places::{Looking, look_at_stores};
+use super::places::Looking;
 use super::questions::Questions;
-use super::service::{look_for_file, with_ways};
+use super::service::with_ways;
 use super::tiers::{Tiers, ssd_words};
+use super::upkeep::{keep_looking, keep_outcomes, keep_trying, open_missing};
 use super::{Daemon, Disks, Shared, control, learner_settings, machines, models, reload};
 use crate::config::{Config, ConfigError, Engine, HugePages, RateLimit};
 use crate::demand::run::Demand;
@@ -30,7 +31,7 @@ use prestage_cache::policy::{BudgetConfig, CoreConfig};
 use prestage_cache::ssd::{self, SsdError, SsdOptions, SsdTier};
 use prestage_cache::{Cache, CacheConfig, arena};
 use prestage_integration::api::types::DiskOrigin;
-use prestage_integration::api::{self, Counters, Limits, ServeError, SocketOptions};
+use prestage_integration::api::{self, Limits, ServeError, SocketOptions};
 use prestage_integration::handover::HandOverError;
 use prestage_integration::libvirt::{Hypervisor, HypervisorConfig, HypervisorError, Uuid};
 use sd_notify::NotifyState;
@@ -44,10 +45,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-/// How often disks whose store could not be opened are tried again.
-const RETRY: Duration = Duration::from_secs(5);
-/// How often outcomes are added to their hour in the database.
-const OUTCOMES: Duration = Duration::from_secs(60);
 /// How often users' activity that was not written down at once is.
 const ACTIVITIES: Duration = Duration::from_secs(10);
 
@@ -216,6 +213,7 @@ pub async fn run(options: Options, config: Config, set_log: SetLog) -> Result<()
         tasks.push(tokio::spawn(demand.run(config, training)));
     }
     tasks.push(tokio::spawn(keep_trying(daemon.clone())));
+    tasks.push(tokio::spawn(keep_looking(daemon.clone())));
     tasks.push(tokio::spawn(keep_outcomes(daemon.clone())));
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -601,67 +599,4 @@ async fn expect_disks(daemon: &Shared) -> Result<(), api::ApiError> {
         }
     }
     Ok(())
-}
-
-/// Opens every disk on the list that is not served.
-pub(super) async fn open_missing(daemon: &Shared) {
-    let shared = daemon.clone();
-    if let Err(error) = control::blocking(move || shared.disks.open_missing(&shared.host())).await {
-        tracing::error!(%error, "disks not opened");
-    }
-}
-
-pub(super) async fn refresh_sizes(daemon: &Shared) {
-    let shared = daemon.clone();
-    if let Err(error) = control::blocking(move || shared.disks.refresh_sizes(&shared.host())).await {
-        tracing::error!(%error, "sizes of the stores not asked for");
-    }
-}
-
-/// Looks regularly at what may have changed by itself. Each of these may have to wait for a store that does not answer; none of them
-/// waits for another, nor for those of an earlier look, which pass over the store that somebody waits for.
-async fn keep_trying(daemon: Shared) {
-    let mut looks = tokio::task::JoinSet::new();
-    let mut following = None::<tokio::task::AbortHandle>;
-    loop {
-        tokio::time::sleep(RETRY).await;
-        while looks.try_join_next().is_some() {}
-        look_for_file(&daemon);
-        if daemon.disks.list().iter().any(|entry| entry.state.is_err()) {
-            let daemon = daemon.clone();
-            looks.spawn(async move { open_missing(&daemon).await });
-        }
-        look_at_stores(&daemon);
-        if following.as_ref().is_none_or(tokio::task::AbortHandle::is_finished) {
-            let daemon = daemon.clone();
-            following = Some(looks.spawn(async move {
-                // Changes that waited for a machine to stop.
-                if let Err(error) = machines::follow_config(&daemon).await {
-                    tracing::debug!(%error, "disks of the configuration not brought into line");
-                }
-            }));
-        }
-    }
-}
-
-async fn keep_outcomes(daemon: Shared) {
-    loop {
-        tokio::time::sleep(OUTCOMES).await;
-        add_outcomes(&daemon);
-    }
-}
-
-/// Adds what disks did since the last call to the current hour.
-pub(super) fn add_outcomes(daemon: &Daemon) {
-    let hour = unix_ms() / 3_600_000;
-    let stat = daemon.stat_report();
-    let mut last = daemon.outcomes.lock();
-    last.retain(|name, _| stat.disks.contains_key(name));
-    for (name, disk) in stat.disks {
-        let before = last.insert(name.clone(), disk.counters).unwrap_or_default();
-        let new = disk.counters.since(&before);
-        if new != Counters::default() {
-            drop(daemon.store.add_outcome(hour, &name, new));
-        }
-    }
 }
