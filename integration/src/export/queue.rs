@@ -251,10 +251,13 @@ impl Queue {
         if self.broken {
             return Err(QueueError::Broken);
         }
-        self.try_refresh()?;
-        self.limits.capacity_bytes = self.disk.capacity_bytes.load(Ordering::Relaxed);
         for _ in 0..ANSWERS_PER_POP {
-            let Some(head) = self.next_head()? else { return Ok(None) };
+            let head = self.next_head()?;
+            // After the look for requests, not before: a request may be there for memory, or beyond an end, that the front-end was
+            // told of while this looked.
+            self.try_refresh()?;
+            self.limits.capacity_bytes = self.disk.capacity_bytes.load(Ordering::Relaxed);
+            let Some(head) = head else { return Ok(None) };
             let chain = self.read_chain(head)?;
             match parse(chain, &self.limits) {
                 Parsed::Request(kind, data, device_writes) => {

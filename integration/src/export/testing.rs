@@ -41,7 +41,7 @@ pub(super) const BUFFERS: u64 = LOW + 0x1_0000;
 const REGIONS: [(u64, u64); 3] = [(LOW, 0x7f00_0000_0000), (ADJACENT, 0x7e00_0000_0000), (HIGH, 0x7f00_0010_0000)];
 
 const DESCRIPTORS: u64 = LOW;
-const AVAILABLE: u64 = LOW + 0x5000;
+pub(super) const AVAILABLE: u64 = LOW + 0x5000;
 const USED: u64 = LOW + 0x6000;
 
 /// One descriptor as the driver writes it.
@@ -218,8 +218,22 @@ impl Driver {
     }
 
     pub(super) fn make_available(&mut self, head: u16) {
-        self.write_in_region(AVAILABLE + 4 + 2 * u64::from(self.available % self.size), &head.to_le_bytes());
+        self.set_available_head(head);
         self.advance_available(1);
+    }
+
+    /// The head of the chain that is available next, without making it so.
+    pub(super) fn set_available_head(&self, head: u16) {
+        self.write_in_region(AVAILABLE + 4 + 2 * u64::from(self.available % self.size), &head.to_le_bytes());
+    }
+
+    pub(super) fn available_index(&self) -> u16 {
+        self.available
+    }
+
+    /// Somebody else has made chains available, up to this index.
+    pub(super) fn count_available(&mut self, index: u16) {
+        self.available = index;
     }
 
     pub(super) fn advance_available(&mut self, by: u16) {

@@ -1,8 +1,9 @@
 //! A ring against a driver in test memory: `chains` compares random chains with a naive parser, `crash` ends the agent
-//! between any two stores, and below, what a driver may do wrong.
+//! between any two stores, `race` changes what a ring may use beside it, and below, what a driver may do wrong.
 
 mod chains;
 mod crash;
+mod race;
 mod speed;
 
 use super::*;
@@ -10,7 +11,8 @@ use crate::export::RequestKind;
 use crate::export::config::DiskConfig;
 use crate::export::memory::{GuestMemory, RegionSpec};
 use crate::export::testing::{
-    ADJACENT, BUFFERS, Desc, Driver, HIGH, INDIRECT, LOW, NEXT, REGION_BYTES, WRITE, header_bytes, memory_file, raised,
+    ADJACENT, AVAILABLE, BUFFERS, Desc, Driver, HIGH, INDIRECT, LOW, NEXT, REGION_BYTES, WRITE, header_bytes,
+    memory_file, raised,
 };
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
