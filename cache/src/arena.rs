@@ -314,6 +314,35 @@ impl Range {
         if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// Puts huge pages of hugetlbfs in the place of bytes `from..to`. They are had elsewhere first, and moved: mmap(2) with
+    /// `MAP_FIXED` takes away what was there before it finds that there are too few, and until something is there again another
+    /// thread's stack or heap may be put into the hole.
+    fn map_huge(&self, from: usize, to: usize) -> io::Result<()> {
+        if from >= to || to > self.len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let (len, usable) = (to - from, libc::PROT_READ | libc::PROT_WRITE);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+        // SAFETY: a new mapping at addresses of the kernel's choice; no memory of anybody is touched.
+        let had = unsafe { libc::mmap(ptr::null_mut(), len, usable, flags, -1, 0) };
+        if had == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let (at, move_there) = (self.start().wrapping_add(from), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+        // SAFETY: moves the mapping just made, of which nobody else knows, over addresses of this range alone (checked above); what
+        // is said of them in `map` holds.
+        let moved = unsafe { libc::mremap(had, len, len, move_there, at.cast::<libc::c_void>()) };
+        if moved == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            // SAFETY: the mapping made above, which was not moved.
+            unsafe { libc::munmap(had, len) };
+            // The kernel may have made room for it before it failed.
+            self.take(from, to)?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
     fn advise(&self, from: usize, to: usize, advice: i32) -> bool {
         let at = self.start().wrapping_add(from);
         // SAFETY: addresses of this range; neither kind of advice that is given here changes what is there.
@@ -325,21 +354,18 @@ impl Range {
         let usable = libc::PROT_READ | libc::PROT_WRITE;
         let mut kind = PageKind::Small;
         if huge != HugePages::No {
-            match self.map(from, to, usable, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB) {
+            match self.map_huge(from, to) {
                 Ok(()) => kind = PageKind::HugeTlb,
-                Err(error) => {
-                    // The kernel may have taken away what was there before it found that it cannot.
-                    self.take(from, to)?;
-                    if huge == HugePages::Require {
-                        let pages = (to - from) / PIECE;
-                        return Err(io::Error::new(
-                            error.kind(),
-                            format!(
-                                "{pages} huge pages of 2 MiB are not free: {error}; raise vm.nr_hugepages or set cache.huge_pages = \"try\""
-                            ),
-                        ));
-                    }
+                Err(error) if huge == HugePages::Require => {
+                    let pages = (to - from) / PIECE;
+                    return Err(io::Error::new(
+                        error.kind(),
+                        format!(
+                            "{pages} huge pages of 2 MiB are not free: {error}; raise vm.nr_hugepages or set cache.huge_pages = \"try\""
+                        ),
+                    ));
                 }
+                Err(_) => {}
             }
         }
         if kind == PageKind::Small {
@@ -494,6 +520,65 @@ mod tests {
         assert_eq!(access(&arena), "rw-p");
         arena.vacate().unwrap();
         assert_eq!(access(&arena), "---p");
+    }
+
+    /// Whoever asks the kernel for memory meanwhile is given none of it.
+    #[test]
+    fn nobody_is_given_addresses_of_the_range_while_memory_is_put_behind_them() {
+        const ROUNDS: usize = 2000;
+        let range = Range::set_aside(8 * PIECE).unwrap();
+        let (from, until) = (range.base.addr(), range.base.addr() + range.len + PIECE);
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            let asking = threads.spawn(|| {
+                let mut inside = 0;
+                while !over.load(Ordering::Relaxed) {
+                    let (len, flags) = (PIECE + PAGE_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+                    // SAFETY: a new mapping at addresses of the kernel's choice, never touched.
+                    let got = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+                    assert_ne!(got, libc::MAP_FAILED);
+                    inside += usize::from((from..until).contains(&got.addr()));
+                    // SAFETY: the mapping just made. If it lies in the range, the range has a hole, which the test is about.
+                    unsafe { libc::munmap(got, len) };
+                }
+                inside
+            });
+            for _ in 0..ROUNDS {
+                range.give(0, 4 * PIECE, HugePages::Try).unwrap();
+                range.take(0, 4 * PIECE).unwrap();
+            }
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(asking.join().unwrap(), 0);
+        });
+    }
+
+    #[test]
+    fn huge_pages_are_taken_where_the_host_has_some_and_given_back() {
+        let free = || -> u64 {
+            let told = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+            told.ok().and_then(|told| told.trim().parse().ok()).unwrap_or(0)
+        };
+        let range = Range::set_aside(4 * PIECE).unwrap();
+        let before = free();
+        if before < 2 {
+            println!("SKIPPED in part: the host has {before} free huge pages of 2 MiB (vm.nr_hugepages)");
+            assert!(range.give(0, 2 * PIECE, HugePages::Require).is_err());
+            assert_ne!(range.give(0, 2 * PIECE, HugePages::Try).unwrap(), PageKind::HugeTlb);
+            return;
+        }
+        if let Err(error) = range.give(PIECE, 3 * PIECE, HugePages::Require) {
+            println!("SKIPPED: somebody else has taken the huge pages: {error}");
+            return;
+        }
+        let given = range.start().wrapping_add(PIECE);
+        // SAFETY: within what was just given.
+        unsafe { given.write_bytes(7, 2 * PIECE) };
+        let mapped = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        assert!(
+            mapped.lines().any(|line| line.starts_with("VmFlags:") && line.contains(" ht")),
+            "no huge pages:\n{mapped}"
+        );
+        range.take(PIECE, 3 * PIECE).unwrap();
     }
 
     #[test]
