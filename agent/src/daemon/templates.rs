@@ -193,16 +193,24 @@ fn template_error(error: &TemplateError) -> ApiError {
 fn folder(daemon: &Shared, template: &str) -> Result<PathBuf, ApiError> {
     // An absolute path stays what it is.
     let path = checked(template).map(|template| usual(daemon).join(template))?;
-    match daemon.sandbox.may_write(&path) {
-        true => Ok(path),
-        false => Err(ApiError::new(
-            ErrorCode::NotPossible,
-            format!(
-                "prestaged may not use templates in the folder of {}; add it to `daemon.template_dirs` and restart prestaged",
-                path.display()
-            ),
-        )),
-    }
+    if daemon.sandbox.may_write(&path) { Ok(path) } else { Err(outside(&path)) }
+}
+
+fn outside(path: &Path) -> ApiError {
+    let detail = format!(
+        "prestaged may not use templates in the folder of {}; add it to `daemon.template_dirs` and restart prestaged",
+        path.display()
+    );
+    ApiError::new(ErrorCode::NotPossible, detail)
+}
+
+/// The folder by the one name that it has without links on the way; the last part is not followed. As it is, where that is not to be found
+/// out.
+fn real(path: &Path) -> PathBuf {
+    let plain: PathBuf = path.components().collect();
+    let real =
+        plain.parent().zip(plain.file_name()).and_then(|(parent, name)| Some(parent.canonicalize().ok()?.join(name)));
+    real.unwrap_or(plain)
 }
 
 /// A name, or an absolute path, that a template may have.
@@ -215,6 +223,9 @@ fn checked(template: &str) -> Result<&Path, ApiError> {
     if !template.starts_with('/') {
         let why = "is neither an absolute path nor a name of 1 to 64 letters, digits, `.`, `_` or `-`";
         return validate_name(template).map(|()| path).map_err(|_| ApiError::invalid(format!("`{shown}` {why}")));
+    }
+    if path.components().any(|part| part == std::path::Component::ParentDir) {
+        return Err(ApiError::invalid(format!("`{shown}` has `..`; name the folder without")));
     }
     // Drafts have such names, and are removed after a crash.
     if path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b".")) {
@@ -302,8 +313,20 @@ async fn list(daemon: &Shared) -> Result<TemplateList, ApiError> {
 }
 
 async fn remove(daemon: &Shared, template: &str) -> Result<(), ApiError> {
-    let path = folder(daemon, template)?;
-    let on_it: Vec<_> = clones(daemon).await?.into_iter().filter(|(_, of)| *of == path).map(|(name, _)| name).collect();
+    let asked = folder(daemon, template)?;
+    let found = clones(daemon).await?;
+    let (path, on_it) = blocking(move || {
+        // By whatever name it was asked for, or given to a clone.
+        let path = real(&asked);
+        let of_it = found.into_iter().filter(|(_, of)| real(of) == path);
+        let names: Vec<_> = of_it.map(|(name, _)| name).collect();
+        (path, names)
+    })
+    .await?;
+    // Where the links on the way lead to.
+    if !daemon.sandbox.may_write(&path) {
+        return Err(outside(&path));
+    }
     if !on_it.is_empty() {
         let detail = format!("template {} has clones that run: {}; stop them first", path.display(), on_it.join(", "));
         return Err(ApiError::new(ErrorCode::InUse, detail));

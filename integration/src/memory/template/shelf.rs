@@ -45,6 +45,8 @@ pub fn list(folder: &Path) -> Result<Vec<Found>, TemplateError> {
 /// # Errors
 /// `Missing`; `Foreign`: the folder has other files too, or is no template's; `Io`, and then it can be removed again.
 pub fn remove(path: &Path) -> Result<(), TemplateError> {
+    // Without a slash at its end, by which a link would be followed.
+    let path: &Path = &path.components().collect::<PathBuf>();
     let foreign = |reason: String| TemplateError::Foreign { path: path.to_owned(), reason };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -58,10 +60,13 @@ pub fn remove(path: &Path) -> Result<(), TemplateError> {
     }
     let mut aside = Vec::new();
     for entry in fs::read_dir(path).map_err(io("read", path))? {
-        let name = entry.map_err(io("read", path))?.file_name();
-        if Path::new(&name).extension() == Some(OsStr::new(ASIDE)) {
+        let entry = entry.map_err(io("read", path))?;
+        let (name, is_folder) = (entry.file_name(), entry.file_type().map_err(io("look at", &entry.path()))?.is_dir());
+        let of_ours = |name: &OsStr| FILES.iter().any(|file| name == *file);
+        let was_aside = FILES.iter().any(|file| Path::new(file).with_extension(ASIDE).as_os_str() == name);
+        if !is_folder && was_aside {
             aside.push(path.join(name));
-        } else if !FILES.iter().any(|file| name == **file) {
+        } else if is_folder || !of_ours(&name) {
             let name = name.to_string_lossy();
             return Err(foreign(format!("`{}` in it is no template's; move it away first", name.escape_debug())));
         }
@@ -122,7 +127,26 @@ mod tests {
         assert!(matches!(remove(&at("others")), Err(TemplateError::Foreign { .. })));
         // Nor what a link leads to.
         std::os::unix::fs::symlink(at("web"), at("link")).unwrap();
-        assert!(matches!(remove(&at("link")), Err(TemplateError::Foreign { .. })));
+        for link in ["link", "link/", "link/."] {
+            assert!(matches!(remove(&at(link)), Err(TemplateError::Foreign { .. })), "{link}");
+        }
+        // Of what looks as if a crash had left it, only what it can leave.
+        fs::remove_file(at("web").join("notes.txt")).unwrap();
+        for (name, make) in [("notes.new", false), ("state.new", true), ("notes.txt", false)] {
+            let path = at("web").join(name);
+            if make {
+                fs::create_dir(&path).unwrap()
+            } else {
+                fs::write(&path, "mine").unwrap()
+            }
+            assert!(matches!(remove(&at("web")), Err(TemplateError::Foreign { .. })), "{name}");
+            assert!(at("web").join(STATE).exists(), "{name}");
+            if make {
+                fs::remove_dir(&path).unwrap()
+            } else if name != "notes.txt" {
+                fs::remove_file(&path).unwrap()
+            }
+        }
         assert!(at("others").join("state").exists() && at("web").join(STATE).exists());
         // One that was half removed by a crash can be removed again.
         fs::remove_file(at("web").join("notes.txt")).unwrap();
