@@ -184,7 +184,7 @@ pub enum DiskCommand {
         /// Name of the disk
         #[arg(value_parser = disk_name)]
         name: String,
-        /// Also while a hypervisor is connected: its guest then waits for the disk
+        /// Also while a hypervisor is connected: its guest then waits for the disk. And although its store was deleted: it is lost then
         #[arg(long)]
         force: bool,
     },

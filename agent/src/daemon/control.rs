@@ -97,6 +97,11 @@ impl Control for Handle {
                      remove it with --force"
                 ));
             }
+            if let Some(lost) = entry.lost_if_closed().filter(|_| !force) {
+                return in_use(format!(
+                    "disk `{name}` has what is nowhere else: {lost}. `--force` removes it, and that with it"
+                ));
+            }
             remove_disk(&self.0, &name).await
         })
     }

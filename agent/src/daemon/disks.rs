@@ -5,6 +5,7 @@
 
 use super::Daemon;
 use super::end::{Releasing, Step};
+use super::places::lost_if_closed;
 use super::qsd::{Qsd, QsdError};
 use crate::config::Config;
 use crate::learner::LearnerHandle;
@@ -89,6 +90,11 @@ impl Entry {
     pub(super) fn is_used(&self) -> bool {
         let clients = |served: &Arc<Served>| served.nbd.as_ref().is_some_and(|nbd| !nbd.clients().is_empty());
         self.is_connected() || self.state.as_ref().is_ok_and(clients)
+    }
+
+    /// What is lost if the disk is closed now, with how to save it.
+    pub(super) fn lost_if_closed(&self) -> Option<String> {
+        self.state.as_ref().ok().and_then(|served| lost_if_closed(served))
     }
 
     /// Keeps why the disk is not served; whether that is news.
@@ -440,6 +446,9 @@ impl Disks {
     pub(super) fn remove(&self, host: &Host, name: &str, parted: bool) -> Option<Definition> {
         let entry = self.entries.lock().remove(name)?;
         if let Ok(served) = &entry.state {
+            if let Some(lost) = lost_if_closed(served) {
+                tracing::error!(disk = name, "its end is that of a file that no name leads to: {lost}");
+            }
             self.end(host, served, Closing { drain: DRAIN, parted });
         }
         tracing::info!(disk = name, "disk no longer served");

@@ -318,6 +318,12 @@ pub(super) async fn follow_config(daemon: &Shared) -> Result<(), ApiError> {
             }
             continue;
         }
+        if let Some(lost) = entry.lost_if_closed() {
+            if daemon.disks.defer(name) {
+                tracing::warn!(disk = name, "changed in the configuration, but goes on until prestaged ends: {lost}");
+            }
+            continue;
+        }
         remove_disk(daemon, name).await?;
     }
     for definition in wanted {

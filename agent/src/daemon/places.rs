@@ -2,7 +2,7 @@
 //!
 //! - [`look_at_stores`]: starts a round of looks
 //! - [`Looking`]: what is being looked at; a file system that hangs holds up the looks at its own files, and nothing else
-//! - [`astray`]: what is said of a disk whose store is not where it was opened
+//! - [`astray`]: what is said of a disk whose store is not where it was opened; [`lost_if_closed`]: what its end would cost
 //!
 //! A file that was deleted or replaced under its guest serves on, and is gone when prestaged ends: nothing but this look tells of it.
 
@@ -118,13 +118,24 @@ fn tell(disks: &str, Looked { before, now }: &Looked, pid: u32) {
     }
 }
 
-/// What is said of a disk whose store, or an image below it, is not where it was opened.
+/// What is said of a disk whose store, or images below it, are not where they were opened: of each of them.
 pub(super) fn astray(served: &Served) -> Option<String> {
-    if let Some(astray) = served.storage.chain().find_map(StorageHandle::astray) {
-        return Some(words(&astray, std::process::id()));
-    }
-    let (astray, pid) = served.qemu.as_ref()?.astray()?;
-    Some(words(&astray, pid))
+    let said: Vec<String> = all_astray(served).iter().map(|(astray, pid)| words(astray, *pid)).collect();
+    (!said.is_empty()).then(|| said.join("; "))
+}
+
+/// What is lost, and how it is saved, if a disk is closed now; `None`: nothing, as far as the last look has found.
+pub(super) fn lost_if_closed(served: &Served) -> Option<String> {
+    let lost = |astray: &Astray| astray.now.is_none() && !astray.is_device;
+    let said: Vec<String> =
+        all_astray(served).iter().filter(|(astray, _)| lost(astray)).map(|(astray, pid)| words(astray, *pid)).collect();
+    (!said.is_empty()).then(|| said.join("; "))
+}
+
+/// With the process that has it open.
+fn all_astray(served: &Served) -> Vec<(Astray, u32)> {
+    let own = served.storage.chain().filter_map(StorageHandle::astray).map(|astray| (astray, std::process::id()));
+    own.chain(served.qemu.as_ref().and_then(|qemu| qemu.astray())).collect()
 }
 
 /// What has happened, what it costs, and how the data is saved. `pid`: who has the file open.
@@ -148,15 +159,22 @@ fn words(astray: &Astray, pid: u32) -> String {
     let what = if astray.replaced { "replaced by another file" } else { "deleted" };
     let copied = match astray.descriptor {
         Some(descriptor) => {
-            format!("stop the machine, `cp --sparse=always /proc/{pid}/fd/{descriptor} {path}.saved` as root")
+            format!(
+                "stop the machine and NBD clients, `cp -p --sparse=always /proc/{pid}/fd/{descriptor} {path}.saved` as root"
+            )
         }
         None => format!(
-            "stop the machine, find its number by `ls -l /proc/{pid}/fd`, `cp --sparse=always /proc/{pid}/fd/NUMBER {path}.saved` as root"
+            "stop the machine and NBD clients, find its number by `ls -l /proc/{pid}/fd`, `cp -p --sparse=always /proc/{pid}/fd/NUMBER {path}.saved` as root"
         ),
     };
+    let meant = if astray.replaced {
+        ". If what is there now is that copy, or meant to be served: restart prestaged"
+    } else {
+        ""
+    };
     format!(
-        "{path} was {what} while it is served: prestaged goes on with the file that was there, which is lost when it ends or is upgraded. \
-         To save it: {copied}, put the copy in the place of {path}, and restart prestaged"
+        "{path} was {what} while it is served: prestaged goes on with the file that was there, which is lost when prestaged ends or is \
+         upgraded, or the disk is taken out. To save it: {copied}, put the copy in the place of {path}, and restart prestaged{meant}"
     )
 }
 
@@ -208,7 +226,7 @@ mod tests {
         let deleted = words(&astray(false, None, Some(7)), 12);
         assert!(
             deleted.contains("/srv/a.raw was deleted while")
-                && deleted.contains("`cp --sparse=always /proc/12/fd/7 /srv/a.raw.saved`"),
+                && deleted.contains("`cp -p --sparse=always /proc/12/fd/7 /srv/a.raw.saved`"),
             "{deleted}"
         );
         assert!(words(&astray(true, None, None), 12).contains("replaced by another file"));

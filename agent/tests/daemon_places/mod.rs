@@ -71,10 +71,17 @@ fn a_store_that_is_deleted_under_its_guest_is_told_of_and_can_be_saved() {
     logged(&host, " WARN ", "was deleted while", 1);
     logged(&host, " WARN ", "other", 0);
     drop(guest);
+    // Neither an order nor a reload throws it away by the way.
+    let parted = || shown(&host, "d")["state"]["connected"] == false;
+    while !parted() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    host.refuses(&["disk", "remove", "d"], 1, &["nowhere else", "was deleted while", "`cp ", "--force"]);
     // In the place of the deleted one it is another file still; a restart serves it.
     std::fs::rename(format!("{store}.saved"), &store).unwrap();
     wait(&host, "d", "was replaced by another file");
     host.stop();
+    assert!(lines(&host, " ERROR ", "no name leads to") == 1, "{}", host.log());
     host.start("");
     assert_eq!(reason(&host, "d"), "");
     assert!(Guest::start(&host, "d").read(4096, 4096).iter().all(|byte| *byte == 7));
@@ -128,6 +135,15 @@ fn images_and_what_they_stand_on_are_looked_for_too() {
     wait(&host, "d", "");
     std::fs::remove_file(&top).unwrap();
     wait(&host, "d", "top.qcow2 was deleted");
+    // Of each of them.
+    std::fs::remove_file(&base).unwrap();
+    wait(&host, "d", "base.qcow2 was deleted");
+    assert!(reason(&host, "d").contains("top.qcow2 was deleted"), "{}", reason(&host, "d"));
+    host.does(&["disk", "add", "f", &host.store("given up", MIB)]);
+    std::fs::remove_file(host.path("given up")).unwrap();
+    wait(&host, "f", "was deleted");
+    host.does(&["disk", "remove", "f", "--force"]);
+    logged(&host, " ERROR ", "its end is that of a file that no name leads to", 1);
     // One that a qemu-storage-daemon has open.
     if Command::new("qemu-storage-daemon").arg("--version").output().is_err() {
         println!("SKIPPED in part: no qemu-storage-daemon here");
