@@ -188,3 +188,28 @@ fn a_store_that_the_daemon_cannot_see_by_its_path_is_no_alarm_until_it_is_gone()
     wait(&host, "a", "");
     host.stop();
 }
+
+#[test]
+fn a_reload_does_not_take_out_a_disk_whose_store_is_gone() {
+    let mut host = Host::new();
+    let store = host.store("store", MIB);
+    host.start(&format!("[[disk]]\nname = \"d\"\nstore = \"{store}\"\n"));
+    std::fs::remove_file(&store).unwrap();
+    wait(&host, "d", "was deleted while");
+    host.config("");
+    host.reload();
+    logged(&host, " WARN ", "goes on until prestaged ends", 1);
+    assert!(Guest::start(&host, "d").read(0, 4096).iter().all(|byte| *byte == 0));
+    host.stop();
+}
+
+#[test]
+fn a_template_is_not_named_with_dots() {
+    let mut host = Host::new();
+    host.start("");
+    for name in ["/var/lib/../etc", "..", "../web"] {
+        host.refuses(&["template", "remove", name], 1, &[name]);
+    }
+    host.refuses(&["template", "remove", "/var/lib/../etc"], 1, &["has `..`"]);
+    host.stop();
+}
