@@ -446,8 +446,13 @@ impl Disks {
     pub(super) fn remove(&self, host: &Host, name: &str, parted: bool) -> Option<Definition> {
         let entry = self.entries.lock().remove(name)?;
         if let Ok(served) = &entry.state {
-            if let Some(lost) = lost_if_closed(served) {
-                tracing::error!(disk = name, "its end is that of a file that no name leads to: {lost}");
+            // How it could have been saved was said while that was possible.
+            if lost_if_closed(served).is_some() {
+                tracing::error!(
+                    disk = name,
+                    store = entry.definition.store,
+                    "the store was deleted or replaced while it was served: what nobody has saved of it is gone now"
+                );
             }
             self.end(host, served, Closing { drain: DRAIN, parted });
         }

@@ -331,6 +331,11 @@ pub(super) fn resume(daemon: &Daemon, tier: TierName, force: bool) -> Result<Tie
                 return Err(unavailable("no SSD tier is configured; set cache.ssd_path and restart prestaged"));
             };
             service.path = Some(path.display().to_string());
+            if let (Some(_), Some(gone)) = (daemon.cache.ssd(), &now.gone) {
+                return Err(unavailable(format!(
+                    "SSD tier: it is in service, on {gone}, which was deleted; `prestagectl cache drain --ssd` first"
+                )));
+            }
             if daemon.cache.ssd().is_none() {
                 if let Some(change) = daemon.reloads.lock().waits("cache.ssd_path") {
                     return Err(unavailable(format!(

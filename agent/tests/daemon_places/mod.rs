@@ -81,7 +81,7 @@ fn a_store_that_is_deleted_under_its_guest_is_told_of_and_can_be_saved() {
     std::fs::rename(format!("{store}.saved"), &store).unwrap();
     wait(&host, "d", "was replaced by another file");
     host.stop();
-    assert!(lines(&host, " ERROR ", "no name leads to") == 1, "{}", host.log());
+    assert!(lines(&host, " ERROR ", "what nobody has saved") == 1, "{}", host.log());
     host.start("");
     assert_eq!(reason(&host, "d"), "");
     assert!(Guest::start(&host, "d").read(4096, 4096).iter().all(|byte| *byte == 7));
@@ -143,7 +143,7 @@ fn images_and_what_they_stand_on_are_looked_for_too() {
     std::fs::remove_file(host.path("given up")).unwrap();
     wait(&host, "f", "was deleted");
     host.does(&["disk", "remove", "f", "--force"]);
-    logged(&host, " ERROR ", "its end is that of a file that no name leads to", 1);
+    logged(&host, " ERROR ", "what nobody has saved of it is gone now", 1);
     // One that a qemu-storage-daemon has open.
     if Command::new("qemu-storage-daemon").arg("--version").output().is_err() {
         println!("SKIPPED in part: no qemu-storage-daemon here");

@@ -459,6 +459,11 @@ fn an_ssd_tier_is_tried_again_at_a_reload_and_missed_when_it_is_deleted() {
     let said = host.does(&["status"]);
     assert!(said.contains("health:     DEGRADED") && said.contains(ssd.to_str().unwrap()), "{said}");
     check(&mut guest, 0..20);
+    host.refuses(
+        &["cache", "resume", "--ssd"],
+        1,
+        &["it is in service", "was deleted", "`prestagectl cache drain --ssd` first"],
+    );
     host.does(&["cache", "drain", "--ssd"]);
     host.does(&["cache", "resume", "--ssd"]);
     assert!(ssd.exists() && host.does(&["status"]).contains("health:     ok"), "{}", host.does(&["status"]));
