@@ -321,6 +321,8 @@ fn a_daemon_stops_whatever_its_clients_do() {
     drop((silent, writing, greedy));
     assert!(!Path::new(&socket).exists(), "the socket goes with the daemon");
     bench.daemon.resume().unwrap();
+    // the daemon answers before its disks are open
+    wait_until("the disk", LIMIT, || Ok(bench.nbd("d").is_object() && Path::new(&socket).exists())).unwrap();
     assert_eq!(bench.nbd("d")["uri"], uri.as_str(), "a disk's export is remembered");
     python(&["read", &uri]);
 }
