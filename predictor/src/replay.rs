@@ -6,7 +6,8 @@
 //!
 //! The window is bounded by time (horizon) and by bytes proposed and neither used nor passed. A governor shrinks the
 //! bytes as soon as less than half of what was passed was used, down to nothing: a run that diverges from the plan
-//! wastes little.
+//! wastes little. So it does as soon as the cache loses more than half of what was proposed before it is read: a guest that
+//! reads the whole plan, but here and there, gains nothing by what is brought in the plan's order.
 
 use crate::phase::{Plan, SetExtent};
 use std::cmp::Reverse;
@@ -32,6 +33,10 @@ const JUDGED_PROBABILITY: f32 = 0.5;
 /// The window is whole from this share of used pages on, and nothing at [`SHARE_NONE`].
 const SHARE_WHOLE: f32 = 0.5;
 const SHARE_NONE: f32 = 0.2;
+/// What of the proposed was read is held against what was lost unread from this many pages (4 MiB) of both on …
+const KEPT_CREDIT_PAGES: f32 = 1024.0;
+/// … and half is forgotten beyond this many (16 MiB).
+const KEPT_MAX_PAGES: f32 = 4096.0;
 /// Above this share the plan knows better than the other experts what follows a read that it foresaw.
 const SHARE_TRUSTED: f32 = 0.7;
 
@@ -42,6 +47,8 @@ const PASSED: u8 = 4;
 const LOST_ONCE: u8 = 8;
 /// Was in place when it was to be brought: whether it is used nobody sees.
 const IN_PLACE: u8 = 16;
+/// Was lost unread and is not proposed again.
+const GIVEN_UP: u8 = 32;
 
 /// How far ahead a replay proposes.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +80,9 @@ pub(crate) struct Replay {
     judged: usize,
     judged_pages: f32,
     judged_used: f32,
+    /// Pages that were proposed and read, or lost unread; and those that were read.
+    ended_pages: f32,
+    ended_read: f32,
 }
 
 impl Replay {
@@ -93,6 +103,8 @@ impl Replay {
             judged: 0,
             judged_pages: CREDIT_PAGES,
             judged_used: CREDIT_PAGES,
+            ended_pages: KEPT_CREDIT_PAGES,
+            ended_read: KEPT_CREDIT_PAGES,
         }
     }
 
@@ -107,6 +119,10 @@ impl Replay {
                 self.flags[position] |= USED;
                 if flags & (PROPOSED | PASSED | IN_PLACE) == PROPOSED {
                     self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
+                }
+                if flags & (PROPOSED | IN_PLACE | GIVEN_UP) == PROPOSED {
+                    let pages = plan.extents()[position].pages as f32;
+                    self.end(pages, pages);
                 }
                 if flags & PASSED != 0 && plan.probability(&plan.extents()[position]) >= JUDGED_PROBABILITY {
                     // Late, but used after all.
@@ -129,12 +145,20 @@ impl Replay {
     pub(crate) fn lost(&mut self, first: u64, pages: u32) {
         let plan = Arc::clone(&self.plan);
         for (position, _, _) in plan.overlaps(first, pages) {
-            if self.flags[position] & (PROPOSED | USED | PASSED | LOST_ONCE | IN_PLACE) == PROPOSED {
-                self.flags[position] = LOST_ONCE;
-                self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
-                if position < self.cursor {
-                    self.lost.push(Reverse(position as u32));
-                }
+            let flags = self.flags[position];
+            if flags & (PROPOSED | USED | IN_PLACE | GIVEN_UP) != PROPOSED {
+                continue;
+            }
+            let pages = plan.extents()[position].pages;
+            self.end(pages as f32, 0.0);
+            if flags & (PASSED | LOST_ONCE) != 0 {
+                self.flags[position] |= GIVEN_UP;
+                continue;
+            }
+            self.flags[position] = LOST_ONCE;
+            self.outstanding = self.outstanding.saturating_sub(u64::from(pages));
+            if position < self.cursor {
+                self.lost.push(Reverse(position as u32));
             }
         }
     }
@@ -229,7 +253,18 @@ impl Replay {
 
     /// Part of the window that the governor allows.
     fn allowance(&self) -> f32 {
-        ((self.share() - SHARE_NONE) / (SHARE_WHOLE - SHARE_NONE)).clamp(0.0, 1.0)
+        let share = self.share().min(self.ended_read / self.ended_pages);
+        ((share - SHARE_NONE) / (SHARE_WHOLE - SHARE_NONE)).clamp(0.0, 1.0)
+    }
+
+    /// Something proposed was read, or lost unread.
+    fn end(&mut self, pages: f32, read: f32) {
+        self.ended_pages += pages;
+        self.ended_read += read;
+        if self.ended_pages > KEPT_MAX_PAGES {
+            self.ended_pages *= 0.5;
+            self.ended_read *= 0.5;
+        }
     }
 
     fn locate(&mut self) {
@@ -368,6 +403,23 @@ mod tests {
         }
         assert!(sum < 600, "{sum} of 4000 although a twelfth is used");
         assert!(!replay.is_trusted());
+    }
+
+    #[test]
+    fn a_guest_that_reads_the_plan_here_and_there_is_cut_off() {
+        let mut replay = Replay::new(plan(4000), Window { pages: 8000, horizon_ms: 1_000_000 }, 0);
+        let (mut sum, mut brought) = (0, std::collections::VecDeque::new());
+        for i in 0..4000u64 {
+            // every extent is read once, in an order that is none; of what is brought, the cache keeps 50
+            replay.read((i * 1567) % 4000 * 16, 8, i * 1000);
+            let proposed = proposed(&mut replay, i * 1000);
+            sum += proposed.len();
+            brought.extend(proposed);
+            while brought.len() > 50 {
+                replay.lost(brought.pop_front().unwrap() * 16, 8);
+            }
+        }
+        assert!(sum < 1200, "{sum} of 4000 although next to none is read while it is there");
     }
 
     #[test]
