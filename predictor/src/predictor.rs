@@ -428,6 +428,13 @@ impl AccessPredictor {
     pub fn outcome(&mut self, outcome: &Outcome) {
         let Some(pages) = self.clip(outcome.first, outcome.pages.min(MAX_READ_PAGES)) else { return };
         let (index, count) = (outcome.expert.index(), u64::from(pages));
+        if outcome.expert == Expert::Phase {
+            for vm in self.vms.values_mut() {
+                if let Some(replay) = vm.phase.as_mut().and_then(|active| active.replay.as_mut()) {
+                    replay.ended(outcome.first, pages, outcome.used);
+                }
+            }
+        }
         if outcome.used {
             self.stats.used_pages[index] += count;
             if outcome.late {
