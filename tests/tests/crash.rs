@@ -10,9 +10,13 @@ use prestage_tests::daemon::Prestaged;
 use prestage_tests::guest::{GuestDisk, Run};
 use prestage_tests::process::wait_until;
 use prestage_tests::rig::Rig;
+use prestage_tests::throttled::Throttled;
 
 /// In reads since the daemon's start; a boot makes about 1100.
 const KILLS: [u64; 2] = [200, 300];
+
+/// So that some are under way at any time. The rig's own server does not outlive a client that dies with requests under way.
+const REQUESTS_PER_SECOND: u32 = 400;
 
 fn boots() -> u64 {
     std::env::var("PRESTAGE_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
@@ -36,9 +40,10 @@ fn crash_at(daemon: &mut Prestaged, run: &Run<'_>, reads: u64) {
 
 #[test]
 fn a_guest_survives_sigkill_of_prestaged_in_mid_boot() {
-    let rig = Rig::new().unwrap();
+    let rig = Rig::writable().unwrap();
+    let store = Throttled::start(&rig.scratch, "throttled", &rig.disk, REQUESTS_PER_SECOND).unwrap();
     let mut daemon = rig.prestaged().unwrap();
-    daemon.ctl(&["disk", "add", "vm-disk", &rig.nbd.store().spec()]).unwrap();
+    daemon.ctl(&["disk", "add", "vm-disk", &store.store().spec()]).unwrap();
     let socket = daemon.disk_socket("vm-disk").unwrap();
     // boots that are killed at many moments, before the one whose every file is looked at
     for boot in 1..boots() {
