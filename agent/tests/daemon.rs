@@ -205,6 +205,20 @@ fn check_tells_what_the_host_does_not_have() {
     told(&tier("8TiB"), "is a sparse file of 8.0 TiB on a file system of ");
     let twice = format!("{}[[disk]]\nname = \"d\"\nstore = \"{ssd}\"\n", tier("8TiB"));
     wrong(&twice, "is the store of disk `d`");
+    let folder = host.path("folder").display().to_string();
+    std::fs::create_dir(&folder).unwrap();
+    let qcow2 = format!("[[disk]]\nname = \"d\"\nstore = \"qcow2:{ssd}?backing=/nonexistent/base\"\n");
+    told(&qcow2, "disk `d`: /nonexistent/base is not there");
+    wrong(&format!("ssd_path = \"{folder}\"\nssd_size = \"64MiB\"\n"), "is a folder; name a file in it");
+    std::fs::write(host.path("state"), "").unwrap();
+    wrong("", "daemon.state_dir: ");
+    std::fs::remove_file(host.path("state")).unwrap();
+    let long = format!("/run/{}", "x".repeat(103));
+    wrong(&format!("[api]\nsocket = \"{long}\"\n"), "the path of a socket has 107 bytes at most, and /run/xxx");
+    wrong(
+        &format!("[[disk]]\nname = \"d\"\nstore = \"{ssd}\"\nsocket = \"{long}\"\n"),
+        "has 108; use a shorter `socket`",
+    );
     told("[store]\nimage_folder = \"/nonexistent\"\n", "store.image_folder: there is no folder /nonexistent");
     told("ssd_path = \"/nonexistent/ssd\"\nssd_size = \"64MiB\"\n", "the folder of /nonexistent/ssd is not there");
     told("[[disk]]\nname = \"d\"\nstore = \"/nonexistent/store\"\n", "disk `d`: /nonexistent/store is not there");

@@ -11,6 +11,7 @@ use crate::privilege::foresee;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, Group, access};
 use prestage_cache::backend::{NbdAddress, StoreSpec};
+use prestage_integration::export::SOCKET_PATH_BYTES;
 use prestage_integration::export::nbd::TlsServer;
 use std::io::{ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -56,6 +57,7 @@ fn look(config: &Config) -> Result<Vec<String>, Vec<String>> {
     ssd(config, &mut unseen, &mut wrong);
     groups(config, &mut wrong);
     folders(config, &mut unseen);
+    places(config, &mut wrong);
     stores(config, &mut unseen);
     if wrong.is_empty() { Ok(unseen) } else { Err(wrong) }
 }
@@ -122,6 +124,10 @@ fn ssd(config: &Config, unseen: &mut Vec<String>, wrong: &mut Vec<String>) {
     }
     let shown = path.display();
     let found = path.metadata();
+    if found.as_ref().is_ok_and(std::fs::Metadata::is_dir) {
+        wrong.push(format!("cache.ssd_path: {shown} is a folder; name a file in it, which the start makes"));
+        return;
+    }
     if let Ok(meta) = &found
         && meta.file_type().is_block_device()
     {
@@ -203,20 +209,58 @@ fn folders(config: &Config, unseen: &mut Vec<String>) {
     }
 }
 
+/// Folders that the start makes if they are missing, and paths of sockets.
+fn places(config: &Config, wrong: &mut Vec<String>) {
+    for (key, folder) in [("daemon.state_dir", &config.daemon.state_dir), ("daemon.run_dir", &config.daemon.run_dir)] {
+        let there = folder.ancestors().find_map(|folder| Some((folder, folder.metadata().ok()?)));
+        if let Some((folder, _)) = there.filter(|(_, meta)| !meta.is_dir()) {
+            wrong.push(format!("{key}: {} is no folder; name another, or move it away", folder.display()));
+        }
+    }
+    let mut short = |what: &str, path: &Path, shorter: &str| {
+        let bytes = path.as_os_str().len();
+        if bytes > SOCKET_PATH_BYTES {
+            let path = path.display();
+            wrong.push(format!(
+                "{what}: the path of a socket has {SOCKET_PATH_BYTES} bytes at most, and {path} has {bytes}; {shorter}"
+            ));
+        }
+    };
+    let shorter = "use a shorter `daemon.run_dir`";
+    match &config.api.socket {
+        Some(path) => short("api.socket", path, "use a shorter one"),
+        None => short("daemon.run_dir", &config.api_socket(), "use a shorter one"),
+    }
+    for disk in &config.disks {
+        let what = format!("disk `{}`", disk.name);
+        match &disk.socket {
+            Some(path) => short(&what, path, "use a shorter `socket`"),
+            None => short(&what, &config.disk_socket(&disk.name), shorter),
+        }
+        if disk.nbd {
+            short(&what, &config.nbd_socket(&disk.name), shorter);
+        }
+    }
+}
+
 /// Stores may come later than prestaged; their disks are offered when they are there.
 fn stores(config: &Config, unseen: &mut Vec<String>) {
     for disk in &config.disks {
-        let path = match disk.store.parse() {
-            Ok(StoreSpec::File(path) | StoreSpec::Qcow2 { path, .. }) => path,
-            Ok(StoreSpec::Nbd { address: NbdAddress::Unix(path), .. }) => path,
-            _ => continue,
-        };
-        if path.metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
-            unseen.push(format!(
-                "disk `{}`: {} is not there; the disk is offered when it is",
-                disk.name,
-                path.display()
-            ));
+        let Ok(spec) = disk.store.parse::<StoreSpec>() else { continue };
+        for part in spec.chain() {
+            let (StoreSpec::File(path)
+            | StoreSpec::Qcow2 { path, .. }
+            | StoreSpec::Nbd { address: NbdAddress::Unix(path), .. }) = part
+            else {
+                continue;
+            };
+            if path.metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+                unseen.push(format!(
+                    "disk `{}`: {} is not there; the disk is offered when it is",
+                    disk.name,
+                    path.display()
+                ));
+            }
         }
     }
 }

@@ -39,7 +39,7 @@ pub use queue::{Queue, QueueError, QueueStartError, QueueStopped};
 pub use request::{ByteRange, REQUEST_MAX_BYTES, Request, RequestKind, Status};
 pub use ring::RingAddressError;
 pub use server::{Export, ExportError, ExportOptions};
-pub use socket::{SocketFile, listen_at};
+pub use socket::{SOCKET_PATH_BYTES, SocketFile, listen_at};
 pub use state::ExportState;
 
 /// Runs started rings. The calls come from the export's own thread, one at a time.

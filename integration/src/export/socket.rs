@@ -16,8 +16,8 @@ use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, Uni
 
 use super::server::{ExportError, ExportOptions};
 
-/// `sockaddr_un` holds 108 bytes with the final zero.
-const PATH_MAX_BYTES: usize = 107;
+/// Longest path of a unix socket: `sockaddr_un` holds 108 bytes with the final zero (unix(7)).
+pub const SOCKET_PATH_BYTES: usize = 107;
 /// Header of every vhost-user message: request u32, flags u32, payload size u32.
 pub(super) const HEADER_BYTES: usize = 12;
 
@@ -57,8 +57,8 @@ impl SocketFile {
 /// The path is too long, taken, or cannot be bound.
 pub fn listen_at(path: &Path, options: &ExportOptions) -> Result<(UnixListener, SocketFile), ExportError> {
     let len = path.as_os_str().as_bytes().len();
-    if len > PATH_MAX_BYTES {
-        return Err(ExportError::PathTooLong { path: path.into(), len, max: PATH_MAX_BYTES });
+    if len > SOCKET_PATH_BYTES {
+        return Err(ExportError::PathTooLong { path: path.into(), len, max: SOCKET_PATH_BYTES });
     }
     clear_stale(path)?;
     let bind_error = |source: io::Error| ExportError::Bind { path: path.into(), source };

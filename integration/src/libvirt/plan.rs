@@ -10,9 +10,7 @@ use super::memory;
 use super::record::{DiskRecord, Record, serves};
 use super::store::StoreSource;
 use super::xml::{Splices, child_text, is, parse};
-
-/// The longest path of a unix socket, without the closing NUL (`unix(7)`).
-const MAX_SOCKET_PATH_BYTES: usize = 107;
+use crate::export::SOCKET_PATH_BYTES;
 
 /// The most queues QEMU gives a vhost-user disk without a much larger interrupt table; far above any use.
 const MAX_QUEUES: u16 = 256;
@@ -93,7 +91,7 @@ fn check_socket(path: &Path) -> Result<(), PlanError> {
     let reason = match path.to_str() {
         None => "it is not UTF-8",
         Some(text) if !text.starts_with('/') => "it must be absolute",
-        Some(text) if text.len() > MAX_SOCKET_PATH_BYTES => {
+        Some(text) if text.len() > SOCKET_PATH_BYTES => {
             "unix socket paths have at most 107 bytes; use a shorter run_dir"
         }
         Some(text) if text.chars().any(char::is_control) => "it has control characters",
