@@ -104,6 +104,7 @@ properties: setup
 torture: image
 	cargo build --locked --workspace --bins --tests
 	PRESTAGE_CRASHES=1000000 PROPTEST_RNG_SEED=$$RANDOM$$RANDOM cargo test --locked --release -p prestage-cache --lib -- --nocapture a_crash_at_any
+	PRESTAGE_ROUNDS=20 cargo test --locked --workspace --test crash -- --nocapture
 	PRESTAGE_SCHEDULES=100 cargo test --locked --workspace --test demand -- --nocapture a_guest_filled
 	PRESTAGE_ROUNDS=100 cargo test --locked --workspace --test crash_load --test crash_guest --test handover -- \
 	  --nocapture --test-threads=1
