@@ -47,6 +47,8 @@ const PASSED: u8 = 4;
 const LOST_ONCE: u8 = 8;
 /// Was in place when it was to be brought: whether it is used nobody sees.
 const IN_PLACE: u8 = 16;
+/// Was proposed when the guest had passed it, and is neither read nor lost.
+const BELATED: u8 = 32;
 
 /// How far ahead a replay proposes.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +76,9 @@ pub(crate) struct Replay {
     lost: BinaryHeap<Reverse<u32>>,
     /// Pages proposed, not used and not passed.
     outstanding: u64,
+    /// Pages proposed when the guest had passed them, neither read nor lost. They have a bound of their own, as large as the
+    /// window: where a cache keeps them unread, they must not hold up what comes next.
+    belated: u64,
     /// Extents before it were judged.
     judged: usize,
     judged_pages: f32,
@@ -98,6 +103,7 @@ impl Replay {
             skipped: usize::MAX,
             lost: BinaryHeap::new(),
             outstanding: 0,
+            belated: 0,
             judged: 0,
             judged_pages: CREDIT_PAGES,
             judged_used: CREDIT_PAGES,
@@ -112,6 +118,7 @@ impl Replay {
         let (mut covered, mut matched) = (0, false);
         for (position, _, overlap) in plan.overlaps(first, pages) {
             covered += overlap;
+            self.no_longer_belated(position);
             let flags = self.flags[position];
             if flags & USED == 0 {
                 self.flags[position] |= USED;
@@ -151,6 +158,7 @@ impl Replay {
     pub(crate) fn lost(&mut self, first: u64, pages: u32) {
         let plan = Arc::clone(&self.plan);
         for (position, _, _) in plan.overlaps(first, pages) {
+            self.no_longer_belated(position);
             if self.flags[position] & (PROPOSED | USED | PASSED | LOST_ONCE | IN_PLACE) == PROPOSED {
                 self.flags[position] = LOST_ONCE;
                 self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
@@ -165,6 +173,7 @@ impl Replay {
     pub(crate) fn in_place(&mut self, first: u64, pages: u32) {
         let plan = Arc::clone(&self.plan);
         for (position, _, _) in plan.overlaps(first, pages) {
+            self.no_longer_belated(position);
             let flags = self.flags[position];
             if flags & (PROPOSED | USED | PASSED | IN_PLACE) == PROPOSED {
                 self.outstanding = self.outstanding.saturating_sub(u64::from(plan.extents()[position].pages));
@@ -215,11 +224,16 @@ impl Replay {
             if *flags & (PROPOSED | USED) != 0 || probability < floor {
                 continue;
             }
-            *flags |= PROPOSED;
-            // Already passed: it counts neither as outstanding nor for the governor.
+            // Already passed: it counts neither as outstanding nor for what was passed unused.
             if *flags & PASSED == 0 {
                 self.outstanding += u64::from(extent.pages);
+            } else if self.belated + u64::from(extent.pages) <= limit {
+                self.belated += u64::from(extent.pages);
+                *flags |= BELATED;
+            } else {
+                continue;
             }
+            *flags |= PROPOSED;
             let due_us = at_us.saturating_add(u64::from(extent.at_ms).saturating_sub(now_ms) * 1000);
             sink(extent, probability, due_us);
         }
@@ -242,6 +256,13 @@ impl Replay {
 
     pub(crate) fn memory_bytes(&self) -> usize {
         self.flags.capacity() + self.lost.capacity() * 4 + size_of::<Self>()
+    }
+
+    fn no_longer_belated(&mut self, position: usize) {
+        if self.flags[position] & BELATED != 0 {
+            self.flags[position] &= !BELATED;
+            self.belated = self.belated.saturating_sub(u64::from(self.plan.extents()[position].pages));
+        }
     }
 
     /// Share of the pages passed lately that was used.
@@ -379,6 +400,27 @@ mod tests {
             seen.extend(proposed(&mut replay, 1000));
         }
         assert!(missed < 10, "{missed} of 50");
+    }
+
+    #[test]
+    fn what_was_passed_is_proposed_within_a_bound() {
+        // a jump over three quarters of the plan, and back in two steps
+        let mut replay = Replay::new(plan(1000), Window { pages: 160, horizon_ms: 1_000_000 }, 0);
+        proposed(&mut replay, 0);
+        for i in (0..40).chain(760..800) {
+            replay.read(i * 16, 8, 1000);
+        }
+        proposed(&mut replay, 2000);
+        for i in 100..120 {
+            replay.read(i * 16, 8, 3000);
+        }
+        let belated = proposed(&mut replay, 4000);
+        assert!((1..=160).contains(&replay.belated) && belated.len() <= 40, "{}", belated.len());
+        // what is read makes room
+        for i in &belated {
+            replay.read(i * 16, 8, 5000);
+        }
+        assert!(replay.belated == 0 && belated.iter().all(|i| replay.flags[*i as usize] & BELATED == 0));
     }
 
     #[test]
