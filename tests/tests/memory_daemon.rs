@@ -133,7 +133,16 @@ fn an_announced_program_finds_its_pages_there_within_its_groups_limit_and_whatev
     }
     if let Ok(group) = &group {
         memory.push_out().unwrap();
-        let limit = group.used_bytes().unwrap() + 16 * MIB;
+        // pages that are still being written out count until they are gone
+        let (mut used, mut same) = (0, 0);
+        wait_until("the group's memory to be out", Duration::from_secs(30), || {
+            let now = group.used_bytes()?;
+            same = if now + MIB / 4 >= used { same + 1 } else { 0 };
+            used = now;
+            Ok(same == 10)
+        })
+        .unwrap();
+        let limit = used + 16 * MIB;
         group.limit(limit).unwrap();
         let (before, hits) = (number(&pages(&daemon), "staged_bytes"), group.limit_hits().unwrap());
         let execution = begin(&daemon);
